@@ -1,0 +1,194 @@
+"""Which patches of a batch are visible, and where their cells lie.
+
+The mask is drawn on patches as large as the network's total stride P, so at every feature level a patch is
+a whole block of b x b cells (P = 32: b = 8 at stride 4, 4 at stride 8, ...). Every image keeps the same number
+L of patches. The features of B images are then *packed* into an ordinary 4-D tensor
+
+    x: (V, C, b, b) channels_last,  V = B*L visible patches, image-major
+
+which in memory is a list of V*b*b rows of C channels. Everything here is an index into that list, made from the
+mask by arithmetic, once per step; all shapes follow from (B, L, h, w), so nothing recompiles and nothing is
+copied to the host.
+
+Names: B images, (h, w) patches per image, L visible patches per image, V = B*L, b cells per patch side,
+C channels.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+class Visible:
+    """The visible patches of one batch.
+
+    Args:
+        index: (B, L) int64, the visible patches of each image as y*w + x, ascending.
+        grid: (h, w), patches per image.
+    """
+
+    def __init__(self, index: Tensor, grid: tuple[int, int]) -> None:
+        self.index = index
+        self.grid = grid
+        self.batch, self.per_image = index.shape
+        self.count = self.batch * self.per_image
+        images = torch.arange(self.batch, device=index.device)[:, None]
+        self.patches = (images * (grid[0] * grid[1]) + index).flatten()  # (V,) in the B*h*w patches of the batch
+        self._neighbours: Tensor | None = None
+        self._tables: dict[tuple, Tensor] = {}
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> Visible:
+        """From a bool mask (B, h, w), True where visible.
+
+        Raises:
+            ValueError: the images keep different numbers of patches, or none. (Reading the number back is a
+                host synchronisation: a training loop makes the index itself, see `sample_visible`.)
+        """
+        if mask.dtype != torch.bool or mask.dim() != 3:
+            raise ValueError(f"visible must be a bool tensor (B, h, w), got {mask.dtype} {tuple(mask.shape)}")
+        kept = mask.flatten(1).sum(1)
+        low, high = int(kept.min()), int(kept.max())
+        if low != high or low == 0:
+            raise ValueError(f"every image must keep the same number of patches, at least one; got {low} to {high}")
+        grid = (mask.shape[1], mask.shape[2])
+        return cls(_first_true(mask.flatten(1))[:, :low], grid)
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, h, w) bool, True where visible."""
+        flat = torch.zeros(self.batch, self.grid[0] * self.grid[1], dtype=torch.bool, device=self.index.device)
+        return flat.scatter(1, self.index, True).view(self.batch, *self.grid)
+
+    @property
+    def masked(self) -> Tensor:
+        """(B*(h*w - L),) int64, the masked patches of the batch, image-major."""
+        holes = _first_true(~self.mask.flatten(1))[:, : self.grid[0] * self.grid[1] - self.per_image]
+        images = torch.arange(self.batch, device=holes.device)[:, None]
+        return (images * (self.grid[0] * self.grid[1]) + holes).flatten()
+
+    def cells(self, height: int) -> Tensor:
+        """(B, 1, height, width) bool: the visible cells of a dense map of that height."""
+        key = ("cells", height)
+        if key not in self._tables:
+            b = height // self.grid[0]
+            self._tables[key] = self.mask.repeat_interleave(b, 1).repeat_interleave(b, 2)[:, None]
+        return self._tables[key]
+
+    @property
+    def neighbours(self) -> Tensor:
+        """(V, 3, 3) int64: the packed row of each patch's neighbours, V where masked or outside the image."""
+        if self._neighbours is None:
+            h, w = self.grid
+            numbers = torch.arange(self.count, device=self.index.device).view(self.batch, self.per_image)
+            full = torch.full((self.batch, h * w), self.count, device=self.index.device)
+            full = full.scatter(1, self.index, numbers).view(self.batch, h, w)
+            lookup = torch.nn.functional.pad(full, (1, 1, 1, 1), value=self.count)  # (B, h+2, w+2)
+            around = lookup.unfold(1, 3, 1).unfold(2, 3, 1).reshape(-1, 3, 3)  # (B*h*w, 3, 3)
+            self._neighbours = around.index_select(0, self.patches)
+        return self._neighbours
+
+    def segments(self, b: int) -> Tensor:
+        """(V*b,) int64: patch rows of b cells, in a dense map seen as (B*h*b*w, b*C).
+
+        A row of cells inside a patch is contiguous in a channels_last map, so packing and unpacking move b*C
+        numbers per index instead of C.
+        """
+        key = ("segments", b)
+        if key not in self._tables:
+            w = self.grid[1]
+            top, left = self.patches // w, self.patches % w  # patch row in the batch, patch column
+            rows = top[:, None] * b + torch.arange(b, device=top.device)  # (V, b) pixel rows in the batch
+            self._tables[key] = (rows * w + left[:, None]).flatten()
+        return self._tables[key]
+
+    def pack(self, dense: Tensor) -> Tensor:
+        """Take the visible patches out of a dense map: (B, C, h*b, w*b) -> (V, C, b, b)."""
+        c = dense.shape[1]
+        b = dense.shape[2] // self.grid[0]
+        rows = dense.permute(0, 2, 3, 1).reshape(-1, b * c)  # (B*h*b*w, b*C)
+        packed = rows.index_select(0, self.segments(b)).view(self.count, b, b, c)
+        return packed.permute(0, 3, 1, 2)
+
+    def unpack(self, packed: Tensor, fill: Tensor | None = None) -> Tensor:
+        """Put packed patches back: (V, C, b, b) -> (B, C, h*b, w*b), `fill` (C values, default 0) elsewhere."""
+        c, b = packed.shape[1], packed.shape[2]
+        (h, w), rows = self.grid, packed.permute(0, 2, 3, 1).reshape(-1, b * c)
+        shape = (self.batch * h * b * w, b * c)
+        if fill is None:
+            canvas = rows.new_zeros(shape)
+        else:
+            canvas = fill.to(rows.dtype).repeat(b).expand(shape).contiguous()
+        canvas = canvas.index_copy(0, self.segments(b), rows)
+        return canvas.view(self.batch, h * b, w * b, c).permute(0, 3, 1, 2)
+
+    def as_images(self, packed: Tensor) -> Tensor:
+        """The visible cells of each image as one tall picture: (V, C, b, b) -> (B, C, L*b, b), without a copy.
+
+        A layer that mixes an image (squeeze-and-excite, GroupNorm, GRN) runs on this view unchanged.
+        """
+        c, b = packed.shape[1], packed.shape[2]
+        return packed.permute(0, 2, 3, 1).reshape(self.batch, self.per_image * b, b, c).permute(0, 3, 1, 2)
+
+    def as_patches(self, images: Tensor) -> Tensor:
+        """The inverse of `as_images`: (B, C, L*b, b) -> (V, C, b, b)."""
+        c, b = images.shape[1], images.shape[3]
+        return images.permute(0, 2, 3, 1).reshape(self.count, b, b, c).permute(0, 3, 1, 2)
+
+    def window_table(self, b: int, coords: tuple[int, ...], k: int = 1) -> Tensor:
+        """(V * n*n,) int64, n = len(coords): which packed row stands at each place of each patch's window.
+
+        `coords` are cell coordinates along one axis relative to the patch (-1: the last cell of the neighbour
+        before it, b: the first of the one after it), in any order and as often as wanted; the window is their
+        square, V*b*b stands for "nothing there" (masked or outside). The places run (n, n) for k = 1, and
+        (n/k, n/k, k, k), the k*k taps of one output cell together, for k > 1.
+        """
+        key = ("window", b, coords, k)
+        if key not in self._tables:
+            n = len(coords)
+            at = torch.tensor(coords, device=self.index.device)
+            step = at.div(b, rounding_mode="floor")  # which neighbour: -1, 0, 1
+            cell = at - step * b
+            patch = self.neighbours[:, step + 1][:, :, step + 1]  # (V, n, n)
+            table = (patch * (b * b) + cell[:, None] * b + cell).clamp(max=self.count * b * b)
+            self._tables[key] = table.view(-1, n // k, k, n // k, k).transpose(2, 3).flatten()
+        return self._tables[key]
+
+    def cell_table(self, b: int, coords: tuple[int, ...], k: int = 1) -> Tensor:
+        """(V*b*b, K) int64: every place of every window in which a cell stands; the transpose of `window_table`.
+
+        V*n*n stands for "no further place". K is at most (1 + ceil(halo / b))^2 for a plain window, so the
+        backward pass is a gather and a sum: no atomics, and the same order of additions every time.
+        """
+        key = ("cell", b, coords, k)
+        if key not in self._tables:
+            n, device = len(coords), self.index.device
+            steps, places = (torch.tensor(t, device=device) for t in _places(b, coords))  # (b, S) each
+            patch = self.neighbours[:, steps + 1][:, :, :, steps + 1]  # (V, b, S, b, S)
+            group, tap = places.div(k, rounding_mode="floor"), places % k
+            down, along = (group * n + tap) * k, group * k * k + tap
+            at = patch * (n * n) + down[:, :, None, None] + along
+            nothing = (places < 0)[:, :, None, None] | (places < 0)
+            at = at.masked_fill(nothing, self.count * n * n).clamp(max=self.count * n * n)
+            self._tables[key] = at.transpose(2, 3).reshape(self.count * b * b, -1)
+        return self._tables[key]
+
+
+@lru_cache(maxsize=256)
+def _places(b: int, coords: tuple[int, ...]) -> tuple[list[list[int]], list[list[int]]]:
+    """For each cell of a patch, along one axis: (neighbour whose window shows it, place in that window).
+
+    The neighbour at step d sees my cell y at its coordinate y - d*b. Padded with place -1 to equal length.
+    """
+    shown = [[(d, i) for d in (0, -1, 1) for i, at in enumerate(coords) if at == y - d * b] for y in range(b)]
+    width = max(len(s) for s in shown)
+    padded = [s + [(0, -1)] * (width - len(s)) for s in shown]
+    return [[d for d, _ in s] for s in padded], [[i for _, i in s] for s in padded]
+
+
+def _first_true(flat: Tensor) -> Tensor:
+    """Positions along dim 1 of (B, n) bool, the True ones first, each group ascending."""
+    return flat.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
