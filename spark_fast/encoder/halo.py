@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from spark_fast.encoder.depthwise import depthwise
 from spark_fast.encoder.visible import Visible
 
 
@@ -118,13 +119,19 @@ class HaloConv(Halo):
             out = F.linear(x[:, :, ::s, ::s].permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
             return out.permute(0, 3, 1, 2)
         if way == "canvas":
-            return visible.pack(super().forward(visible.unpack(x)))  # type: ignore[misc]
+            return visible.pack(self._convolve(visible.unpack(x), lo))
         if way == "window":
-            window = gather_window(x, visible, lo, hi)
-            return F.conv2d(window, self.weight, self.bias, s, 0, d, self.groups)
+            return self._convolve(gather_window(x, visible, lo, hi), 0)
         taps = tuple(o * s - lo + t * d for o in range(b // s) for t in range(k))
         columns = gather(x, visible, taps, k).view(-1, b // s, b // s, k * k * x.shape[1])
         return F.linear(columns, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
+
+    def _convolve(self, x: Tensor, padding: int) -> Tensor:
+        """The layer's own convolution, with another padding."""
+        s, d = _square(self.stride), _square(self.dilation)
+        if self.groups == self.weight.shape[0] == x.shape[1] and d == 1:
+            return depthwise(x, self.weight, self.bias, s, padding)
+        return F.conv2d(x, self.weight, self.bias, s, padding, d, self.groups)
 
 
 class HaloPool(Halo):
