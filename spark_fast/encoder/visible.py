@@ -63,12 +63,10 @@ class Visible:
         flat = torch.zeros(self.batch, self.grid[0] * self.grid[1], dtype=torch.bool, device=self.index.device)
         return flat.scatter(1, self.index, True).view(self.batch, *self.grid)
 
-    @property
-    def masked(self) -> Tensor:
-        """(B*(h*w - L),) int64, the masked patches of the batch, image-major."""
-        holes = _first_true(~self.mask.flatten(1))[:, : self.grid[0] * self.grid[1] - self.per_image]
-        images = torch.arange(self.batch, device=holes.device)[:, None]
-        return (images * (self.grid[0] * self.grid[1]) + holes).flatten()
+    def complement(self) -> Visible:
+        """The masked patches of the same batch."""
+        holes = self.grid[0] * self.grid[1] - self.per_image
+        return Visible(_first_true(~self.mask.flatten(1))[:, :holes], self.grid)
 
     def cells(self, height: int) -> Tensor:
         """(B, 1, height, width) bool: the visible cells of a dense map of that height."""

@@ -1,0 +1,70 @@
+"""The light UNet decoder of SparK: dense, one block for each factor of two, levels added on the way up.
+
+Structure and initialisation are those of the published code (pretrain/decoder.py), with its parameter names.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class UNetBlock(nn.Module):
+    """Twice the resolution: (B, cin, h, w) -> (B, cout, 2h, 2w)."""
+
+    def __init__(self, cin: int, cout: int) -> None:
+        super().__init__()
+        self.up_sample = nn.ConvTranspose2d(cin, cin, kernel_size=4, stride=2, padding=1)
+        self.conv = nn.Sequential(
+            nn.Conv2d(cin, cin, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(cin),
+            nn.ReLU6(inplace=True),
+            nn.Conv2d(cin, cout, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(cout),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, cin, h, w) -> (B, cout, 2h, 2w)."""
+        return self.conv(self.up_sample(x))
+
+
+class Decoder(nn.Module):
+    """From the densified pyramid to pixels.
+
+    Args:
+        patch: the total stride, a power of two; log2(patch) blocks.
+        width: channels of the coarsest level, halved by every block.
+
+    Raises:
+        ValueError: `patch` is no power of two, or `width` cannot be halved that often.
+    """
+
+    def __init__(self, patch: int, width: int = 768) -> None:
+        super().__init__()
+        blocks = patch.bit_length() - 1
+        if patch != 2**blocks:
+            raise ValueError(f"the decoder needs a total stride that is a power of two, got {patch}")
+        if width < 1 or width % 2**blocks:
+            raise ValueError(f"decoder_width {width} must be a multiple of {2**blocks} (halved {blocks} times)")
+        widths = [width // 2**i for i in range(blocks + 1)]
+        self.dec = nn.ModuleList(UNetBlock(cin, cout) for cin, cout in zip(widths, widths[1:], strict=False))
+        self.proj = nn.Conv2d(widths[-1], 3, kernel_size=1)
+        self.apply(_initialize)
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        """Levels coarsest first, (B, width / 2^i, h * 2^i, w * 2^i) -> (B, 3, H, W)."""
+        x = levels[0]
+        for i, block in enumerate(self.dec):
+            if 0 < i < len(levels):
+                x = x + levels[i]
+            x = block(x)
+        return self.proj(x)
+
+
+def _initialize(module: nn.Module) -> None:
+    """As published. ConvTranspose2d is no subclass of Conv2d, so its Kaiming branch does apply."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.ConvTranspose2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and module.bias is not None:
+        nn.init.zeros_(module.bias)

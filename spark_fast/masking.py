@@ -1,0 +1,61 @@
+"""The patch mask as a pure function of (seed, step, position in the global batch).
+
+Nothing is drawn from a generator with a state: the mask of an image is the same on any number of ranks, after any
+interruption, and on any device, and it is made on the device where it is used.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def num_visible(grid: tuple[int, int], mask_ratio: float) -> int:
+    """Patches kept per image, round(h*w*(1 - mask_ratio)) as published.
+
+    Raises:
+        ValueError: a ratio outside (0, 1), or one that leaves no patch visible, or none masked.
+    """
+    if not 0 < mask_ratio < 1:
+        raise ValueError(f"mask ratio must be between 0 and 1, got {mask_ratio}")
+    patches = grid[0] * grid[1]
+    kept = round(patches * (1 - mask_ratio))
+    if not 0 < kept < patches:
+        what = "no patch visible" if kept == 0 else "no patch masked"
+        raise ValueError(
+            f"mask ratio {mask_ratio} leaves {what} of the {grid[0]}x{grid[1]} patches of an image; "
+            f"use a larger input or another ratio"
+        )
+    return kept
+
+
+def sample_visible(
+    seed: int, step: int | Tensor, positions: Tensor, grid: tuple[int, int], keep: int
+) -> Tensor:
+    """The visible patches of the images at `positions` of the global batch of `step`.
+
+    Args:
+        positions: (B,) int64, on the device where the mask is wanted.
+        keep: patches kept per image.
+
+    Returns:
+        (B, keep) int64, patch indices y*w + x, ascending: the `keep` patches with the smallest random keys, so
+        every subset is equally likely.
+    """
+    patches = torch.arange(grid[0] * grid[1], device=positions.device)
+    stream = _mix(_mix(torch.as_tensor(seed, device=positions.device)) + step)
+    keys = _mix(_mix(stream + positions)[:, None] + patches)  # (B, h*w)
+    return keys.argsort(dim=1)[:, :keep].sort(dim=1).values
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The splitmix64 generator's step (Steele, Lea, Flood 2014) on int64, which wraps as uint64 does."""
+    x = x + -7046029254386353131  # 0x9E3779B97F4A7C15
+    x = (x ^ _shift(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ _shift(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift: >> on int64 copies the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

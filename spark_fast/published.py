@@ -1,0 +1,101 @@
+"""Checkpoints in the published SparK naming.
+
+    published                                 here
+    sparse_encoder.sp_cnn.<network>           encoder.network.<network>
+    dense_decoder.*                           decoder.*
+    densify_norms.*, densify_projs.*, mask_tokens.*   the same
+
+The network's own names are timm's for ResNets and the official ones for ConvNeXts; `timm.create_model(...,
+features_only=True)` writes `stages_0` for timm's `stages.0`, so names are compared with dots and underscores alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+DEPRECATED = {"imn_m", "imn_s", "norm_black"}  # buffers of the published module that were never used
+PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+
+# official ConvNeXt -> timm
+CONVNEXT = [
+    (r"^downsample_layers\.0\.", "stem."),
+    (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
+    (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"\.dwconv\.", ".conv_dw."),
+    (r"\.pwconv(\d)\.", r".mlp.fc\1."),
+    (r"\.grn\.gamma$", ".mlp.grn.weight"),
+    (r"\.grn\.beta$", ".mlp.grn.bias"),
+]
+
+
+def load_spark_state_dict(model: nn.Module, state: Mapping) -> None:
+    """Load a checkpoint of the published code into a model from `build_spark`.
+
+    Args:
+        state: the state dict itself, or the whole checkpoint with the state under "module"; ResNets in timm's
+            names, ConvNeXts in the official ones. The three deprecated buffers and "config" are ignored.
+
+    Raises:
+        ValueError: tensors missing, unknown, or of another shape, by name. The model is then unchanged.
+    """
+    state = state["module"] if isinstance(state.get("module"), Mapping) else state
+    own = {_plain(name): name for name in model.state_dict()}
+    found: dict[str, Tensor] = {}
+    unknown = []
+    for published, value in state.items():
+        name = strip_prefixes(published)
+        if name in DEPRECATED or name == "config":
+            continue
+        target = own.get(_plain(_translate(name)))
+        if target is None:
+            unknown.append(published)
+        else:
+            found[target] = value
+    load_strictly(model, found, unknown)
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], unknown: list[str] | None = None) -> None:
+    """Load a state dict whole, or not at all, with a message that names what does not fit.
+
+    Raises:
+        ValueError: tensors missing, unknown, or of another shape.
+    """
+    own = model.state_dict()
+    unknown = (unknown or []) + [name for name in state if name not in own]
+    missing = [name for name in own if name not in state]
+    shapes = [
+        f"{n} is {tuple(state[n].shape)}, the model's {tuple(v.shape)}"
+        for n, v in own.items()
+        if n in state and state[n].shape != v.shape
+    ]
+    problems = []
+    for what, names in (("wrong shape", shapes), ("missing", missing), ("not in this model", unknown)):
+        if names:
+            more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+            problems.append(f"{what}: {'; '.join(names[:3])}{more}")
+    if problems:
+        raise ValueError("the checkpoint does not fit this model. " + ". ".join(problems))
+    model.load_state_dict(state)
+
+
+def strip_prefixes(name: str) -> str:
+    """Without the prefixes that wrappers add, in any order."""
+    while name.startswith(PREFIXES):
+        name = name.partition(".")[2]
+    return name
+
+
+def _translate(name: str) -> str:
+    if name.startswith("sparse_encoder.sp_cnn."):
+        inner = name.removeprefix("sparse_encoder.sp_cnn.")
+        for pattern, replacement in CONVNEXT:
+            inner = re.sub(pattern, replacement, inner)
+        return "encoder.network." + inner
+    return re.sub(r"^dense_decoder\.", "decoder.", name)
+
+
+def _plain(name: str) -> str:
+    return name.replace(".", "_")

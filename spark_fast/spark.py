@@ -1,0 +1,178 @@
+"""SparK on one page: mask, encode, densify, decode, loss (Tian et al., ICLR 2023, section 3).
+
+The encoder sees the visible patches alone and returns them packed, (V, C_i, b_i, b_i) per level. Densifying
+normalises them, lays them out on the whole map with a learned token in every hole, and projects to the decoder's
+width. The decoder is dense; its loss is taken on the masked patches.
+
+Names: B images of H x W, patch p px, grid (h, w) = (H/p, W/p), V visible patches in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+
+import timm
+import torch
+from timm.layers import LayerNorm2d, convert_sync_batchnorm
+from torch import Tensor, nn
+
+from spark_fast.decoder import Decoder
+from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, Visible
+from spark_fast.masking import num_visible
+
+ENCODERS: dict[str, type[Encoder]] = {"packed": PackedEncoder, "masked": MaskedEncoder}
+
+
+class SparK(nn.Module):
+    """Masked image modelling with a ConvNet encoder.
+
+    Args:
+        encoder: an encoder of visible patches.
+        input_size: (H, W) in pixels.
+        mask_ratio: share of the patches hidden, 0.6 as published.
+        decoder_width: channels of the decoder at the coarsest level.
+
+    Raises:
+        ValueError: a mask ratio or a decoder width that does not fit.
+    """
+
+    def __init__(
+        self, encoder: Encoder, input_size: tuple[int, int], mask_ratio: float = 0.6, decoder_width: int = 768
+    ) -> None:
+        super().__init__()
+        self.input_size, self.patch = input_size, encoder.patch
+        self.grid = (input_size[0] // self.patch, input_size[1] // self.patch)
+        self.num_visible = num_visible(self.grid, mask_ratio)
+        self.encoder = encoder
+        self.decoder = Decoder(self.patch, decoder_width)
+        norm = _densify_norm(encoder)
+        self.densify_norms, self.densify_projs = nn.ModuleList(), nn.ModuleList()
+        self.mask_tokens = nn.ParameterList()
+        for i, channels in enumerate(reversed(encoder.channels)):  # coarsest first
+            self.densify_norms.append(norm(channels))
+            self.densify_projs.append(_projection(channels, decoder_width // 2**i, coarsest=i == 0))
+            token = nn.init.trunc_normal_(torch.zeros(1, channels, 1, 1), std=0.02, a=-0.02, b=0.02)
+            self.mask_tokens.append(nn.Parameter(token))
+
+    def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+        """The reconstruction loss of a batch, a scalar in fp32 (float64 for a float64 model).
+
+        Args:
+            images: (B, 3, H, W).
+            visible: bool (B, h, w), True where visible; or int64 (B, L), the visible patches of each image as
+                y*w + x ascending, which needs no look at the data; drawn when None.
+
+        Raises:
+            ValueError: images of another size, or a mask that keeps unequal numbers of patches.
+        """
+        seen = self._visible(images, visible)
+        pixels = self._decode(images, seen)
+        holes = seen.complement()
+        predicted = holes.pack(pixels)  # (M, 3, p, p), the masked patches
+        wide = torch.float64 if images.dtype == torch.float64 else torch.float32
+        target = holes.pack(images).to(wide)
+        mean, std = _patch_statistics(target)
+        return (predicted.to(wide) - (target - mean) / std).square().mean()
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, visible: Tensor) -> Tensor:
+        """(B, 3, H, W) at input scale: visible pixels kept, masked patches filled in by the decoder.
+
+        The decoder predicts patches normalised by their own mean and deviation, which are taken from `images`.
+        """
+        seen = self._visible(images, visible)
+        holes = seen.complement()
+        mean, std = _patch_statistics(holes.pack(images))
+        filled = holes.pack(self._decode(images, seen)).to(images.dtype) * std + mean
+        return torch.where(seen.cells(images.shape[2]), images, holes.unpack(filled))
+
+    def encode(self, images: Tensor, visible: Tensor) -> list[Tensor]:
+        """Dense feature maps (B, C_i, H_i, W_i) of the visible patches, finest first, zero where masked."""
+        seen = self._visible(images, visible)
+        return [seen.unpack(f) for f in self.encoder(images, seen)]
+
+    def _decode(self, images: Tensor, seen: Visible) -> Tensor:
+        """Encode, densify, decode: (B, 3, H, W), every patch in units of its own deviation."""
+        levels = []
+        layers = zip(self.densify_norms, self.mask_tokens, self.densify_projs, strict=True)
+        for features, (norm, token, project) in zip(reversed(self.encoder(images, seen)), layers, strict=True):
+            dense = seen.unpack(norm(features), fill=token.flatten())  # (B, C_i, H_i, W_i)
+            levels.append(project(dense))
+        return self.decoder(levels)
+
+    def _visible(self, images: Tensor, visible: Tensor | None) -> Visible:
+        if tuple(images.shape[1:]) != (3, *self.input_size):
+            raise ValueError(f"images must be (B, 3, {self.input_size[0]}, {self.input_size[1]}), got {tuple(images.shape)}")
+        if visible is None:
+            keys = torch.rand(len(images), self.grid[0] * self.grid[1], device=images.device)
+            visible = keys.argsort(dim=1)[:, : self.num_visible].sort(dim=1).values
+        if visible.dtype != torch.bool:
+            return Visible(visible, self.grid)
+        if tuple(visible.shape) != (len(images), *self.grid):
+            raise ValueError(f"visible must be ({len(images)}, {self.grid[0]}, {self.grid[1]}), got {tuple(visible.shape)}")
+        return Visible.from_mask(visible)
+
+
+def build_spark(
+    model: str | nn.Module = "resnet50",
+    *,
+    input_size: int | tuple[int, int] = 224,
+    mask_ratio: float = 0.6,
+    decoder_width: int = 768,
+    encoder: str = "packed",
+    model_kwargs: dict | None = None,
+    sync_batchnorm: bool = False,
+) -> SparK:
+    """Build SparK around a ConvNet.
+
+    Args:
+        model: a timm name, or an nn.Module that returns a list of feature maps (it is converted in place).
+        input_size: pixels, one number or (H, W); a multiple of the network's total stride.
+        encoder: "packed", or "masked" for the published way.
+        model_kwargs: passed to `timm.create_model`, e.g. {"drop_path_rate": 0.05}.
+        sync_batchnorm: batch statistics over all ranks (`torch.nn.SyncBatchNorm`).
+
+    Raises:
+        ValueError: an unknown model (the nearest names are given), one whose layers cannot be packed (named), or a
+            size, mask ratio or width that does not fit.
+    """
+    if encoder not in ENCODERS:
+        raise ValueError(f"unknown encoder {encoder!r}; there are {', '.join(ENCODERS)}")
+    size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+    network = _timm_features(model, model_kwargs or {}) if isinstance(model, str) else model
+    if sync_batchnorm:
+        network = convert_sync_batchnorm(network)
+    spark = SparK(ENCODERS[encoder](network, size), size, mask_ratio, decoder_width)
+    if sync_batchnorm:
+        for name in ("decoder", "densify_norms"):
+            setattr(spark, name, convert_sync_batchnorm(getattr(spark, name)))
+    return spark
+
+
+def _timm_features(name: str, kwargs: dict) -> nn.Module:
+    if not timm.is_model(name):
+        near = get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models()"
+        raise ValueError(f"unknown model {name!r}{hint}")
+    return timm.create_model(name, features_only=True, **kwargs)
+
+
+def _densify_norm(encoder: nn.Module) -> Callable[[int], nn.Module]:
+    """BatchNorm for networks that use it (ResNets), LayerNorm for the others (ConvNeXts), as published."""
+    batch = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in encoder.modules())
+    return nn.BatchNorm2d if batch else LayerNorm2d
+
+
+def _projection(channels: int, width: int, coarsest: bool) -> nn.Module:
+    """1x1 at the coarsest level, the identity if the widths agree there; 3x3 above."""
+    if coarsest and channels == width:
+        return nn.Identity()
+    k = 1 if coarsest else 3
+    return nn.Conv2d(channels, width, kernel_size=k, padding=k // 2)
+
+
+def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of every patch, (M, 3, p, p) -> two (M, 1, 1, 1); unbiased variance plus 1e-6."""
+    var, mean = torch.var_mean(patches, dim=(1, 2, 3), keepdim=True)
+    return mean, (var + 1e-6).sqrt()

@@ -1,0 +1,73 @@
+"""Optimiser, its parameter groups, clipping and schedules, as published (pretrain/utils/lr_control.py, lamb.py)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from timm.optim import Lamb
+from torch import Tensor, nn
+
+NO_DECAY = ("cls_token", "pos_embed", "mask_token", "gamma")  # by part of the name, as published
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """Two groups: with weight decay, and without (1-d tensors, biases, mask tokens, layer scale)."""
+    decay, no_decay = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        exempt = parameter.dim() == 1 or name.endswith(".bias") or any(part in name for part in NO_DECAY)
+        (no_decay if exempt else decay).append(parameter)
+    return [{"params": decay, "decays": True}, {"params": no_decay, "decays": False}]
+
+
+def build_optimizer(name: str, model: nn.Module, beta2: float) -> torch.optim.Optimizer:
+    """LAMB (timm's), AdamW or SGD with Nesterov momentum; rates are set before every step by `schedule`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    groups = parameter_groups(model)
+    if name == "lamb":
+        # the gradient is clipped by `clip_gradients`, which also reports its norm: one pass instead of two
+        return Lamb(groups, lr=0.0, betas=(0.9, beta2), weight_decay=0.0, max_grad_norm=None)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, beta2), weight_decay=0.0)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True, weight_decay=0.0)
+    raise ValueError(f"unknown optimizer {name!r}; there are lamb, adamw, sgd")
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients together to `max_norm` if they exceed it (0: never); returns the norm before, on device."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if max_norm > 0:
+        torch._foreach_mul_(grads, (max_norm / norm).clamp(max=1.0))
+    return norm
+
+
+def learning_rate(step: int, peak: float, warmup: float, total: int) -> float:
+    """Linear from 0.005 of the peak over `warmup` steps, then a half cosine to 0.001 of it at the last step."""
+    warmup = round(warmup)
+    if step < warmup:
+        return peak * (0.005 + 0.995 * step / warmup)
+    return 0.001 * peak + 0.999 * peak * _half_cosine(step - warmup, total - 1 - warmup)
+
+
+def weight_decay(step: int, start: float, end: float, total: int) -> float:
+    """A half cosine from `start` to `end` over the run."""
+    return end + (start - end) * _half_cosine(step, total - 1)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, decay: float) -> None:
+    """Write this step's rates into the groups."""
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = lr, decay if group["decays"] else 0.0
+
+
+def _half_cosine(step: int, last: int) -> float:
+    """1 at step 0, 0 at step `last`."""
+    return 0.5 + 0.5 * math.cos(math.pi * step / max(1, last))

@@ -1,0 +1,45 @@
+"""What several tests share: where the recorded figures and the real images are."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(os.environ.get("SPARK_FAST_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def golden_folder() -> Path:
+    if not (SHARED / "golden").is_dir():
+        pytest.skip(f"no recorded figures of the published code at {SHARED / 'golden'}")
+    return SHARED / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden(golden_folder):
+    """name -> (figures, arrays, starting state dict as float32 tensors)."""
+    spec = importlib.util.spec_from_file_location("golden_weights", golden_folder / "weights.py")
+    weights = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(weights)
+
+    def load(name):
+        figures, arrays = weights.load(golden_folder / f"{name}.json")
+        state = {k: torch.from_numpy(v) for k, v in weights.state_dict(figures["parameters"]).items()}
+        return figures, arrays, state
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def imagenet_sample() -> Path:
+    folder = SHARED / "data" / "imagenet_sample"
+    if not folder.is_dir():
+        pytest.skip(f"no real images at {folder}")
+    return folder
