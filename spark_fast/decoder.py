@@ -44,7 +44,9 @@ class Decoder(nn.Module):
         if patch != 2**blocks:
             raise ValueError(f"the decoder needs a total stride that is a power of two, got {patch}")
         if width < 1 or width % 2**blocks:
-            raise ValueError(f"decoder_width {width} must be a multiple of {2**blocks} (halved {blocks} times)")
+            raise ValueError(
+                f"decoder_width {width} must be a multiple of {2**blocks} (halved {blocks} times)"
+            )
         widths = [width // 2**i for i in range(blocks + 1)]
         self.dec = nn.ModuleList(UNetBlock(cin, cout) for cin, cout in zip(widths, widths[1:], strict=False))
         self.proj = nn.Conv2d(widths[-1], 3, kernel_size=1)

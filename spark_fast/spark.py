@@ -96,21 +96,27 @@ class SparK(nn.Module):
         """Encode, densify, decode: (B, 3, H, W), every patch in units of its own deviation."""
         levels = []
         layers = zip(self.densify_norms, self.mask_tokens, self.densify_projs, strict=True)
-        for features, (norm, token, project) in zip(reversed(self.encoder(images, seen)), layers, strict=True):
+        for features, (norm, token, project) in zip(
+            reversed(self.encoder(images, seen)), layers, strict=True
+        ):
             dense = seen.unpack(norm(features), fill=token.flatten())  # (B, C_i, H_i, W_i)
             levels.append(project(dense))
         return self.decoder(levels)
 
     def _visible(self, images: Tensor, visible: Tensor | None) -> Visible:
         if tuple(images.shape[1:]) != (3, *self.input_size):
-            raise ValueError(f"images must be (B, 3, {self.input_size[0]}, {self.input_size[1]}), got {tuple(images.shape)}")
+            raise ValueError(
+                f"images must be (B, 3, {self.input_size[0]}, {self.input_size[1]}), got {tuple(images.shape)}"
+            )
         if visible is None:
             keys = torch.rand(len(images), self.grid[0] * self.grid[1], device=images.device)
             visible = keys.argsort(dim=1)[:, : self.num_visible].sort(dim=1).values
         if visible.dtype != torch.bool:
             return Visible(visible, self.grid)
         if tuple(visible.shape) != (len(images), *self.grid):
-            raise ValueError(f"visible must be ({len(images)}, {self.grid[0]}, {self.grid[1]}), got {tuple(visible.shape)}")
+            raise ValueError(
+                f"visible must be ({len(images)}, {self.grid[0]}, {self.grid[1]}), got {tuple(visible.shape)}"
+            )
         return Visible.from_mask(visible)
 
 

@@ -11,7 +11,7 @@ and a converted layer keeps its parameters, their names and its place, so the st
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import timm.layers as tl
 from timm.layers import activations as timm_activations
@@ -65,7 +65,9 @@ def convert(network: nn.Module, table: list[tuple[set, type]], current: Current)
     if unknown:
         listed = ", ".join(f"{path or 'network'} ({type(m).__name__})" for path, m in unknown[:5])
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise UnsupportedLayer(f"cannot be packed: {listed}{more}. A layer must be of a kind listed in pack.py")
+        raise UnsupportedLayer(
+            f"cannot be packed: {listed}{more}. A layer must be of a kind listed in pack.py"
+        )
     for path, module in plans:
         mixin = next((mixin for types, mixin in table if type(module) in types), None)
         if mixin is None:
@@ -100,7 +102,11 @@ def _check_geometry(path: str, module: nn.Module) -> None:
         value = getattr(module, name, 1)
         if isinstance(value, tuple) and len(set(value)) > 1:
             reasons.append(f"{name}={value} (not square)")
-    if isinstance(module, nn.AvgPool2d) and not module.count_include_pad and module.padding not in (0, (0, 0)):
+    if (
+        isinstance(module, nn.AvgPool2d)
+        and not module.count_include_pad
+        and module.padding not in (0, (0, 0))
+    ):
         reasons.append("count_include_pad=False with padding")
     if getattr(module, "return_indices", False):
         reasons.append("return_indices=True")
@@ -117,7 +123,7 @@ def _convert_layer(module: nn.Module, mixin: type, current: Current) -> nn.Modul
     return converted
 
 
-@lru_cache(maxsize=None)
+@cache
 def _converted_class(mixin: type, base: type) -> type:
     """Made on demand, as torch.nn.utils.parametrize does, so that each kind is written once for all types."""
     return type(f"{mixin.__name__}{base.__name__}", (mixin, base), {})

@@ -1,0 +1,128 @@
+"""The command `spark-fast-train`: settings -> pipeline -> model -> loop.
+
+Exit codes: 0 done, 2 settings, 3 data, 4 loss not finite, 6 storage or checkpoint, 75 interrupted and saved.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipelines import DataError, Pipeline, build_pipeline
+from spark_fast.spark import SparK, build_spark
+from spark_fast.training.checkpoint import CheckpointError, load_weights
+from spark_fast.training.distributed import HostSyncBatchNorm, Ranks, join
+from spark_fast.training.heap import keep_heap
+from spark_fast.training.loop import NotFiniteError, PretrainRun
+from spark_fast.training.resume import checkpoint_to_resume
+from spark_fast.training.run_folder import open_run_folder
+from spark_fast.training.settings import Settings, SettingsError, parse
+
+PICTURED = 8  # images in a reconstruction picture
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    ranks = None
+    try:
+        settings = parse(sys.argv[1:] if argv is None else argv)
+        ranks = join(settings.run.device)
+        return pretrain(settings, ranks)
+    except (SettingsError, ValueError) as error:
+        return _complain(error, 2)
+    except DataError as error:
+        return _complain(error, 3)
+    except NotFiniteError as error:
+        return _complain(error, 4)
+    except CheckpointError as error:
+        return _complain(error, 6)
+    finally:
+        if ranks is not None:
+            ranks.close()
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"spark-fast-train: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+def pretrain(settings: Settings, ranks: Ranks) -> int:
+    """Build everything, train to the end or to an interruption; returns the exit code."""
+    if settings.run.threads:
+        torch.set_num_threads(settings.run.threads)
+    if ranks.device.type == "cpu":
+        keep_heap()
+    torch.manual_seed(settings.run.seed)
+    pipeline = open_pipeline(settings, ranks, batch_size=settings.data.batch_size)
+    try:
+        model = open_model(settings, ranks)
+        resume = checkpoint_to_resume(settings)
+        folder = open_run_folder(settings) if ranks.main else None
+        pictured = pictured_images(settings, ranks) if folder is not None else None
+        run = PretrainRun(settings, ranks, pipeline, model, folder, pictured)
+        if resume is not None:
+            run.restore(resume)
+        elif settings.model.init_weight:
+            load_weights(Path(settings.model.init_weight), model)
+        return run.train()
+    finally:
+        pipeline.close()
+
+
+def open_pipeline(settings: Settings, ranks: Ranks, *, batch_size: int, augment: bool = True) -> Pipeline:
+    """The pipeline of this rank."""
+    return build_pipeline(
+        settings.data.data_path or None,
+        pipeline=settings.data.pipeline,
+        batch_size=batch_size,
+        input_size=settings.size,
+        seed=settings.run.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=ranks.device,
+        workers=settings.data.workers,
+        prefetch=settings.data.prefetch,
+        augment=augment,
+        max_bad_fraction=settings.data.max_bad_fraction,
+    )
+
+
+def pictured_images(settings: Settings, ranks: Ranks) -> Tensor | None:
+    """A few images for the reconstruction pictures, the same ones all through the run, centrally cropped."""
+    if not settings.run.picture_every:
+        return None
+    alone = replace(ranks, rank=0, world_size=1)
+    pipeline = open_pipeline(
+        settings, alone, batch_size=min(PICTURED, settings.data.batch_size), augment=False
+    )
+    try:
+        return next(iter(pipeline.epoch(0))).images
+    finally:
+        pipeline.close()
+
+
+def open_model(settings: Settings, ranks: Ranks) -> SparK:
+    """The model on this rank's device, channels_last."""
+    synced = settings.run.sync_batchnorm and ranks.world_size > 1
+    model = build_spark(
+        settings.network,
+        input_size=settings.size,
+        mask_ratio=settings.model.mask_ratio,
+        decoder_width=settings.model.decoder_width,
+        encoder=settings.model.encoder,
+        model_kwargs={"drop_path_rate": settings.drop_path} if settings.drop_path else None,
+        sync_batchnorm=synced and ranks.device.type == "cuda",
+    )
+    if synced and ranks.device.type == "cpu":
+        HostSyncBatchNorm.replace_in(model)
+    return model.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

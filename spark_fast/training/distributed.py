@@ -1,0 +1,103 @@
+"""The ranks of a run: one process per device, started by torchrun, or this process alone."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce as all_reduce_with_gradient
+
+from spark_fast.training.settings import SettingsError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    control: dist.ProcessGroup | None  # a gloo group for flags: agreeing on one never touches the device
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank writes the run folder."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank raised its flag; a host-side exchange, no synchronisation with a GPU."""
+        if self.control is None:
+            return flag
+        value = torch.tensor([int(flag)])
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(value)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over the ranks, on the device."""
+        if self.world_size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= self.world_size
+        return value
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self.world_size > 1 or dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(device: str) -> Ranks:
+    """Join the ranks that torchrun started, or stand alone.
+
+    Raises:
+        SettingsError: a GPU is asked for and there is none, or fewer than ranks on this node.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device cuda: torch sees no GPU here (torch.cuda.is_available() is False)")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if on_gpu and local >= torch.cuda.device_count():
+        raise SettingsError(
+            f"rank {local} of this node has no GPU of its own: {torch.cuda.device_count()} GPUs are visible; "
+            f"start as many processes per node"
+        )
+    where = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(where)
+    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+        return Ranks(0, 1, where, None)
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=where if on_gpu else None)
+    return Ranks(dist.get_rank(), dist.get_world_size(), where, dist.new_group(backend="gloo"))
+
+
+class HostSyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d with statistics over all ranks, on the CPU (`nn.SyncBatchNorm` runs on GPUs only)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W); every rank brings the same N*H*W. Returns the same shape."""
+        if not self.training:
+            return super().forward(x)
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        mean = all_reduce_with_gradient(x.sum((0, 2, 3))) / count
+        centred = x - mean[:, None, None]
+        var = all_reduce_with_gradient(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():  # running statistics as BatchNorm2d keeps them, with the unbiased variance
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            self.running_var.lerp_((var * count / (count - 1)).to(self.running_var), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+    @classmethod
+    def replace_in(cls, module: nn.Module) -> None:
+        """Turn every plain BatchNorm2d below `module` into one of these, parameters shared."""
+        for name, child in module.named_children():
+            if type(child) is nn.BatchNorm2d:
+                synced = cls(child.num_features, child.eps, child.momentum)
+                synced.__dict__.update(child.__dict__)
+                setattr(module, name, synced)
+            else:
+                cls.replace_in(child)

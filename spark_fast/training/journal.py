@@ -1,0 +1,192 @@
+"""What a run tells: metrics.jsonl and TensorBoard at every log point, log.txt every epoch, a progress bar.
+
+Losses stay on the device between log points; reading them there is the only time the host waits for it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+T = TypeVar("T")
+
+
+class Meter:
+    """Sums over the steps since the last reading."""
+
+    def __init__(self) -> None:
+        self.loss: Tensor | None = None
+        self.grad_norm: Tensor | None = None
+        self.steps, self.wait = 0, 0.0
+        self.since = time.perf_counter()
+
+    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Count one step; nothing is read back from the device."""
+        self.loss = loss if self.loss is None else self.loss + loss
+        self.grad_norm = grad_norm
+        self.steps += 1
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """Pass batches on, counting the seconds spent waiting for them."""
+        iterator = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.wait += time.perf_counter() - asked
+            yield batch
+
+    def read(self, images_per_step: int, mean_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Means since the last reading, and start over. Synchronises host and device."""
+        assert self.loss is not None and self.grad_norm is not None
+        loss = mean_over_ranks(self.loss / self.steps).item()
+        norm = self.grad_norm.item()  # the same on every rank
+        seconds = time.perf_counter() - self.since
+        means = {
+            "loss": loss,
+            "grad_norm": norm,
+            "finite": math.isfinite(loss) and math.isfinite(norm),
+            "images_per_second": self.steps * images_per_step / seconds,
+            "data_wait": self.wait / seconds,
+            "seconds": seconds,
+            "steps": self.steps,
+        }
+        self.loss, self.steps, self.wait, self.since = None, 0, 0.0, time.perf_counter()
+        return means
+
+
+class Journal:
+    """Writes the run's story; on ranks other than the first it does nothing.
+
+    Args:
+        folder: the run folder, None on ranks that do not write.
+        total_steps, steps_per_epoch, epochs: of the run; `step`: where this process begins.
+    """
+
+    def __init__(
+        self, folder: Path | None, *, total_steps: int, steps_per_epoch: int, epochs: int, step: int
+    ) -> None:
+        self.folder, self.epochs = folder, epochs
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.rate = 0.0  # seconds per step, smoothed
+        self.epoch_sums = {"loss": 0.0, "seconds": 0.0, "wait": 0.0, "images": 0.0, "steps": 0.0}
+        if folder is None:
+            return
+        self.metrics = _reopen_metrics(folder / "metrics.jsonl", step)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+        console = Console(file=sys.__stderr__)
+        columns = ("[bold]epoch {task.fields[epoch]}", BarColumn(), MofNCompleteColumn())
+        numbers = ("loss {task.fields[loss]}", "{task.fields[speed]} images/s", "wait {task.fields[wait]}")
+        self.progress = Progress(
+            *[TextColumn(c) if isinstance(c, str) else c for c in (*columns, *numbers)],
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self.bar = self.progress.add_task(
+            "", total=total_steps, completed=step, epoch="", loss="", speed="", wait=""
+        )
+        self.live = console.is_terminal
+        if self.live:
+            self.progress.start()
+
+    def advance(self, step: int) -> None:
+        """One step is done; `step` of the run are."""
+        if self.folder is not None and self.live:
+            self.progress.update(self.bar, completed=step)
+
+    def point(self, step: int, means: dict[str, float], lr: float, weight_decay: float) -> None:
+        """A log point after `step` steps, with the means since the last one."""
+        for key, value in (("loss", means["loss"] * means["steps"]), ("seconds", means["seconds"])):
+            self.epoch_sums[key] += value
+        self.epoch_sums["wait"] += means["data_wait"] * means["seconds"]
+        self.epoch_sums["images"] += means["images_per_second"] * means["seconds"]
+        self.epoch_sums["steps"] += means["steps"]
+        latest = means["seconds"] / means["steps"]
+        self.rate = latest if self.rate == 0 else 0.7 * self.rate + 0.3 * latest
+        if self.folder is None:
+            return
+        epoch = (step - 1) // self.steps_per_epoch + 1
+        row = {"step": step, "epoch": epoch, "lr": lr, "weight_decay": weight_decay}
+        row |= {k: means[k] for k in ("loss", "grad_norm", "images_per_second", "data_wait")}
+        self.metrics.write(json.dumps(row) + "\n")
+        for key in ("loss", "lr", "weight_decay", "grad_norm", "images_per_second", "data_wait"):
+            self.board.add_scalar(f"train/{key}", row[key], step)
+        text = {
+            "epoch": f"{epoch}/{self.epochs}",
+            "loss": f"{means['loss']:.4f}",
+            "speed": f"{means['images_per_second']:.1f}",
+            "wait": f"{means['data_wait']:.1%}",
+        }
+        self.progress.update(self.bar, completed=step, **text)
+        if not self.live:
+            print(
+                f"epoch {text['epoch']}  step {step}/{self.total_steps}  loss {text['loss']}  "
+                f"{text['speed']} images/s  data wait {text['wait']}",
+                flush=True,
+            )
+
+    def epoch(self, step: int, notes: dict | None = None) -> None:
+        """An epoch, or this process's part of it, is complete after `step` steps."""
+        sums = self.epoch_sums
+        self.epoch_sums = dict.fromkeys(sums, 0.0)
+        if self.folder is None or sums["steps"] == 0:
+            return
+        remaining = timedelta(seconds=round((self.total_steps - step) * self.rate))
+        row = {
+            "epoch": f"{step // self.steps_per_epoch}/{self.epochs}",
+            "step": step,
+            "loss": sums["loss"] / sums["steps"],
+            "images_per_second": sums["images"] / sums["seconds"],
+            "data_wait": sums["wait"] / sums["seconds"],
+            "remaining": str(remaining),
+            "finish": (datetime.now() + remaining).strftime("%Y-%m-%d %H:%M"),
+            **(notes or {}),
+        }
+        with (self.folder / "log.txt").open("a") as log:
+            log.write(json.dumps(row) + "\n")
+        print(
+            f"epoch {row['epoch']} done: loss {row['loss']:.4f}, {row['images_per_second']:.1f} images/s, "
+            f"{row['data_wait']:.1%} of the time waiting for data, {remaining} to go",
+            flush=True,
+        )
+
+    def picture(self, grid: Tensor, step: int) -> None:
+        """A picture (3, H, W) uint8 for TensorBoard."""
+        if self.folder is not None:
+            self.board.add_image("reconstruction", grid, step)
+
+    def close(self) -> None:
+        """End the progress bar and the files."""
+        if self.folder is not None:
+            self.progress.stop()
+            self.metrics.close()
+            self.board.close()
+
+
+def _reopen_metrics(path: Path, step: int):
+    """Drop the lines of steps that will be run again (all after the checkpoint), then append."""
+    if path.exists():
+        rows = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
+        path.write_text("".join(rows))
+    return path.open("a", buffering=1)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")  # a line cut off when the process was killed

@@ -1,0 +1,96 @@
+"""The run folder: what is in it from the start, and a copy of everything printed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import TextIO
+
+import numpy
+import timm
+import torch
+import torchvision
+
+import spark_fast
+from spark_fast.training.checkpoint import CheckpointError
+from spark_fast.training.settings import Settings, SettingsError
+
+CHECKPOINT = "ckpt-last.pth"
+
+
+def open_run_folder(settings: Settings) -> Path:
+    """Make the run folder; write config.toml and the head of log.txt; copy stdout and stderr into it.
+
+    Raises:
+        SettingsError: it holds another run and this one does not resume it.
+        CheckpointError: it cannot be written.
+    """
+    folder = settings.folder
+    if (folder / CHECKPOINT).exists() and not settings.run.resume:
+        raise SettingsError(
+            f"{folder} holds a run already: go on with --resume auto, or choose another <experiment_name>"
+        )
+    try:
+        (folder / "reconstruction").mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(settings.to_toml())
+        with (folder / "log.txt").open("a") as log:
+            log.write(json.dumps(describe(settings)) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"the run folder {folder} cannot be written: {error}") from error
+    sys.stdout = _Copied(sys.stdout, folder / "stdout_backup.txt")  # type: ignore[assignment]
+    sys.stderr = _Copied(sys.stderr, folder / "stderr_backup.txt")  # type: ignore[assignment]
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+    return folder
+
+
+def describe(settings: Settings) -> dict:
+    """What a reader needs to repeat the run: commit, versions, machine, command, settings."""
+    return {
+        "name": settings.run.exp_name,
+        "cmd": shlex.join(sys.argv),
+        "git_commit_id": _git_commit(),
+        "versions": {
+            "spark_fast": spark_fast.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "timm": timm.__version__,
+            "numpy": numpy.__version__,
+        },
+        "machine": {"host": platform.node(), "cpus": os.cpu_count(), "gpus": torch.cuda.device_count()},
+        "settings": settings.to_dict(),
+    }
+
+
+def _git_commit() -> str:
+    """The commit of this program's checkout, or [unknown] where it was installed without one."""
+    here = Path(spark_fast.__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "[unknown]"
+    return found.stdout.strip() or "[unknown]"
+
+
+class _Copied:
+    """A stream that also writes to a file."""
+
+    def __init__(self, stream: TextIO, path: Path) -> None:
+        self._stream, self._file = stream, path.open("a", buffering=1)
+
+    def write(self, text: str) -> int:
+        self._file.write(text)
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)

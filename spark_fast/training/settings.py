@@ -1,0 +1,306 @@
+"""Every setting of a run, typed, in one tree: defaults < `--config file.toml` < flags.
+
+The tree is parsed by tyro. A TOML file is turned into the flags it stands for and put before the command line's
+own, so a file is checked exactly as flags are: unknown keys are errors that name the nearest ones. The spellings of
+the published script are aliases.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+import tyro
+from tyro.conf import OmitArgPrefixes, arg
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PUBLISHED_MODELS = {
+    "res50": "resnet50",
+    "res101": "resnet101",
+    "res152": "resnet152",
+    "res200": "resnet200",
+    "cnxS": "convnext_small",
+    "cnxB": "convnext_base",
+    "cnxL": "convnext_large",
+}
+PUBLISHED_DROP_PATH = {
+    "resnet50": 0.05,
+    "resnet101": 0.08,
+    "resnet152": 0.10,
+    "resnet200": 0.15,
+    "convnext_small": 0.2,
+    "convnext_base": 0.3,
+    "convnext_large": 0.4,
+}
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used, in words for the person who chose it."""
+
+
+@dataclass
+class Data:
+    """The images and how they reach the device."""
+
+    data_path: str = ""
+    """image folder (ImageNet layout or flat), file list, or shards made by tools/convert_imagenet.py"""
+    pipeline: str = "torch"
+    """torch, or synthetic (generated images: the speed without any data)"""
+    input_size: str = "224"
+    """pixels, N or HxW; a multiple of the network's total stride"""
+    batch_size: Annotated[int, arg(aliases=["--bs"])] = 4096
+    """images per step over all ranks"""
+    workers: Annotated[int, arg(aliases=["--dataloader_workers"])] = 8
+    """decoding threads per rank"""
+    prefetch: int = 2
+    """batches decoded ahead"""
+    max_bad_fraction: float = 0.01
+    """stop when more than this share of the images is unreadable (judged after 1000)"""
+
+
+@dataclass
+class Model:
+    """The network and what is hidden from it."""
+
+    model: str = "resnet50"
+    """a timm name, or res50 res101 res152 res200 cnxS cnxB cnxL"""
+    mask_ratio: Annotated[float, arg(aliases=["--mask"])] = 0.6
+    """share of the patches hidden"""
+    drop_path: Annotated[float, arg(aliases=["--dp"])] = 0.0
+    """stochastic depth; 0: the published rate of the model"""
+    decoder_width: int = 768
+    """channels of the decoder at its coarsest level"""
+    encoder: Literal["packed", "masked"] = "packed"
+    """packed (the visible patches alone), or masked (the published way)"""
+    sparse_conv: bool = False
+    """true submanifold convolutions by SparseConvNet"""
+    init_weight: str = ""
+    """start from the weights of this checkpoint (published ones too)"""
+
+
+@dataclass
+class Optim:
+    """The optimiser and its schedule."""
+
+    epochs: Annotated[int, arg(aliases=["--ep"])] = 1600
+    """passes over the data"""
+    warmup_epochs: Annotated[int, arg(aliases=["--wp_ep"])] = 40
+    """epochs of linear warm-up"""
+    base_lr: float = 2e-4
+    """learning rate per 256 images: lr = base_lr * batch_size / 256"""
+    optimizer: Annotated[Literal["lamb", "adamw", "sgd"], arg(aliases=["--opt"])] = "lamb"
+    """lamb (published), adamw or sgd"""
+    beta2: Annotated[float, arg(aliases=["--ada"])] = 0.0
+    """second moment's decay; 0: 0.95 for ResNets, 0.999 for other networks"""
+    weight_decay: Annotated[float, arg(aliases=["--wd"])] = 0.04
+    """weight decay at the start"""
+    weight_decay_end: Annotated[float, arg(aliases=["--wde"])] = 0.2
+    """weight decay at the end; 0: as at the start"""
+    clip: float = 5.0
+    """largest norm of all gradients together; 0: no clipping"""
+    accumulate: int = 1
+    """backward passes per step; the batch of each rank is cut into so many parts"""
+
+
+@dataclass
+class Run:
+    """Where the run lives and how it computes."""
+
+    exp_name: Annotated[str, arg(aliases=["--experiment_name"])] = ""
+    """name of the experiment; may also be given first, without a flag"""
+    exp_dir: str = ""
+    """run folder; default output_<exp_name>"""
+    resume: Annotated[str, arg(aliases=["--resume_from"])] = ""
+    """go on from this checkpoint; auto: the run folder's ckpt-last.pth if there is one"""
+    seed: int = 0
+    """decides order, crops, masks and initial weights"""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: a GPU if there is one"""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on the CPU"""
+    compile: bool = False
+    """torch.compile the model (the first step takes a minute)"""
+    sync_batchnorm: Annotated[bool, arg(aliases=["--sbn"])] = True
+    """batch statistics over all ranks"""
+    threads: int = 0
+    """CPU threads of the model; 0: as torch chooses"""
+    log_every: int = 50
+    """steps between log lines"""
+    save_every: int = 0
+    """steps between checkpoints; 0: at the end of every epoch only"""
+    picture_every: int = 1
+    """epochs between reconstruction pictures; 0: none"""
+    max_steps: int = 0
+    """stop after so many steps of this process, as Ctrl-C would; 0: never"""
+
+
+@dataclass
+class Settings:
+    """Pre-train a ConvNet by masked image modelling (SparK)."""
+
+    data: OmitArgPrefixes[Data] = field(default_factory=Data)
+    model: OmitArgPrefixes[Model] = field(default_factory=Model)
+    optim: OmitArgPrefixes[Optim] = field(default_factory=Optim)
+    run: OmitArgPrefixes[Run] = field(default_factory=Run)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the input in pixels."""
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", self.data.input_size)
+        if not match or int(match[1]) == 0:
+            raise SettingsError(f"--input_size must be N or HxW in pixels, got {self.data.input_size!r}")
+        return int(match[1]), int(match[2] or match[1])
+
+    @property
+    def network(self) -> str:
+        """The timm name."""
+        return PUBLISHED_MODELS.get(self.model.model, self.model.model)
+
+    @property
+    def drop_path(self) -> float:
+        """Stochastic depth, the published rate unless chosen."""
+        return self.model.drop_path or PUBLISHED_DROP_PATH.get(self.network, 0.0)
+
+    @property
+    def beta2(self) -> float:
+        """Second moment's decay, the published one unless chosen."""
+        return self.optim.beta2 or (0.95 if "resnet" in self.network else 0.999)
+
+    @property
+    def peak_lr(self) -> float:
+        """Base rate times batch / 256 (published rule)."""
+        return self.optim.base_lr * self.data.batch_size / 256
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.run.exp_dir or f"output_{self.run.exp_name}")
+
+    def check(self) -> None:
+        """Raise SettingsError for what can be told without looking at data or model."""
+        _ = self.size
+        if not self.run.exp_name and not self.run.exp_dir:
+            raise SettingsError("the run needs a name: spark-fast-train <experiment_name> ... (or --exp_dir)")
+        if not self.data.data_path and self.data.pipeline != "synthetic":
+            raise SettingsError("--data_path is missing: an image folder, a file list or shards")
+        if self.run.resume and self.model.init_weight:
+            raise SettingsError("--resume continues a run, --init_weight begins one: choose one of them")
+        if self.model.sparse_conv:
+            raise SettingsError(
+                "--sparse_conv=1 (SparseConvNet) is not in this version; --encoder packed computes the same features"
+            )
+        positive = [(self.data, ["batch_size", "workers", "prefetch"]), (self.run, ["log_every"])]
+        positive += [(self.optim, ["epochs", "base_lr", "accumulate"]), (self.model, ["decoder_width"])]
+        for group, names in positive:
+            for name in names:
+                if getattr(group, name) <= 0:
+                    raise SettingsError(f"--{name} must be positive, got {getattr(group, name)}")
+        rest = [(self.optim, ["warmup_epochs", "weight_decay", "weight_decay_end", "clip"])]
+        rest += [(self.run, ["threads", "save_every", "picture_every", "max_steps"])]
+        for group, names in rest:
+            for name in names:
+                if getattr(group, name) < 0:
+                    raise SettingsError(f"--{name} must not be negative, got {getattr(group, name)}")
+        if not 0 < self.model.mask_ratio < 1:
+            raise SettingsError(f"--mask_ratio must be between 0 and 1, got {self.model.mask_ratio}")
+        for name, value in (("drop_path", self.model.drop_path), ("beta2", self.optim.beta2)):
+            if not 0 <= value < 1:
+                raise SettingsError(f"--{name} must be at least 0 and below 1, got {value}")
+
+    def to_dict(self) -> dict:
+        """Plain nested dictionaries."""
+        return dataclasses.asdict(self)
+
+    def to_toml(self) -> str:
+        """The whole tree as a TOML file that `--config` reads back."""
+        return tomli_w.dumps(self.to_dict())
+
+
+def parse(argv: list[str]) -> Settings:
+    """Settings from a command line.
+
+    Raises:
+        SettingsError: a value that cannot be used.
+        SystemExit: after --help or --print_config (0), or for an unknown flag (2; tyro names the nearest ones).
+    """
+    argv = list(argv)
+    if argv and not argv[0].startswith("-"):
+        argv[0] = f"--exp_name={argv[0]}"
+    config, argv = _take_option(argv, "--config")
+    show = "--print_config" in argv
+    argv = [a for a in argv if a != "--print_config"]
+    flags = _flags_of(Path(config)) if config is not None else []
+    settings = tyro.cli(
+        Settings,
+        args=flags + _plain_switches(argv),
+        prog="spark-fast-train",
+        description=f"{Settings.__doc__}\n\nBesides: --config FILE.toml reads settings, --print_config prints them.",
+        use_underscores=True,
+    )
+    if show:
+        print(settings.to_toml(), end="")
+        raise SystemExit(0)
+    settings.check()
+    return settings
+
+
+def _take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
+    for i, word in enumerate(argv):
+        if word == name and i + 1 < len(argv):
+            return argv[i + 1], argv[:i] + argv[i + 2 :]
+        if word.startswith(name + "="):
+            return word.partition("=")[2], argv[:i] + argv[i + 1 :]
+    return None, argv
+
+
+def _flags_of(path: Path) -> list[str]:
+    """The flags that a TOML file stands for."""
+    try:
+        tree: dict[str, Any] = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise SettingsError(f"there is no configuration file {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise SettingsError(f"configuration file {path} cannot be read: {error}") from None
+    flags = []
+    for section, values in tree.items():
+        names = {f.name for f in dataclasses.fields(Settings)}
+        if section not in names or not isinstance(values, dict):
+            raise SettingsError(f"{path}: [{section}] is no section; there are {', '.join(sorted(names))}")
+        known = {f.name for f in dataclasses.fields(getattr(Settings(), section))}
+        for key, value in values.items():
+            if key not in known:
+                raise SettingsError(f"{path}: [{section}] has no setting {key!r}{_nearest(key, known)}")
+            flags.append(f"--{key}={value}")
+    return _plain_switches(flags)
+
+
+def _nearest(word: str, known: set[str]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(word, known, n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(near)}?" if near else f"; there are {', '.join(sorted(known))}"
+
+
+def _plain_switches(argv: list[str]) -> list[str]:
+    """--sbn=1, --sbn True and the like become --sbn, and --sbn=0 becomes --no_sbn: old command lines run."""
+    switches = {"sparse_conv", "compile", "sync_batchnorm", "sbn"}
+    values = {"1": "", "true": "", "0": "no_", "false": "no_"}
+    out: list[str] = []
+    for word in argv:
+        name, has_value, value = word.removeprefix("--").replace("-", "_").partition("=")
+        if has_value and name in switches and value.lower() in values:
+            out.append(f"--{values[value.lower()]}{name}")
+        elif out and out[-1].removeprefix("--") in switches and word.lower() in values:
+            out[-1] = f"--{values[word.lower()]}{out[-1].removeprefix('--')}"
+        else:
+            out.append(word)
+    return out

@@ -1,0 +1,101 @@
+"""One training step: forward, backward, clip, update. Nothing in it waits for the device.
+
+Precision: the model computes under autocast, parameters and optimiser stay in fp32, the loss is taken in fp32.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from spark_fast.training.optim import clip_gradients, learning_rate, set_rates, weight_decay
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate and weight decay at every step of a run."""
+
+    peak_lr: float
+    warmup_steps: float
+    total_steps: int
+    weight_decay: float
+    weight_decay_end: float
+
+    def at(self, step: int) -> tuple[float, float]:
+        """(learning rate, weight decay) of a step, counted from 0."""
+        lr = learning_rate(step, self.peak_lr, self.warmup_steps, self.total_steps)
+        return lr, weight_decay(step, self.weight_decay, self.weight_decay_end, self.total_steps)
+
+
+class TrainStep:
+    """A model with its optimiser, advanced one batch at a time.
+
+    Args:
+        model: called as model(images, visible) -> loss; may be compiled or wrapped for data parallelism.
+        precision: bf16, fp16 or fp32.
+        clip: largest norm of all gradients together, 0 for no clipping.
+        accumulate: the batch is cut into so many parts, whose gradients are averaged.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        *,
+        precision: str,
+        device: torch.device,
+        clip: float,
+        accumulate: int = 1,
+    ) -> None:
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.clip, self.accumulate, self.device = clip, accumulate, device
+        self.dtype = DTYPES[precision]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def __call__(self, step: int, images: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """Advance by one batch.
+
+        Args:
+            step: of the run, from 0; decides the rates.
+            images: (B, 3, H, W) channels_last; visible: (B, L) int64, see `masking.sample_visible`.
+
+        Returns:
+            the loss and the norm of the gradient before clipping, scalars on the device.
+        """
+        set_rates(self.optimizer, *self.schedule.at(step))
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = list(zip(images.chunk(self.accumulate), visible.chunk(self.accumulate), strict=True))
+        total = torch.zeros((), device=self.device)
+        for i, (some, seen) in enumerate(parts):
+            with self._reduce_last(last=i == len(parts) - 1):
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    loss = self.model(some, seen)
+                self.scaler.scale(loss / len(parts)).backward()
+            total += loss.detach() / len(parts)
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.parameters, self.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return total, norm
+
+    def _reduce_last(self, last: bool):
+        """Data parallelism exchanges gradients once a step, with the last part."""
+        model = getattr(self.model, "_orig_mod", self.model)
+        return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+
+
+def resolve_precision(asked: str, device: torch.device) -> str:
+    """What `auto` means on this device: bf16 where it is native, fp16 on older GPUs, fp32 on the CPU."""
+    if asked != "auto":
+        return asked
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
