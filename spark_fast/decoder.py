@@ -5,6 +5,8 @@ Structure and initialisation are those of the published code (pretrain/decoder.p
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 
@@ -44,11 +46,9 @@ class Decoder(nn.Module):
         if patch != 2**blocks:
             raise ValueError(f"the decoder needs a total stride that is a power of two, got {patch}")
         if width < 1 or width % 2**blocks:
-            raise ValueError(
-                f"decoder_width {width} must be a multiple of {2**blocks} (halved {blocks} times)"
-            )
+            raise ValueError(f"decoder_width {width} must be a multiple of {2**blocks} (halved {blocks} times)")
         widths = [width // 2**i for i in range(blocks + 1)]
-        self.dec = nn.ModuleList(UNetBlock(cin, cout) for cin, cout in zip(widths, widths[1:], strict=False))
+        self.dec = nn.ModuleList(UNetBlock(cin, cout) for cin, cout in pairwise(widths))
         self.proj = nn.Conv2d(widths[-1], 3, kernel_size=1)
         self.apply(_initialize)
 

@@ -29,9 +29,7 @@ def num_visible(grid: tuple[int, int], mask_ratio: float) -> int:
     return kept
 
 
-def sample_visible(
-    seed: int, step: int | Tensor, positions: Tensor, grid: tuple[int, int], keep: int
-) -> Tensor:
+def sample_visible(seed: int, step: int | Tensor, positions: Tensor, grid: tuple[int, int], keep: int) -> Tensor:
     """The visible patches of the images at `positions` of the global batch of `step`.
 
     Args:

@@ -96,9 +96,7 @@ class SparK(nn.Module):
         """Encode, densify, decode: (B, 3, H, W), every patch in units of its own deviation."""
         levels = []
         layers = zip(self.densify_norms, self.mask_tokens, self.densify_projs, strict=True)
-        for features, (norm, token, project) in zip(
-            reversed(self.encoder(images, seen)), layers, strict=True
-        ):
+        for features, (norm, token, project) in zip(reversed(self.encoder(images, seen)), layers, strict=True):
             dense = seen.unpack(norm(features), fill=token.flatten())  # (B, C_i, H_i, W_i)
             levels.append(project(dense))
         return self.decoder(levels)
@@ -145,7 +143,7 @@ def build_spark(
     """
     if encoder not in ENCODERS:
         raise ValueError(f"unknown encoder {encoder!r}; there are {', '.join(ENCODERS)}")
-    size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+    size = (input_size, input_size) if isinstance(input_size, int) else input_size
     network = _timm_features(model, model_kwargs or {}) if isinstance(model, str) else model
     if sync_batchnorm:
         network = convert_sync_batchnorm(network)

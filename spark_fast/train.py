@@ -98,9 +98,7 @@ def pictured_images(settings: Settings, ranks: Ranks) -> Tensor | None:
     if not settings.run.picture_every:
         return None
     alone = replace(ranks, rank=0, world_size=1)
-    pipeline = open_pipeline(
-        settings, alone, batch_size=min(PICTURED, settings.data.batch_size), augment=False
-    )
+    pipeline = open_pipeline(settings, alone, batch_size=min(PICTURED, settings.data.batch_size), augment=False)
     try:
         return next(iter(pipeline.epoch(0))).images
     finally:

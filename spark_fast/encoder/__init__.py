@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spark_fast.encoder.halo import Current
-from spark_fast.encoder.pack import MASKED, PACKED, UnsupportedLayer, convert
+from spark_fast.encoder.pack import MASKED, PACKED, Table, UnsupportedLayerError, convert
 from spark_fast.encoder.visible import Visible
 
-__all__ = ["Encoder", "MaskedEncoder", "PackedEncoder", "UnsupportedLayer", "Visible", "pack"]
+__all__ = ["Encoder", "MaskedEncoder", "PackedEncoder", "UnsupportedLayerError", "Visible", "pack"]
 
 
 class Encoder(nn.Module):
@@ -25,11 +25,11 @@ class Encoder(nn.Module):
         channels, strides: of the levels kept, finest first.
 
     Raises:
-        UnsupportedLayer: a layer that cannot be packed, by name.
+        UnsupportedLayerError: a layer that cannot be packed, by name.
         ValueError: levels that are not a pyramid of factors of two, or an input size off the patch grid.
     """
 
-    table: list[tuple[set, type]]
+    table: Table
 
     def __init__(self, network: nn.Module, input_size: tuple[int, int], min_stride: int = 4) -> None:
         super().__init__()
@@ -105,12 +105,8 @@ def _feature_shapes(network: nn.Module, input_size: tuple[int, int]) -> list[tup
         dtype = next((p.dtype for p in network.parameters()), torch.float32)
         features = network.eval()(torch.empty(1, 3, *input_size, dtype=dtype))
     network.train(training)
-    if not isinstance(features, (list, tuple)) or not all(
-        isinstance(f, Tensor) and f.dim() == 4 for f in features
-    ):
-        raise ValueError(
-            f"the network must return a list of feature maps (B, C, H, W), got {type(features).__name__}"
-        )
+    if not isinstance(features, (list, tuple)) or not all(isinstance(f, Tensor) and f.dim() == 4 for f in features):
+        raise ValueError(f"the network must return a list of feature maps (B, C, H, W), got {type(features).__name__}")
     return [tuple(f.shape) for f in features]
 
 
@@ -119,6 +115,4 @@ def _check_pyramid(strides: list[int], input_size: tuple[int, int]) -> None:
     if not strides or any(s * 2 ** (len(strides) - 1 - i) != patch for i, s in enumerate(strides)):
         raise ValueError(f"feature maps must be a pyramid, each half the one before; strides are {strides}")
     if any(side % patch for side in input_size):
-        raise ValueError(
-            f"input size {input_size[0]}x{input_size[1]} is not a multiple of the patch, {patch} px"
-        )
+        raise ValueError(f"input size {input_size[0]}x{input_size[1]} is not a multiple of the patch, {patch} px")

@@ -49,9 +49,7 @@ class _Depthwise(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = F.conv2d(grad, weight.flip(2, 3), None, 1, k - 1 - p, 1, c)
         if ctx.needs_input_grad[1]:
-            images = (
-                x.permute(2, 3, 0, 1).reshape(1, height, width, n * c).permute(0, 3, 1, 2)
-            )  # (1, N*C, H, W)
+            images = x.permute(2, 3, 0, 1).reshape(1, height, width, n * c).permute(0, 3, 1, 2)  # (1, N*C, H, W)
             kernels = grad.reshape(n * c, 1, *grad.shape[2:])
             each = F.conv2d(images, kernels, None, 1, p, 1, n * c)  # (1, N*C, k, k)
             grad_weight = each.view(n, c, 1, k, k).sum(0, dtype=torch.float32).to(weight.dtype)

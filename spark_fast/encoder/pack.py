@@ -12,6 +12,7 @@ and a converted layer keeps its parameters, their names and its place, so the st
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import timm.layers as tl
 from timm.layers import activations as timm_activations
@@ -24,7 +25,7 @@ from spark_fast.encoder.masked import MaskedLocal, MaskedMixer, MaskedNorm
 from spark_fast.encoder.mixers import Mixer, PerImage
 
 
-class UnsupportedLayer(ValueError):
+class UnsupportedLayerError(ValueError):
     """A network has a layer that cannot be packed; the message names its place and type."""
 
 
@@ -49,25 +50,24 @@ MIXERS = {nn.GroupNorm, tl.GroupNorm, tl.GroupNormAct, GlobalResponseNorm, tl.SE
 MIXERS |= {tl.EvoNorm2dS0, tl.FilterResponseNormTlu2d}
 PER_IMAGE = {tl.DropPath}
 
-PACKED = [(CONVS, HaloConv), (POOLS, HaloPool), (LOCALS, Canvas), (MIXERS, Mixer), (PER_IMAGE, PerImage)]
-MASKED = [(CONVS | POOLS | LOCALS, MaskedLocal), (BATCH_NORMS, MaskedNorm), (MIXERS, MaskedMixer)]
+Table = list[tuple[set[type], type]]
+PACKED: Table = [(CONVS, HaloConv), (POOLS, HaloPool), (LOCALS, Canvas), (MIXERS, Mixer), (PER_IMAGE, PerImage)]
+MASKED: Table = [(CONVS | POOLS | LOCALS, MaskedLocal), (BATCH_NORMS, MaskedNorm), (MIXERS, MaskedMixer)]
 KNOWN = POINTWISE | BATCH_NORMS | CONVS | POOLS | LOCALS | MIXERS | PER_IMAGE
 
 
-def convert(network: nn.Module, table: list[tuple[set, type]], current: Current) -> nn.Module:
+def convert(network: nn.Module, table: Table, current: Current) -> nn.Module:
     """Convert every layer of `network`, in place, by a table of (types, mixin); returns the network.
 
     Raises:
-        UnsupportedLayer: a layer of unknown kind, by its path and type. The network is then unchanged.
+        UnsupportedLayerError: a layer of unknown kind, by its path and type. The network is then unchanged.
     """
     plans = list(_layers(network))
     unknown = [(path, m) for path, m in plans if type(m) not in KNOWN]
     if unknown:
         listed = ", ".join(f"{path or 'network'} ({type(m).__name__})" for path, m in unknown[:5])
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise UnsupportedLayer(
-            f"cannot be packed: {listed}{more}. A layer must be of a kind listed in pack.py"
-        )
+        raise UnsupportedLayerError(f"cannot be packed: {listed}{more}. A layer must be of a kind listed in pack.py")
     for path, module in plans:
         mixin = next((mixin for types, mixin in table if type(module) in types), None)
         if mixin is None:
@@ -102,28 +102,24 @@ def _check_geometry(path: str, module: nn.Module) -> None:
         value = getattr(module, name, 1)
         if isinstance(value, tuple) and len(set(value)) > 1:
             reasons.append(f"{name}={value} (not square)")
-    if (
-        isinstance(module, nn.AvgPool2d)
-        and not module.count_include_pad
-        and module.padding not in (0, (0, 0))
-    ):
+    if isinstance(module, nn.AvgPool2d) and not module.count_include_pad and module.padding not in (0, (0, 0)):
         reasons.append("count_include_pad=False with padding")
     if getattr(module, "return_indices", False):
         reasons.append("return_indices=True")
     if reasons:
-        raise UnsupportedLayer(f"cannot be packed: {path} ({type(module).__name__}) has {', '.join(reasons)}")
+        raise UnsupportedLayerError(f"cannot be packed: {path} ({type(module).__name__}) has {', '.join(reasons)}")
 
 
 def _convert_layer(module: nn.Module, mixin: type, current: Current) -> nn.Module:
     """The same layer, parameters shared, as an object of class (mixin, its own class)."""
     cls = _converted_class(mixin, type(module))
-    converted = cls.__new__(cls)
+    converted: nn.Module = cls.__new__(cls)
     converted.__dict__.update(module.__dict__)
-    converted.current = current
+    converted.current = current  # type: ignore[assignment]
     return converted
 
 
 @cache
-def _converted_class(mixin: type, base: type) -> type:
+def _converted_class(mixin: Any, base: Any) -> Any:
     """Made on demand, as torch.nn.utils.parametrize does, so that each kind is written once for all types."""
     return type(f"{mixin.__name__}{base.__name__}", (mixin, base), {})

@@ -36,9 +36,7 @@ class Visible:
         self.batch, self.per_image = index.shape
         self.count = self.batch * self.per_image
         images = torch.arange(self.batch, device=index.device)[:, None]
-        self.patches = (
-            images * (grid[0] * grid[1]) + index
-        ).flatten()  # (V,) in the B*h*w patches of the batch
+        self.patches = (images * (grid[0] * grid[1]) + index).flatten()  # (V,) in the B*h*w patches of the batch
         self._neighbours: Tensor | None = None
         self._tables: dict[tuple, Tensor] = {}
 
@@ -55,18 +53,14 @@ class Visible:
         kept = mask.flatten(1).sum(1)
         low, high = int(kept.min()), int(kept.max())
         if low != high or low == 0:
-            raise ValueError(
-                f"every image must keep the same number of patches, at least one; got {low} to {high}"
-            )
+            raise ValueError(f"every image must keep the same number of patches, at least one; got {low} to {high}")
         grid = (mask.shape[1], mask.shape[2])
         return cls(_first_true(mask.flatten(1))[:, :low], grid)
 
     @property
     def mask(self) -> Tensor:
         """(B, h, w) bool, True where visible."""
-        flat = torch.zeros(
-            self.batch, self.grid[0] * self.grid[1], dtype=torch.bool, device=self.index.device
-        )
+        flat = torch.zeros(self.batch, self.grid[0] * self.grid[1], dtype=torch.bool, device=self.index.device)
         return flat.scatter(1, self.index, True).view(self.batch, *self.grid)
 
     def complement(self) -> Visible:
@@ -122,11 +116,8 @@ class Visible:
         c, b = packed.shape[1], packed.shape[2]
         (h, w), rows = self.grid, packed.permute(0, 2, 3, 1).reshape(-1, b * c)
         shape = (self.batch * h * b * w, b * c)
-        if fill is None:
-            canvas = rows.new_zeros(shape)
-        else:
-            canvas = fill.to(rows.dtype).repeat(b).expand(shape).contiguous()
-        canvas = canvas.index_copy(0, self.segments(b), rows)
+        empty = rows.new_zeros(shape) if fill is None else fill.to(rows.dtype).repeat(b).expand(shape).contiguous()
+        canvas = empty.index_copy(0, self.segments(b), rows)
         return canvas.view(self.batch, h * b, w * b, c).permute(0, 3, 1, 2)
 
     def as_images(self, packed: Tensor) -> Tensor:

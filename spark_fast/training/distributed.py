@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
-    control: dist.ProcessGroup | None  # a gloo group for flags: agreeing on one never touches the device
+    control: Any  # a gloo group for flags: agreeing on one never touches the device
 
     @property
     def main(self) -> bool:
@@ -84,12 +85,19 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
         mean = all_reduce_with_gradient(x.sum((0, 2, 3))) / count
         centred = x - mean[:, None, None]
         var = all_reduce_with_gradient(centred.square().sum((0, 2, 3))) / count
-        with torch.no_grad():  # running statistics as BatchNorm2d keeps them, with the unbiased variance
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-            self.running_var.lerp_((var * count / (count - 1)).to(self.running_var), self.momentum)
+        self._track(mean.detach(), var.detach() * (count / (count - 1)))
         scale = self.weight * (var + self.eps).rsqrt()
         return centred * scale[:, None, None] + self.bias[:, None, None]
+
+    def _track(self, mean: Tensor, unbiased_var: Tensor) -> None:
+        """Running statistics as BatchNorm2d keeps them."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+        self.running_var.lerp_(unbiased_var.to(self.running_var), self.momentum)
 
     @classmethod
     def replace_in(cls, module: nn.Module) -> None:

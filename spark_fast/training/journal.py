@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -51,7 +51,8 @@ class Meter:
 
     def read(self, images_per_step: int, mean_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means since the last reading, and start over. Synchronises host and device."""
-        assert self.loss is not None and self.grad_norm is not None
+        assert self.loss is not None
+        assert self.grad_norm is not None
         loss = mean_over_ranks(self.loss / self.steps).item()
         norm = self.grad_norm.item()  # the same on every rank
         seconds = time.perf_counter() - self.since
@@ -76,9 +77,7 @@ class Journal:
         total_steps, steps_per_epoch, epochs: of the run; `step`: where this process begins.
     """
 
-    def __init__(
-        self, folder: Path | None, *, total_steps: int, steps_per_epoch: int, epochs: int, step: int
-    ) -> None:
+    def __init__(self, folder: Path | None, *, total_steps: int, steps_per_epoch: int, epochs: int, step: int) -> None:
         self.folder, self.epochs = folder, epochs
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.rate = 0.0  # seconds per step, smoothed
@@ -96,9 +95,7 @@ class Journal:
             console=console,
             transient=True,
         )
-        self.bar = self.progress.add_task(
-            "", total=total_steps, completed=step, epoch="", loss="", speed="", wait=""
-        )
+        self.bar = self.progress.add_task("", total=total_steps, completed=step, epoch="", loss="", speed="", wait="")
         self.live = console.is_terminal
         if self.live:
             self.progress.start()
@@ -125,7 +122,7 @@ class Journal:
         self.metrics.write(json.dumps(row) + "\n")
         for key in ("loss", "lr", "weight_decay", "grad_norm", "images_per_second", "data_wait"):
             self.board.add_scalar(f"train/{key}", row[key], step)
-        text = {
+        text: dict[str, Any] = {
             "epoch": f"{epoch}/{self.epochs}",
             "loss": f"{means['loss']:.4f}",
             "speed": f"{means['images_per_second']:.1f}",

@@ -107,9 +107,7 @@ class PretrainRun:
             self.interrupt.release()
         if self.folder is not None:
             self._save_weights()  # also when a finished run is resumed
-            print(
-                f"done: {self.step} steps, loss {self.loss:.4f}; everything is in {self.folder}/", flush=True
-            )
+            print(f"done: {self.step} steps, loss {self.loss:.4f}; everything is in {self.folder}/", flush=True)
         return 0
 
     def _train_step(self) -> TrainStep:

@@ -14,7 +14,8 @@ NO_DECAY = ("cls_token", "pos_embed", "mask_token", "gamma")  # by part of the n
 
 def parameter_groups(model: nn.Module) -> list[dict]:
     """Two groups: with weight decay, and without (1-d tensors, biases, mask tokens, layer scale)."""
-    decay, no_decay = [], []
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

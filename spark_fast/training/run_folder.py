@@ -43,8 +43,8 @@ def open_run_folder(settings: Settings) -> Path:
             log.write(json.dumps(describe(settings)) + "\n")
     except OSError as error:
         raise CheckpointError(f"the run folder {folder} cannot be written: {error}") from error
-    sys.stdout = _Copied(sys.stdout, folder / "stdout_backup.txt")  # type: ignore[assignment]
-    sys.stderr = _Copied(sys.stderr, folder / "stderr_backup.txt")  # type: ignore[assignment]
+    sys.stdout = _Copied(sys.stdout, folder / "stdout_backup.txt")
+    sys.stderr = _Copied(sys.stderr, folder / "stderr_backup.txt")
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)
@@ -74,9 +74,7 @@ def _git_commit() -> str:
     """The commit of this program's checkout, or [unknown] where it was installed without one."""
     here = Path(spark_fast.__file__).parent
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5
-        )
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return "[unknown]"
     return found.stdout.strip() or "[unknown]"

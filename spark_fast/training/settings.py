@@ -198,18 +198,22 @@ class Settings:
             raise SettingsError(
                 "--sparse_conv=1 (SparseConvNet) is not in this version; --encoder packed computes the same features"
             )
-        positive = [(self.data, ["batch_size", "workers", "prefetch"]), (self.run, ["log_every"])]
-        positive += [(self.optim, ["epochs", "base_lr", "accumulate"]), (self.model, ["decoder_width"])]
-        for group, names in positive:
-            for name in names:
-                if getattr(group, name) <= 0:
-                    raise SettingsError(f"--{name} must be positive, got {getattr(group, name)}")
-        rest = [(self.optim, ["warmup_epochs", "weight_decay", "weight_decay_end", "clip"])]
-        rest += [(self.run, ["threads", "save_every", "picture_every", "max_steps"])]
-        for group, names in rest:
-            for name in names:
-                if getattr(group, name) < 0:
-                    raise SettingsError(f"--{name} must not be negative, got {getattr(group, name)}")
+        values = {name: value for group in self.to_dict().values() for name, value in group.items()}
+        for name in (
+            "batch_size",
+            "workers",
+            "prefetch",
+            "decoder_width",
+            "epochs",
+            "base_lr",
+            "accumulate",
+            "log_every",
+        ):
+            if not values[name] > 0:
+                raise SettingsError(f"--{name} must be positive, got {values[name]}")
+        for name in ("warmup_epochs", "weight_decay", "weight_decay_end", "clip", "threads", "save_every"):
+            if not values[name] >= 0:
+                raise SettingsError(f"--{name} must not be negative, got {values[name]}")
         if not 0 < self.model.mask_ratio < 1:
             raise SettingsError(f"--mask_ratio must be between 0 and 1, got {self.model.mask_ratio}")
         for name, value in (("drop_path", self.model.drop_path), ("beta2", self.optim.beta2)):
