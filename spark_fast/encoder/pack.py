@@ -40,15 +40,15 @@ def _activations() -> set[type]:
     }
 
 
-POINTWISE = _activations() | {nn.Identity, nn.Dropout, nn.Linear, nn.LayerNorm}
+POINTWISE: set[type] = _activations() | {nn.Identity, nn.Dropout, nn.Linear, nn.LayerNorm}
 POINTWISE |= {tl.LayerNorm, tl.LayerNorm2d, tl.LayerNormAct2d, tl.RmsNorm2d, tl.SimpleNorm2d}
-BATCH_NORMS = {nn.BatchNorm2d, nn.SyncBatchNorm, tl.BatchNormAct2d, tl.SyncBatchNormAct}
-CONVS = {nn.Conv2d}
-POOLS = {nn.MaxPool2d, nn.AvgPool2d}
-LOCALS = {tl.BlurPool2d}
-MIXERS = {nn.GroupNorm, tl.GroupNorm, tl.GroupNormAct, GlobalResponseNorm, tl.SEModule}
+BATCH_NORMS: set[type] = {nn.BatchNorm2d, nn.SyncBatchNorm, tl.BatchNormAct2d, tl.SyncBatchNormAct}
+CONVS: set[type] = {nn.Conv2d}
+POOLS: set[type] = {nn.MaxPool2d, nn.AvgPool2d}
+LOCALS: set[type] = {tl.BlurPool2d}
+MIXERS: set[type] = {nn.GroupNorm, tl.GroupNorm, tl.GroupNormAct, GlobalResponseNorm, tl.SEModule}
 MIXERS |= {tl.EvoNorm2dS0, tl.FilterResponseNormTlu2d}
-PER_IMAGE = {tl.DropPath}
+PER_IMAGE: set[type] = {tl.DropPath}
 
 Table = list[tuple[set[type], type]]
 PACKED: Table = [(CONVS, HaloConv), (POOLS, HaloPool), (LOCALS, Canvas), (MIXERS, Mixer), (PER_IMAGE, PerImage)]
@@ -112,7 +112,7 @@ def _check_geometry(path: str, module: nn.Module) -> None:
 
 def _convert_layer(module: nn.Module, mixin: type, current: Current) -> nn.Module:
     """The same layer, parameters shared, as an object of class (mixin, its own class)."""
-    cls = _converted_class(mixin, type(module))
+    cls: Any = _converted_class(mixin, type(module))  # type: ignore[arg-type]
     converted: nn.Module = cls.__new__(cls)
     converted.__dict__.update(module.__dict__)
     converted.current = current  # type: ignore[assignment]

@@ -199,16 +199,8 @@ class Settings:
                 "--sparse_conv=1 (SparseConvNet) is not in this version; --encoder packed computes the same features"
             )
         values = {name: value for group in self.to_dict().values() for name, value in group.items()}
-        for name in (
-            "batch_size",
-            "workers",
-            "prefetch",
-            "decoder_width",
-            "epochs",
-            "base_lr",
-            "accumulate",
-            "log_every",
-        ):
+        positive = ("batch_size", "workers", "prefetch", "decoder_width", "epochs", "base_lr", "accumulate")
+        for name in (*positive, "log_every"):
             if not values[name] > 0:
                 raise SettingsError(f"--{name} must be positive, got {values[name]}")
         for name in ("warmup_epochs", "weight_decay", "weight_decay_end", "clip", "threads", "save_every"):

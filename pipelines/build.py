@@ -1,0 +1,92 @@
+"""From settings to a pipeline, and every complaint about the settings before the first image is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pipelines.contract import DataError, Pipeline
+from pipelines.crops import Augmentation
+from pipelines.open_source import open_source
+from pipelines.order import Schedule
+from pipelines.synthetic import SyntheticPipeline
+from pipelines.torch_pipeline import TorchPipeline
+
+PIPELINES = ("torch", "synthetic")
+PLANNED = ("dali", "ffcv")  # known to the design, not built yet
+
+
+def build_pipeline(
+    data_path: str | Path | None,
+    *,
+    pipeline: str = "torch",
+    batch_size: int,
+    input_size: int | tuple[int, int] = 224,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    workers: int = 2,
+    prefetch: int = 2,
+    scale: tuple[float, float] = (0.67, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: bool = True,
+    augment: bool = True,
+    max_bad_fraction: float = 0.01,
+    synthetic_samples: int = 1_281_167,
+) -> Pipeline:
+    """A pipeline over the images at `data_path`, for one rank.
+
+    `batch_size` is the *global* batch, over all ranks; `input_size` a side or (height, width);
+    `workers` the decoder threads of this rank, `prefetch` the batches they may be ahead. With
+    `augment=False` the largest central crop is taken and nothing is drawn. `data_path` may be anything
+    that `open_source` knows; "synthetic" ignores it and has `synthetic_samples` samples (ImageNet's number).
+
+    Raises DataError when the data cannot be used, or not with these settings.
+    """
+    if pipeline not in PIPELINES:
+        what = "is not in this version" if pipeline in PLANNED else "is unknown"
+        raise DataError(f"pipeline {pipeline!r} {what}; there are: {', '.join(PIPELINES)}")
+    _check_shared(batch_size, world_size)
+    size = (input_size, input_size) if isinstance(input_size, int) else input_size
+    if pipeline == "synthetic":
+        _check_enough(synthetic_samples, batch_size, "synthetic_samples")
+        schedule = Schedule(synthetic_samples, batch_size, seed, rank, world_size)
+        return SyntheticPipeline(schedule, size, device=device, dtype=dtype)
+    if data_path is None:
+        raise DataError("no data_path: name a folder of images, of class folders or of shards, or a file list")
+    source = open_source(data_path)
+    try:
+        _check_enough(len(source), batch_size, str(data_path))
+        return TorchPipeline(
+            source,
+            Schedule(len(source), batch_size, seed, rank, world_size),
+            Augmentation(size, scale, ratio, flip, random=augment),
+            device=device,
+            dtype=dtype,
+            workers=workers,
+            prefetch=prefetch,
+            max_bad_fraction=max_bad_fraction,
+        )
+    except BaseException:
+        source.close()
+        raise
+
+
+def _check_enough(num_samples: int, batch_size: int, where: str) -> None:
+    if batch_size > num_samples:
+        raise DataError(
+            f"a global batch of {batch_size} is larger than the {num_samples} images of {where}:"
+            f" an epoch would have no step. Take a batch_size of {num_samples} or less, or more data."
+        )
+
+
+def _check_shared(batch_size: int, world_size: int) -> None:
+    if batch_size < 1 or world_size < 1 or batch_size % world_size:
+        lower = max(batch_size, 0) // max(world_size, 1) * world_size
+        raise DataError(
+            f"a global batch of {batch_size} cannot be shared equally by {world_size} processes:"
+            f" take a multiple of {world_size}, such as {lower or world_size}"
+        )

@@ -1,0 +1,73 @@
+"""What every pipeline promises, whatever it reads and wherever it decodes.
+
+A pipeline is only a *decoder*: which samples make up a batch, and how each is cropped and flipped, is
+decided by the pure functions of `order` and `crops`. So batch k is the same for any number of workers,
+any number of ranks and any backend, and resuming in mid-epoch is starting at step k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """One rank's share of one step."""
+
+    images: Tensor  # (B, 3, H, W) on the device, channels_last, normalised, dtype as asked
+    labels: Tensor | None  # (B,) int64 on the device; None for unlabelled data
+    ids: Tensor  # (B,) int64 on the host: the samples that the order asked for
+
+
+@dataclass
+class Problems:
+    """Odd images met so far, counted as batches are delivered (an image counts once each time it is read)."""
+
+    read: int = 0
+    converted: int = 0  # readable, but no colour JPEG: grey, CMYK, palette, 16-bit, PNG named .JPEG ...
+    replaced: int = 0  # unreadable, another image stood in
+    first_replaced: list[str] = field(default_factory=list)  # "id name: reason" of the first ten such images
+
+
+class Pipeline(Protocol):
+    """Batches of one data set on one device, in the order that (seed, epoch) gives."""
+
+    num_samples: int
+    problems: Problems
+
+    def __len__(self) -> int:
+        """Steps per epoch; an incomplete last batch is dropped."""
+        ...
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The batches start_step, start_step + 1, ... of this epoch."""
+        ...
+
+    def close(self) -> None:
+        """Let go of threads and files; no batch can be had afterwards."""
+        ...
+
+
+class DataError(Exception):
+    """The data cannot be used; the message says what was found where, and what to do. Exit code 3."""
+
+    exit_code = 3
+
+
+class SettingsError(Exception):
+    """What was asked for makes no sense, or would destroy something. Exit code 2."""
+
+    exit_code = 2
+
+
+class StorageError(Exception):
+    """Writing failed; the message says what was kept. Exit code 6."""
+
+    exit_code = 6
+
+
+class ImageError(Exception):
+    """One image cannot be read; the message is the reason."""

@@ -1,0 +1,243 @@
+"""Convert a folder of images, or a list, into shards, in several processes; restartable at any point.
+
+The unit of work is a shard: which images go into it follows from the listing and the seed alone, so the
+bytes do not depend on the number of processes. A finished shard leaves a small .json beside it; a restart
+keeps the shards that have one and whose checksum agrees. The manifest comes last and the .json go.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipelines.contract import DataError, SettingsError, StorageError
+from pipelines.open_source import SPLITS
+from pipelines.order import order
+from pipelines.processes import run_jobs
+from pipelines.shard_job import ShardJob, write_job
+from pipelines.shards import (
+    FORMAT,
+    INDEX_FILE,
+    MANIFEST,
+    PARTIAL,
+    Manifest,
+    Record,
+    ShardFile,
+    read_manifest,
+    shard_name,
+    write_index,
+    write_manifest,
+)  # fmt: skip
+from pipelines.sources import FileSource, folder_source, list_source
+from pipelines.stored import StoredImages
+from pipelines.verify import file_sha256
+
+logger = logging.getLogger("pipelines")
+
+_OURS = re.compile(r"(shard-\d{6}\.(tar|idx|json)|manifest\.json|index\.npy)(\.partial)?")
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """Everything that decides the bytes written."""
+
+    images: StoredImages = field(default_factory=StoredImages)
+    images_per_shard: int = 0  # 0: 4096 (100 to 150 MB at short side 256), fewer for small data sets
+    seed: int = 0
+
+    def shard_size(self, num_samples: int) -> int:
+        """Images per shard: small data sets are split so that there is work for several processes."""
+        return self.images_per_shard or min(4096, max(256, -(-num_samples // 16)))
+
+
+class Progress(NamedTuple):
+    """How far the conversion of a split is."""
+
+    folder: Path
+    done: int  # images, kept ones of an earlier run included
+    total: int
+    bytes: int  # read in this run
+
+
+def convert(
+    src: Path,
+    dst: Path,
+    settings: ConvertSettings,
+    *,
+    workers: int = 1,
+    overwrite: bool = False,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> list[tuple[Path, Manifest]]:
+    """Convert SRC (a file list, a folder of images or of class folders, or one with train/, val/, test/).
+
+    Each split gets a folder in DST, SRC without splits goes to DST itself. Returns the folders written and
+    their manifests. Raises SettingsError, DataError or StorageError; whatever happens, only whole shards
+    are left, and the same command goes on from there.
+    """
+    splits = _splits(src, dst)
+    _refuse_others(dst, {folder.name for _, folder in splits} if splits[0][1] != dst else None)
+    try:
+        return [
+            (folder, _convert_split(part, folder, settings, workers, overwrite, on_progress)) for part, folder in splits
+        ]
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise StorageError(
+            f"writing to {dst} failed: {'the disk is full' if full else error}. Whole shards are kept:"
+            f" {'make room' if full else 'repair the storage'} and run the same command again."
+        ) from error
+
+
+def _splits(src: Path, dst: Path) -> list[tuple[Path, Path]]:
+    """Pairs of a source and the folder its shards go to."""
+    if not src.exists():
+        raise DataError(f"{src} does not exist: give the folder of images, or the file list, to convert")
+    real_src, real_dst = src.resolve(), dst.resolve()
+    if real_dst == real_src or real_src in real_dst.parents:
+        raise SettingsError(f"the shards would be written into the images' own folder {src}: choose another")
+    splits = [(src / split, dst / split) for split in SPLITS if (src / split).is_dir()]
+    return splits or [(src, dst)]
+
+
+def _refuse_others(dst: Path, splits: set[str] | None) -> None:
+    """Only what a conversion writes may be in DST: never mix with, never delete, what is someone else's."""
+    if dst.exists() and not dst.is_dir():
+        raise SettingsError(f"{dst} exists and is no folder: choose another destination")
+    for entry in sorted(dst.iterdir()) if dst.exists() else []:
+        if splits and entry.name in splits:
+            _refuse_others(entry, None)
+        elif splits or not _OURS.fullmatch(entry.name):
+            raise SettingsError(f"{dst} holds something else already ({entry.name}): choose an empty folder")
+
+
+def _convert_split(
+    src: Path,
+    dst: Path,
+    settings: ConvertSettings,
+    workers: int,
+    overwrite: bool,
+    on_progress: Callable[[Progress], None],
+) -> Manifest:
+    source = list_source(src) if src.is_file() else folder_source(src)
+    made_from = {"format": FORMAT, **asdict(settings), "count": len(source), "listing": source.fingerprint()}
+    dst.mkdir(parents=True, exist_ok=True)
+    lock = os.open(dst, os.O_RDONLY)
+    try:
+        _lock(lock, dst)
+        if overwrite:
+            for path in dst.iterdir():
+                path.unlink()
+        if (dst / MANIFEST).exists():
+            manifest = read_manifest(dst)
+            _refuse_other_settings(dst, made_from, manifest.made_from)
+            on_progress(Progress(dst, len(source), len(source), 0))
+            _remove_leftovers(dst, {shard.file for shard in manifest.shards}, done=True)
+            return manifest
+        jobs = list(_jobs(source, dst, settings, made_from))
+        kept = _finished_shards(dst, made_from)
+        _remove_leftovers(dst, kept, done=False)
+        _write_shards(jobs, kept, workers, dst, on_progress)
+        return _finish(dst, [job.path for job in jobs], source, made_from)
+    finally:
+        os.close(lock)
+
+
+def _lock(folder: int, dst: Path) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+    except BlockingIOError:
+        raise StorageError(f"another conversion is writing to {dst}: wait for it, or stop it") from None
+    except OSError:
+        logger.warning("%s cannot be locked: take care that only one conversion writes there", dst)
+
+
+def _jobs(source: FileSource, dst: Path, settings: ConvertSettings, made_from: dict[str, Any]) -> Iterator[ShardJob]:
+    permutation = order(len(source), settings.seed, epoch=0)
+    size = settings.shard_size(len(source))
+    for shard, start in enumerate(range(0, len(source), size)):
+        numbers = permutation[start : start + size]
+        yield ShardJob(dst / shard_name(shard), source.subset(numbers), numbers, settings.images, made_from)
+
+
+def _refuse_other_settings(dst: Path, asked: dict[str, Any], found: dict[str, Any]) -> None:
+    differences = [f"{key}: {found.get(key)} -> {asked[key]}" for key in asked if asked[key] != found.get(key)]
+    if differences:
+        raise SettingsError(
+            f"{dst} was converted from other data or with other settings ({'; '.join(differences)}):"
+            " choose another folder, or --overwrite"
+        )
+
+
+def _finished_shards(dst: Path, made_from: dict[str, Any]) -> set[str]:
+    """Shards of an earlier run that can stay."""
+    kept = set()
+    for path in sorted(dst.glob("shard-*.json")):
+        try:
+            report = json.loads(path.read_bytes())
+            _refuse_other_settings(dst, made_from, report["made_from"])
+            shard = ShardFile(**report["shard"])
+            if path.with_suffix(".idx").exists() and file_sha256(dst / shard.file) == shard.sha256:
+                kept.add(shard.file)
+        except (OSError, ValueError, KeyError, TypeError) as error:  # noqa: PERF203
+            logger.warning("%s is damaged (%s): its shard is written again", path, error)
+    return kept
+
+
+def _remove_leftovers(dst: Path, kept: set[str], done: bool) -> None:
+    """Delete what an interrupted run left and no whole shard stands for."""
+    for path in dst.iterdir():
+        unfinished = path.name.startswith("shard-") and path.with_suffix(".tar").name not in kept
+        report = done and path.suffix == ".json" and path.name != MANIFEST
+        if unfinished or report or path.name.endswith(PARTIAL) or (path.name == INDEX_FILE and not done):
+            path.unlink()
+
+
+def _write_shards(
+    jobs: list[ShardJob], kept: set[str], workers: int, dst: Path, on_progress: Callable[[Progress], None]
+) -> None:
+    total = sum(len(job.numbers) for job in jobs)
+    done = sum(len(job.numbers) for job in jobs if job.path.name in kept)
+    read = 0
+
+    def advance(images: int, size: int) -> None:
+        nonlocal done, read
+        done, read = done + images, read + size
+        on_progress(Progress(dst, done, total, read))
+
+    todo = [job for job in jobs if job.path.name not in kept]
+    advance(0, 0)
+    try:
+        run_jobs(write_job, todo, max(min(workers, len(todo)), 1), advance)
+    finally:
+        for path in dst.glob("*" + PARTIAL):  # of processes that were stopped
+            path.unlink()
+
+
+def _finish(dst: Path, paths: list[Path], source: FileSource, made_from: dict[str, Any]) -> Manifest:
+    """Index and manifest from the reports of all shards."""
+    reports = [json.loads(path.with_suffix(".json").read_bytes()) for path in paths]
+    full = [report for report in reports if report["records"]]  # a shard all of whose images were refused is none
+    if not full:
+        first = reports[0]["refused"][0]
+        raise DataError(f"none of the {len(source)} images of {source.root} is readable; the first: {first}")
+    manifest = Manifest(
+        count=sum(len(report["records"]) for report in full),
+        labelled=source.labels is not None,
+        classes=source.classes,
+        made_from=made_from,
+        index=write_index(dst / INDEX_FILE, [[Record(*r) for r in report["records"]] for report in full]),
+        shards=[ShardFile(**report["shard"]) for report in full],
+        repaired=sorted((entry for report in reports for entry in report["repaired"]), key=lambda e: e["name"]),
+        refused=sorted((entry for report in reports for entry in report["refused"]), key=lambda e: e["name"]),
+    )
+    write_manifest(dst, manifest)
+    _remove_leftovers(dst, {shard.file for shard in manifest.shards}, done=True)
+    return manifest

@@ -1,0 +1,81 @@
+"""Which samples make up a batch, and the random numbers of each sample: pure functions, no state.
+
+Numbers come from a counter-based generator: a hash of (seed, epoch, sample, draw). Nothing is consumed
+in sequence, so a sample's crop depends on no other sample, on no worker and on no rank, and nothing has
+to be replayed to start in the middle. The hash is splitmix64 (Steele, Lea, Flood: "Fast splittable
+pseudorandom number generators", OOPSLA 2014), written out here because numpy's own generators may change
+their streams between versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_ORDER, _SAMPLE = 1, 2  # first word of each hash: keeps the two uses of a seed independent
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64's output function; a bijection of words. Arrays only: scalars warn on overflow."""
+    x = x + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _hash(*words: ArrayLike) -> NDArray[np.uint64]:
+    """Hash of a tuple of integers, or of arrays of them, word by word; shape (n,)."""
+    state = np.zeros(1, dtype=np.uint64)
+    for word in words:
+        state = _mix(state ^ np.atleast_1d(np.asarray(word, dtype=np.int64)).view(np.uint64))
+    return state
+
+
+def order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The permutation of range(num_samples) in which an epoch reads its samples; shape (num_samples,)."""
+    keys = _hash(_ORDER, seed, epoch, np.arange(num_samples))
+    return np.argsort(keys, kind="stable")
+
+
+def batch_ids(
+    permutation: NDArray[np.int64], step: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> NDArray[np.int64]:
+    """A rank's contiguous share, (batch_size / world_size,), of the global batch at `step`."""
+    share = batch_size // world_size
+    start = step * batch_size + rank * share
+    return permutation[start : start + share]
+
+
+def uniform(seed: int, epoch: int, sample_ids: ArrayLike, n: int) -> NDArray[np.float64]:
+    """n numbers in [0, 1) per sample, a function of (seed, epoch, sample) alone; (len(sample_ids), n)."""
+    keys = _hash(_SAMPLE, seed, epoch, sample_ids)
+    counters = np.arange(n, dtype=np.uint64) * _GOLDEN
+    words = _mix(keys[:, None] + counters)  # (samples, 1) + (n,) -> (samples, n)
+    return (words >> np.uint64(11)) * 2.0**-53  # the upper 53 bits: every double of that spacing, never 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which samples one rank reads at which step; `batch_size` is the global one."""
+
+    num_samples: int
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __len__(self) -> int:
+        """Steps per epoch; an incomplete last batch is dropped."""
+        return self.num_samples // self.batch_size
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[NDArray[np.int64]]:
+        """The rank's sample ids, (batch_size / world_size,), of the steps from start_step on."""
+        if not 0 <= start_step <= len(self):
+            raise ValueError(f"start_step {start_step} lies outside an epoch of {len(self)} steps")
+        permutation = order(self.num_samples, self.seed, epoch)
+        steps = range(start_step, len(self))
+        return (batch_ids(permutation, k, self.batch_size, self.rank, self.world_size) for k in steps)

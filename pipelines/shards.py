@@ -1,0 +1,223 @@
+"""The format of converted data: tar shards, how they are written, and the manifest that makes them valid.
+
+    shard-000000.tar    members <key>.jpg and <key>.cls (no .cls for unlabelled data): WebDataset's layout
+    shard-000000.idx    offsets of the members: the index of DALI's webdataset reader (as by its wds2idx)
+    index.npy           one INDEX row per image, for random access, in the order of the source's listing
+    manifest.json       written last: a folder without it is an unfinished conversion
+
+Sample i of the converted data is the i-th readable image of the source, although the shards hold them in
+shuffled order (for readers that can only read in sequence). So training on shards reads the same images
+in the same order, with the same ids, as training on the folder they came from.
+
+Bytes are a function of the samples: no times, no users. Files appear under their names only when whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.contract import DataError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+INDEX_FILE = "index.npy"
+PARTIAL = ".partial"
+# offset and size of the JPEG in its shard, label (-1: none), number of the shard, CRC-32 of the JPEG
+INDEX = np.dtype([("offset", "<u8"), ("size", "<u4"), ("label", "<i4"), ("shard", "<u4"), ("crc", "<u4")])
+
+_BLOCK = 512  # of tar: headers take one, contents are padded to whole ones
+
+
+class Record(NamedTuple):
+    """One image in a shard."""
+
+    number: int  # of the image in the source's listing
+    key: str  # name in the tar, without the suffix
+    label: int  # -1: none
+    offset: int  # of the JPEG's first byte
+    size: int
+    crc: int
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """What the manifest knows of a shard (or of the index: count 0)."""
+
+    file: str
+    count: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of manifest.json."""
+
+    count: int
+    labelled: bool
+    classes: list[str]
+    made_from: dict[str, Any]  # settings, and what identifies the source's listing
+    index: ShardFile
+    shards: list[ShardFile]
+    repaired: list[dict[str, str]] = field(default_factory=list)  # name, reason
+    refused: list[dict[str, str]] = field(default_factory=list)
+    format: int = FORMAT
+
+
+def shard_name(number: int) -> str:
+    """File name of the shard with this number."""
+    return f"shard-{number:06d}.tar"
+
+
+def record_key(number: int, name: str) -> str:
+    """A key, unique by number, that any tar reader and WebDataset (where a dot ends it) accept."""
+    return f"{number:08d}-{re.sub(r'[^A-Za-z0-9_-]', '_', Path(name).stem)[:60]}"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under `path` only when all of it is on the disk, or not at all."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # makes the new name durable
+        finally:
+            os.close(folder)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+class _Hashing:
+    """The part of a file that tarfile needs, with the sha256 of what went through."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def write_shard(path: Path, samples: Iterable[tuple[int, str, int, bytes]]) -> tuple[ShardFile, list[Record]]:
+    """Write (number, name, label, JPEG) samples to a tar and its .idx; raises OSError."""
+    records = []
+    with whole_file(path) as file:
+        hashing = _Hashing(file)
+        with tarfile.open(fileobj=hashing, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
+            for number, name, label, jpeg in samples:
+                key = record_key(number, name)
+                records.append(Record(number, key, label, tar.offset + _BLOCK, len(jpeg), zlib.crc32(jpeg)))
+                _add(tar, f"{key}.jpg", jpeg)
+                if label >= 0:
+                    _add(tar, f"{key}.cls", str(label).encode())
+        size = file.tell()
+    with whole_file(path.with_suffix(".idx")) as file:
+        file.write(dali_index(records).encode())
+    return ShardFile(path.name, len(records), size, hashing.sha256.hexdigest()), records
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)  # its defaults: user 0, time 0
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def dali_index(records: Iterable[Record]) -> str:
+    """The .idx of a shard: `v1.2 count`, then per sample `suffix offset size name` of each member."""
+    lines = []
+    for r in records:
+        line = f"jpg {r.offset} {r.size} {r.key}.jpg"
+        if r.label >= 0:
+            after = r.offset + -(-r.size // _BLOCK) * _BLOCK + _BLOCK  # the JPEG's padding, the next header
+            line += f" cls {after} {len(str(r.label))} {r.key}.cls"
+        lines.append(line + "\n")
+    return f"v1.2 {len(lines)}\n" + "".join(lines)
+
+
+def write_index(path: Path, shards: Iterable[list[Record]]) -> ShardFile:
+    """Write index.npy for the records of each shard, sorted by the source's numbers."""
+    rows = [(r.number, r.offset, r.size, r.label, shard, r.crc) for shard, rs in enumerate(shards) for r in rs]
+    rows.sort()
+    index = np.array([row[1:] for row in rows], dtype=INDEX)
+    buffer = io.BytesIO()
+    np.save(buffer, index)
+    with whole_file(path) as file:
+        file.write(buffer.getbuffer())
+    return ShardFile(path.name, 0, buffer.tell(), hashlib.sha256(buffer.getbuffer()).hexdigest())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Declare the conversion in `folder` finished."""
+    with whole_file(folder / MANIFEST) as file:
+        file.write(json.dumps(asdict(manifest), indent=1).encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of `folder`; DataError when it is damaged, of another version or names odd files."""
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+        if content["format"] != FORMAT:
+            raise DataError(
+                f"{path} has format {content['format']}, this version reads format {FORMAT}:"
+                " convert again, or install the version that wrote it"
+            )
+        content["index"] = ShardFile(**content["index"])
+        content["shards"] = [ShardFile(**shard) for shard in content["shards"]]
+        manifest = Manifest(**content)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error!r}): convert again with --overwrite") from error
+    for file in [manifest.index, *manifest.shards]:
+        if not re.fullmatch(r"[\w-][\w.-]*", file.file):
+            raise DataError(f"{path} names a file outside its folder: {file.file!r}. Do not use this data.")
+    if sum(shard.count for shard in manifest.shards) != manifest.count:
+        raise DataError(f"{path} is damaged: the counts of its shards do not add up to {manifest.count}")
+    return manifest
+
+
+def read_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
+    """The INDEX rows, (count,), checked against the manifest; DataError when they do not belong to it."""
+    path = folder / manifest.index.file
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    if hashlib.sha256(content).hexdigest() != manifest.index.sha256:
+        raise DataError(f"{path} is not the one that {MANIFEST} belongs to (sha256 differs): convert again")
+    index = np.load(io.BytesIO(content), allow_pickle=False)
+    sizes = np.array([shard.bytes for shard in manifest.shards], dtype=np.int64)
+    if (
+        index.dtype != INDEX
+        or index.shape != (manifest.count,)
+        or (index["shard"] >= len(sizes)).any()
+        or (index["offset"] + index["size"] > sizes[index["shard"]]).any()
+    ):
+        raise DataError(f"{path} does not fit the shards that {folder / MANIFEST} lists: convert again")
+    return index

@@ -1,0 +1,235 @@
+"""The default pipeline: CPU threads decode, crop and resize; the device normalises.
+
+Threads, not processes: simplejpeg's decoder and torch's resize let go of the GIL, so threads scale, and
+nothing is pickled, forked or left in /dev/shm. Each batch is split into chunks for a thread pool; every
+image has its place in a preallocated byte buffer, so the result does not depend on who finishes first.
+At most `prefetch` batches are in the making while the consumer works on one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.augment import Normalise
+from pipelines.contract import Batch, DataError, Problems
+from pipelines.crops import DRAWS, Augmentation
+from pipelines.order import Schedule, uniform
+from pipelines.samples import Loaded, load_sample
+from pipelines.sources import Source
+
+logger = logging.getLogger("pipelines")
+
+JUDGED_AFTER = 1000  # images read before `max_bad_fraction` is applied
+NAMED = 10  # replaced images that a message lists
+
+
+class _Slot:
+    """Bytes of one batch on the host, refilled once their copy to the device is done."""
+
+    def __init__(self, shape: tuple[int, ...], pinned: bool) -> None:
+        self.pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)  # (B, H, W, 3)
+        self.copied = torch.cuda.Event() if pinned else None
+
+
+@dataclass
+class _Pending:
+    """A batch in the making."""
+
+    slot: _Slot
+    ids: NDArray[np.int64]
+    chunks: list[Future[list[Loaded]]] = field(default_factory=list)
+
+
+class TorchPipeline:
+    """Batches of `source` on `device`; see `build_pipeline` for the settings."""
+
+    def __init__(
+        self,
+        source: Source,
+        schedule: Schedule,
+        augmentation: Augmentation,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        workers: int = 2,
+        prefetch: int = 2,
+        max_bad_fraction: float = 0.01,
+    ) -> None:
+        self.num_samples = len(source)
+        self.problems = Problems()
+        self.device = torch.device(device)
+        self._source = source
+        self._augmentation = augmentation
+        self._schedule = schedule
+        self._workers, self._prefetch = max(workers, 1), max(prefetch, 1)
+        self._max_bad_fraction = max_bad_fraction
+        share = schedule.batch_size // schedule.world_size
+        self._shape = (share, *augmentation.input_size, 3)
+        self._normalise = Normalise(augmentation.input_size[1], self.device, dtype)
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._slots: list[_Slot] = []  # idle ones
+        self._warned: set[int] = set()
+        self._closed = threading.Event()
+        self._pool = _decoder_threads(self._workers)
+
+    def __len__(self) -> int:
+        return len(self._schedule)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Batches start_step ... len(self) - 1 of this epoch.
+
+        The iterator raises DataError when too many images are unreadable. Leaving it early cancels what
+        is in the making.
+        """
+        if self._closed.is_set():
+            raise RuntimeError("this pipeline was closed")
+        return self._batches(self._schedule.epoch(epoch, start_step), epoch)
+
+    def close(self) -> None:
+        """Stop the decoder threads and close the source."""
+        self._closed.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._source.close()
+
+    def _batches(self, steps: Iterator[NDArray[np.int64]], epoch: int) -> Iterator[Batch]:
+        left = threading.Event()  # set when the consumer is gone
+        pending: deque[_Pending] = deque()
+
+        def submit_next() -> None:
+            if (ids := next(steps, None)) is not None:
+                pending.append(self._submit(ids, epoch, left))
+
+        try:
+            for _ in range(self._prefetch):
+                submit_next()
+            while pending:
+                self._collect(pending[0])
+                done = pending.popleft()
+                images = self._upload(done.slot)
+                self._slots.append(done.slot)
+                submit_next()
+                yield Batch(images, self._labels(done.ids), torch.from_numpy(done.ids.copy()))
+        finally:
+            left.set()
+            chunks = [chunk for batch in pending for chunk in batch.chunks if not chunk.cancel()]
+            wait(chunks)  # each stops after the image it is at; then nobody writes to the slots
+            self._slots.extend(batch.slot for batch in pending)
+
+    def _submit(self, ids: NDArray[np.int64], epoch: int, left: threading.Event) -> _Pending:
+        """Have the threads fill a slot with these samples."""
+        on_cuda = self._stream is not None
+        # The longest idle slot; on CUDA not the one just delivered, so that its copy has time to finish.
+        slot = self._slots.pop(0) if len(self._slots) > on_cuda else _Slot(self._shape, pinned=on_cuda)
+        if slot.copied is not None:
+            slot.copied.synchronize()
+        draws = uniform(self._schedule.seed, epoch, ids, DRAWS)
+        batch = _Pending(slot, ids)
+        size = min(max(len(ids) // (4 * self._workers), 1), 16)  # small enough to keep all threads busy
+        for start in range(0, len(ids), size):
+            part = slice(start, start + size)
+            batch.chunks.append(self._pool.submit(self._load, ids[part], draws[part], slot.pixels[part], left))
+        return batch
+
+    def _load(
+        self, ids: NDArray[np.int64], draws: NDArray[np.float64], out: Tensor, left: threading.Event
+    ) -> list[Loaded]:
+        """In a decoder thread: fill `out`, (n, H, W, 3)."""
+        loaded = []
+        for sample, numbers, pixels in zip(ids.tolist(), draws.tolist(), out, strict=True):
+            if left.is_set() or self._closed.is_set() or not threading.main_thread().is_alive():
+                raise CancelledError  # the interpreter waits for its threads at exit: do not make it wait
+            try:
+                loaded.append(load_sample(self._source, sample, numbers, self._augmentation, pixels))
+            except DataError:
+                raise
+            except Exception as error:
+                name = self._source.name(sample)
+                raise RuntimeError(f"while loading image {sample} ({name}): {error!r}") from error
+        return loaded
+
+    def _collect(self, batch: _Pending) -> None:
+        """Wait for a batch and count its problems; here, so that counts and warnings come in order."""
+        try:
+            loaded = [sample for chunk in batch.chunks for sample in chunk.result()]
+        except CancelledError:
+            raise RuntimeError("this pipeline was closed while it was being read") from None
+        problems = self.problems
+        problems.read += len(loaded)
+        problems.converted += sum(sample.converted for sample in loaded)
+        for i, sample in zip(batch.ids.tolist(), loaded, strict=True):
+            if sample.replaced is not None:
+                problems.replaced += 1
+                self._warn(i, sample.replaced)
+        if problems.read >= JUDGED_AFTER and problems.replaced > self._max_bad_fraction * problems.read:
+            raise DataError(
+                f"{problems.replaced} of {problems.read} images read so far were unreadable and replaced,"
+                f" more than max_bad_fraction = {self._max_bad_fraction:g}. Repair or remove them, or convert"
+                " the data (tools/convert_imagenet.py leaves them out). The first:\n  "
+                + "\n  ".join(problems.first_replaced)
+            )
+
+    def _warn(self, i: int, reason: str) -> None:
+        if i in self._warned:
+            return
+        self._warned.add(i)
+        name = self._source.name(i)
+        if len(self.problems.first_replaced) < NAMED:
+            self.problems.first_replaced.append(f"{i} {name}: {reason}")
+        logger.warning("image %d (%s) is unreadable, the next readable one stands in: %s", i, name, reason)
+
+    def _upload(self, slot: _Slot) -> Tensor:
+        """A slot's images, normalised, on the device: (B, H, W, 3) uint8 -> (B, 3, H, W)."""
+        if self._stream is None or slot.copied is None:
+            return self._normalise(slot.pixels.to(self.device))
+        with torch.cuda.stream(self._stream):
+            pixels = slot.pixels.to(self.device, non_blocking=True)
+            slot.copied.record()
+            images = self._normalise(pixels)
+        consumer = torch.cuda.current_stream(self.device)
+        consumer.wait_stream(self._stream)
+        images.record_stream(consumer)  # allocated on the side stream: not to be reused while in use here
+        return images
+
+    def _labels(self, ids: NDArray[np.int64]) -> Tensor | None:
+        if self._source.labels is None:
+            return None
+        labels = torch.from_numpy(self._source.labels[ids].astype(np.int64))
+        if self._stream is not None:
+            labels = labels.pin_memory()
+        return labels.to(self.device, non_blocking=True)
+
+
+def _decoder_threads(workers: int) -> ThreadPoolExecutor:
+    """A pool whose threads run torch operators on one core each, all of them started.
+
+    `torch.set_num_threads` sets the OpenMP team of the calling thread, and the default of threads that
+    start later. So each worker sets its own to 1, and when all have, the caller sets the default back.
+    """
+    before = torch.get_num_threads()
+    started = threading.Barrier(workers + 1)
+
+    def prepare() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # a thread's first look takes over the default, so let it be now
+        started.wait()
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode", initializer=prepare)
+    try:
+        for _ in range(workers):
+            pool.submit(int)  # starts a thread, as none is idle before the barrier opens
+    except BaseException:
+        started.abort()  # a thread too many for this machine: let the others end
+        raise
+    started.wait()
+    torch.set_num_threads(before)
+    return pool

@@ -1,0 +1,209 @@
+"""The command as a person runs it: exit codes, messages, and what is left on the disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from pipelines.contract import DataError
+from pipelines.convert import ConvertSettings, convert
+from pipelines.open_source import open_source
+from pipelines.stored import StoredImages
+
+TOOL = Path(__file__).parents[2] / "tools" / "convert_imagenet.py"
+
+
+@pytest.fixture
+def src(tmp_path: Path) -> Path:
+    """40 images of noise (slow to encode) in an ImageNet layout."""
+    random = np.random.default_rng(0)
+    for i in range(40):
+        folder = tmp_path / "src" / ("val" if i % 8 == 7 else "train") / f"n{i % 4}"
+        folder.mkdir(parents=True, exist_ok=True)
+        noise = random.integers(0, 256, (300, 400, 3), dtype=np.uint8)
+        (folder / f"{i}.JPEG").write_bytes(simplejpeg.encode_jpeg(noise, 90))
+    return tmp_path / "src"
+
+
+def command(src: Path, dst: Path, *options: str) -> list[str]:
+    fixed = ["--images_per_shard", "5", "--short_side", "200"]
+    return [sys.executable, str(TOOL), str(src), str(dst), *fixed, *options]
+
+
+def run(src: Path, dst: Path, *options: str, **popen: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(  # type: ignore[call-overload]
+        command(src, dst, *options), capture_output=True, text=True, timeout=60, check=False, **popen
+    )
+
+
+def convert_here(src: Path, dst: Path) -> None:
+    """What `command` does, without the seconds that a new interpreter takes."""
+    convert(src, dst, ConvertSettings(StoredImages(short_side=200), images_per_shard=5))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_killed_in_the_middle_and_started_again_it_ends_with_the_same_bytes(src, tmp_path, workers):
+    convert_here(src, tmp_path / "whole")
+    dst = tmp_path / "out"
+    for shards in (1, 3):
+        process = subprocess.Popen(
+            command(src, dst, "--workers", workers), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        wait_for(lambda n=shards: len(list(dst.glob("train/*.json"))) >= n, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()  # its children hold the pipe: this returns when they are gone, too
+        with pytest.raises(DataError, match="the conversion was not finished"):
+            open_source(dst)
+    kept = {path: path.stat().st_mtime_ns for path in dst.glob("train/*.tar") if path.with_suffix(".json").exists()}
+    ended = run(src, dst, "--workers", workers, "--verify")
+    assert ended.returncode == 0, ended.stderr
+    assert contents(dst) == contents(tmp_path / "whole")
+    assert kept
+    assert all(path.stat().st_mtime_ns == mtime for path, mtime in kept.items())
+
+
+def test_it_reports_progress_result_and_verification_in_plain_lines(src, tmp_path):
+    (src / "train" / "n0" / "0.JPEG").write_bytes(b"")
+    ended = run(src, tmp_path / "out", "--verify", "--workers", "1")
+    assert ended.returncode == 0, ended.stderr
+    assert "train: 35/35 images," in ended.stdout
+    assert "images/s" in ended.stdout
+    assert "MB/s" in ended.stdout
+    assert "train: 34 images in 7 shards" in ended.stdout
+    assert "1 left out as unreadable" in ended.stdout
+    assert "val: 5 images in 1 shards" in ended.stdout
+    assert "verified: every shard" in ended.stdout
+    assert "\x1b" not in ended.stdout
+
+
+def test_a_flipped_byte_is_found_by_verify(src, tmp_path):
+    convert_here(src, tmp_path / "out")
+    shard = tmp_path / "out" / "train" / "shard-000002.tar"
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 1
+    shard.write_bytes(data)
+    ended = run(src, tmp_path / "out", "--verify")
+    assert ended.returncode == 3
+    assert "train/shard-000002.tar, record at byte 512" in ended.stderr
+    assert "checksum differs" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_leaves_whole_shards_and_says_how_to_go_on(src, tmp_path, workers):
+    dst = tmp_path / "out"
+    process = subprocess.Popen(
+        command(src, dst, "--workers", workers),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(lambda: list(dst.glob("train/*.json")), process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert stderr == "convert_imagenet: interrupted. Whole shards are kept: the same command goes on from there.\n"
+    left = [path.name for path in dst.rglob("*") if path.is_file()]
+    assert not any(name.endswith(".partial") or name == "manifest.json" for name in left)
+    convert_here(src, dst)  # goes on without a complaint
+
+
+def test_a_full_disk_is_exit_code_6_with_whole_shards_left(src, tmp_path):
+    dst = tmp_path / "disk"
+    dst.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(dst)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        ended = run(src, dst, "--workers", "2")
+        left = [path.name for path in dst.rglob("*") if path.is_file()]
+    finally:
+        subprocess.run(["umount", str(dst)], check=True)
+    assert ended.returncode == 6, ended.stderr
+    assert "the disk is full. Whole shards are kept: make room and run the same command again" in ended.stderr
+    assert not any(name.endswith(".partial") or name == "manifest.json" for name in left)
+    assert any(name.endswith(".tar") for name in left)
+
+
+def test_a_failing_write_is_exit_code_6(src, tmp_path):
+    def limit_file_size() -> None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    ended = run(src, tmp_path / "out", "--workers", "1", preexec_fn=limit_file_size)
+    assert ended.returncode == 6
+    assert "writing to" in ended.stderr
+    assert "File too large" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--max_side", "300"], 2, "exclude each other"),
+        (["--quality", "0"], 2, "quality 0"),
+        (["--workers", "-1"], 2, "counts"),
+        (["--no_such_option", "1"], 2, "no_such_option"),
+    ],
+)
+def test_senseless_settings_are_exit_code_2(src, tmp_path, options, code, message):
+    ended = run(src, tmp_path / "out", *options)
+    assert ended.returncode == code
+    assert message in ended.stderr + ended.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_sources_are_exit_code_3_and_bad_destinations_2(src, tmp_path):
+    missing = run(tmp_path / "nothing", tmp_path / "out")
+    assert (missing.returncode, missing.stderr.count("\n")) == (3, 1)
+    assert "nothing does not exist" in missing.stderr
+    (tmp_path / "empty").mkdir()
+    empty = run(tmp_path / "empty", tmp_path / "out")
+    assert empty.returncode == 3
+    assert "no images in" in empty.stderr
+    inside = run(src, src / "out")
+    assert inside.returncode == 2
+    assert "images' own folder" in inside.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_that_is_killed_is_reported_and_the_rest_kept(src, tmp_path):
+    dst = tmp_path / "out"
+    process = subprocess.Popen(
+        command(src, dst, "--workers", "2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: list(dst.glob("train/*.json")), process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    worker = next(c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes())
+    os.kill(int(worker), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 6
+    assert "a worker process died (exit code -9" in stderr
+    assert "Traceback" not in stderr
+    assert list(dst.glob("train/*.tar"))
+    assert not list(dst.rglob("*.partial"))

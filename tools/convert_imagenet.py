@@ -1,0 +1,144 @@
+"""Convert images into shards that any of the pipelines reads fast.
+
+    python tools/convert_imagenet.py /data/imagenet /data/imagenet_256
+
+then train with --data_path /data/imagenet_256. Stopped, it goes on where it was when started again. Exit
+codes: 0 done, 2 settings, 3 data, 6 storage, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from pipelines.contract import DataError, SettingsError, StorageError
+from pipelines.convert import ConvertSettings, Progress, convert
+from pipelines.stored import StoredImages
+from pipelines.verify import verify
+
+LINE_SECONDS = 10  # between progress lines when the output is no terminal
+
+
+def convert_imagenet(
+    src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
+    *,
+    short_side: int | None = None,
+    max_side: int = 0,
+    quality: int = 90,
+    images_per_shard: int = 0,
+    seed: int = 0,
+    workers: int = 0,
+    overwrite: bool = False,
+    verify_shards: Annotated[bool, tyro.conf.arg(name="verify")] = False,
+) -> int:
+    """Convert a folder of images into shards.
+
+    Args:
+        src: ImageNet folder (train/, val/), folder of class folders or of images, or file list.
+        dst: Where the shards go: a new or empty folder, or an unfinished conversion.
+        short_side: Reduce larger images to this shorter side; 0 keeps their size. Default 256.
+        max_side: Reduce larger images to this longer side, instead of short_side.
+        quality: JPEG quality.
+        images_per_shard: 0 chooses: 4096 for ImageNet (about 120 MB), fewer for small data sets.
+        seed: Of the order in which the shards hold the images.
+        workers: Processes; 0 is one for each core.
+        overwrite: Delete an earlier conversion in dst first.
+        verify_shards: Read everything again and compare: checksums, counts, indices, images.
+    """
+    if short_side is None:
+        short_side = 0 if max_side else 256
+    if images_per_shard < 0 or workers < 0:
+        raise SettingsError("images_per_shard and workers are counts, or 0 to let the program choose")
+    settings = ConvertSettings(StoredImages(short_side, max_side, quality), images_per_shard, seed)
+    workers = workers or len(os.sched_getaffinity(0))
+    console = Console()
+    with Display(console) as display:
+        written = convert(src, dst, settings, workers=workers, overwrite=overwrite, on_progress=display.show)
+    for folder, manifest in written:
+        size = sum(shard.bytes for shard in manifest.shards)
+        console.print(
+            f"{folder}: {manifest.count} images in {len(manifest.shards)} shards, {size / 1e6:.0f} MB;"
+            f" {len(manifest.repaired)} converted to RGB JPEG, {len(manifest.refused)} left out as unreadable"
+            " (listed in manifest.json)",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if verify_shards:
+        faults = [f"{folder}/{fault}" for folder, _ in written for fault in verify(folder, workers)]
+        if faults:
+            raise DataError("\n".join([*faults, f"{len(faults)} faults: convert again with --overwrite"]))
+        console.print("verified: every shard, record and index is as written")
+    return 0
+
+
+class Display:
+    """Progress as a bar on a terminal, as a line now and then elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._folder: Path | None = None
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def show(self, progress: Progress) -> None:
+        """Called after every image."""
+        now = time.monotonic()
+        if progress.folder != self._folder:
+            self._folder, self._start, self._before, self._line = progress.folder, now, progress.done, now
+            self._task = self._bar.add_task(progress.folder.name, total=progress.total, speed="")
+        seconds = max(now - self._start, 1e-3)
+        rate = (progress.done - self._before) / seconds
+        speed = f"{rate:.0f} images/s, {progress.bytes / seconds / 1e6:.1f} MB/s"
+        self._bar.update(self._task, completed=progress.done, speed=speed)
+        if self._bar.disable and (now - self._line > LINE_SECONDS or progress.done == progress.total):
+            self._line = now
+            left = (progress.total - progress.done) / rate if rate else 0
+            self._console.print(
+                f"{progress.folder}: {progress.done}/{progress.total} images, {speed}, {left:.0f} s left",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def main() -> int:
+    """Run the command; returns the exit code."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        return tyro.cli(convert_imagenet, use_underscores=True, description=__doc__)
+    except (SettingsError, DataError, StorageError) as error:
+        print(f"convert_imagenet: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(
+            "convert_imagenet: interrupted. Whole shards are kept: the same command goes on from there.",
+            file=sys.stderr,
+        )
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
