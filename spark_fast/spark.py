@@ -9,6 +9,7 @@ Names: B images of H x W, patch p px, grid (h, w) = (H/p, W/p), V visible patche
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from difflib import get_close_matches
 
@@ -19,8 +20,12 @@ from torch import Tensor, nn
 
 from spark_fast.decoder import Decoder
 from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, Visible
+from spark_fast.encoder.verify import verify
 from spark_fast.masking import num_visible
 
+log = logging.getLogger("spark_fast")
+
+PROVEN = {"resnet", "convnext"}  # modules of timm whose networks the test suite verifies
 ENCODERS: dict[str, type[Encoder]] = {"packed": PackedEncoder, "masked": MaskedEncoder}
 
 
@@ -138,13 +143,16 @@ def build_spark(
         sync_batchnorm: batch statistics over all ranks (`torch.nn.SyncBatchNorm`).
 
     Raises:
-        ValueError: an unknown model (the nearest names are given), one whose layers cannot be packed (named), or a
-            size, mask ratio or width that does not fit.
+        ValueError: an unknown model (the nearest names are given), one whose layers cannot be packed (named) or that
+            `verify` finds wrong, or a size, mask ratio or width that does not fit.
     """
     if encoder not in ENCODERS:
         raise ValueError(f"unknown encoder {encoder!r}; there are {', '.join(ENCODERS)}")
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     network = _timm_features(model, model_kwargs or {}) if isinstance(model, str) else model
+    if not (isinstance(model, str) and timm.models.is_model_in_modules(model, PROVEN)):
+        log.info("checking that the packed encoder computes what the network computes")
+        verify(network)
     if sync_batchnorm:
         network = convert_sync_batchnorm(network)
     spark = SparK(ENCODERS[encoder](network, size), size, mask_ratio, decoder_width)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -35,7 +37,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.current = Current()
         shapes = _feature_shapes(network, input_size)
-        strides = [round(input_size[0] / s[2]) for s in shapes]
+        strides = [2 ** round(math.log2(input_size[0] / s[2])) for s in shapes]
         self.levels = [i for i, stride in enumerate(strides) if stride >= min_stride]
         self.channels = [shapes[i][1] for i in self.levels]
         self.strides = [strides[i] for i in self.levels]

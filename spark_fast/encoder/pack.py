@@ -69,10 +69,11 @@ def convert(network: nn.Module, table: Table, current: Current) -> nn.Module:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise UnsupportedLayerError(f"cannot be packed: {listed}{more}. A layer must be of a kind listed in pack.py")
     for path, module in plans:
+        _check_geometry(path, module)
+    for path, module in plans:
         mixin = next((mixin for types, mixin in table if type(module) in types), None)
         if mixin is None:
             continue
-        _check_geometry(path, module)
         converted = _convert_layer(module, mixin, current)
         if not path:
             return converted

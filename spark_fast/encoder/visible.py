@@ -16,8 +16,6 @@ C channels.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -172,13 +170,14 @@ class Visible:
         return self._tables[key]
 
 
-@lru_cache(maxsize=256)
 def _places(b: int, coords: tuple[int, ...]) -> tuple[list[list[int]], list[list[int]]]:
     """For each cell of a patch, along one axis: (neighbour whose window shows it, place in that window).
 
     The neighbour at step d sees my cell y at its coordinate y - d*b. Padded with place -1 to equal length.
     """
-    shown = [[(d, i) for d in (0, -1, 1) for i, at in enumerate(coords) if at == y - d * b] for y in range(b)]
+    shown: list[list[tuple[int, int]]] = [[] for _ in range(b)]
+    for i, at in enumerate(coords):
+        shown[at % b].append((-(at // b), i))
     width = max(len(s) for s in shown)
     padded = [s + [(0, -1)] * (width - len(s)) for s in shown]
     return [[d for d, _ in s] for s in padded], [[i for _, i in s] for s in padded]

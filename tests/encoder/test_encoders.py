@@ -1,0 +1,133 @@
+"""Packed equals masked, in loss and every gradient; and both checks of `verify` pass, or catch a fault."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from spark_fast import build_spark, verify
+from spark_fast.encoder import MaskedEncoder, PackedEncoder, Visible
+from spark_fast.encoder.verify import VerificationError, _randomise_constants
+from spark_fast.masking import sample_visible
+
+# one small member of each kind: BasicBlock, Bottleneck, pooled shortcut, blur, SE, GroupNorm, pre-activation,
+# ConvNeXt, GRN, convolutional MLP, overlapping stem
+NETWORKS = [
+    ("resnet10t", {}),
+    ("resnet14t", {}),
+    ("resnetblur18", {}),
+    ("seresnet18", {}),
+    ("resnetv2_18", {}),
+    ("resnet26", {"norm_layer": "groupnorm"}),
+    ("convnext_zepto_rms", {}),
+    ("convnextv2_atto", {}),
+    ("convnext_atto_ols", {}),
+]
+
+
+@pytest.fixture(scope="module", params=NETWORKS, ids=lambda n: n[0])
+def network(request):
+    name, kwargs = request.param
+    torch.manual_seed(0)
+    model = timm.create_model(name, features_only=True, **kwargs).double()
+    _randomise_constants(model)
+    return model
+
+
+def loss_and_gradients(encoder, images, visible):
+    torch.manual_seed(1)
+    x = images.clone().requires_grad_()
+    features = encoder.train()(x, visible)
+    encoder.zero_grad()
+    loss = sum((f * torch.linspace(-1, 1, f.numel(), dtype=f.dtype).view(f.shape)).mean() for f in features)
+    loss.backward()
+    return loss.detach(), [x.grad, *(p.grad for p in encoder.parameters() if p.grad is not None)]
+
+
+# two images at least: with one cell per channel a batch statistic does not exist; shrinking would take minutes
+@given(st.integers(2, 3), st.integers(1, 4), st.integers(1, 3), st.floats(0, 0.95), st.integers(0, 10**6))
+@settings(deadline=None, max_examples=4, phases=[Phase.explicit, Phase.generate], database=None)
+def test_packed_equals_masked(network, batch, h, w, ratio, seed):
+    keep = max(1, round(h * w * (1 - ratio)))
+    size = (32 * h, 32 * w)
+    images = torch.randn(batch, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    index = sample_visible(seed, 0, torch.arange(batch), (h, w), keep)
+    runs = [
+        loss_and_gradients(kind(copy.deepcopy(network), size), images, Visible(index, (h, w)))
+        for kind in (PackedEncoder, MaskedEncoder)
+    ]
+    torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-10, atol=1e-12)
+    assert len(runs[0][1]) == len(runs[1][1])
+    for a, b in zip(runs[0][1], runs[1][1], strict=True):
+        assert (a - b).norm() <= 1e-10 * b.norm() + 1e-12
+
+
+def test_identity_and_no_leak(network):
+    found = verify(network, (64, 96))
+    assert found.identity < 1e-6
+    assert found.leak == 0
+
+
+def test_parameters_and_their_names_are_the_networks(network):
+    before = network.state_dict()
+    for kind in (PackedEncoder, MaskedEncoder):
+        after = kind(copy.deepcopy(network), (64, 64)).network.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[k], before[k]) for k in before)
+
+
+def test_called_without_a_mask_an_encoder_is_the_dense_network(network):
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    encoder = PackedEncoder(copy.deepcopy(network), (64, 64)).eval()
+    features = copy.deepcopy(network).eval()(images)
+    for got, expected in zip(encoder(images), [features[i] for i in encoder.levels], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+class Cheating(nn.Module):
+    """A network that mixes positions in its own code, where no layer shows it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 2, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x * x.mean((2, 3), keepdim=True)
+        return [x, self.down(x)]
+
+
+def test_a_functional_mix_of_positions_is_caught():
+    with pytest.raises(VerificationError, match="mixes positions outside its layers"):
+        verify(Cheating(), (32, 32))
+    with pytest.raises(ValueError, match="mixes positions"):
+        build_spark(Cheating(), input_size=32, mask_ratio=0.5, decoder_width=32)
+
+
+def test_stochastic_depth_drops_whole_images_alike_in_both_encoders():
+    network = timm.create_model("convnext_zepto_rms", features_only=True, drop_path_rate=0.9).double()
+    _randomise_constants(network)
+    images = torch.randn(6, 3, 64, 64, dtype=torch.float64)
+    seen = Visible(sample_visible(0, 0, torch.arange(6), (2, 2), 2), (2, 2))
+    outputs = []
+    for kind in (PackedEncoder, MaskedEncoder):
+        torch.manual_seed(0)
+        outputs.append(kind(copy.deepcopy(network), (64, 64)).train()(images, seen))
+    for a, b in zip(*outputs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_the_packed_model_compiles_into_one_graph_and_once():
+    model = build_spark("resnet10t", input_size=64, mask_ratio=0.5, decoder_width=32)
+    images = torch.randn(2, 3, 64, 64)
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for step in range(3):
+        visible = sample_visible(0, step, torch.arange(2), model.grid, model.num_visible)
+        assert compiled(images, visible) == pytest.approx(model(images, visible).item(), rel=1e-4)
+    assert counter.frame_count == 1

@@ -1,0 +1,92 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pytest import raises
+
+from spark_fast.encoder.visible import Visible
+
+
+@st.composite
+def masks(draw):
+    batch, h, w = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    keep = draw(st.integers(1, h * w))
+    keys = torch.rand(batch, h * w, generator=torch.Generator().manual_seed(draw(st.integers(0, 10**6))))
+    index = keys.argsort(1)[:, :keep].sort(1).values
+    return Visible(index, (h, w))
+
+
+@given(masks(), st.sampled_from([1, 2, 3, 8]), st.integers(1, 4))
+@settings(deadline=None, max_examples=50)
+def test_unpacking_what_was_packed_gives_the_map_with_holes(visible, b, channels):
+    h, w = visible.grid
+    dense = torch.randn(visible.batch, channels, h * b, w * b)
+    packed = visible.pack(dense)
+    assert packed.shape == (visible.count, channels, b, b)
+    assert torch.equal(visible.unpack(packed), dense * visible.cells(h * b))
+    fill = torch.randn(channels)
+    expected = torch.where(visible.cells(h * b), dense, fill[:, None, None])
+    assert torch.equal(visible.unpack(packed, fill), expected)
+
+
+@given(masks())
+@settings(deadline=None, max_examples=50)
+def test_a_mask_and_its_complement_share_out_the_patches(visible):
+    assert torch.equal(Visible.from_mask(visible.mask).index, visible.index)
+    holes = visible.complement()
+    assert torch.equal(holes.mask, ~visible.mask)
+
+
+@given(masks(), st.sampled_from([1, 2, 4]))
+@settings(deadline=None, max_examples=50)
+def test_an_image_of_visible_cells_holds_the_cells_of_that_image_only(visible, b):
+    packed = torch.randn(visible.count, 3, b, b)
+    images = visible.as_images(packed)
+    assert images.shape == (visible.batch, 3, visible.per_image * b, b)
+    assert torch.equal(visible.as_patches(images), packed)
+    means = packed.unflatten(0, (visible.batch, -1)).mean((1, 3, 4))
+    torch.testing.assert_close(images.mean((2, 3)), means)
+
+
+def places(visible, b, lo, hi):
+    """Every (window place -> cell) pair, read off the dense map one cell at a time."""
+    h, w = visible.grid
+    numbers = torch.full((visible.batch, h * b, w * b), -1)
+    cells = torch.arange(visible.count * b * b, dtype=torch.float64).view(visible.count, 1, b, b)
+    dense = visible.unpack(cells + 1)[:, 0].long() - 1
+    numbers[:] = dense
+    out = []
+    for patch in visible.patches.tolist():
+        image, rest = divmod(patch, h * w)
+        top, left = rest // w * b, rest % w * b
+        for y in range(top - lo, top + b + hi):
+            for x in range(left - lo, left + b + hi):
+                inside = 0 <= y < h * b and 0 <= x < w * b
+                out.append(int(numbers[image, y, x]) if inside else -1)
+    return out
+
+
+@given(masks(), st.sampled_from([(1, 1, 1), (2, 1, 1), (4, 3, 3), (4, 3, 2), (2, 0, 1), (3, 1, 0), (2, 2, 2)]))
+@settings(deadline=None, max_examples=60)
+def test_window_and_cell_tables_are_each_others_transpose(visible, geometry):
+    b, lo, hi = geometry
+    coords = tuple(range(-lo, b + hi))
+    nothing = visible.count * b * b
+    table = visible.window_table(b, coords).tolist()
+    assert [-1 if t == nothing else t for t in table] == places(visible, b, lo, hi)
+    where = [[] for _ in range(nothing)]
+    for place, cell in enumerate(table):
+        if cell != nothing:
+            where[cell].append(place)
+    transposed = visible.cell_table(b, coords).tolist()
+    assert [sorted(p for p in row if p != len(table)) for row in transposed] == where
+
+
+def test_unequal_or_empty_masks_are_refused_with_the_numbers():
+    mask = torch.zeros(2, 2, 2, dtype=torch.bool)
+    with raises(ValueError, match="at least one; got 0 to 0"):
+        Visible.from_mask(mask)
+    mask[0, 0, 0] = True
+    with raises(ValueError, match="got 0 to 1"):
+        Visible.from_mask(mask)
+    with raises(ValueError, match="bool tensor"):
+        Visible.from_mask(torch.ones(2, 2, 2))

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Everything that is checked before a change is taken: lint, format, types, tests. Arguments go to pytest.
+#
+#     bash tools/test.sh [-k name ...]
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+bash "$root/tools/environment.sh" dev
+cd "$root"
+python="$root/.venv/bin/python"
+
+step() {
+    echo "== $*"
+    "$python" -m "$@"
+}
+
+step ruff check .
+step ruff format --check .
+step mypy
+step pytest "$@"
