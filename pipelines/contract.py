@@ -7,7 +7,7 @@ any number of ranks and any backend, and resuming in mid-epoch is starting at st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -42,8 +42,8 @@ class Pipeline(Protocol):
         """Steps per epoch; an incomplete last batch is dropped."""
         ...
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The batches start_step, start_step + 1, ... of this epoch."""
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
+        """The batches start_step, start_step + 1, ... of this epoch; closing it stops what is in the making."""
         ...
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 import torch
@@ -41,9 +41,9 @@ class SyntheticPipeline:
     def __len__(self) -> int:
         return len(self._schedule)
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
         """Batches start_step ... len(self) - 1 of this epoch; the labels are the numbers of the images."""
-        return map(self._batch, self._schedule.epoch(epoch, start_step))
+        return (self._batch(ids) for ids in self._schedule.epoch(epoch, start_step))
 
     def close(self) -> None:
         """Nothing to let go of."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
@@ -85,7 +85,7 @@ class TorchPipeline:
     def __len__(self) -> int:
         return len(self._schedule)
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
         """Batches start_step ... len(self) - 1 of this epoch.
 
         The iterator raises DataError when too many images are unreadable. Leaving it early cancels what
@@ -101,7 +101,7 @@ class TorchPipeline:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._source.close()
 
-    def _batches(self, steps: Iterator[NDArray[np.int64]], epoch: int) -> Iterator[Batch]:
+    def _batches(self, steps: Iterator[NDArray[np.int64]], epoch: int) -> Generator[Batch, None, None]:
         left = threading.Event()  # set when the consumer is gone
         pending: deque[_Pending] = deque()
 

@@ -9,6 +9,7 @@ Names: B images of H x W, patch p px, grid (h, w) = (H/p, W/p), V visible patche
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -150,12 +151,14 @@ def build_spark(
         raise ValueError(f"unknown encoder {encoder!r}; there are {', '.join(ENCODERS)}")
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     network = _timm_features(model, model_kwargs or {}) if isinstance(model, str) else model
-    if not (isinstance(model, str) and timm.models.is_model_in_modules(model, PROVEN)):
-        log.info("checking that the packed encoder computes what the network computes")
-        verify(network)
+    proven = isinstance(model, str) and timm.models.is_model_in_modules(model, PROVEN)
+    original = None if proven else copy.deepcopy(network)
     if sync_batchnorm:
         network = convert_sync_batchnorm(network)
     spark = SparK(ENCODERS[encoder](network, size), size, mask_ratio, decoder_width)
+    if original is not None:
+        log.info("checking that the packed encoder computes what the network computes")
+        verify(original)
     if sync_batchnorm:
         for name in ("decoder", "densify_norms"):
             setattr(spark, name, convert_sync_batchnorm(getattr(spark, name)))

@@ -63,14 +63,15 @@ def pretrain(settings: Settings, ranks: Ranks) -> int:
     try:
         model = open_model(settings, ranks)
         resume = checkpoint_to_resume(settings)
-        folder = open_run_folder(settings) if ranks.main else None
-        pictured = pictured_images(settings, ranks) if folder is not None else None
-        run = PretrainRun(settings, ranks, pipeline, model, folder, pictured)
+        run = PretrainRun(settings, ranks, pipeline, model)
         if resume is not None:
             run.restore(resume)
         elif settings.model.init_weight:
             load_weights(Path(settings.model.init_weight), model)
-        return run.train()
+        if not ranks.main:
+            return run.train(None, None)
+        pictured = pictured_images(settings, ranks)
+        return run.train(open_run_folder(settings), pictured)  # the folder last: nothing is left behind by a mistake
     finally:
         pipeline.close()
 

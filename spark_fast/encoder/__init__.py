@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spark_fast.encoder.halo import Current
-from spark_fast.encoder.pack import MASKED, PACKED, Table, UnsupportedLayerError, convert
+from spark_fast.encoder.pack import MASKED, PACKED, Table, UnsupportedLayerError, check_layers, convert
 from spark_fast.encoder.visible import Visible
 
 __all__ = ["Encoder", "MaskedEncoder", "PackedEncoder", "UnsupportedLayerError", "Visible", "pack"]
@@ -35,6 +35,7 @@ class Encoder(nn.Module):
 
     def __init__(self, network: nn.Module, input_size: tuple[int, int], min_stride: int = 4) -> None:
         super().__init__()
+        check_layers(network)
         self.current = Current()
         shapes = _feature_shapes(network, input_size)
         strides = [2 ** round(math.log2(input_size[0] / s[2])) for s in shapes]
@@ -105,8 +106,12 @@ def _feature_shapes(network: nn.Module, input_size: tuple[int, int]) -> list[tup
     training = network.training
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         dtype = next((p.dtype for p in network.parameters()), torch.float32)
-        features = network.eval()(torch.empty(1, 3, *input_size, dtype=dtype))
-    network.train(training)
+        try:
+            features = network.eval()(torch.empty(1, 3, *input_size, dtype=dtype))
+        except Exception as error:
+            raise ValueError(f"the network does not run on {input_size[0]}x{input_size[1]} images: {error}") from error
+        finally:
+            network.train(training)
     if not isinstance(features, (list, tuple)) or not all(isinstance(f, Tensor) and f.dim() == 4 for f in features):
         raise ValueError(f"the network must return a list of feature maps (B, C, H, W), got {type(features).__name__}")
     return [tuple(f.shape) for f in features]

@@ -62,15 +62,8 @@ def convert(network: nn.Module, table: Table, current: Current) -> nn.Module:
     Raises:
         UnsupportedLayerError: a layer of unknown kind, by its path and type. The network is then unchanged.
     """
-    plans = list(_layers(network))
-    unknown = [(path, m) for path, m in plans if type(m) not in KNOWN]
-    if unknown:
-        listed = ", ".join(f"{path or 'network'} ({type(m).__name__})" for path, m in unknown[:5])
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise UnsupportedLayerError(f"cannot be packed: {listed}{more}. A layer must be of a kind listed in pack.py")
-    for path, module in plans:
-        _check_geometry(path, module)
-    for path, module in plans:
+    check_layers(network)
+    for path, module in list(_layers(network)):
         mixin = next((mixin for types, mixin in table if type(module) in types), None)
         if mixin is None:
             continue
@@ -82,10 +75,27 @@ def convert(network: nn.Module, table: Table, current: Current) -> nn.Module:
     return network
 
 
+def check_layers(network: nn.Module) -> None:
+    """Refuse a network that cannot be packed; it is not changed.
+
+    Raises:
+        UnsupportedLayerError: naming every kind of layer that cannot be, by path and type.
+    """
+    layers = _layers(network)
+    unknown = [(path, m) for path, m in layers if type(m) not in KNOWN]
+    if unknown:
+        listed = ", ".join(f"{path or 'network'} ({type(m).__name__})" for path, m in unknown[:5])
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise UnsupportedLayerError(f"cannot be packed: {listed}{more}. A layer must be of a kind listed in pack.py")
+    for path, module in layers:
+        _check_geometry(path, module)
+
+
 def _layers(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
     """The layers of a network: modules of a known kind, whole, and whatever else has no children."""
     children = list(module.named_children())
-    if type(module) in KNOWN or not children:
+    whole = type(module) in KNOWN or "Attention" in type(module).__name__  # attention mixes in its own forward
+    if whole or not children:
         return [(path, module)]
     return [found for name, child in children for found in _layers(child, f"{path}.{name}" if path else name)]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spark_fast.encoder import PackedEncoder
+from spark_fast.encoder import PackedEncoder, UnsupportedLayerError
 from spark_fast.encoder.visible import Visible
 from spark_fast.masking import sample_visible
 
@@ -122,7 +122,9 @@ def _three_patches(network: nn.Module) -> tuple[int, int]:
     for patch in (32, 64, 16, 8, 128):
         try:
             stride = PackedEncoder(copy.deepcopy(network), (patch * 4, patch * 4)).patch
-        except (ValueError, RuntimeError):
+        except UnsupportedLayerError:
+            raise
+        except ValueError:
             continue
         return 3 * stride, 3 * stride
     raise VerificationError("no input size was found that this network takes; give input_size")

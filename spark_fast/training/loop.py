@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -53,17 +54,10 @@ class Interrupt:
 class PretrainRun:
     """A run in progress: its parts, and the one number that says where it is, the step."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        ranks: Ranks,
-        pipeline: Pipeline,
-        model: SparK,
-        folder: Path | None,
-        pictured: Tensor | None,
-    ) -> None:
-        self.settings, self.ranks, self.pipeline = settings, ranks, pipeline
-        self.model, self.folder, self.pictured = model, folder, pictured
+    def __init__(self, settings: Settings, ranks: Ranks, pipeline: Pipeline, model: SparK) -> None:
+        self.settings, self.ranks, self.pipeline, self.model = settings, ranks, pipeline, model
+        self.folder: Path | None = None
+        self.pictured: Tensor | None = None
         self.step, self.begun, self.loss = 0, 0, float("nan")
         self.steps_per_epoch = len(pipeline)
         self.total_steps = settings.optim.epochs * self.steps_per_epoch
@@ -85,8 +79,20 @@ class PretrainRun:
         self.loss = state["loss"]
         log.info("resumed from %s at step %d of %d", path, self.step, self.total_steps)
 
-    def train(self) -> int:
-        """Train to the last epoch; returns 0, or 75 when interrupted (the checkpoint is then written)."""
+    def train(self, folder: Path | None, pictured: Tensor | None) -> int:
+        """Train to the last epoch.
+
+        Args:
+            folder: the run folder, None on ranks that do not write.
+            pictured: images (N, 3, H, W) for the reconstruction pictures, None for no pictures.
+
+        Returns:
+            0, or 75 when interrupted (the checkpoint is then written).
+
+        Raises:
+            NotFiniteError: loss or gradient are no numbers any more; the last checkpoint is kept.
+        """
+        self.folder, self.pictured = folder, pictured
         advance = self._train_step()
         journal = Journal(
             self.folder,
@@ -146,22 +152,21 @@ class PretrainRun:
         """The steps of this epoch that are still to do; True when the run is to be left."""
         epoch, done = divmod(self.step, self.steps_per_epoch)
         run, meter = self.settings.run, Meter()
-        batches = self.pipeline.epoch(epoch, done)
-        for batch in meter.timed(batches):
-            meter.add(*self._one_step(advance, batch.images))
-            self.step += 1
-            journal.advance(self.step)
-            limit = 0 < run.max_steps <= self.step - self.begun
-            leaving = self.ranks.any(self.interrupt.asked or limit)
-            last = self.step % self.steps_per_epoch == 0
-            saving = run.save_every > 0 and self.step % run.save_every == 0
-            if last or leaving or saving or self.step % run.log_every == 0:
-                self._log(meter, advance.schedule, journal)
-            if (saving or leaving) and not last:
-                self._save()
-            if leaving or last:
-                break
-        batches.close()  # type: ignore[attr-defined]  # stops what is being decoded ahead
+        with closing(self.pipeline.epoch(epoch, done)) as batches:  # closing stops what is being decoded ahead
+            for batch in meter.timed(batches):
+                meter.add(*self._one_step(advance, batch.images))
+                self.step += 1
+                journal.advance(self.step)
+                limit = 0 < run.max_steps <= self.step - self.begun
+                leaving = self.ranks.any(self.interrupt.asked or limit)
+                last = self.step % self.steps_per_epoch == 0
+                saving = run.save_every > 0 and self.step % run.save_every == 0
+                if last or leaving or saving or self.step % run.log_every == 0:
+                    self._log(meter, advance.schedule, journal)
+                if (saving or leaving) and not last:
+                    self._save()
+                if leaving or last:
+                    break
         return leaving
 
     def _one_step(self, advance: TrainStep, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytest import raises
 
 from spark_fast.encoder.visible import Visible
 
@@ -83,10 +83,10 @@ def test_window_and_cell_tables_are_each_others_transpose(visible, geometry):
 
 def test_unequal_or_empty_masks_are_refused_with_the_numbers():
     mask = torch.zeros(2, 2, 2, dtype=torch.bool)
-    with raises(ValueError, match="at least one; got 0 to 0"):
+    with pytest.raises(ValueError, match="at least one; got 0 to 0"):
         Visible.from_mask(mask)
     mask[0, 0, 0] = True
-    with raises(ValueError, match="got 0 to 1"):
+    with pytest.raises(ValueError, match="got 0 to 1"):
         Visible.from_mask(mask)
-    with raises(ValueError, match="bool tensor"):
+    with pytest.raises(ValueError, match="bool tensor"):
         Visible.from_mask(torch.ones(2, 2, 2))
