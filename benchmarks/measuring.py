@@ -1,0 +1,72 @@
+"""What every benchmark shares: alternate the candidates, take medians, keep the result with its machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def medians(
+    candidates: dict[str, Callable[[], tuple[float, ...]]], repeats: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Run the candidates in turn, so that a change of the machine's speed meets all of them.
+
+    Each returns the seconds of its parts; the result has the median of each part.
+    """
+    for candidate in candidates.values():
+        for _ in range(warmup):
+            candidate()
+    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, candidate in candidates.items():
+            times[name].append(candidate())
+    return {name: [statistics.median(part) for part in zip(*runs, strict=True)] for name, runs in times.items()}
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after everything queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def machine(device: torch.device, threads: int) -> dict[str, Any]:
+    """Where a figure was measured."""
+    model = next(
+        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
+    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else model,
+        "threads": threads,
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip(),
+        "date": date.today().isoformat(),
+    }
+
+
+def save(name: str, result: dict[str, Any]) -> Path:
+    """Write a result as JSON below benchmarks/results/."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
