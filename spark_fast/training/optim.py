@@ -35,9 +35,9 @@ def build_optimizer(name: str, model: nn.Module, beta2: float) -> torch.optim.Op
         # the gradient is clipped by `clip_gradients`, which also reports its norm: one pass instead of two
         return Lamb(groups, lr=0.0, betas=(0.9, beta2), weight_decay=0.0, max_grad_norm=None)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, beta2), weight_decay=0.0)
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, beta2), weight_decay=0.0, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True, weight_decay=0.0)
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True, weight_decay=0.0, fused=True)
     raise ValueError(f"unknown optimizer {name!r}; there are lamb, adamw, sgd")
 
 
