@@ -9,6 +9,8 @@ bash "$root/tools/environment.sh" dev
 cd "$root"
 python="$root/.venv/bin/python"
 
+export OMP_WAIT_POLICY=passive # as in training: threads that wait sleep, so that a busy machine is not slowed five-fold
+
 step() {
     echo "== $*"
     "$python" -m "$@"
