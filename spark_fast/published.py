@@ -46,12 +46,12 @@ def load_spark_state_dict(model: nn.Module, state: Mapping) -> None:
     found: dict[str, Tensor] = {}
     unknown = []
     for published, value in state.items():
-        name = strip_prefixes(published)
+        name = strip_prefixes(str(published))
         if name in DEPRECATED or name == "config":
             continue
         target = own.get(_plain(_translate(name)))
         if target is None:
-            unknown.append(published)
+            unknown.append(str(published))
         else:
             found[target] = value
     load_strictly(model, found, unknown)
@@ -66,13 +66,19 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], unknown: list[s
     own = model.state_dict()
     unknown = (unknown or []) + [name for name in state if name not in own]
     missing = [name for name in own if name not in state]
+    odd = [n for n in own if n in state and not isinstance(state[n], Tensor)]
     shapes = [
         f"{n} is {tuple(state[n].shape)}, the model's {tuple(v.shape)}"
         for n, v in own.items()
-        if n in state and state[n].shape != v.shape
+        if n in state and n not in odd and state[n].shape != v.shape
     ]
     problems = []
-    for what, names in (("wrong shape", shapes), ("missing", missing), ("not in this model", unknown)):
+    for what, names in (
+        ("wrong shape", shapes),
+        ("not a tensor", odd),
+        ("missing", missing),
+        ("not in this model", unknown),
+    ):
         if names:
             more = f", and {len(names) - 3} more" if len(names) > 3 else ""
             problems.append(f"{what}: {'; '.join(names[:3])}{more}")

@@ -73,6 +73,8 @@ class SparK(nn.Module):
             ValueError: images of another size, or a mask that keeps unequal numbers of patches.
         """
         seen = self._visible(images, visible)
+        if seen.per_image == self.grid[0] * self.grid[1]:
+            raise ValueError("the mask hides no patch: there is nothing to reconstruct")
         pixels = self._decode(images, seen)
         holes = seen.complement()
         predicted = holes.pack(pixels)  # (M, 3, p, p), the masked patches
@@ -115,13 +117,16 @@ class SparK(nn.Module):
         if visible is None:
             keys = torch.rand(len(images), self.grid[0] * self.grid[1], device=images.device)
             visible = keys.argsort(dim=1)[:, : self.num_visible].sort(dim=1).values
-        if visible.dtype != torch.bool:
-            return Visible(visible, self.grid)
-        if tuple(visible.shape) != (len(images), *self.grid):
+        if visible.dtype == torch.int64 and visible.dim() == 2 and len(visible) == len(images):
+            seen = Visible(visible, self.grid)
+        elif visible.dtype == torch.bool and tuple(visible.shape) == (len(images), *self.grid):
+            seen = Visible.from_mask(visible)
+        else:
             raise ValueError(
-                f"visible must be ({len(images)}, {self.grid[0]}, {self.grid[1]}), got {tuple(visible.shape)}"
+                f"visible must be bool ({len(images)}, {self.grid[0]}, {self.grid[1]}) or int64 ({len(images)}, L), "
+                f"got {visible.dtype} {tuple(visible.shape)}"
             )
-        return Visible.from_mask(visible)
+        return seen
 
 
 def build_spark(

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = parse(sys.argv[1:] if argv is None else argv)
         ranks = join(settings.run.device)
         return pretrain(settings, ranks)
-    except (SettingsError, ValueError) as error:
+    except SettingsError as error:
         return _complain(error, 2)
     except DataError as error:
         return _complain(error, 3)
@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         return _complain(error, 4)
     except CheckpointError as error:
         return _complain(error, 6)
+    except OSError as error:  # metrics, logs or pictures: a full disk, a lost mount
+        return _complain(RuntimeError(f"{error}; the last checkpoint is kept, go on with --resume auto"), 6)
     finally:
         if ranks is not None:
             ranks.close()
@@ -109,15 +111,18 @@ def pictured_images(settings: Settings, ranks: Ranks) -> Tensor | None:
 def open_model(settings: Settings, ranks: Ranks) -> SparK:
     """The model on this rank's device, channels_last."""
     synced = settings.run.sync_batchnorm and ranks.world_size > 1
-    model = build_spark(
-        settings.network,
-        input_size=settings.size,
-        mask_ratio=settings.model.mask_ratio,
-        decoder_width=settings.model.decoder_width,
-        encoder=settings.model.encoder,
-        model_kwargs={"drop_path_rate": settings.drop_path} if settings.drop_path else None,
-        sync_batchnorm=synced and ranks.device.type == "cuda",
-    )
+    try:
+        model = build_spark(
+            settings.network,
+            input_size=settings.size,
+            mask_ratio=settings.model.mask_ratio,
+            decoder_width=settings.model.decoder_width,
+            encoder=settings.model.encoder,
+            model_kwargs={"drop_path_rate": settings.drop_path} if settings.drop_path else None,
+            sync_batchnorm=synced and ranks.device.type == "cuda",
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
     if synced and ranks.device.type == "cpu":
         HostSyncBatchNorm.replace_in(model)
     return model.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

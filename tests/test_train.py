@@ -280,6 +280,15 @@ def test_wrong_input_is_named_and_leaves_nothing(unbroken, pictures, tmp_path, w
     assert set(tmp_path.iterdir()) == before, "something was left behind"
 
 
+def test_a_loss_that_is_no_number_stops_the_run_with_the_last_good_checkpoint(pictures, tmp_path):
+    flags = ["name", f"--data_path={pictures}", *TINY, "--bs=8", "--ep=3", f"--exp_dir={tmp_path / 'run'}"]
+    wild = ["--opt=sgd", "--clip=0", "--base_lr=1e12", "--log_every=1", "--save_every=1"]
+    done = train(*flags, *wild, code=4)
+    assert "lower --base_lr" in done.stderr
+    if (tmp_path / "run" / "ckpt-last.pth").exists():
+        assert np.isfinite(weights(tmp_path / "run")["loss"])
+
+
 def test_a_run_folder_in_use_by_an_earlier_run_is_not_overwritten(unbroken):
     folder, flags, _ = unbroken
     before = (folder / "ckpt-last.pth").read_bytes()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from spark_fast.published import load_spark_state_dict, load_strictly, strip_prefixes
 
 FORMAT = 1
+RUN_STATE = {"model", "optimizer", "step", "epoch", "loss", "settings", "num_samples", "random_state", "scaler"}
 
 
 class CheckpointError(Exception):
@@ -38,9 +41,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(folder)  # makes the rename itself durable
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error}; the file before it is kept") from error
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink()
+        if isinstance(error, (OSError, RuntimeError)):  # torch.save reports a full disk as RuntimeError
+            raise CheckpointError(f"cannot write {path}: {error}; the file before it is kept") from error
+        raise
 
 
 def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, **state: Any) -> None:
@@ -58,7 +64,12 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
+        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None  # torch.load checks no CRC
+        if damaged is not None:
+            raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not match")
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it is damaged, or contains pickled code beyond tensors ({_first_line(error)})"
@@ -77,7 +88,7 @@ def read_run(path: Path) -> dict[str, Any]:
         CheckpointError: it is none.
     """
     content = read(path)
-    if content.get("format") != FORMAT or not {"model", "optimizer", "step", "settings"} <= set(content):
+    if content.get("format") != FORMAT or not set(content) >= RUN_STATE:
         raise CheckpointError(
             f"{path} is no checkpoint that a run can go on from; --init_weight starts from its weights"
         )
@@ -109,7 +120,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     content = read(path)
     try:
         if isinstance(content.get("model"), dict):
-            load_strictly(model, {strip_prefixes(k): v for k, v in content["model"].items()})
+            load_strictly(model, {strip_prefixes(str(k)): v for k, v in content["model"].items()})
         else:
             load_spark_state_dict(model, content)
     except ValueError as error:

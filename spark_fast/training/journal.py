@@ -59,7 +59,6 @@ class Meter:
         means = {
             "loss": loss,
             "grad_norm": norm,
-            "finite": math.isfinite(loss) and math.isfinite(norm),
             "images_per_second": self.steps * images_per_step / seconds,
             "data_wait": self.wait / seconds,
             "seconds": seconds,
@@ -85,7 +84,7 @@ class Journal:
         if folder is None:
             return
         self.metrics = _reopen_metrics(folder / "metrics.jsonl", step)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
         console = Console(file=sys.__stderr__)
         columns = ("[bold]epoch {task.fields[epoch]}", BarColumn(), MofNCompleteColumn())
         numbers = ("loss {task.fields[loss]}", "{task.fields[speed]} images/s", "wait {task.fields[wait]}")
@@ -184,6 +183,6 @@ def _reopen_metrics(path: Path, step: int):
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")  # a line cut off when the process was killed
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line cut off when the process was killed

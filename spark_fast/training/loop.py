@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 from contextlib import closing
 from pathlib import Path
@@ -68,6 +69,7 @@ class PretrainRun:
             )
         self.positions = torch.arange(local, device=ranks.device) + ranks.rank * local
         self.optimizer = build_optimizer(settings.optim.optimizer, model, settings.beta2)
+        self.advance = self._train_step()
         self.interrupt = Interrupt()
 
     def restore(self, path: Path) -> None:
@@ -75,6 +77,7 @@ class PretrainRun:
         state = checkpoint.read_run(path)
         check_same_run(path, state, self.settings, self.pipeline.num_samples)
         checkpoint.restore(path, state, self.model, self.optimizer)
+        self.advance.scaler.load_state_dict(state["scaler"])
         self.step = self.begun = state["step"]
         self.loss = state["loss"]
         log.info("resumed from %s at step %d of %d", path, self.step, self.total_steps)
@@ -93,7 +96,6 @@ class PretrainRun:
             NotFiniteError: loss or gradient are no numbers any more; the last checkpoint is kept.
         """
         self.folder, self.pictured = folder, pictured
-        advance = self._train_step()
         journal = Journal(
             self.folder,
             total_steps=self.total_steps,
@@ -103,7 +105,7 @@ class PretrainRun:
         )
         try:
             while self.step < self.total_steps:
-                leaving = self._train_epoch(advance, journal)
+                leaving = self._train_epoch(journal)
                 if self.step % self.steps_per_epoch == 0:
                     self._end_of_epoch(journal)
                 if leaving and self.step < self.total_steps:
@@ -148,13 +150,13 @@ class PretrainRun:
             )
         return torch.compile(model) if self.settings.run.compile else model  # type: ignore[return-value]
 
-    def _train_epoch(self, advance: TrainStep, journal: Journal) -> bool:
+    def _train_epoch(self, journal: Journal) -> bool:
         """The steps of this epoch that are still to do; True when the run is to be left."""
         epoch, done = divmod(self.step, self.steps_per_epoch)
         run, meter = self.settings.run, Meter()
         with closing(self.pipeline.epoch(epoch, done)) as batches:  # closing stops what is being decoded ahead
             for batch in meter.timed(batches):
-                meter.add(*self._one_step(advance, batch.images))
+                meter.add(*self._one_step(batch.images))
                 self.step += 1
                 journal.advance(self.step)
                 limit = 0 < run.max_steps <= self.step - self.begun
@@ -162,29 +164,31 @@ class PretrainRun:
                 last = self.step % self.steps_per_epoch == 0
                 saving = run.save_every > 0 and self.step % run.save_every == 0
                 if last or leaving or saving or self.step % run.log_every == 0:
-                    self._log(meter, advance.schedule, journal)
+                    self._log(meter, journal)
                 if (saving or leaving) and not last:
                     self._save()
                 if leaving or last:
                     break
         return leaving
 
-    def _one_step(self, advance: TrainStep, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _one_step(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mask and advance. Whatever is random in a step depends on (seed, step, rank) alone."""
         seed = self.settings.run.seed
         torch.manual_seed(hash((seed, self.step, self.ranks.rank)) & (2**63 - 1))
         visible = sample_visible(seed, self.step, self.positions, self.model.grid, self.model.num_visible)
-        return advance(self.step, images, visible)
+        return self.advance(self.step, images, visible)
 
-    def _log(self, meter: Meter, schedule: Schedule, journal: Journal) -> None:
+    def _log(self, meter: Meter, journal: Journal) -> None:
         means = meter.read(self.settings.data.batch_size, self.ranks.mean)
         self.loss = means["loss"]
-        if not means["finite"]:
+        # in fp16 a gradient overflows now and then; the scaler skips that step and lowers its scale
+        overflow = self.advance.scaler.is_enabled()
+        if not math.isfinite(means["loss"]) or not (overflow or math.isfinite(means["grad_norm"])):
             raise NotFiniteError(
                 f"the loss is {means['loss']} and the gradient's norm {means['grad_norm']} at step {self.step}; "
                 f"the last checkpoint is kept: resume from it with a lower --base_lr"
             )
-        journal.point(self.step, means, *schedule.at(self.step - 1))
+        journal.point(self.step, means, *self.advance.schedule.at(self.step - 1))
 
     def _end_of_epoch(self, journal: Journal) -> None:
         problems = self.pipeline.problems
@@ -211,6 +215,7 @@ class PretrainRun:
             num_samples=self.pipeline.num_samples,
             settings=self.settings.to_dict(),
             random_state=checkpoint.random_state(),
+            scaler=self.advance.scaler.state_dict(),
         )
 
     def _save_weights(self) -> None:

@@ -41,10 +41,10 @@ def open_run_folder(settings: Settings) -> Path:
         (folder / "config.toml").write_text(settings.to_toml())
         with (folder / "log.txt").open("a") as log:
             log.write(json.dumps(describe(settings)) + "\n")
+        sys.stdout = _Copied(sys.stdout, folder / "stdout_backup.txt")
+        sys.stderr = _Copied(sys.stderr, folder / "stderr_backup.txt")
     except OSError as error:
         raise CheckpointError(f"the run folder {folder} cannot be written: {error}") from error
-    sys.stdout = _Copied(sys.stdout, folder / "stdout_backup.txt")
-    sys.stderr = _Copied(sys.stderr, folder / "stderr_backup.txt")
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)

@@ -8,9 +8,11 @@ the published script are aliases.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import sys
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -156,9 +158,10 @@ class Settings:
     def size(self) -> tuple[int, int]:
         """(H, W) of the input in pixels."""
         match = re.fullmatch(r"(\d+)(?:x(\d+))?", self.data.input_size)
-        if not match or int(match[1]) == 0:
+        size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if min(size) == 0:
             raise SettingsError(f"--input_size must be N or HxW in pixels, got {self.data.input_size!r}")
-        return int(match[1]), int(match[2] or match[1])
+        return size
 
     @property
     def network(self) -> str:
@@ -201,9 +204,10 @@ class Settings:
         values = {name: value for group in self.to_dict().values() for name, value in group.items()}
         positive = ("batch_size", "workers", "prefetch", "decoder_width", "epochs", "base_lr", "accumulate")
         for name in (*positive, "log_every"):
-            if not values[name] > 0:
+            if not 0 < values[name] < math.inf:
                 raise SettingsError(f"--{name} must be positive, got {values[name]}")
-        for name in ("warmup_epochs", "weight_decay", "weight_decay_end", "clip", "threads", "save_every"):
+        not_negative = ("warmup_epochs", "weight_decay", "weight_decay_end", "clip", "threads", "save_every", "seed")
+        for name in (*not_negative, "picture_every", "max_steps"):
             if not values[name] >= 0:
                 raise SettingsError(f"--{name} must not be negative, got {values[name]}")
         if not 0 < self.model.mask_ratio < 1:
@@ -280,8 +284,6 @@ def _flags_of(path: Path) -> list[str]:
 
 
 def _nearest(word: str, known: set[str]) -> str:
-    from difflib import get_close_matches
-
     near = get_close_matches(word, known, n=3, cutoff=0.5)
     return f"; did you mean {', '.join(near)}?" if near else f"; there are {', '.join(sorted(known))}"
 
@@ -293,9 +295,9 @@ def _plain_switches(argv: list[str]) -> list[str]:
     out: list[str] = []
     for word in argv:
         name, has_value, value = word.removeprefix("--").replace("-", "_").partition("=")
-        if has_value and name in switches and value.lower() in values:
+        if word.startswith("--") and has_value and name in switches and value.lower() in values:
             out.append(f"--{values[value.lower()]}{name}")
-        elif out and out[-1].removeprefix("--") in switches and word.lower() in values:
+        elif out and out[-1] in {f"--{s}" for s in switches} and word.lower() in values:
             out[-1] = f"--{values[word.lower()]}{out[-1].removeprefix('--')}"
         else:
             out.append(word)

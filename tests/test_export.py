@@ -1,0 +1,83 @@
+"""The encoder's weights in timm's names: timm loads them, and computes with them what was trained."""
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from spark_fast import build_spark
+from spark_fast.encoder.verify import _randomise_constants
+from spark_fast.export import save_timm, timm_state_dict
+from spark_fast.training.checkpoint import CheckpointError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """On tensors this small, threads only wait for each other, for minutes where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def trained(name, encoder="packed"):
+    torch.manual_seed(0)
+    model = build_spark(name, input_size=64, mask_ratio=0.5, decoder_width=32, encoder=encoder)
+    _randomise_constants(model.encoder)
+    return model
+
+
+@pytest.mark.parametrize("encoder", ["packed", "masked"])
+@pytest.mark.parametrize(
+    ("name", "untrained"),
+    [("resnet10t", []), ("convnext_zepto_rms", ["head.norm.weight"]),
+     ("convnext_atto", ["head.norm.weight", "head.norm.bias"])],
+)  # fmt: skip
+def test_timm_loads_the_file_and_computes_the_encoders_dense_features(tmp_path, name, untrained, encoder):
+    model, path = trained(name, encoder), tmp_path / "w.safetensors"
+    save_timm(model, name, path)
+    state = load_file(path)
+    network = timm.create_model(name, num_classes=0)
+    found = network.load_state_dict(state, strict=bool(not untrained))
+    assert not found.unexpected_keys
+    assert found.missing_keys == untrained
+    own = model.encoder.network.state_dict()
+    assert len(state) == len(own)
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), sorted_like(own, state), strict=True))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = network.eval().forward_intermediates(images, intermediates_only=True)
+        features = model.encoder.eval()(images)
+    for mine, theirs in zip(features, expected[-4:], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def sorted_like(own, state):
+    plain = {k.replace(".", "_"): v for k, v in own.items()}
+    return [plain[k.replace(".", "_")] for k in state]
+
+
+def test_the_file_says_what_it_is_of(tmp_path):
+    save_timm(trained("resnet10t"), "resnet10t", tmp_path / "w.safetensors")
+    with safe_open(tmp_path / "w.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "architecture": "resnet10t"}
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_another_networks_name_is_refused_with_the_tensors_it_lacks():
+    with pytest.raises(ValueError, match=r"convnext_atto in timm has no tensor for conv1"):
+        timm_state_dict(trained("resnet10t"), "convnext_atto")
+
+
+def test_a_folder_that_is_not_there_is_a_checkpoint_error(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        save_timm(trained("resnet10t"), "resnet10t", tmp_path / "nowhere" / "w.safetensors")
+
+
+def test_exporting_leaves_the_model_on_its_device_and_its_weights_alone():
+    model = trained("resnet10t")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = timm_state_dict(model, "resnet10t")
+    assert all(v.is_contiguous() and v.device.type == "cpu" for v in state.values())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -1,0 +1,171 @@
+"""What a run tells: one line of JSON per log point, means since the last one, and nothing twice after a resume."""
+
+import json
+import time
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from spark_fast.training.journal import Journal, Meter
+
+
+def means(loss=1.0, steps=2, seconds=4.0, wait=0.25, speed=8.0):
+    return {
+        "loss": loss, "grad_norm": 3.0, "images_per_second": speed, "data_wait": wait,
+        "seconds": seconds, "steps": steps,
+    }  # fmt: skip
+
+
+def journal(folder, step=0):
+    return Journal(folder, total_steps=20, steps_per_epoch=5, epochs=4, step=step)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def written(folder, steps):
+    story = journal(folder)
+    for step in steps:
+        story.point(step, means(loss=step / 10), 0.1, 0.04)
+    story.close()
+
+
+def test_every_log_point_is_a_line_of_json(tmp_path, capsys):
+    story = journal(tmp_path)
+    story.point(2, means(loss=0.75), lr=0.1, weight_decay=0.04)
+    expected = {"step": 2, "epoch": 1, "lr": 0.1, "weight_decay": 0.04, "loss": 0.75, "grad_norm": 3.0,
+                "images_per_second": 8.0, "data_wait": 0.25}  # fmt: skip
+    assert rows(tmp_path) == [expected], "readable while the run goes on"
+    story.close()
+    assert "epoch 1/4  step 2/20  loss 0.7500  8.0 images/s  data wait 25.0%" in capsys.readouterr().out
+
+
+def test_the_last_step_of_an_epoch_belongs_to_it(tmp_path):
+    written(tmp_path, [1, 5, 6, 10, 20])
+    assert [r["epoch"] for r in rows(tmp_path)] == [1, 1, 2, 2, 4]
+
+
+def test_tensorboard_has_every_figure_and_the_pictures(tmp_path):
+    story = journal(tmp_path)
+    story.point(2, means(loss=0.75), lr=0.1, weight_decay=0.04)
+    story.picture(torch.zeros(3, 8, 8, dtype=torch.uint8), 2)
+    story.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    names = {"loss", "lr", "weight_decay", "grad_norm", "images_per_second", "data_wait"}
+    assert set(board.Tags()["scalars"]) == {f"train/{n}" for n in names}
+    assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(2, 0.75)]
+    assert board.Tags()["images"] == ["reconstruction"]
+
+
+def test_reopened_after_a_checkpoint_it_drops_the_steps_that_will_be_run_again(tmp_path):
+    written(tmp_path, [2, 4, 6, 8])
+    story = journal(tmp_path, step=5)
+    assert [r["step"] for r in rows(tmp_path)] == [2, 4]
+    story.point(6, means(loss=0.99), 0.1, 0.04)
+    story.close()
+    assert [(r["step"], r["loss"]) for r in rows(tmp_path)] == [(2, 0.2), (4, 0.4), (6, 0.99)]
+
+
+def test_a_line_of_the_very_step_of_the_checkpoint_is_kept(tmp_path):
+    written(tmp_path, [2, 4])
+    journal(tmp_path, step=4).close()
+    assert [r["step"] for r in rows(tmp_path)] == [2, 4]
+
+
+def test_a_fresh_start_begins_with_an_empty_file(tmp_path):
+    written(tmp_path, [2, 4])
+    journal(tmp_path).close()
+    assert rows(tmp_path) == []
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "lo', "{", '"step"', "17", "[1]", "\0\0\0"])
+def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path, torn):
+    written(tmp_path, [2])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    story = journal(tmp_path, step=5)
+    story.point(6, means(), 0.1, 0.04)
+    story.close()
+    assert [r["step"] for r in rows(tmp_path)] == [2, 6]
+
+
+def test_a_line_that_lost_only_its_end_does_not_swallow_the_next(tmp_path):
+    written(tmp_path, [2, 4])
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().rstrip("\n"))
+    story = journal(tmp_path, step=4)
+    story.point(6, means(), 0.1, 0.04)
+    story.close()
+    assert [r["step"] for r in rows(tmp_path)][-1] == 6
+
+
+def test_an_epochs_line_has_means_over_its_steps_and_time(tmp_path):
+    story = journal(tmp_path)
+    story.point(2, means(loss=1.0, steps=2, seconds=4.0, wait=0.5, speed=8.0), 0.1, 0.04)
+    story.point(5, means(loss=0.5, steps=3, seconds=2.0, wait=0.0, speed=24.0), 0.1, 0.04)
+    story.epoch(5, {"replaced": 7})
+    story.point(10, means(loss=0.25, steps=5), 0.1, 0.04)
+    story.epoch(10)
+    story.close()
+    first, second = (json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines())
+    assert (first["epoch"], first["step"], first["replaced"]) == ("1/4", 5, 7)
+    assert first["loss"] == pytest.approx((2 * 1.0 + 3 * 0.5) / 5)
+    assert first["images_per_second"] == pytest.approx((4 * 8 + 2 * 24) / 6)
+    assert first["data_wait"] == pytest.approx(2.0 / 6)
+    assert first["remaining"] == "0:00:24", "15 steps at 0.7 * 2 + 0.3 * 2/3 seconds"
+    assert {"finish"} <= set(first)
+    assert (second["epoch"], second["loss"]) == ("2/4", 0.25), "sums start over"
+
+
+def test_an_epoch_without_a_log_point_writes_no_line(tmp_path):
+    story = journal(tmp_path)
+    story.epoch(5)
+    story.close()
+    assert not (tmp_path / "log.txt").exists()
+
+
+def test_a_rank_that_does_not_write_does_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    story = journal(None)
+    story.advance(1)
+    story.point(5, means(), 0.1, 0.04)
+    story.epoch(5)
+    story.picture(torch.zeros(3, 8, 8, dtype=torch.uint8), 5)
+    story.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_a_meter_gives_means_since_its_last_reading():
+    meter = Meter()
+    for loss, norm in ((1.0, 10.0), (2.0, 20.0), (6.0, 30.0)):
+        meter.add(torch.tensor(loss), torch.tensor(norm))
+    found = meter.read(4, lambda x: x)
+    assert (found["loss"], found["grad_norm"], found["steps"]) == (3.0, 30.0, 3)
+    assert found["images_per_second"] == pytest.approx(12 / found["seconds"])
+    meter.add(torch.tensor(5.0), torch.tensor(1.0))
+    found = meter.read(4, lambda x: x * 2)
+    assert (found["loss"], found["grad_norm"], found["steps"]) == (10.0, 1.0, 1)
+
+
+def test_the_share_of_time_spent_waiting_for_data_is_measured():
+    def slow():
+        for i in range(4):
+            time.sleep(0.06)
+            yield i
+
+    meter, received = Meter(), []
+    for item in meter.timed(slow()):
+        received.append(item)
+        time.sleep(0.02)  # the step itself
+        meter.add(torch.tensor(1.0), torch.tensor(1.0))
+    assert received == [0, 1, 2, 3]
+    assert meter.wait >= 4 * 0.06
+    found = meter.read(1, lambda x: x)
+    assert 0.5 < found["data_wait"] < 0.8
+    for _ in meter.timed(range(3)):
+        time.sleep(0.02)
+        meter.add(torch.tensor(1.0), torch.tensor(1.0))
+    assert meter.read(1, lambda x: x)["data_wait"] < 0.2, "counted anew after a reading"

@@ -1,0 +1,293 @@
+"""The command line: every spelling, every default, every refusal; and that no option appears by accident."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from spark_fast.training.settings import Settings, SettingsError, parse
+
+NAMED = ["name", "--data_path=images"]
+
+# The whole surface. A new option belongs here, in the README and in the CHANGELOG.
+FLAGS = """
+config print_config help
+data_path pipeline input_size batch_size bs workers dataloader_workers prefetch max_bad_fraction
+model mask_ratio mask drop_path dp decoder_width encoder sparse_conv no_sparse_conv init_weight
+epochs ep warmup_epochs wp_ep base_lr optimizer opt beta2 ada weight_decay wd weight_decay_end wde clip accumulate
+exp_name experiment_name exp_dir resume resume_from seed device precision compile no_compile
+sync_batchnorm no_sync_batchnorm sbn no_sbn threads log_every save_every picture_every max_steps
+"""
+
+
+def helped(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as left:
+        parse(["--help"])
+    assert left.value.code == 0
+    return re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+
+
+def refused(capsys, *words):
+    """What tyro prints when it refuses a command line."""
+    with pytest.raises(SystemExit) as left:
+        parse([*NAMED, *words])
+    assert left.value.code == 2
+    return " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_the_surface_is_frozen(monkeypatch, capsys):
+    assert sorted(set(re.findall(r"--([a-z][a-z0-9_]*)", helped(monkeypatch, capsys)))) == sorted(FLAGS.split())
+
+
+def test_help_is_in_groups(monkeypatch, capsys):
+    text = helped(monkeypatch, capsys)
+    places = [text.index(f"{group} options") for group in ("data", "model", "optim", "run")]
+    assert places == sorted(places)
+
+
+def test_defaults_are_the_published_ones():
+    found = parse(NAMED)
+    assert (found.optim.epochs, found.optim.warmup_epochs, found.data.batch_size) == (1600, 40, 4096)
+    assert (found.optim.base_lr, found.optim.optimizer, found.optim.clip) == (2e-4, "lamb", 5.0)
+    assert (found.optim.weight_decay, found.optim.weight_decay_end) == (0.04, 0.2)
+    assert (found.model.mask_ratio, found.network, found.size) == (0.6, "resnet50", (224, 224))
+    assert found.run.sync_batchnorm
+    assert found.peak_lr == pytest.approx(2e-4 * 16)
+    assert found.folder == Path("output_name")
+
+
+@pytest.mark.parametrize(
+    ("short", "network", "drop_path", "beta2"),
+    [("res50", "resnet50", 0.05, 0.95), ("res101", "resnet101", 0.08, 0.95), ("res152", "resnet152", 0.10, 0.95),
+     ("res200", "resnet200", 0.15, 0.95), ("cnxS", "convnext_small", 0.2, 0.999), ("cnxB", "convnext_base", 0.3, 0.999),
+     ("cnxL", "convnext_large", 0.4, 0.999), ("resnet50", "resnet50", 0.05, 0.95), ("resnet10t", "resnet10t", 0, 0.95),
+     ("convnext_tiny", "convnext_tiny", 0, 0.999)],
+)  # fmt: skip
+def test_each_model_has_its_published_drop_path_and_beta2(short, network, drop_path, beta2):
+    found = parse([*NAMED, f"--model={short}"])
+    assert (found.network, found.drop_path, found.beta2) == (network, drop_path, beta2)
+    chosen = parse([*NAMED, f"--model={short}", "--dp=0.33", "--ada=0.98"])
+    assert (chosen.drop_path, chosen.beta2) == (0.33, 0.98)
+
+
+def test_a_command_line_of_the_published_script_runs_unchanged():
+    line = (
+        "--exp_name=a --exp_dir=b --data_path=c --model=resnet50 --bs=512 --mask=0.6 --ep 3 --wp_ep=1 --base_lr=4e-4 "
+        "--wd=0.05 --wde=0.3 --clip=4 --opt=adamw --ada=0.96 --dp=0.06 --sbn=True --dataloader_workers=4 "
+        "--input_size=192 --resume_from=d --sparse_conv=0"
+    )
+    found = parse(line.split())
+    assert (found.run.exp_name, found.run.exp_dir, found.data.data_path, found.run.resume) == ("a", "b", "c", "d")
+    assert (found.data.batch_size, found.data.workers, found.size) == (512, 4, (192, 192))
+    assert (found.model.mask_ratio, found.model.drop_path) == (0.6, 0.06)
+    optim = found.optim
+    assert (optim.epochs, optim.warmup_epochs, optim.base_lr, optim.clip) == (3, 1, 4e-4, 4.0)
+    assert (optim.weight_decay, optim.weight_decay_end, optim.optimizer, optim.beta2) == (0.05, 0.3, "adamw", 0.96)
+    assert found.run.sync_batchnorm
+    assert found.peak_lr == pytest.approx(8e-4)
+    assert found.folder == Path("b")
+
+
+@pytest.mark.parametrize(
+    ("alias", "name", "value"),
+    [("bs", "batch_size", "64"), ("dataloader_workers", "workers", "3"), ("mask", "mask_ratio", "0.7"),
+     ("dp", "drop_path", "0.1"), ("ep", "epochs", "7"), ("wp_ep", "warmup_epochs", "2"), ("opt", "optimizer", "sgd"),
+     ("ada", "beta2", "0.9"), ("wd", "weight_decay", "0.1"), ("wde", "weight_decay_end", "0.5"),
+     ("resume_from", "resume", "auto"), ("experiment_name", "exp_name", "other"), ("sbn", "sync_batchnorm", "0")],
+)  # fmt: skip
+def test_an_alias_is_the_setting_itself(alias, name, value):
+    forms = [[f"--{flag}={value}"] for flag in (alias, name)] + [[f"--{flag}", value] for flag in (alias, name)]
+    found = [parse([*NAMED, *form]) for form in forms]
+    assert all(f == found[0] for f in found)
+    assert found[0] != parse(NAMED)
+
+
+def test_the_name_may_stand_first_without_a_flag():
+    assert parse(["name", "--data_path=c"]) == parse(["--data_path=c", "--exp_name=name"])
+
+
+@pytest.mark.parametrize("words", [["--sbn=0"], ["--sbn=False"], ["--sbn", "False"], ["--sbn", "0"], ["--no_sbn"],
+                                   ["--no_sync_batchnorm"], ["--sync_batchnorm=false"]])  # fmt: skip
+def test_a_switch_is_turned_off_in_every_spelling(words):
+    found = parse([*NAMED, *words, "--compile", "--ep=3"])
+    assert found.run.sync_batchnorm is False
+    assert (found.run.compile, found.optim.epochs) == (True, 3)
+
+
+@pytest.mark.parametrize("words", [["--compile"], ["--compile=1"], ["--compile", "True"], ["--compile=true"]])
+def test_a_switch_is_turned_on_in_every_spelling(words):
+    assert parse([*NAMED, *words, "--ep=3"]).run.compile is True
+
+
+def test_values_keep_their_dashes_and_underscores():
+    assert parse(["name", "--data_path=/a-b/c_d", "--exp_dir", "e-f_g"]).run.exp_dir == "e-f_g"
+    assert parse(["name", "--data_path=/a-b/c_d"]).data.data_path == "/a-b/c_d"
+
+
+@pytest.mark.parametrize("value", ["sbn=0", "compile=1"])
+def test_a_value_that_looks_like_a_switch_is_a_value(value):
+    assert parse(["--exp_name", value, "--data_path=c"]).run.exp_name == value
+
+
+def test_true_sparse_convolutions_are_refused_with_a_way_out():
+    with pytest.raises(SettingsError, match=r"SparseConvNet.*--encoder packed computes the same features"):
+        parse([*NAMED, "--sparse_conv=1"])
+
+
+def configured(tmp_path, text):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    return f"--config={path}"
+
+
+def test_a_file_overrides_defaults_and_flags_override_the_file(tmp_path):
+    config = configured(tmp_path, '[data]\nbatch_size = 64\n[optim]\nepochs = 5\noptimizer = "sgd"\n')
+    for words in ([config, "--ep=9"], ["--ep=9", config], ["--ep=9", *config.split("=")]):
+        found = parse([*NAMED, *words])
+        assert (found.optim.epochs, found.data.batch_size, found.optim.optimizer) == (9, 64, "sgd")
+        assert found.optim.warmup_epochs == 40
+
+
+def test_switches_of_a_file_are_overridden_both_ways(tmp_path):
+    config = configured(tmp_path, "[run]\ncompile = true\nsync_batchnorm = false\n")
+    found = parse([*NAMED, config])
+    assert (found.run.compile, found.run.sync_batchnorm) == (True, False)
+    found = parse([*NAMED, config, "--compile=0", "--sbn=1"])
+    assert (found.run.compile, found.run.sync_batchnorm) == (False, True)
+
+
+def test_print_config_prints_what_config_reads_back(tmp_path, capsys):
+    words = ["odd name-1", "--data_path=/a b/ü", "--bs=64", "--sbn=0", "--base_lr=3e-7", "--opt=sgd", "--compile"]
+    with pytest.raises(SystemExit) as left:
+        parse([*words, "--print_config"])
+    assert left.value.code == 0
+    printed = capsys.readouterr().out
+    config = configured(tmp_path, printed)
+    assert parse([config]) == parse(words)
+    with pytest.raises(SystemExit):
+        parse([config, "--print_config"])
+    assert capsys.readouterr().out == printed
+
+
+def test_the_file_kept_in_a_run_folder_holds_every_setting():
+    tree = Settings().to_dict()
+    assert set(tree) == {"data", "model", "optim", "run"}
+    text = Settings().to_toml()
+    assert all(re.search(rf"^{name} = ", text, re.M) for group in tree.values() for name in group)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[optim]\nepoch = 3\n", r"\[optim\] has no setting 'epoch'; did you mean .*epochs"),
+     ("[data]\nzzzz = 3\n", r"\[data\] has no setting 'zzzz'; there are batch_size"),
+     ("[optimizer]\nepochs = 3\n", r"\[optimizer\] is no section; there are data, model, optim, run"),
+     ("epochs = 3\n", r"\[epochs\] is no section"),
+     ("[optim\n", "cannot be read")],
+)  # fmt: skip
+def test_what_a_file_cannot_say_is_an_error_that_names_it(tmp_path, text, message):
+    with pytest.raises(SettingsError, match=message) as caught:
+        parse([*NAMED, configured(tmp_path, text)])
+    assert "run.toml" in str(caught.value)
+
+
+def test_a_file_of_no_text_and_one_that_is_not_there_are_named(tmp_path):
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SettingsError, match=r"binary\.toml cannot be read"):
+        parse([*NAMED, f"--config={tmp_path / 'binary.toml'}"])
+    with pytest.raises(SettingsError, match=r"no configuration file .*none\.toml"):
+        parse([*NAMED, f"--config={tmp_path / 'none.toml'}"])
+
+
+def test_a_wrong_type_in_a_file_is_refused_as_on_the_command_line(tmp_path, capsys):
+    assert "batch_size" in refused(capsys, configured(tmp_path, '[data]\nbatch_size = "many"\n'))
+
+
+@pytest.mark.parametrize(
+    ("flag", "nearest"),
+    [("--epoch=3", "--epochs"), ("--mask_ration=0.5", "--mask_ratio"), ("--dataloader_worker=2", "--workers")],
+)
+def test_an_unknown_flag_is_refused_with_the_nearest_name(capsys, flag, nearest):
+    text = refused(capsys, flag)
+    assert flag in text
+    assert nearest in text
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [("--bs=many", "--batch_size"), ("--ep=1.5", "--epochs"), ("--mask=half", "--mask_ratio"),
+     ("--opt=adam", "'lamb', 'adamw', 'sgd'"), ("--encoder=sparse", "'packed', 'masked'"),
+     ("--precision=fp8", "'bf16', 'fp16', 'fp32'"), ("--device=tpu", "'cuda', 'cpu'"), ("--sbn=2", "2"),
+     ("--config", "--config")],
+)  # fmt: skip
+def test_a_value_of_the_wrong_kind_is_refused(capsys, flag, message):
+    assert message in refused(capsys, flag)
+
+
+@pytest.mark.parametrize(("text", "size"), [("224", (224, 224)), ("64x96", (64, 96)), ("320x32", (320, 32))])
+def test_an_input_size_is_one_number_or_two(text, size):
+    assert parse([*NAMED, f"--input_size={text}"]).size == size
+
+
+@pytest.mark.parametrize("text", ["big", "0", "0x64", "-64", "64x", "x64", "64x64x3", "64.0", "64 x 64", ""])
+def test_an_input_size_of_another_form_is_refused(text):
+    with pytest.raises(SettingsError, match=f"--input_size must be N or HxW in pixels, got '{text}'"):
+        parse([*NAMED, f"--input_size={text}"])
+
+
+def test_a_width_of_zero_is_refused():
+    with pytest.raises(SettingsError, match="--input_size must be N or HxW in pixels, got '64x0'"):
+        parse([*NAMED, "--input_size=64x0"])
+
+
+POSITIVE = ["batch_size", "workers", "prefetch", "decoder_width", "epochs", "base_lr", "accumulate", "log_every"]
+NOT_NEGATIVE = ["warmup_epochs", "weight_decay", "weight_decay_end", "clip", "threads", "save_every"]
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("name", POSITIVE)
+def test_some_settings_must_be_positive(name, value):
+    with pytest.raises(SettingsError, match=f"--{name} must be positive, got {value}"):
+        parse([*NAMED, f"--{name}={value}"])
+
+
+@pytest.mark.parametrize("name", NOT_NEGATIVE)
+def test_some_settings_may_be_zero_but_not_negative(name):
+    parse([*NAMED, f"--{name}=0"])
+    with pytest.raises(SettingsError, match=f"--{name} must not be negative, got -1"):
+        parse([*NAMED, f"--{name}=-1"])
+
+
+@pytest.mark.parametrize(("name", "value"), [("base_lr", "nan"), ("clip", "nan"), ("mask_ratio", "nan"),
+                                             ("drop_path", "nan"), ("beta2", "nan")])  # fmt: skip
+def test_no_number_is_in_no_range(name, value):
+    with pytest.raises(SettingsError, match=f"--{name} must .*got nan"):
+        parse([*NAMED, f"--{name}={value}"])
+
+
+@pytest.mark.parametrize("value", ["0.0", "1.0", "1.5", "-0.1"])
+def test_the_mask_ratio_lies_between_0_and_1(value):
+    with pytest.raises(SettingsError, match=f"--mask_ratio must be between 0 and 1, got {value}"):
+        parse([*NAMED, f"--mask={value}"])
+
+
+@pytest.mark.parametrize("value", ["1.0", "-0.5"])
+@pytest.mark.parametrize("name", ["drop_path", "beta2"])
+def test_rates_lie_below_1(name, value):
+    with pytest.raises(SettingsError, match=f"--{name} must be at least 0 and below 1, got {value}"):
+        parse([*NAMED, f"--{name}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--data_path=c"], "needs a name: spark-fast-train <experiment_name>"),
+     (["name"], "--data_path is missing"),
+     ([*NAMED, "--resume=a", "--init_weight=b"], "choose one of them")],
+)  # fmt: skip
+def test_settings_that_do_not_go_together_are_refused(words, message):
+    with pytest.raises(SettingsError, match=message):
+        parse(words)
+
+
+def test_a_folder_stands_for_a_name_and_synthetic_images_need_no_path():
+    assert parse(["--exp_dir=here", "--pipeline=synthetic"]).folder == Path("here")
