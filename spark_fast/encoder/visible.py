@@ -114,8 +114,8 @@ class Visible:
         c, b = packed.shape[1], packed.shape[2]
         (h, w), rows = self.grid, packed.permute(0, 2, 3, 1).reshape(-1, b * c)
         shape = (self.batch * h * b * w, b * c)
-        empty = rows.new_zeros(shape) if fill is None else fill.to(rows.dtype).repeat(b).expand(shape).contiguous()
-        canvas = empty.index_copy(0, self.segments(b), rows)
+        canvas = rows.new_zeros(shape) if fill is None else fill.to(rows.dtype).repeat(b).expand(shape).contiguous()
+        canvas = canvas.index_copy_(0, self.segments(b), rows)  # in place: it is new, and a copy would cost its size
         return canvas.view(self.batch, h * b, w * b, c).permute(0, 3, 1, 2)
 
     def as_images(self, packed: Tensor) -> Tensor:
