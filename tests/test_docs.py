@@ -15,7 +15,7 @@ def blocks(language):
             yield pytest.param(code, id=f"{page.name}-{i}")
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", list(blocks("python")))
 def test_python_examples_run(code):
     exec(compile(code, "example", "exec"), {})
 
