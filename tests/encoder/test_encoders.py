@@ -129,5 +129,5 @@ def test_the_packed_model_compiles_into_one_graph_and_once():
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for step in range(3):
         visible = sample_visible(0, step, torch.arange(2), model.grid, model.num_visible)
-        assert compiled(images, visible) == pytest.approx(model(images, visible).item(), rel=1e-4)
+        assert compiled(images, visible).item() == pytest.approx(model(images, visible).item(), rel=1e-4)
     assert counter.frame_count == 1
