@@ -9,12 +9,9 @@ Names: B images of H x W, patch p px, grid (h, w) = (H/p, W/p), V visible patche
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable
-from difflib import get_close_matches
 
-import timm
 import torch
 from timm.layers import LayerNorm2d, convert_sync_batchnorm
 from torch import Tensor, nn
@@ -23,10 +20,11 @@ from spark_fast.decoder import Decoder
 from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, Visible
 from spark_fast.encoder.verify import verify
 from spark_fast.masking import num_visible
+from spark_fast.networks import build_network
+from spark_fast.proven import is_proven
 
 log = logging.getLogger("spark_fast")
 
-PROVEN = {"resnet", "convnext"}  # modules of timm whose networks the test suite verifies
 ENCODERS: dict[str, type[Encoder]] = {"packed": PackedEncoder, "masked": MaskedEncoder}
 
 
@@ -137,45 +135,45 @@ def build_spark(
     decoder_width: int = 768,
     encoder: str = "packed",
     model_kwargs: dict | None = None,
+    stages: int | None = None,
     sync_batchnorm: bool = False,
+    check: bool | None = None,
 ) -> SparK:
     """Build SparK around a ConvNet.
 
     Args:
-        model: a timm name, or an nn.Module that returns a list of feature maps (it is converted in place).
+        model: a timm name, your own as "package.module:function", or an nn.Module that returns a list of feature
+            maps (it is converted in place).
         input_size: pixels, one number or (H, W); a multiple of the network's total stride.
         encoder: "packed", or "masked" for the published way.
         model_kwargs: passed to `timm.create_model`, e.g. {"drop_path_rate": 0.05}.
+        stages: keep the first so many levels of the pyramid (stride 4, 8, 16, ...): 3 gives patches of 16 px, 2 of
+            8 px. By default all, 32 px for most networks.
         sync_batchnorm: batch statistics over all ranks (`torch.nn.SyncBatchNorm`).
+        check: run `verify`; None: unless the table of proven networks has this one.
 
     Raises:
         ValueError: an unknown model (the nearest names are given), one whose layers cannot be packed (named) or that
-            `verify` finds wrong, or a size, mask ratio or width that does not fit.
+            `verify` finds wrong, or a size, mask ratio, number of stages or width that does not fit.
     """
     if encoder not in ENCODERS:
         raise ValueError(f"unknown encoder {encoder!r}; there are {', '.join(ENCODERS)}")
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
-    network = _timm_features(model, model_kwargs or {}) if isinstance(model, str) else model
-    proven = isinstance(model, str) and timm.models.is_model_in_modules(model, PROVEN)
-    original = None if proven else copy.deepcopy(network)
+    network = build_network(model, model_kwargs, stages) if isinstance(model, str) else model
+    if check is None:
+        check = not (isinstance(model, str) and is_proven(model, model_kwargs, stages))
+    if check:
+        log.info("checking that the packed encoder computes what the network computes")
+        found = verify(network, stages=stages)
+        log.info("it does: largest relative difference %.0e, leak %.0e", found.identity, found.leak)
     if sync_batchnorm:
         network = convert_sync_batchnorm(network)
-    spark = SparK(ENCODERS[encoder](network, size), size, mask_ratio, decoder_width)
-    if original is not None:
-        log.info("checking that the packed encoder computes what the network computes")
-        verify(original)
+    packed = ENCODERS[encoder](network, size, stages, keep=1 - mask_ratio)
+    spark = SparK(packed, size, mask_ratio, decoder_width)
     if sync_batchnorm:
         for name in ("decoder", "densify_norms"):
             setattr(spark, name, convert_sync_batchnorm(getattr(spark, name)))
     return spark
-
-
-def _timm_features(name: str, kwargs: dict) -> nn.Module:
-    if not timm.is_model(name):
-        near = get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models()"
-        raise ValueError(f"unknown model {name!r}{hint}")
-    return timm.create_model(name, features_only=True, **kwargs)
 
 
 def _densify_norm(encoder: nn.Module) -> Callable[[int], nn.Module]:

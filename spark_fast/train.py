@@ -119,6 +119,8 @@ def open_model(settings: Settings, ranks: Ranks) -> SparK:
             decoder_width=settings.model.decoder_width,
             encoder=settings.model.encoder,
             model_kwargs={"drop_path_rate": settings.drop_path} if settings.drop_path else None,
+            stages=settings.model.stages or None,
+            check={"auto": None, "always": True, "never": False}[settings.model.verify],
             sync_batchnorm=synced and ranks.device.type == "cuda",
         )
     except ValueError as error:

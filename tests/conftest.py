@@ -15,6 +15,15 @@ def _two_threads():
     torch.set_num_threads(2)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """On small tensors threads only wait for each other, for minutes where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def golden_folder() -> Path:
     if not (SHARED / "golden").is_dir():

@@ -6,14 +6,7 @@ from torch import nn
 
 from spark_fast.decoder import Decoder
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """On tensors this small, threads only wait for each other, for minutes where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -8,17 +8,10 @@ from safetensors.torch import load_file
 
 from spark_fast import build_spark
 from spark_fast.encoder.verify import _randomise_constants
-from spark_fast.export import save_timm, timm_state_dict
+from spark_fast.export import encoder_state_dict, save_encoder, timm_names
 from spark_fast.training.checkpoint import CheckpointError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """On tensors this small, threads only wait for each other, for minutes where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained(name, encoder="packed"):
@@ -35,9 +28,8 @@ def trained(name, encoder="packed"):
      ("convnext_atto", ["head.norm.weight", "head.norm.bias"])],
 )  # fmt: skip
 def test_timm_loads_the_file_and_computes_the_encoders_dense_features(tmp_path, name, untrained, encoder):
-    model, path = trained(name, encoder), tmp_path / "w.safetensors"
-    save_timm(model, name, path)
-    state = load_file(path)
+    model = trained(name, encoder)
+    state = load_file(save_encoder(model, name, tmp_path))
     network = timm.create_model(name, num_classes=0)
     found = network.load_state_dict(state, strict=bool(not untrained))
     assert not found.unexpected_keys
@@ -59,25 +51,44 @@ def sorted_like(own, state):
 
 
 def test_the_file_says_what_it_is_of(tmp_path):
-    save_timm(trained("resnet10t"), "resnet10t", tmp_path / "w.safetensors")
-    with safe_open(tmp_path / "w.safetensors", "pt") as file:
+    path = save_encoder(trained("resnet10t"), "resnet10t", tmp_path)
+    with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt", "architecture": "resnet10t"}
-    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["resnet10t_timm.safetensors"]
+
+
+def test_your_own_network_keeps_its_names(tmp_path):
+    model = trained("resnet10t")
+    path = save_encoder(model, "package.module:function", tmp_path)
+    assert path.name == "encoder.safetensors"
+    assert set(load_file(path)) == set(model.encoder.network.state_dict())
+
+
+@pytest.mark.parametrize(
+    "name", ["tf_efficientnet_b0", "cspnext_m", "hrnet_w18_small", "xception41", "vgg11", "densenet121"]
+)
+def test_every_kind_of_features_only_network_has_its_names_in_timm(name):
+    with torch.device("meta"):
+        keys = list(timm.create_model(name, features_only=True).state_dict())
+        full = timm.create_model(name, num_classes=0).state_dict()
+    names = timm_names(keys, name)
+    assert len(set(names.values())) == len(keys)
+    assert set(names.values()) <= set(full)
 
 
 def test_another_networks_name_is_refused_with_the_tensors_it_lacks():
     with pytest.raises(ValueError, match=r"convnext_atto in timm has no tensor for conv1"):
-        timm_state_dict(trained("resnet10t"), "convnext_atto")
+        encoder_state_dict(trained("resnet10t"), "convnext_atto")
 
 
 def test_a_folder_that_is_not_there_is_a_checkpoint_error(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
-        save_timm(trained("resnet10t"), "resnet10t", tmp_path / "nowhere" / "w.safetensors")
+        save_encoder(trained("resnet10t"), "resnet10t", tmp_path / "nowhere")
 
 
 def test_exporting_leaves_the_model_on_its_device_and_its_weights_alone():
     model = trained("resnet10t")
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    state = timm_state_dict(model, "resnet10t")
+    state = encoder_state_dict(model, "resnet10t")
     assert all(v.is_contiguous() and v.device.type == "cpu" for v in state.values())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

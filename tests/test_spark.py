@@ -15,13 +15,7 @@ from spark_fast.masking import sample_visible
 NETWORKS = ["resnet10t", "convnext_zepto_rms"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """On tensors this small, threads only wait for each other, for minutes where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(name="resnet10t", size=64, **kwargs):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from spark_fast.encoder.halo import Current
-from spark_fast.encoder.pack import MASKED, PACKED, Table, UnsupportedLayerError, check_layers, convert
+from spark_fast.encoder.current import Current
+from spark_fast.encoder.halo import Halo
+from spark_fast.encoder.kinds import UnsupportedLayerError, register
+from spark_fast.encoder.pack import MASKED, PACKED, Table, check_layers, convert
+from spark_fast.encoder.pyramid import feature_maps, pyramid
 from spark_fast.encoder.visible import Visible
 
-__all__ = ["Encoder", "MaskedEncoder", "PackedEncoder", "UnsupportedLayerError", "Visible", "pack"]
+__all__ = ["Encoder", "MaskedEncoder", "PackedEncoder", "UnsupportedLayerError", "Visible", "pack", "register"]
 
 
 class Encoder(nn.Module):
@@ -21,7 +22,9 @@ class Encoder(nn.Module):
     Args:
         network: returns a list of feature maps of falling resolution; it is converted in place.
         input_size: (H, W) in pixels.
-        min_stride: feature maps finer than this are dropped (SparK decodes from stride 4 upwards).
+        stages: keep the first so many levels of the pyramid (maps finer than stride 4 are never used), all by
+            default. The last one kept sets the patch, so the network must not go on beyond it.
+        keep: the share of patches that will be visible, for the printed plan.
 
     Attributes:
         channels, strides: of the levels kept, finest first.
@@ -33,17 +36,19 @@ class Encoder(nn.Module):
 
     table: Table
 
-    def __init__(self, network: nn.Module, input_size: tuple[int, int], min_stride: int = 4) -> None:
+    def __init__(
+        self, network: nn.Module, input_size: tuple[int, int], stages: int | None = None, keep: float = 0.4
+    ) -> None:
         super().__init__()
         check_layers(network)
-        self.current = Current()
-        shapes = _feature_shapes(network, input_size)
-        strides = [2 ** round(math.log2(input_size[0] / s[2])) for s in shapes]
-        self.levels = [i for i, stride in enumerate(strides) if stride >= min_stride]
-        self.channels = [shapes[i][1] for i in self.levels]
-        self.strides = [strides[i] for i in self.levels]
-        _check_pyramid(self.strides, input_size)
-        self.network = convert(network, self.table, self.current)
+        self.current = Current(dense=self.table is MASKED)
+        self.levels, self.channels, self.strides = pyramid(network, input_size, stages)
+        self.network, undo = convert(network, self.table, self.current)
+        try:
+            self._trace(input_size, keep)
+        except Exception:
+            undo()
+            raise
 
     @property
     def patch(self) -> int:
@@ -59,7 +64,7 @@ class Encoder(nn.Module):
         """
         self.current.visible = visible
         try:
-            features = self.network(images if visible is None else self._enter(images, visible))
+            features = feature_maps(self.network, images if visible is None else self._enter(images, visible))
             features = [features[i] for i in self.levels]
             return features if visible is None else self._leave(features, visible)
         finally:
@@ -70,6 +75,37 @@ class Encoder(nn.Module):
 
     def _leave(self, features: list[Tensor], visible: Visible) -> list[Tensor]:
         raise NotImplementedError
+
+    def _trace(self, input_size: tuple[int, int], keep: float) -> None:
+        """Run once with fake tensors: every layer learns its b, and one that does not fit is refused by name."""
+        grid = (input_size[0] // self.patch, input_size[1] // self.patch)
+        entered: list[tuple[str, nn.Module]] = [("network", self.network)]
+
+        def note(module: nn.Module, inputs: tuple) -> None:
+            entered.append((paths[module], module))
+            if isinstance(module, Halo) and inputs[0].dim() == 4:
+                module.cells, module.keep = inputs[0].shape[2], keep
+
+        paths = {module: path or "network" for path, module in self.network.named_modules()}
+        handles = [module.register_forward_pre_hook(note) for module in paths]
+        training = self.training
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+                dtype = next((p.dtype for p in self.network.parameters()), torch.float32)
+                index = torch.arange(max(1, round(keep * grid[0] * grid[1]))).repeat(2, 1)
+                maps = self.eval()(torch.empty(2, 3, *input_size, dtype=dtype), Visible(index, grid))
+            for features, stride in zip(maps, self.strides, strict=True):
+                if features.shape[2] != self.patch // stride:
+                    raise ValueError(
+                        f"a level comes out with {features.shape[2]} cells per patch side at stride {stride}"
+                    )
+        except Exception as error:
+            path, module = entered[-1]
+            raise UnsupportedLayerError(f"cannot be packed: {path} ({_own_type(module)}): {error}") from error
+        finally:
+            self.train(training)
+            for handle in handles:
+                handle.remove()
 
 
 class PackedEncoder(Encoder):
@@ -96,30 +132,17 @@ class MaskedEncoder(Encoder):
         return [visible.pack(f) for f in features]
 
 
-def pack(network: nn.Module, input_size: tuple[int, int] = (224, 224)) -> PackedEncoder:
-    """Convert a network that returns a list of feature maps into a packed encoder, in place."""
-    return PackedEncoder(network, input_size)
+def pack(network: nn.Module, input_size: tuple[int, int] = (224, 224), stages: int | None = None) -> PackedEncoder:
+    """Convert a network that returns a list of feature maps into a packed encoder, in place.
+
+    Printed, the encoder shows how each layer that looks across patches is computed, with 40 % of them visible.
+
+    Args and errors: those of `Encoder`.
+    """
+    return PackedEncoder(network, input_size, stages)
 
 
-def _feature_shapes(network: nn.Module, input_size: tuple[int, int]) -> list[tuple[int, ...]]:
-    """Shapes of the feature maps, found with fake tensors: nothing is computed."""
-    training = network.training
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        dtype = next((p.dtype for p in network.parameters()), torch.float32)
-        try:
-            features = network.eval()(torch.empty(1, 3, *input_size, dtype=dtype))
-        except Exception as error:
-            raise ValueError(f"the network does not run on {input_size[0]}x{input_size[1]} images: {error}") from error
-        finally:
-            network.train(training)
-    if not isinstance(features, (list, tuple)) or not all(isinstance(f, Tensor) and f.dim() == 4 for f in features):
-        raise ValueError(f"the network must return a list of feature maps (B, C, H, W), got {type(features).__name__}")
-    return [tuple(f.shape) for f in features]
-
-
-def _check_pyramid(strides: list[int], input_size: tuple[int, int]) -> None:
-    patch = strides[-1] if strides else 0
-    if not strides or any(s * 2 ** (len(strides) - 1 - i) != patch for i, s in enumerate(strides)):
-        raise ValueError(f"feature maps must be a pyramid, each half the one before; strides are {strides}")
-    if any(side % patch for side in input_size):
-        raise ValueError(f"input size {input_size[0]}x{input_size[1]} is not a multiple of the patch, {patch} px")
+def _own_type(module: nn.Module) -> str:
+    """The name of the layer's class before it was converted."""
+    converted = hasattr(module, "where")
+    return (type(module).__bases__[1] if converted else type(module)).__name__

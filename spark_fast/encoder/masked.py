@@ -7,15 +7,18 @@ layers leave in a hole meanwhile meets only zero gradients.
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spark_fast.encoder.halo import Current
+from spark_fast.encoder.current import Current
 
 
 class MaskedLocal:
     """Mixin: a convolution or pooling of dense maps that sees zeros in the holes (nothing, for a maximum)."""
 
     current: Current
+    absorbed = (0, 0, 0, 0)  # (left, right, top, bottom) padding taken over from a layer before it
+    fill = 0.0  # what that padding holds
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
@@ -24,7 +27,10 @@ class MaskedLocal:
             return super().forward(x)  # type: ignore[misc]
         largest = isinstance(self, nn.MaxPool2d)
         holes = ~visible.cells(x.shape[2])
-        out: Tensor = super().forward(x.masked_fill(holes, float("-inf") if largest else 0.0))  # type: ignore[misc]
+        x = x.masked_fill(holes, float("-inf") if largest else 0.0)
+        if any(self.absorbed):
+            x = F.pad(x, self.absorbed, value=self.fill)
+        out: Tensor = super().forward(x)  # type: ignore[misc]
         # the maximum of nothing must not stay: 0 * inf would reach the weights' gradients
         return out.masked_fill(~visible.cells(out.shape[2]), 0.0) if largest else out
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from spark_fast.encoder.halo import Current
+from spark_fast.encoder.current import Current
 
 
 class Mixer:
@@ -19,12 +19,22 @@ class Mixer:
 
     def forward(self, x: Tensor) -> Tensor:
         """(V, C, b, b), or (V, b, b, C) for a channels_last layer; the same shape comes back."""
-        visible = self.current.visible
-        if visible is None:
+        seen = self.current.visible
+        if seen is None:
             return super().forward(x)  # type: ignore[misc]
         if getattr(self, "channel_dim", 1) == -1:
-            return super().forward(x.reshape(visible.batch, -1, *x.shape[2:])).reshape(x.shape)  # type: ignore[misc]
-        return visible.as_patches(super().forward(visible.as_images(x)))  # type: ignore[misc]
+            return super().forward(x.reshape(seen.batch, -1, *x.shape[2:])).reshape(x.shape)  # type: ignore[misc]
+        return seen.as_patches(super().forward(seen.as_images(x)))  # type: ignore[misc]
+
+
+class ImagePool:
+    """Mixin: a pooling of the whole image to one cell, packed or masked."""
+
+    current: Current
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(V, C, b, b) -> (V, C, 1, 1), the same for every patch of an image; (B, C, 1, 1) for maps."""
+        return self.current.per_image(x, super().forward)  # type: ignore[misc]
 
 
 class PerImage:
@@ -34,7 +44,7 @@ class PerImage:
 
     def forward(self, x: Tensor) -> Tensor:
         """(V, ...), patches of one image treated alike."""
-        visible = self.current.visible
-        if visible is None:
+        seen = self.current.visible
+        if seen is None:
             return super().forward(x)  # type: ignore[misc]
-        return super().forward(x.unflatten(0, (visible.batch, visible.per_image))).flatten(0, 1)  # type: ignore[misc]
+        return super().forward(x.unflatten(0, (seen.batch, seen.per_image))).flatten(0, 1)  # type: ignore[misc]

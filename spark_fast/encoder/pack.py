@@ -1,78 +1,77 @@
 """Turn a ConvNet into an encoder of visible patches: every layer by its kind, refused by name if it has none.
 
-A layer is one of
-    pointwise   it sees one cell at a time, or its statistics run over all cells: untouched
-    conv, pool  it looks across the edge of a patch: takes its halo first
-    local       it looks across in a way of its own (reflected borders): runs on the dense canvas
-    mixer       it reduces over an image: reduces over the image's visible cells
-    per image   it draws a random number per image
-and a converted layer keeps its parameters, their names and its place, so the state dict is that of the network.
+A converted layer keeps its parameters, their names and its place, so the state dict is that of the network.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
-import timm.layers as tl
-from timm.layers import activations as timm_activations
-from timm.layers.grn import GlobalResponseNorm
 from torch import nn
-from torch.nn.modules import activation as torch_activations
 
-from spark_fast.encoder.halo import Canvas, Current, HaloConv, HaloPool
+from spark_fast.encoder.current import Current
+from spark_fast.encoder.geometry import axes
+from spark_fast.encoder.halo import Absorbed, Canvas, HaloConv, HaloPool
+from spark_fast.encoder.kinds import BLOCKS, PADS, UnsupportedLayerError, kind, reason
 from spark_fast.encoder.masked import MaskedLocal, MaskedMixer, MaskedNorm
-from spark_fast.encoder.mixers import Mixer, PerImage
+from spark_fast.encoder.mixers import ImagePool, Mixer, PerImage
+
+Table = dict[str, type]
+Sides = tuple[int, int, int, int]
+PACKED: Table = {
+    "conv": HaloConv,
+    "pool": HaloPool,
+    "local": Canvas,
+    "mixer": Mixer,
+    "image_pool": ImagePool,
+    "per_image": PerImage,
+    "pad": Absorbed,
+}
+MASKED: Table = {
+    "norm": MaskedNorm,
+    **dict.fromkeys(("conv", "pool", "local"), MaskedLocal),
+    "mixer": MaskedMixer,
+    "image_pool": ImagePool,
+    "pad": Absorbed,
+}
 
 
-class UnsupportedLayerError(ValueError):
-    """A network has a layer that cannot be packed; the message names its place and type."""
+def convert(network: nn.Module, table: Table, current: Current) -> tuple[nn.Module, Callable[[], None]]:
+    """Convert every layer of `network`, in place, by a table of kind -> mixin.
 
-
-def _activations() -> set[type]:
-    """Every elementwise activation of torch and timm (not attention, not a softmax)."""
-    modules = (torch_activations, timm_activations)
-    found = {c for m in modules for c in vars(m).values() if isinstance(c, type) and issubclass(c, nn.Module)}
-    return {c for c in found if "Softmax" not in c.__name__ and "Softmin" not in c.__name__} - {
-        nn.Module,
-        nn.MultiheadAttention,
-        nn.GLU,
-    }
-
-
-POINTWISE: set[type] = _activations() | {nn.Identity, nn.Dropout, nn.Linear, nn.LayerNorm}
-POINTWISE |= {tl.LayerNorm, tl.LayerNorm2d, tl.LayerNormAct2d, tl.RmsNorm2d, tl.SimpleNorm2d}
-BATCH_NORMS: set[type] = {nn.BatchNorm2d, nn.SyncBatchNorm, tl.BatchNormAct2d, tl.SyncBatchNormAct}
-CONVS: set[type] = {nn.Conv2d}
-POOLS: set[type] = {nn.MaxPool2d, nn.AvgPool2d}
-LOCALS: set[type] = {tl.BlurPool2d}
-MIXERS: set[type] = {nn.GroupNorm, tl.GroupNorm, tl.GroupNormAct, GlobalResponseNorm, tl.SEModule}
-MIXERS |= {tl.EvoNorm2dS0, tl.FilterResponseNormTlu2d}
-PER_IMAGE: set[type] = {tl.DropPath}
-
-Table = list[tuple[set[type], type]]
-PACKED: Table = [(CONVS, HaloConv), (POOLS, HaloPool), (LOCALS, Canvas), (MIXERS, Mixer), (PER_IMAGE, PerImage)]
-MASKED: Table = [(CONVS | POOLS | LOCALS, MaskedLocal), (BATCH_NORMS, MaskedNorm), (MIXERS, MaskedMixer)]
-KNOWN = POINTWISE | BATCH_NORMS | CONVS | POOLS | LOCALS | MIXERS | PER_IMAGE
-
-
-def convert(network: nn.Module, table: Table, current: Current) -> nn.Module:
-    """Convert every layer of `network`, in place, by a table of (types, mixin); returns the network.
+    Returns:
+        the network, and a function that puts the old layers back.
 
     Raises:
-        UnsupportedLayerError: a layer of unknown kind, by its path and type. The network is then unchanged.
+        UnsupportedLayerError: a layer that cannot be packed, by its path and type. The network is then unchanged.
     """
     check_layers(network)
+    pads, absorbed = _padding(network)
+    made: dict[int, nn.Module] = {}  # a layer used in two places stays one
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
     for path, module in list(_layers(network)):
-        mixin = next((mixin for types, mixin in table if type(module) in types), None)
+        found = "pad" if id(module) in pads else kind(module)
+        mixin = BLOCKS[type(module)] if found == "block" else table.get(found or "")
         if mixin is None:
             continue
-        converted = _convert_layer(module, mixin, current)
+        converted = made.setdefault(id(module), _convert_layer(module, mixin, current, path))
         if not path:
-            return converted
+            network = converted
+            continue
         parent, _, name = path.rpartition(".")
+        replaced.append((network.get_submodule(parent), name, module))
         setattr(network.get_submodule(parent), name, converted)
-    return network
+    for layer, (sides, value) in absorbed.items():
+        made[layer].absorbed, made[layer].fill = sides, value  # type: ignore[assignment]
+
+    def undo() -> None:
+        for parent, name, module in reversed(replaced):
+            setattr(parent, name, module)
+
+    return network, undo
 
 
 def check_layers(network: nn.Module) -> None:
@@ -81,52 +80,95 @@ def check_layers(network: nn.Module) -> None:
     Raises:
         UnsupportedLayerError: naming every kind of layer that cannot be, by path and type.
     """
-    layers = _layers(network)
-    unknown = [(path, m) for path, m in layers if type(m) not in KNOWN]
-    if unknown:
-        listed = ", ".join(f"{path or 'network'} ({type(m).__name__})" for path, m in unknown[:5])
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        raise UnsupportedLayerError(f"cannot be packed: {listed}{more}. A layer must be of a kind listed in pack.py")
-    for path, module in layers:
-        _check_geometry(path, module)
+    pads, absorbed = _padding(network)
+    refused: dict[tuple[str, str], list[str]] = {}
+    for path, module in _layers(network):
+        why = reason(module)
+        if why is None and id(module) not in pads and kind(module) is None:
+            why = _unknown(module)
+        elif kind(module) in ("conv", "pool"):
+            why = _misfit(module, *absorbed.get(id(module), ((0, 0, 0, 0), 0.0)))
+        if why:
+            refused.setdefault((type(module).__name__, why), []).append(path or "network")
+    if refused:
+        listed = [
+            f"{paths[0]} ({name}): {why}" + (f", and {len(paths) - 1} more of them" if paths[1:] else "")
+            for (name, why), paths in refused.items()
+        ]
+        raise UnsupportedLayerError(f"cannot be packed: {'; '.join(listed)}")
 
 
 def _layers(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
     """The layers of a network: modules of a known kind, whole, and whatever else has no children."""
     children = list(module.named_children())
-    whole = type(module) in KNOWN or "Attention" in type(module).__name__  # attention mixes in its own forward
-    if whole or not children:
+    found, blocks = [], kind(module) == "block"
+    if blocks:
+        inside = BLOCKS[type(module)].inside  # type: ignore[attr-defined]
+        found, children = [(path, module)], [(name, child) for name, child in children if name not in inside]
+    elif kind(module) or reason(module) or not children:
         return [(path, module)]
-    return [found for name, child in children for found in _layers(child, f"{path}.{name}" if path else name)]
+    for name, child in children:
+        found += _layers(child, f"{path}.{name}" if path else name)
+    return found
 
 
-def _check_geometry(path: str, module: nn.Module) -> None:
-    """Refuse what the halo arithmetic does not cover, by name."""
-    if type(module) not in CONVS | POOLS:
-        return
-    reasons = []
+def _unknown(module: nn.Module) -> str | None:
+    if isinstance(module, PADS):
+        return "padding not followed by a convolution or pooling"
+    if hasattr(module, "where"):
+        return "packed already"
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # without children, or they were no layer
+    return None if isinstance(module, containers) else "of no known kind (see spark_fast.encoder.register)"
+
+
+def _padding(network: nn.Module) -> tuple[set[int], dict[int, tuple[Sides, float]]]:
+    """Padding that the layer after it takes over.
+
+    Returns:
+        the padding layers followed by a convolution or pooling, by id; and what each such layer takes over, by id:
+        (left, right, top, bottom) and the value it holds.
+    """
+    pads, absorbed = set(), {}
+    for parent in network.modules():
+        if kind(parent) == "block":
+            absorbed.update({id(parent.get_submodule(n)): (s, 0.0) for n, s in BLOCKS[type(parent)].padded.items()})  # type: ignore[attr-defined]
+        for pad, layer in pairwise(parent.children()):
+            if isinstance(pad, PADS) and kind(layer) in ("conv", "pool") and min(_sides(pad)) >= 0:
+                pads.add(id(pad))
+                absorbed[id(layer)] = (_sides(pad), float(getattr(pad, "value", 0.0)))
+    return pads, absorbed
+
+
+def _sides(pad: nn.Module) -> Sides:
+    value: Any = pad.padding
+    return (value,) * 4 if isinstance(value, int) else tuple(value)
+
+
+def _misfit(module: Any, sides: Sides, value: float) -> str | None:
+    """Why a convolution or pooling, with the padding it takes over, cannot be packed; None if it can."""
     if getattr(module, "padding_mode", "zeros") != "zeros":
-        reasons.append(f"padding_mode={module.padding_mode!r}")
-    if isinstance(getattr(module, "padding", 0), str):
-        reasons.append(f"padding={module.padding!r}")
-    for name in ("kernel_size", "stride", "padding", "dilation"):
-        value = getattr(module, name, 1)
-        if isinstance(value, tuple) and len(set(value)) > 1:
-            reasons.append(f"{name}={value} (not square)")
-    if isinstance(module, nn.AvgPool2d) and not module.count_include_pad and module.padding not in (0, (0, 0)):
-        reasons.append("count_include_pad=False with padding")
+        return f"padding_mode={module.padding_mode!r}"
     if getattr(module, "return_indices", False):
-        reasons.append("return_indices=True")
-    if reasons:
-        raise UnsupportedLayerError(f"cannot be packed: {path} ({type(module).__name__}) has {', '.join(reasons)}")
+        return "return_indices=True"
+    if value and kind(module) == "conv":
+        return f"it is padded with {value}, where only zero is nothing to a convolution"
+    y, x = axes(module, sides)
+    if y.stride != x.stride:
+        return f"stride={module.stride} is not square"
+    if not all(a.aligned(getattr(module, "ceil_mode", False)) for a in (y, x)):
+        return (
+            f"kernel {y.kernel}x{x.kernel}, stride {y.stride}, padding {y.lo} and {x.lo} do not turn a map into one "
+            f"{y.stride} times smaller, so patches do not stay aligned"
+        )
+    return None
 
 
-def _convert_layer(module: nn.Module, mixin: type, current: Current) -> nn.Module:
+def _convert_layer(module: nn.Module, mixin: type, current: Current, path: str) -> nn.Module:
     """The same layer, parameters shared, as an object of class (mixin, its own class)."""
     cls: Any = _converted_class(mixin, type(module))  # type: ignore[arg-type]
     converted: nn.Module = cls.__new__(cls)
     converted.__dict__.update(module.__dict__)
-    converted.current = current  # type: ignore[assignment]
+    converted.current, converted.where = current, path or "the layer"  # type: ignore[assignment]
     return converted
 
 

@@ -5,22 +5,30 @@ identity   with nothing masked it equals the network it was made from: outputs a
 no leak    changing masked pixels changes no output, and no masked pixel receives a gradient.
 
 Both run in float64 on a small input. Parameters that start constant (a branch whose last norm starts at zero, a layer
-scale of 1e-6) would hide a fault behind them, so they are randomised first.
+scale of 1e-6) would hide a fault behind them, so they are randomised first. Gradients of parameters are compared by
+their product with one random direction each, so that even a network of a billion parameters needs room for its
+parameters once: two different gradients have the same product with probability zero.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from spark_fast.encoder import PackedEncoder, UnsupportedLayerError
+from spark_fast.encoder import PackedEncoder
+from spark_fast.encoder.grouped import FastGroups
+from spark_fast.encoder.pack import check_layers
+from spark_fast.encoder.pyramid import feature_maps, pyramid
 from spark_fast.encoder.visible import Visible
 from spark_fast.masking import sample_visible
 
 TOLERANCE = 1e-5  # relative; rounding leaves 1e-13, or 1e-6 where a layer computes in fp32 whatever it is given
+NEGLIGIBLE = 1e-8  # a gradient this small beside the largest is rounding (a bias before a batch norm has none)
 
 
 @dataclass(frozen=True)
@@ -35,30 +43,39 @@ class VerificationError(ValueError):
     """A packed network does not compute what the network computes; the message says which check failed, where."""
 
 
-def verify(network: nn.Module, input_size: tuple[int, int] | None = None, batch: int = 2) -> Verified:
+def verify(
+    network: nn.Module, input_size: tuple[int, int] | None = None, batch: int = 2, stages: int | None = None
+) -> Verified:
     """Run both checks on a copy of `network`.
 
     Args:
         network: returns a list of feature maps, as for `pack`.
         input_size: (H, W), by default three patches each way.
+        batch: images.
+        stages: as for `pack`.
 
     Raises:
-        VerificationError: a check failed.
+        VerificationError: a check failed; the message names the first layer that differs.
         UnsupportedLayerError: a layer cannot be packed.
     """
     original = copy.deepcopy(network).double()
     _randomise_constants(original)
-    size = input_size or _three_patches(original)
-    encoder = PackedEncoder(copy.deepcopy(original), size)
+    check_layers(original)
+    size = input_size or _three_patches(original, stages)
+    shared = {id(p): p for p in original.parameters()}
+    encoder = PackedEncoder(copy.deepcopy(original, shared), size, stages=stages)
     grid = (size[0] // encoder.patch, size[1] // encoder.patch)
     images = torch.randn(batch, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    identity = max(_identity(original, encoder, images, grid, training) for training in (False, True))
+    with FastGroups():
+        identity = max(_identity(original, encoder, images, grid, training) for training in (False, True))
     if not identity < TOLERANCE:
+        where = _first_difference(original, encoder, images, grid)
         raise VerificationError(
-            f"with nothing masked the packed network differs from the network by {identity:.1e}: "
+            f"with nothing masked the packed network differs from the network by {identity:.1e}{where}: "
             f"it mixes positions outside its layers, in code that packing cannot see"
         )
-    leak = _leak(encoder, images, grid)
+    with FastGroups():
+        leak = _leak(encoder, images, grid)
     if not leak < TOLERANCE:
         raise VerificationError(f"masked pixels reach the packed network's features, by {leak:.1e}")
     return Verified(identity, leak)
@@ -73,23 +90,58 @@ def _randomise_constants(network: nn.Module) -> None:
             parameter.copy_(0.5 + 0.1 * noise)
 
 
+def _everything(count: int, grid: tuple[int, int]) -> Visible:
+    return Visible(torch.arange(grid[0] * grid[1]).repeat(count, 1), grid)
+
+
 def _identity(
     original: nn.Module, encoder: PackedEncoder, images: Tensor, grid: tuple[int, int], training: bool
 ) -> float:
-    everything = Visible(torch.arange(grid[0] * grid[1]).repeat(len(images), 1), grid)
+    seen = _everything(len(images), grid)
     runs = []
-    for module, seen in ((original.train(training), None), (encoder.train(training), everything)):
+    for module in (original.train(training), encoder.train(training)):
         torch.manual_seed(1)  # the same stochastic depth
         x = images.clone().requires_grad_()
-        features = module(x) if seen is None else [seen.unpack(f) for f in module(x, seen)]
-        features = [features[i] for i in encoder.levels] if seen is None else features
-        module.zero_grad()
-        sum((f * _weights(f)).sum() for f in features).backward()  # type: ignore[union-attr]
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        runs.append([*features, x.grad, *gradients])
-    if len(runs[0]) != len(runs[1]):
+        with _projected_gradients(original) as gradients:
+            if module is encoder:
+                features = [seen.unpack(f) for f in encoder(x, seen)]
+            else:
+                maps = feature_maps(original, x)
+                features = [maps[i] for i in encoder.levels]
+            torch.stack([(f * _weights(f)).sum() for f in features]).sum().backward()
+        assert x.grad is not None
+        runs.append(([f.detach() for f in features] + [x.grad], gradients))
+    (maps, expected), (packed, got) = runs
+    if set(expected) != set(got):
         return float("inf")
-    return max(_difference(a, b) for a, b in zip(*runs, strict=True))
+    largest = max((norm for _, norm in expected.values()), default=0.0)
+    return max(
+        *(_difference(b, a) for a, b in zip(maps, packed, strict=True)),
+        *(abs(p - got[n][0]) / (norm + NEGLIGIBLE * largest + 1e-30) for n, (p, norm) in expected.items()),
+    )
+
+
+@contextmanager
+def _projected_gradients(network: nn.Module) -> Iterator[dict[int, tuple[float, float]]]:
+    """Parameter number -> (product of its gradient with a fixed random direction, its norm); gradients are freed."""
+    found: dict[int, tuple[float, float]] = {}
+    handles = []
+    for number, parameter in enumerate(network.parameters()):
+        if not parameter.requires_grad:
+            continue
+
+        def project(p: Tensor, number: int = number) -> None:
+            assert p.grad is not None
+            direction = torch.randn(p.numel(), dtype=p.dtype, generator=torch.Generator().manual_seed(number))
+            found[number] = (torch.dot(direction, p.grad.flatten()).item(), p.grad.norm().item())
+            p.grad = None
+
+        handles.append(parameter.register_post_accumulate_grad_hook(project))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _leak(encoder: PackedEncoder, images: Tensor, grid: tuple[int, int]) -> float:
@@ -101,11 +153,40 @@ def _leak(encoder: PackedEncoder, images: Tensor, grid: tuple[int, int]) -> floa
         torch.manual_seed(1)
         x = images.masked_fill(~cells, fill).requires_grad_()
         features = encoder.train()(x, seen)
-        sum((f * _weights(f)).sum() for f in features).backward()
-        outputs.append(features)
-        assert x.grad is not None
-        leaked = max(leaked, x.grad.masked_fill(cells, 0).abs().max().item())
+        total = torch.stack([(f * _weights(f)).sum() for f in features]).sum()
+        (gradient,) = torch.autograd.grad(total, x)
+        outputs.append([f.detach() for f in features])
+        leaked = max(leaked, gradient.masked_fill(cells, 0).abs().max().item())
     return max(leaked, *(_difference(a, b) for a, b in zip(*outputs, strict=True)))
+
+
+@torch.no_grad()
+def _first_difference(original: nn.Module, encoder: PackedEncoder, images: Tensor, grid: tuple[int, int]) -> str:
+    """Where the two networks first differ, in the order of execution: " (first at PATH, a TYPE)"."""
+    seen = _everything(len(images), grid)
+    outputs: list[dict[str, Tensor]] = []
+    for network, packed in ((original, False), (encoder.network, True)):
+        found: dict[str, Tensor] = {}
+        handles = []
+        for path, module in network.named_modules():
+
+            def record(
+                _m: nn.Module, _i: tuple, out: object, path: str = path, packed: bool = packed, f: dict = found
+            ) -> None:
+                if isinstance(out, Tensor) and out.dim() == 4:
+                    whole = packed and len(out) == seen.count and out.shape[2] == out.shape[3]
+                    f.setdefault(path, seen.unpack(out) if whole else out.clone())
+
+            handles.append(module.register_forward_hook(record))
+        feature_maps(original, images) if not packed else encoder(images, seen)
+        outputs.append(found)
+        for handle in handles:
+            handle.remove()
+    for path, expected in outputs[0].items():
+        got = outputs[1].get(path)
+        if got is not None and got.shape == expected.shape and _difference(got, expected) > TOLERANCE:
+            return f" (first at {path or 'the network'}, a {type(original.get_submodule(path)).__name__})"
+    return ""
 
 
 def _weights(feature: Tensor) -> Tensor:
@@ -118,13 +199,13 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / (b.norm() + 1e-12)).item()
 
 
-def _three_patches(network: nn.Module) -> tuple[int, int]:
+def _three_patches(network: nn.Module, stages: int | None) -> tuple[int, int]:
+    reasons = []
     for patch in (32, 64, 16, 8, 128):
         try:
-            stride = PackedEncoder(copy.deepcopy(network), (patch * 4, patch * 4)).patch
-        except UnsupportedLayerError:
-            raise
-        except ValueError:
+            stride = pyramid(network, (patch * 3, patch * 3), stages).patch
+        except ValueError as error:
+            reasons.append(str(error))
             continue
         return 3 * stride, 3 * stride
-    raise VerificationError("no input size was found that this network takes; give input_size")
+    raise VerificationError(f"no input size was found that this network takes: {reasons[0]}")

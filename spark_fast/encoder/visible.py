@@ -16,8 +16,28 @@ C channels.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Places(NamedTuple):
+    """The places of a window around each patch, as cell coordinates along the two axes relative to the patch.
+
+    -1 is the last cell of the neighbour before it, b the first of the one after it; in any order and as often as
+    wanted. With taps (ky, kx) the ky*kx inputs of one output cell stand together: the places run
+    (ny/ky, nx/kx, ky, kx).
+    """
+
+    ys: tuple[int, ...]
+    xs: tuple[int, ...]
+    taps: tuple[int, int] = (1, 1)
+
+    @property
+    def size(self) -> int:
+        """Places per patch."""
+        return len(self.ys) * len(self.xs)
 
 
 class Visible:
@@ -33,6 +53,7 @@ class Visible:
         self.grid = grid
         self.batch, self.per_image = index.shape
         self.count = self.batch * self.per_image
+        self.keep = self.per_image / (grid[0] * grid[1])  # the visible share
         images = torch.arange(self.batch, device=index.device)[:, None]
         self.patches = (images * (grid[0] * grid[1]) + index).flatten()  # (V,) in the B*h*w patches of the batch
         self._neighbours: Tensor | None = None
@@ -131,46 +152,49 @@ class Visible:
         c, b = images.shape[1], images.shape[3]
         return images.permute(0, 2, 3, 1).reshape(self.count, b, b, c).permute(0, 3, 1, 2)
 
-    def window_table(self, b: int, coords: tuple[int, ...], k: int = 1) -> Tensor:
-        """(V * n*n,) int64, n = len(coords): which packed row stands at each place of each patch's window.
+    def spread(self, images: Tensor) -> Tensor:
+        """One value per image to one per patch: (B, ...) -> (V, ...)."""
+        return images[:, None].expand(-1, self.per_image, *images.shape[1:]).flatten(0, 1)
 
-        `coords` are cell coordinates along one axis relative to the patch (-1: the last cell of the neighbour
-        before it, b: the first of the one after it), in any order and as often as wanted; the window is their
-        square, V*b*b stands for "nothing there" (masked or outside). The places run (n, n) for k = 1, and
-        (n/k, n/k, k, k), the k*k taps of one output cell together, for k > 1.
+    def window_table(self, b: int, places: Places) -> Tensor:
+        """(V * places,) int64: which packed row stands at each place of each patch's window.
+
+        V*b*b stands for "nothing there" (masked or outside).
         """
-        key = ("window", b, coords, k)
+        key = ("window", b, places)
         if key not in self._tables:
-            n = len(coords)
-            at = torch.tensor(coords, device=self.index.device)
-            step = at.div(b, rounding_mode="floor")  # which neighbour: -1, 0, 1
-            cell = at - step * b
-            patch = self.neighbours[:, step + 1][:, :, step + 1]  # (V, n, n)
-            table = (patch * (b * b) + cell[:, None] * b + cell).clamp(max=self.count * b * b)
-            self._tables[key] = table.view(-1, n // k, k, n // k, k).transpose(2, 3).flatten()
+            device, (ky, kx) = self.index.device, places.taps
+            ys, xs = (torch.tensor(axis, device=device) for axis in places[:2])
+            down, along = (axis.div(b, rounding_mode="floor") for axis in (ys, xs))  # which neighbour: -1, 0, 1
+            patch = self.neighbours[:, down + 1][:, :, along + 1]  # (V, ny, nx)
+            table = patch * (b * b) + (ys - down * b)[:, None] * b + (xs - along * b)
+            table = table.clamp(max=self.count * b * b).view(-1, len(ys) // ky, ky, len(xs) // kx, kx)
+            self._tables[key] = table.transpose(2, 3).flatten()
         return self._tables[key]
 
-    def cell_table(self, b: int, coords: tuple[int, ...], k: int = 1) -> Tensor:
+    def cell_table(self, b: int, places: Places) -> Tensor:
         """(V*b*b, K) int64: every place of every window in which a cell stands; the transpose of `window_table`.
 
-        V*n*n stands for "no further place". K is at most (1 + ceil(halo / b))^2 for a plain window, so the
+        V*places stands for "no further place". K is at most (1 + ceil(halo / b))^2 for a plain window, so the
         backward pass is a gather and a sum: no atomics, and the same order of additions every time.
         """
-        key = ("cell", b, coords, k)
+        key = ("cell", b, places)
         if key not in self._tables:
-            n, device = len(coords), self.index.device
-            steps, places = (torch.tensor(t, device=device) for t in _places(b, coords))  # (b, S) each
-            patch = self.neighbours[:, steps + 1][:, :, :, steps + 1]  # (V, b, S, b, S)
-            group, tap = places.div(k, rounding_mode="floor"), places % k
-            down, along = (group * n + tap) * k, group * k * k + tap
-            at = patch * (n * n) + down[:, :, None, None] + along
-            nothing = (places < 0)[:, :, None, None] | (places < 0)
-            at = at.masked_fill(nothing, self.count * n * n).clamp(max=self.count * n * n)
+            device, (ky, kx) = self.index.device, places.taps
+            (steps_y, at_y), (steps_x, at_x) = (
+                [torch.tensor(t, device=device) for t in _shown(b, axis)] for axis in places[:2]
+            )  # (b, Sy) and (b, Sx) each
+            patch = self.neighbours[:, steps_y + 1][:, :, :, steps_x + 1]  # (V, b, Sy, b, Sx)
+            down = (at_y.div(ky, rounding_mode="floor") * len(places.xs) * ky) + at_y % ky * kx
+            along = at_x.div(kx, rounding_mode="floor") * ky * kx + at_x % kx
+            at = patch * places.size + down[:, :, None, None] + along
+            nothing = (at_y < 0)[:, :, None, None] | (at_x < 0)
+            at = at.masked_fill(nothing, self.count * places.size).clamp(max=self.count * places.size)
             self._tables[key] = at.transpose(2, 3).reshape(self.count * b * b, -1)
         return self._tables[key]
 
 
-def _places(b: int, coords: tuple[int, ...]) -> tuple[list[list[int]], list[list[int]]]:
+def _shown(b: int, coords: tuple[int, ...]) -> tuple[list[list[int]], list[list[int]]]:
     """For each cell of a patch, along one axis: (neighbour whose window shows it, place in that window).
 
     The neighbour at step d sees my cell y at its coordinate y - d*b. Padded with place -1 to equal length.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines import Pipeline
-from spark_fast.export import save_timm
+from spark_fast.export import save_encoder
 from spark_fast.masking import sample_visible
 from spark_fast.spark import SparK
 from spark_fast.training import checkpoint
@@ -220,8 +220,7 @@ class PretrainRun:
 
     def _save_weights(self) -> None:
         if self.folder is not None:
-            name = self.settings.network
-            save_timm(self.model, name, self.folder / f"{name}_timm.safetensors")
+            save_encoder(self.model, self.settings.network, self.folder)
 
     def _leave(self) -> int:
         if self.folder is not None:

@@ -15,7 +15,7 @@ log = logging.getLogger("spark_fast")
 # settings that change nothing of what is computed but rounding, or only where it is stored and told
 HARMLESS = {
     "data": {"data_path", "pipeline", "workers", "prefetch", "max_bad_fraction"},
-    "model": {"encoder", "sparse_conv", "init_weight"},
+    "model": {"encoder", "sparse_conv", "init_weight", "verify"},
     "optim": {"accumulate"},
     "run": {
         *("exp_name", "exp_dir", "resume", "device", "precision", "compile", "sync_batchnorm", "threads"),
@@ -48,12 +48,13 @@ def check_same_run(path: Path, state: dict[str, Any], settings: Settings, num_sa
     Raises:
         CheckpointError: with the list of differences.
     """
-    now, then = settings.to_dict(), state["settings"]
+    now, then, default = settings.to_dict(), state["settings"], Settings().to_dict()
+    before = {group: {**default[group], **then[group]} for group in now}  # older checkpoints know fewer settings
     differences = [
-        f"{name} was {then[group].get(name)!r}, is {value!r}"
+        f"{name} was {before[group][name]!r}, is {value!r}"
         for group, values in now.items()
         for name, value in values.items()
-        if name not in HARMLESS[group] and then[group].get(name) != value
+        if name not in HARMLESS[group] and before[group][name] != value
     ]
     if state["num_samples"] != num_samples:
         differences.append(f"the data had {state['num_samples']} images, now {num_samples}")

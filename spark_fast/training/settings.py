@@ -74,7 +74,9 @@ class Model:
     """The network and what is hidden from it."""
 
     model: str = "resnet50"
-    """a timm name, or res50 res101 res152 res200 cnxS cnxB cnxL"""
+    """a timm name, res50 res101 res152 res200 cnxS cnxB cnxL, or your own as package.module:function"""
+    stages: int = 0
+    """levels of the pyramid to keep, from stride 4 upwards: 3 gives patches of 16 px, 2 of 8 px; 0: all"""
     mask_ratio: Annotated[float, arg(aliases=["--mask"])] = 0.6
     """share of the patches hidden"""
     drop_path: Annotated[float, arg(aliases=["--dp"])] = 0.0
@@ -83,6 +85,8 @@ class Model:
     """channels of the decoder at its coarsest level"""
     encoder: Literal["packed", "masked"] = "packed"
     """packed (the visible patches alone), or masked (the published way)"""
+    verify: Literal["auto", "always", "never"] = "auto"
+    """check at the start that the packed network computes what the network does; auto: unless proven before"""
     sparse_conv: bool = False
     """true submanifold convolutions by SparseConvNet"""
     init_weight: str = ""

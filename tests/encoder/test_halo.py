@@ -4,16 +4,19 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
+from timm.layers import AvgPool2dSame, BlurPool2d, Conv2dSame, ScaledStdConv2d, StdConv2d, StdConv2dSame
+from timm.layers.pool2d_same import MaxPool2dSame
 from torch import nn
 
-from spark_fast.encoder import PackedEncoder, Visible
-from spark_fast.encoder.depthwise import depthwise
-from spark_fast.encoder.halo import Current, plan
-from spark_fast.encoder.pack import PACKED, UnsupportedLayerError, convert
+from spark_fast.encoder import Visible
+from spark_fast.encoder.convolve import convolve, plan
+from spark_fast.encoder.current import Current
+from spark_fast.encoder.geometry import axes
+from spark_fast.encoder.pack import PACKED, convert
 from spark_fast.masking import sample_visible
 
 GRID = (3, 4)
+WAYS = ("window", "columns", "canvas")
 
 
 def visible(batch=2, keep=5):
@@ -21,8 +24,8 @@ def visible(batch=2, keep=5):
 
 
 def converted(layer):
-    current = Current()
-    return convert(layer, PACKED, current), current
+    current = Current(dense=False)
+    return convert(layer, PACKED, current)[0], current
 
 
 def both(layer, seen, b, channels, fill=0.0):
@@ -42,6 +45,11 @@ def both(layer, seen, b, channels, fill=0.0):
     return (y, seen.unpack(packed[0]), *packed[1:]), (out, *expected)
 
 
+def agree(layer, b, channels=4, fill=0.0):
+    for got, expected in zip(*both(layer.double(), visible(), b, channels, fill), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
 CONVOLUTIONS = [
     (b, k, s, d, groups)
     for b, k, s, d, groups in itertools.product([1, 2, 4, 8, 16], [1, 2, 3, 4, 5, 7], [1, 2, 4], [1, 2], [1, 2, 4])
@@ -52,34 +60,114 @@ CONVOLUTIONS = [
 @pytest.mark.parametrize(("b", "k", "s", "d", "groups"), CONVOLUTIONS)
 def test_convolution(b, k, s, d, groups):
     padding = d * (k - 1) // 2 if k % 2 else 0
-    layer = nn.Conv2d(4, 4, k, s, padding, d, groups, bias=k % 2 == 1).double()
-    for got, expected in zip(*both(layer, visible(), b, 4), strict=True):
+    agree(nn.Conv2d(4, 4, k, s, padding, d, groups, bias=k % 2 == 1), b)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("k", "s", "groups"), [((3, 3), 1, 1), ((1, 5), 1, 4), ((3, 1), 1, 1), ((3, 3), 2, 2)])
+def test_all_ways_are_one_convolution(way, k, s, groups):
+    if way == "columns" and groups > 1:
+        pytest.skip("a matrix product has no groups")
+    torch.manual_seed(0)
+    seen, b = visible(), 4
+    layer = nn.Conv2d(4, 8, k, s, (k[0] // 2, k[1] // 2), groups=groups).double()
+    dense = torch.randn(2, 4, GRID[0] * b, GRID[1] * b, dtype=torch.float64) * seen.cells(GRID[0] * b)
+    runs = []
+    for packed in (True, False):
+        x = dense.clone().requires_grad_()
+        if packed:
+            y = convolve(seen.pack(x), layer.weight, layer.bias, axes(layer), groups, seen, way)
+        else:
+            y = seen.pack(layer(x))
+        weights = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+        gradients = torch.autograd.grad((y * weights).sum(), [x, layer.weight, layer.bias])
+        runs.append([y, gradients[0] * seen.cells(x.shape[2]), *gradients[1:]])
+    for got, expected in zip(*runs, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_what_backward_keeps_is_the_input_alone():
+    """Windows, columns and canvases are made again: that is where the memory would go."""
+    seen, b = visible(), 8
+    kept = {}
+    for way in WAYS:
+        x, weight = torch.randn(seen.count, 16, b, b, requires_grad=True), torch.randn(16, 16, 3, 3)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=sizes: s.append((t.dtype, t.numel())) or t, lambda t: t
+        ):
+            convolve(x, weight, None, axes(nn.Conv2d(16, 16, 3, padding=1)), 1, seen, way)
+        kept[way] = sum(n for dtype, n in sizes if dtype == torch.float32)
+    assert set(kept.values()) == {seen.count * 16 * b * b + 16 * 16 * 9}
 
 
 def test_the_grid_of_convolutions_takes_every_way():
     ways = {
-        plan(b, k, s, d * (k - 1) // 2, d * (k - 1) + 1 - s - d * (k - 1) // 2, groups, 5 / 12)
+        plan(b, axes(nn.Conv2d(groups, groups, k, s, d * (k - 1) // 2, d, groups)), groups, 5 / 12)
         for b, k, s, d, groups in CONVOLUTIONS
         if k % 2
     }
-    assert ways == {"rows", "window", "columns", "canvas"}
+    assert ways == {"rows", *WAYS}
 
 
-@pytest.mark.parametrize(("b", "k", "s", "p"), [(8, 3, 2, 1), (2, 3, 2, 1), (4, 2, 2, 0), (4, 3, 1, 1), (8, 5, 1, 2)])
-def test_max_pooling_is_the_maximum_over_visible_cells(b, k, s, p):
-    layer = nn.MaxPool2d(k, s, p)
-    for got, expected in zip(*both(layer, visible(), b, 3, fill=float("-inf")), strict=True):
-        torch.testing.assert_close(got, expected)
-    negative = converted(nn.MaxPool2d(k, s, p))
-    negative[1].visible = visible()
-    assert (negative[0](torch.full((10, 1, b, b), -5.0)) == -5).all(), "a hole's zero won over a visible value"
+SPECIAL = [
+    (nn.Conv2d(4, 6, (1, 7), padding=(0, 3), groups=2), 4),
+    (nn.Conv2d(4, 4, (11, 1), padding=(5, 0), groups=4), 2),
+    (nn.Conv2d(4, 4, 3, padding="same", dilation=2), 4),
+    (Conv2dSame(4, 4, 3, 2), 4),
+    (Conv2dSame(4, 4, 5, 2, groups=4), 8),
+    (Conv2dSame(4, 4, 1, 2), 2),
+    (StdConv2d(4, 4, 3, padding=1), 4),
+    (StdConv2dSame(4, 4, 3, 2), 4),
+    (ScaledStdConv2d(4, 4, 3, padding=1), 2),
+    (BlurPool2d(4), 4),
+    (nn.Upsample(scale_factor=2, mode="bilinear"), 2),
+    (nn.Upsample(scale_factor=2, mode="nearest"), 2),
+    (nn.AvgPool2d(3, 1, 1, count_include_pad=False), 4),
+    (nn.AvgPool2d(3, 2, ceil_mode=True), 4),
+    (AvgPool2dSame(3, 2), 4),
+    (nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3)), 4),
+    (nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(4, 4, 3, 2)), 4),
+]
+
+
+@pytest.mark.parametrize(("layer", "b"), SPECIAL, ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else v)
+def test_layers_with_a_geometry_of_their_own(layer, b):
+    agree(layer, b)
+
+
+@pytest.mark.parametrize(
+    ("pool", "b"),
+    [
+        (nn.MaxPool2d(3, 2, 1), 8),
+        (nn.MaxPool2d(3, 2, 1), 2),
+        (nn.MaxPool2d(2, 2), 4),
+        (nn.MaxPool2d(3, 1, 1), 4),
+        (nn.MaxPool2d(5, 1, 2), 8),
+        (nn.MaxPool2d(13, 1, 6), 1),  # further than one patch
+        (nn.MaxPool2d(3, 2, 0, ceil_mode=True), 4),
+        (MaxPool2dSame(3, 2), 4),
+    ],
+)
+def test_max_pooling_is_the_maximum_over_visible_cells(pool, b):
+    agree(pool, b, 3, fill=float("-inf"))
+    layer, current = converted(pool)
+    current.visible = visible()
+    assert (layer(torch.full((10, 1, b, b), -5.0)) == -5).all(), "a hole's zero won over a visible value"
+
+
+def test_a_zero_padded_maximum_sees_the_padding_and_not_the_holes():
+    """BiT pads with zeros before its max pooling: at the image's border a zero is real, beside a hole it is not."""
+    layer, current = converted(nn.Sequential(nn.ConstantPad2d(1, 0.0), nn.MaxPool2d(3, 2)))
+    current.visible = Visible(torch.tensor([[4]]), (3, 3))
+    assert (layer(torch.full((1, 1, 4, 4), -5.0)) == -5).all()
+    current.visible = Visible(torch.tensor([[0]]), (3, 3))
+    assert layer(torch.full((1, 1, 4, 4), -5.0))[0, 0].tolist() == [[0, 0], [0, -5]]
 
 
 @pytest.mark.parametrize(("b", "k", "s", "p"), [(4, 2, 2, 0), (4, 3, 2, 1), (2, 3, 1, 1)])
 def test_average_pooling_divides_as_the_original(b, k, s, p):
-    for got, expected in zip(*both(nn.AvgPool2d(k, s, p), visible(), b, 3), strict=True):
-        torch.testing.assert_close(got, expected)
+    agree(nn.AvgPool2d(k, s, p), b, 3)
 
 
 def test_called_without_patches_a_converted_layer_is_the_ordinary_one():
@@ -89,58 +177,8 @@ def test_called_without_patches_a_converted_layer_is_the_ordinary_one():
     assert torch.equal(converted(layer)[0](x), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("k", "padding"), [(7, 3), (3, 0), (5, 2)])
-def test_depthwise_gradients_are_those_of_the_convolution(dtype, k, padding):
-    x, weight = torch.randn(3, 8, 12, 10), torch.randn(8, 1, k, k)
-    bias = torch.randn(8)
-    runs = []
-    for function, kind in ((depthwise, dtype), (lambda *a: F.conv2d(*a[:3], a[3], a[4], 1, 8), torch.float64)):
-        inputs = [t.to(dtype).to(kind).requires_grad_() for t in (x, weight, bias)]
-        out = function(*inputs, 1, padding)
-        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(dtype).to(kind)
-        runs.append([out, *torch.autograd.grad(out, inputs, grad)])
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    for got, expected in zip(*runs, strict=True):
-        error = (got.double() - expected).norm() / expected.norm()
-        assert error < tolerance
-
-
-@pytest.mark.parametrize(
-    ("layer", "reason"),
-    [
-        (nn.Conv2d(3, 3, (1, 3), padding=(0, 1)), "not square"),
-        (nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), "padding_mode='reflect'"),
-        (nn.AvgPool2d(3, 2, 1, count_include_pad=False), "count_include_pad=False"),
-        (nn.Conv2d(3, 3, 3, padding="same"), "padding='same'"),
-        (nn.MaxPool2d(2, return_indices=True), "return_indices"),
-        (nn.LSTM(3, 3), "LSTM"),
-    ],
-)
-def test_a_layer_that_cannot_be_packed_is_refused_by_name(layer, reason):
-    network = nn.Sequential(nn.Conv2d(3, 3, 1), layer)
-    with pytest.raises(UnsupportedLayerError, match=r"1 \(") as refused:
-        convert(network, PACKED, Current())
-    assert reason in str(refused.value)
-    assert type(network[0]) is nn.Conv2d, "a refused network must stay as it was"
-
-
-class Halving(nn.Module):
-    """A three-level network of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 4, 4)
-        self.down = nn.ModuleList(nn.Conv2d(8, 8, 3, 2, 1) for _ in range(2))
-
-    def forward(self, x):
-        levels = [self.stem(x)]
-        for layer in self.down:
-            levels.append(layer(levels[-1].relu()))
-        return levels
-
-
-def test_input_sizes_off_the_patch_grid_are_refused_with_both_numbers():
-    with pytest.raises(ValueError, match="input size 40x48 is not a multiple of the patch, 16 px"):
-        PackedEncoder(Halving(), (40, 48))
-    assert PackedEncoder(Halving(), (32, 48)).strides == [4, 8, 16]
+def test_the_printed_layer_says_how_it_is_computed():
+    layer, _ = converted(nn.Conv2d(3, 5, 3, padding=1))
+    assert "way" not in repr(layer)
+    layer.cells, layer.keep = 8, 0.4
+    assert "b=8, way=window" in repr(layer)

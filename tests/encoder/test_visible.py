@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark_fast.encoder.visible import Visible
+from spark_fast.encoder.visible import Places, Visible
 
 
 @st.composite
@@ -47,38 +47,58 @@ def test_an_image_of_visible_cells_holds_the_cells_of_that_image_only(visible, b
     torch.testing.assert_close(images.mean((2, 3)), means)
 
 
-def places(visible, b, lo, hi):
-    """Every (window place -> cell) pair, read off the dense map one cell at a time."""
+def cells_seen(visible, b, ys, xs):
+    """Which cell stands at each place of each window, -1 for none, read off the dense map one cell at a time."""
     h, w = visible.grid
-    numbers = torch.full((visible.batch, h * b, w * b), -1)
     cells = torch.arange(visible.count * b * b, dtype=torch.float64).view(visible.count, 1, b, b)
-    dense = visible.unpack(cells + 1)[:, 0].long() - 1
-    numbers[:] = dense
+    numbers = visible.unpack(cells + 1)[:, 0].long() - 1
     out = []
     for patch in visible.patches.tolist():
         image, rest = divmod(patch, h * w)
         top, left = rest // w * b, rest % w * b
-        for y in range(top - lo, top + b + hi):
-            for x in range(left - lo, left + b + hi):
-                inside = 0 <= y < h * b and 0 <= x < w * b
-                out.append(int(numbers[image, y, x]) if inside else -1)
+        for y in ys:
+            for x in xs:
+                inside = 0 <= top + y < h * b and 0 <= left + x < w * b
+                out.append(int(numbers[image, top + y, left + x]) if inside else -1)
     return out
 
 
-@given(masks(), st.sampled_from([(1, 1, 1), (2, 1, 1), (4, 3, 3), (4, 3, 2), (2, 0, 1), (3, 1, 0), (2, 2, 2)]))
+@given(
+    masks(),
+    st.sampled_from([1, 2, 3, 4]),
+    st.lists(st.floats(0, 1), min_size=1, max_size=9),
+    st.lists(st.floats(0, 1), min_size=1, max_size=9),
+)
 @settings(deadline=None, max_examples=60)
-def test_window_and_cell_tables_are_each_others_transpose(visible, geometry):
-    b, lo, hi = geometry
-    coords = tuple(range(-lo, b + hi))
+def test_window_and_cell_tables_are_each_others_transpose(visible, b, ys, xs):
+    ys, xs = (tuple(int(-b + u * (3 * b - 1)) for u in axis) for axis in (ys, xs))  # from -b to 2b-1, any order
     nothing = visible.count * b * b
-    table = visible.window_table(b, coords).tolist()
-    assert [-1 if t == nothing else t for t in table] == places(visible, b, lo, hi)
+    table = visible.window_table(b, Places(ys, xs)).tolist()
+    assert [-1 if t == nothing else t for t in table] == cells_seen(visible, b, ys, xs)
     where = [[] for _ in range(nothing)]
     for place, cell in enumerate(table):
         if cell != nothing:
             where[cell].append(place)
-    transposed = visible.cell_table(b, coords).tolist()
+    transposed = visible.cell_table(b, Places(ys, xs)).tolist()
     assert [sorted(p for p in row if p != len(table)) for row in transposed] == where
+
+
+@given(masks(), st.sampled_from([(1, (3, 3)), (2, (3, 1)), (4, (1, 5))]))
+@settings(deadline=None, max_examples=20)
+def test_taps_of_one_output_cell_stand_together(visible, geometry):
+    b, (ky, kx) = geometry
+    ys, xs = (tuple(o - k // 2 + t for o in range(b) for t in range(k)) for k in (ky, kx))
+    plain = visible.window_table(b, Places(ys, xs)).view(-1, b, ky, b, kx)
+    grouped = visible.window_table(b, Places(ys, xs, (ky, kx)))
+    assert torch.equal(grouped, plain.transpose(2, 3).flatten())
+    transposed, nothing = visible.cell_table(b, Places(ys, xs, (ky, kx))), visible.count * b * b
+    for place, cell in enumerate(grouped.tolist()):
+        assert cell == nothing or place in transposed[cell]
+
+
+def test_a_value_per_image_reaches_every_patch_of_it():
+    visible = Visible(torch.tensor([[0, 2], [1, 3]]), (2, 2))
+    assert torch.equal(visible.spread(torch.tensor([[5.0], [7.0]])), torch.tensor([[5.0], [5.0], [7.0], [7.0]]))
 
 
 def test_unequal_or_empty_masks_are_refused_with_the_numbers():

@@ -11,13 +11,7 @@ from spark_fast.training.pictures import MEAN, STD, reconstruction_grid, save_pn
 PAD = 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """On tensors this small, threads only wait for each other, for minutes where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

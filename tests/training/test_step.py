@@ -13,13 +13,7 @@ CPU = torch.device("cpu")
 SCHEDULE = Schedule(peak_lr=0.1, warmup_steps=2, total_steps=10, weight_decay=0.04, weight_decay_end=0.2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """On tensors this small, threads only wait for each other, for minutes where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Regression(nn.Module):

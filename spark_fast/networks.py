@@ -1,0 +1,70 @@
+"""Networks by name: any ConvNet of timm, or your own as `package.module:function`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from spark_fast.encoder.pyramid import MIN_STRIDE
+
+
+def build_network(model: str, kwargs: dict | None = None, stages: int | None = None) -> nn.Module:
+    """Build the network that `model` names; it returns a list of feature maps.
+
+    Args:
+        model: a timm name, or `package.module:function`, a function that returns an nn.Module (looked for in the
+            current folder too).
+        kwargs: for `timm.create_model` or the function.
+        stages: of a timm network, only the part that makes the first so many levels from stride 4 upwards.
+
+    Raises:
+        ValueError: an unknown name (the nearest are given), a function that cannot be imported or returns no module,
+            or a number of stages that the network has not.
+    """
+    if ":" in model:
+        return _own(model, kwargs or {})
+    if not timm.is_model(model):
+        near = get_close_matches(model, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models()"
+        raise ValueError(f"unknown model {model!r}{hint}, or give your own as package.module:function")
+    if stages is None:
+        return _features(model, kwargs or {})
+    with torch.device("meta"):
+        info: Any = _features(model, kwargs or {}).feature_info
+    levels = [i for i, stride in zip(info.out_indices, info.reduction(), strict=True) if stride >= MIN_STRIDE]
+    if not 1 <= stages <= len(levels):
+        raise ValueError(f"stages must be from 1 to {len(levels)}, the levels of {model}, got {stages}")
+    network: Any = _features(model, {**(kwargs or {}), "out_indices": levels[:stages]})
+    wanted = getattr(network, "_stage_out_idx", None)  # timm's EfficientNets build all their stages in any case
+    if wanted is not None:
+        network.blocks = network.blocks[: max(wanted)]
+    return network
+
+
+def _features(name: str, kwargs: dict) -> nn.Module:
+    try:
+        return timm.create_model(name, features_only=True, **kwargs)
+    except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"timm cannot build {name} as a network of feature maps: {error}") from error
+
+
+def _own(target: str, kwargs: dict) -> nn.Module:
+    module_name, _, function_name = target.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` does
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"model {target!r} cannot be imported: {error}") from error
+    network = function(**kwargs)
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"model {target!r} returned a {type(network).__name__}, not an nn.Module")
+    return network

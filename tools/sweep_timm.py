@@ -1,0 +1,163 @@
+"""Pack and verify every network of timm; write the table that construction consults and the docs show.
+
+    python tools/sweep_timm.py                  # all of timm.list_models(): under an hour on two cores
+    python tools/sweep_timm.py "resnet*" regnetx_002 --dry_run
+
+Each network is refused on the meta device where its layers alone tell (attention), and else built and run through
+`spark_fast.verify` on 96x96 pixels in float64. Results are written as they come, and a stopped sweep goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import logging
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import timm
+import torch
+from rich.progress import track
+
+from spark_fast.encoder import UnsupportedLayerError
+from spark_fast.encoder.pack import check_layers
+from spark_fast.encoder.verify import verify
+from spark_fast.networks import build_network
+
+ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "spark_fast" / "sweeps" / f"timm-{timm.__version__}.json"
+PAGE = ROOT / "docs" / "networks.md"
+HUGE = 250e6  # parameters: verified one at a time, they need the memory
+
+
+def prove(name: str) -> tuple[str, float | None, str]:
+    """(name, largest difference or None, reason of refusal)."""
+    logging.disable(logging.WARNING)
+    try:
+        with torch.device("meta"):
+            check_layers(build_network(name))
+        found = verify(build_network(name))
+        return name, max(found.identity, found.leak), ""
+    except ValueError as error:
+        return name, None, str(error).removeprefix("cannot be packed: ")
+    except Exception as error:  # a network that fails in its own way is refused with that, and the sweep goes on
+        return name, None, f"{type(error).__name__}: {error}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=["*"], help="names or patterns; all by default")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--again", action="store_true", help="also those that the table already has")
+    parser.add_argument("--dry_run", action="store_true", help="print, write nothing")
+    options = parser.parse_args(argv)
+    names = [n for n in timm.list_models() if any(fnmatch.fnmatch(n, p) for p in options.models)]
+    if not names:
+        parser.error(f"no model of timm {timm.__version__} is called {' or '.join(options.models)}")
+    known = json.loads(TABLE.read_text()) if TABLE.is_file() else {"proven": {}, "refused": {}}
+    todo = [n for n in names if options.again or not any(n in known[k] for k in known)]
+    started = time.monotonic()
+    for done, (name, difference, reason) in enumerate(results(todo, options.workers)):
+        for part in known.values():
+            part.pop(name, None)
+        known["refused" if difference is None else "proven"][name] = reason or float(f"{difference:.1g}")
+        if options.dry_run:
+            print(name, reason or f"{difference:.0e}", flush=True)
+        elif done % 20 == 19:
+            write(known)
+    if not options.dry_run:
+        write(known)
+        PAGE.write_text(page(known))
+    proven = sum(n in known["proven"] for n in names)
+    minutes = (time.monotonic() - started) / 60
+    print(f"{proven} of {len(names)} networks proven, {len(names) - proven} refused; {minutes:.1f} minutes")
+    return 0
+
+
+def results(names: list[str], workers: int) -> Iterator[tuple[str, float | None, str]]:
+    """`prove` of every name, the huge ones last and alone."""
+    print(f"timm {timm.__version__}: measuring {len(names)} networks", flush=True)
+    huge = [n for n in track(names, "sizes", transient=True) if size(n) > HUGE]
+    small = [n for n in names if n not in set(huge)]
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        futures = [pool.submit(prove, n) for n in small]
+        for future in track(as_completed(futures), "networks", total=len(futures)):
+            yield future.result()
+    for name in track(huge, "the largest"):
+        with ProcessPoolExecutor(1, context) as pool:  # a process each: its memory comes back
+            yield pool.submit(prove, name).result()
+
+
+def size(name: str) -> int:
+    """Parameters; 0 where the layers alone tell that it is refused."""
+    with torch.device("meta"):
+        try:
+            network = build_network(name)
+            check_layers(network)
+        except (UnsupportedLayerError, ValueError):
+            return 0
+    return sum(p.numel() for p in network.parameters())
+
+
+def write(known: dict) -> None:
+    """The table, sorted, whole or not at all."""
+    TABLE.parent.mkdir(exist_ok=True)
+    partial = TABLE.with_suffix(".partial")
+    partial.write_text(json.dumps({k: dict(sorted(v.items())) for k, v in known.items()}, indent=1) + "\n")
+    partial.replace(TABLE)
+
+
+def page(known: dict) -> str:
+    """The table as a page of the docs, by family (the module of timm)."""
+    families: dict[str, tuple[list[str], dict[str, list[str]]]] = defaultdict(lambda: ([], defaultdict(list)))
+    for name in known["proven"]:
+        families[_family(name)][0].append(name)
+    for name, reason in known["refused"].items():
+        families[_family(name)][1][_short(reason)].append(name)
+    lines = [
+        "# Every network of timm",
+        "",
+        f"Written by `python tools/sweep_timm.py` with timm {timm.__version__}, torch {torch.__version__}: "
+        f"**{len(known['proven'])} networks proven**, {len(known['refused'])} refused.",
+        "",
+        "Proven means that `spark_fast.verify` ran on it: with nothing masked the packed encoder equals the network "
+        "in every feature and gradient (float64, training and evaluation), and masked pixels reach nothing.",
+        "",
+        "## Proven",
+        "",
+        "| family | networks | |",
+        "| --- | --- | --- |",
+    ]
+    for family, (proven, _) in sorted(families.items()):
+        if proven:
+            lines.append(f"| {family} | {len(proven)} | {' '.join(sorted(proven))} |")
+    lines += ["", "## Refused", "", "| family | networks | reason | |", "| --- | --- | --- | --- |"]
+    for family, (_, refused) in sorted(families.items()):
+        for reason, names in sorted(refused.items()):
+            listed = " ".join(sorted(names)[:6]) + (" ..." if len(names) > 6 else "")
+            lines.append(f"| {family} | {len(names)} | {reason} | {listed} |")
+    return "\n".join(lines) + "\n"
+
+
+def _family(name: str) -> str:
+    return timm.models._registry._model_to_module[name]
+
+
+def _short(reason: str) -> str:
+    """The reason without the layer's path, so that networks of one family share it."""
+    first = reason.split("; ")[0].replace("|", "/")
+    head, _, tail = first.partition(": ")
+    return f"{head.partition(' (')[2].rstrip(')')}: {tail}" if " (" in head and tail else first
+
+
+if __name__ == "__main__":
+    sys.exit(main())
