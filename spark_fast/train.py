@@ -117,7 +117,7 @@ def open_model(settings: Settings, ranks: Ranks) -> SparK:
             input_size=settings.size,
             mask_ratio=settings.model.mask_ratio,
             decoder_width=settings.model.decoder_width,
-            encoder=settings.model.encoder,
+            encoder=settings.encoder,
             model_kwargs={"drop_path_rate": settings.drop_path} if settings.drop_path else None,
             stages=settings.model.stages or None,
             check={"auto": None, "always": True, "never": False}[settings.model.verify],

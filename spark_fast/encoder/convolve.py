@@ -23,19 +23,39 @@ from spark_fast.encoder.geometry import Axis
 from spark_fast.encoder.visible import Places, Visible
 
 
-def plan(b: int, axes: tuple[Axis, Axis], groups: int, keep: float) -> str:
-    """The cheapest way to convolve patches of b x b cells; static, so that compiled code never changes."""
+def costs(b: int, axes: tuple[Axis, Axis], weight: Tensor, groups: int, keep: float) -> dict[str, float]:
+    """The time of every way that can convolve patches of b x b cells, in units of the dense layer over all cells.
+
+    Args:
+        b: cells per patch side.
+        axes: the layer's geometry.
+        weight: (O, C/groups, ky, kx).
+        groups: of the layer.
+        keep: the visible share of the patches.
+
+    The constants were fitted to 495 measured layers (`benchmarks/halo_or_canvas.py`): a window costs by its cells, more
+    where its output is small; columns by their cells and by the copies of each cell; the canvas as all cells do.
+    """
     y, x = axes
     if groups == 1 and all(a.kernel == 1 and a.lo == 0 for a in axes):
-        return "rows"
-    if all(a.lo <= 0 and a.hi <= 0 for a in axes) and groups > 1:
-        return "window"
-    if max(y.lo, y.hi, x.lo, x.hi) > b:
-        return "canvas"
-    if groups == 1 and b // y.stride <= 4:
-        return "columns"
-    window = keep * len(y.window(b)) * len(x.window(b)) / b**2  # cells computed on, against the dense map's 1
-    return "window" if window < 1.8 else "canvas"
+        return {"rows": keep}
+    found = {"canvas": 1 + 0.2 / b}
+    if max(y.lo, y.hi, x.lo, x.hi) > b:  # tables reach to the next patch, no further
+        return found
+    window = keep * len(y.window(b)) * len(x.window(b)) / b**2
+    if groups > 1:
+        return {**found, "window": window / 1.8}
+    outputs, copies = (b // y.stride) ** 2, y.kernel * x.kernel / y.stride**2
+    columns = keep * ((1 if y.stride == 1 else 0.75) + 4.4 * copies / weight.shape[1])
+    if copies <= 1:  # columns are then no larger than a window
+        return {**found, "columns": columns}
+    return {**found, "window": 0.45 * window * (1 + 8 / outputs), "columns": columns}
+
+
+def plan(b: int, axes: tuple[Axis, Axis], weight: Tensor, groups: int, keep: float) -> str:
+    """The way of least `costs`; static, so that compiled code never changes."""
+    estimated = costs(b, axes, weight, groups, keep)
+    return min(estimated, key=estimated.__getitem__)
 
 
 def convolve(

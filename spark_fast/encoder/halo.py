@@ -67,7 +67,7 @@ class HaloConv(Halo):
 
     def way(self, b: int, keep: float) -> str:
         """rows, window, columns or canvas: see `spark_fast.encoder.convolve`."""
-        return plan(b, self.axes(b), self.groups, keep)
+        return plan(b, self.axes(b), self.weight, self.groups, keep)
 
     def forward(self, x: Tensor) -> Tensor:
         """(V, C, b, b) -> (V, O, b/stride, b/stride); a dense map when no patches are current."""

@@ -21,6 +21,7 @@ from spark_fast.encoder.mixers import ImagePool, Mixer, PerImage
 
 Table = dict[str, type]
 Sides = tuple[int, int, int, int]
+UNKNOWN = "of no known kind (see spark_fast.encoder.register)"
 PACKED: Table = {
     "conv": HaloConv,
     "pool": HaloPool,
@@ -93,7 +94,7 @@ def check_layers(network: nn.Module) -> None:
     if refused:
         listed = [
             f"{paths[0]} ({name}): {why}" + (f", and {len(paths) - 1} more of them" if paths[1:] else "")
-            for (name, why), paths in refused.items()
+            for (name, why), paths in sorted(refused.items(), key=lambda item: item[0][1] == UNKNOWN)
         ]
         raise UnsupportedLayerError(f"cannot be packed: {'; '.join(listed)}")
 
@@ -118,7 +119,7 @@ def _unknown(module: nn.Module) -> str | None:
     if hasattr(module, "where"):
         return "packed already"
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # without children, or they were no layer
-    return None if isinstance(module, containers) else "of no known kind (see spark_fast.encoder.register)"
+    return None if isinstance(module, containers) else UNKNOWN
 
 
 def _padding(network: nn.Module) -> tuple[set[int], dict[int, tuple[Sides, float]]]:

@@ -83,12 +83,12 @@ class Model:
     """stochastic depth; 0: the published rate of the model"""
     decoder_width: int = 768
     """channels of the decoder at its coarsest level"""
-    encoder: Literal["packed", "masked"] = "packed"
-    """packed (the visible patches alone), or masked (the published way)"""
+    encoder: Literal["packed", "masked", "sparseconvnet"] = "packed"
+    """packed (the visible patches alone), masked (the published way), or sparseconvnet (optional install)"""
     verify: Literal["auto", "always", "never"] = "auto"
     """check at the start that the packed network computes what the network does; auto: unless proven before"""
     sparse_conv: bool = False
-    """true submanifold convolutions by SparseConvNet"""
+    """the published flag for --encoder sparseconvnet"""
     init_weight: str = ""
     """start from the weights of this checkpoint (published ones too)"""
 
@@ -173,6 +173,11 @@ class Settings:
         return PUBLISHED_MODELS.get(self.model.model, self.model.model)
 
     @property
+    def encoder(self) -> str:
+        """The encoder, by either of its flags."""
+        return "sparseconvnet" if self.model.sparse_conv else self.model.encoder
+
+    @property
     def drop_path(self) -> float:
         """Stochastic depth, the published rate unless chosen."""
         return self.model.drop_path or PUBLISHED_DROP_PATH.get(self.network, 0.0)
@@ -201,10 +206,8 @@ class Settings:
             raise SettingsError("--data_path is missing: an image folder, a file list or shards")
         if self.run.resume and self.model.init_weight:
             raise SettingsError("--resume continues a run, --init_weight begins one: choose one of them")
-        if self.model.sparse_conv:
-            raise SettingsError(
-                "--sparse_conv=1 (SparseConvNet) is not in this version; --encoder packed computes the same features"
-            )
+        if self.model.sparse_conv and self.model.encoder == "masked":
+            raise SettingsError("--sparse_conv=1 and --encoder masked contradict each other: choose one of them")
         values = {name: value for group in self.to_dict().values() for name, value in group.items()}
         positive = ("batch_size", "workers", "prefetch", "decoder_width", "epochs", "base_lr", "accumulate")
         for name in (*positive, "log_every"):

@@ -130,9 +130,11 @@ def test_a_value_that_looks_like_a_switch_is_a_value(value):
     assert parse(["--exp_name", value, "--data_path=c"]).run.exp_name == value
 
 
-def test_true_sparse_convolutions_are_refused_with_a_way_out():
-    with pytest.raises(SettingsError, match=r"SparseConvNet.*--encoder packed computes the same features"):
-        parse([*NAMED, "--sparse_conv=1"])
+def test_the_published_flag_for_true_sparse_convolutions():
+    assert parse([*NAMED, "--sparse_conv=1"]).encoder == "sparseconvnet"
+    assert parse([*NAMED, "--encoder=masked"]).encoder == "masked"
+    with pytest.raises(SettingsError, match="contradict each other"):
+        parse([*NAMED, "--sparse_conv=1", "--encoder=masked"])
 
 
 def configured(tmp_path, text):

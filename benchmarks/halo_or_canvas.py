@@ -1,0 +1,159 @@
+"""Is the way that `plan` chooses for a convolution the fastest one? Every way of every layer, in one run.
+
+    python benchmarks/halo_or_canvas.py
+
+Forward and backward of single layers, as they occur in ResNets, ResNeXts, ConvNeXts, EfficientNets and InceptionNeXts:
+kernels, groups, channels, cells per patch and mask ratios. For each, the ways that can compute it alternate and the
+medians are kept; "loss" is the time of the chosen way over that of the fastest.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import tyro
+from measuring import clock, machine, medians, save
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+from spark_fast.encoder import Visible
+from spark_fast.encoder.convolve import convolve, plan
+from spark_fast.encoder.geometry import axes
+from spark_fast.masking import sample_visible
+from spark_fast.training.heap import keep_heap
+
+
+class Layer(NamedTuple):
+    """A convolution of patches of b x b cells."""
+
+    k: tuple[int, int]
+    stride: int
+    channels: int
+    groups: int
+    b: int
+
+    @property
+    def text(self) -> str:
+        """As in a table."""
+        kind = "" if self.groups == 1 else " depthwise" if self.groups == self.channels else f" {self.groups} groups"
+        stride = f" stride {self.stride}" if self.stride > 1 else ""
+        return f"{self.k[0]}x{self.k[1]}{kind}{stride}"
+
+
+
+def layers(width: int) -> list[Layer]:
+    """Layers of a pyramid: channels grow as cells shrink, from `width` at 8 x 8."""
+    pyramid = {b: width * 8 // b for b in (8, 4, 2, 1)}
+    return [
+        *(Layer((3, 3), 1, c, 1, b) for b, c in pyramid.items()),
+        *(Layer((3, 3), 2, c, 1, b) for b, c in pyramid.items() if b > 1),
+        *(Layer((2, 2), 2, c, 1, b) for b, c in pyramid.items() if b > 1),
+        *(Layer((3, 3), 1, 2 * c, 32, b) for b, c in pyramid.items()),
+        *(Layer((k, k), 1, 2 * c, 2 * c, b) for b, c in pyramid.items() for k in (3, 5, 7)),
+        *(Layer((3, 3), 2, 2 * c, 2 * c, b) for b, c in pyramid.items() if b > 1),
+        *(Layer((1, 11), 1, c, c, b) for b, c in pyramid.items()),
+    ]
+
+
+@dataclass
+class Options:
+    """What to measure."""
+
+    masks: tuple[float, ...] = (0.0, 0.6, 0.75)
+    widths: tuple[int, ...] = (64, 96)
+    """channels at 8 x 8 cells per patch"""
+    batch: int = 16
+    patches: int = 7
+    """patches per image side"""
+    repeats: int = 5
+    threads: int = 2
+    device: str = "cpu"
+    precision: str = "fp32"
+    name: str = "halo_or_canvas"
+    """the result is kept as benchmarks/results/<name>.json"""
+
+
+def ways(layer: Layer) -> list[str]:
+    """Those that can compute it."""
+    reach = max(max(a.lo, a.hi) for a in axes(module(layer)))
+    possible = ["canvas"]
+    if reach <= layer.b:
+        possible += ["window", "columns"] if layer.groups == 1 else ["window"]
+    return possible
+
+
+def module(layer: Layer) -> nn.Conv2d:
+    """The layer, padded to keep patches aligned."""
+    padding = tuple(0 if k == layer.stride else k // 2 for k in layer.k)
+    return nn.Conv2d(layer.channels, layer.channels, layer.k, layer.stride, padding, groups=layer.groups)
+
+
+def measure(layer: Layer, ratio: float, options: Options) -> dict:
+    """Seconds of every way."""
+    device = torch.device(options.device)
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    conv = module(layer).to(device, dtype)
+    patches = options.patches**2
+    keep = max(1, round(patches * (1 - ratio)))
+    index = sample_visible(0, 0, torch.arange(options.batch, device=device), (options.patches,) * 2, keep)
+    seen = Visible(index, (options.patches,) * 2)
+    shape = (seen.count, layer.channels, layer.b, layer.b)
+    x = torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def run(way: str) -> Callable[[], tuple[float, ...]]:
+        def timed() -> tuple[float, ...]:
+            start = clock(device)
+            y = convolve(x, conv.weight, conv.bias, axes(conv), layer.groups, seen, way)
+            torch.autograd.grad(y, [x, conv.weight], torch.ones_like(y))
+            return (clock(device) - start,)
+
+        return timed
+
+    seconds = {k: v[0] for k, v in medians({w: run(w) for w in ways(layer)}, options.repeats).items()}
+    chosen = plan(layer.b, axes(conv), conv.weight, layer.groups, seen.keep)
+    best = min(seconds, key=seconds.__getitem__)
+    return {
+        **layer._asdict(),
+        "layer": layer.text,
+        "mask": ratio,
+        "seconds": seconds,
+        "chosen": chosen,
+        "best": best,
+        "loss": seconds[chosen] / seconds[best],
+    }
+
+
+def show(rows: list[dict]) -> None:
+    """Print the table."""
+    table = Table(title="milliseconds, forward + backward")
+    for title in ("layer", "channels", "b", "mask", "window", "columns", "canvas", "chosen", "loss"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        each = [f"{row['seconds'][w] * 1e3:.1f}" if w in row["seconds"] else "" for w in ("window", "columns", "canvas")]
+        loss = f"[red]{row['loss']:.2f}" if row["loss"] > 1.1 else f"{row['loss']:.2f}"
+        table.add_row(row["layer"], str(row["channels"]), str(row["b"]), str(row["mask"]), *each, row["chosen"], loss)
+    Console(width=120).print(table)
+    right = sum(row["loss"] <= 1.1 for row in rows)
+    print(f"the chosen way is within 10 % of the fastest for {right} of {len(rows)} layers")
+
+
+def main(options: Options) -> None:
+    """Measure every layer, print the table and keep the result."""
+    torch.set_num_threads(options.threads)
+    keep_heap()
+    cases = list(itertools.product([layer for w in options.widths for layer in layers(w)], options.masks))
+    rows = [measure(*case, options) for case in track(cases, "measuring")]
+    show(rows)
+    where = machine(torch.device(options.device), options.threads)
+    settings = {k: getattr(options, k) for k in ("batch", "patches", "repeats", "precision")}
+    print(f"kept in {save(options.name, {'settings': settings, 'machine': where, 'rows': rows})}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
