@@ -46,7 +46,6 @@ class Layer(NamedTuple):
         return f"{self.k[0]}x{self.k[1]}{kind}{stride}"
 
 
-
 def layers(width: int) -> list[Layer]:
     """Layers of a pyramid: channels grow as cells shrink, from `width` at 8 x 8."""
     pyramid = {b: width * 8 // b for b in (8, 4, 2, 1)}
@@ -90,8 +89,8 @@ def ways(layer: Layer) -> list[str]:
 
 def module(layer: Layer) -> nn.Conv2d:
     """The layer, padded to keep patches aligned."""
-    padding = tuple(0 if k == layer.stride else k // 2 for k in layer.k)
-    return nn.Conv2d(layer.channels, layer.channels, layer.k, layer.stride, padding, groups=layer.groups)
+    ky, kx = (0 if k == layer.stride else k // 2 for k in layer.k)
+    return nn.Conv2d(layer.channels, layer.channels, layer.k, layer.stride, (ky, kx), groups=layer.groups)
 
 
 def measure(layer: Layer, ratio: float, options: Options) -> dict:
@@ -135,7 +134,9 @@ def show(rows: list[dict]) -> None:
     for title in ("layer", "channels", "b", "mask", "window", "columns", "canvas", "chosen", "loss"):
         table.add_column(title, justify="right")
     for row in rows:
-        each = [f"{row['seconds'][w] * 1e3:.1f}" if w in row["seconds"] else "" for w in ("window", "columns", "canvas")]
+        each = [
+            f"{row['seconds'][w] * 1e3:.1f}" if w in row["seconds"] else "" for w in ("window", "columns", "canvas")
+        ]
         loss = f"[red]{row['loss']:.2f}" if row["loss"] > 1.1 else f"{row['loss']:.2f}"
         table.add_row(row["layer"], str(row["channels"]), str(row["b"]), str(row["mask"]), *each, row["chosen"], loss)
     Console(width=120).print(table)

@@ -64,7 +64,10 @@ def _own(target: str, kwargs: dict) -> nn.Module:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"model {target!r} cannot be imported: {error}") from error
-    network = function(**kwargs)
+    try:
+        network = function(**kwargs)
+    except TypeError as error:
+        raise ValueError(f"model {target!r} cannot be built: {error}") from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"model {target!r} returned a {type(network).__name__}, not an nn.Module")
     return network

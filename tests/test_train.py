@@ -256,6 +256,19 @@ BAD = [
 ]
 
 
+def test_your_own_network_trains_from_the_command_line_with_smaller_patches(pictures, tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "your_own_network.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0].split("from spark_fast")[0]
+    (tmp_path / "my_unet.py").write_text(code)
+    flags = [f"--data_path={pictures}", *TINY[2:], "--bs=8", "--ep=1", "--input_size=64x96"]
+    done = train("own", *flags, "--model=my_unet:build", f"--exp_dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert "checking that the packed encoder computes what the network computes" in done.stderr
+    saved = safetensors.torch.load_file(tmp_path / "run" / "encoder.safetensors")
+    assert "stages.0.conv1.weight" in saved
+    done = train("eights", *flags, "--model=resnet10t", "--stages=2", f"--exp_dir={tmp_path / 'eights'}")
+    assert (tmp_path / "eights" / "resnet10t_timm.safetensors").is_file()
+
+
 class Evil:
     def __init__(self, path):
         self.path = path

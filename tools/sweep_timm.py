@@ -4,7 +4,7 @@
     python tools/sweep_timm.py "resnet*" regnetx_002 --dry_run
 
 Each network is refused on the meta device where its layers alone tell (attention), and else built and run through
-`spark_fast.verify` on 96x96 pixels in float64. Results are written as they come, and a stopped sweep goes on.
+`spark_fast.verify` on 64x96 pixels in float64. Results are written as they come, and a stopped sweep goes on.
 """
 
 from __future__ import annotations

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spark_fast.encoder.current import Current
 from spark_fast.encoder.halo import Halo
 from spark_fast.encoder.kinds import UnsupportedLayerError, register
 from spark_fast.encoder.pack import MASKED, PACKED, Table, check_layers, convert
-from spark_fast.encoder.pyramid import feature_maps, pyramid
+from spark_fast.encoder.pyramid import feature_maps, pyramid, shapes_only
 from spark_fast.encoder.visible import Visible
 
 __all__ = ["Encoder", "MaskedEncoder", "PackedEncoder", "UnsupportedLayerError", "Visible", "pack", "register"]
@@ -88,12 +87,10 @@ class Encoder(nn.Module):
 
         paths = {module: path or "network" for path, module in self.network.named_modules()}
         handles = [module.register_forward_pre_hook(note) for module in paths]
-        training = self.training
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-                dtype = next((p.dtype for p in self.network.parameters()), torch.float32)
+            with shapes_only(self) as dtype:
                 index = torch.arange(max(1, round(keep * grid[0] * grid[1]))).repeat(2, 1)
-                maps = self.eval()(torch.empty(2, 3, *input_size, dtype=dtype), Visible(index, grid))
+                maps = self(torch.empty(2, 3, *input_size, dtype=dtype), Visible(index, grid))
             for features, stride in zip(maps, self.strides, strict=True):
                 if features.shape[2] != self.patch // stride:
                     raise ValueError(
@@ -103,7 +100,6 @@ class Encoder(nn.Module):
             path, module = entered[-1]
             raise UnsupportedLayerError(f"cannot be packed: {path} ({_own_type(module)}): {error}") from error
         finally:
-            self.train(training)
             for handle in handles:
                 handle.remove()
 

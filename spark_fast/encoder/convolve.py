@@ -71,7 +71,8 @@ def convolve(
         rows = x[:, :, :: y_axis.stride, :: x_axis.stride].permute(0, 2, 3, 1)
         return F.linear(rows, weight.flatten(1), bias).permute(0, 3, 1, 2)
     if way == "canvas":
-        tables = (visible.segments(b), visible.segments(b // y_axis.stride))
+        # one tensor may not be passed twice to a compiled autograd function
+        tables = (visible.segments(b), None if y_axis.stride == 1 else visible.segments(b // y_axis.stride))
     else:
         shape = (y_axis.window(b), x_axis.window(b))
         if way == "columns":
@@ -136,14 +137,18 @@ class _Convolve(torch.autograd.Function):
         groups: int,
         grid: tuple[int, int, int],
         table: Tensor,
-        other: Tensor,
+        other: Tensor | None,
     ) -> Tensor:
         axes = Axis(*y), Axis(*x_)
         seen = _spread(x, way, axes, grid, table)
         if way == "columns":
             return F.linear(seen, _matrix(weight), bias)
         result = F.conv2d(seen, weight, bias, _strides(axes), 0, _dilations(axes), groups)
-        return _collect(result, x.shape[2] // axes[0].stride, other) if way == "canvas" else result
+        return (
+            _collect(result, x.shape[2] // axes[0].stride, table if other is None else other)
+            if way == "canvas"
+            else result
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -167,7 +172,7 @@ class _Convolve(torch.autograd.Function):
             grad_seen = grad @ _matrix(weight) if wanted[0] else None
         else:
             if ctx.way == "canvas":
-                grad = _lay(grad, len(weight), b // axes[0].stride, ctx.grid, other)
+                grad = _lay(grad, len(weight), b // axes[0].stride, ctx.grid, table if other is None else other)
             grad_seen, grad_weight = _gradients(grad, seen, weight, axes, ctx.groups, wanted)
         grad_x = None if grad_seen is None else _unspread(grad_seen, x, ctx.way, axes, ctx.grid, table, other)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None, None, None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -57,18 +59,30 @@ def pyramid(network: nn.Module, input_size: tuple[int, int], stages: int | None 
     return found
 
 
+@contextmanager
+def shapes_only(network: nn.Module) -> Iterator[torch.dtype]:
+    """Run `network` on fake tensors, in evaluation mode, to learn shapes: nothing is computed. Gives its dtype."""
+    modes = [(module, module.training) for module in network.modules()]
+    parameter = next(network.parameters(), torch.empty(0))
+    try:
+        network.eval()
+        # autocast would keep fake copies of the weights for real calls
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with torch.autocast(parameter.device.type, enabled=False), torch.no_grad(), fake, parameter.device:
+            yield parameter.dtype
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def _shapes(network: nn.Module, input_size: tuple[int, int]) -> list[tuple[int, ...]]:
-    training = network.training
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        dtype = next((p.dtype for p in network.parameters()), torch.float32)
+    with shapes_only(network) as dtype:
         try:
-            maps = feature_maps(network.eval(), torch.empty(1, 3, *input_size, dtype=dtype))
+            maps = feature_maps(network, torch.empty(1, 3, *input_size, dtype=dtype))
         except TypeError as error:
             raise ValueError(str(error)) from error
         except Exception as error:
             raise ValueError(f"the network does not run on {input_size[0]}x{input_size[1]} images: {error}") from error
-        finally:
-            network.train(training)
     return [tuple(m.shape) for m in maps]
 
 

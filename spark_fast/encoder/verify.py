@@ -6,7 +6,7 @@ no leak    changing masked pixels changes no output, and no masked pixel receive
 
 Both run in float64 on a small input. Parameters that start constant (a branch whose last norm starts at zero, a layer
 scale of 1e-6) would hide a fault behind them, so they are randomised first. Gradients of parameters are compared by
-their product with one random direction each, so that even a network of a billion parameters needs room for its
+their product with two random vectors each, so that even a network of a billion parameters needs room for its
 parameters once: two different gradients have the same product with probability zero.
 """
 
@@ -27,7 +27,9 @@ from spark_fast.encoder.pyramid import feature_maps, pyramid
 from spark_fast.encoder.visible import Visible
 from spark_fast.masking import sample_visible
 
-TOLERANCE = 1e-4  # relative; rounding leaves 1e-13, or 1e-5 where a layer computes in fp32 whatever it is given (EvoNorm)
+TOLERANCE = (
+    1e-4  # relative; rounding leaves 1e-13, or 1e-5 where a layer computes in fp32 whatever it is given (EvoNorm)
+)
 NEGLIGIBLE = 1e-8  # a gradient this small beside the largest is rounding (a bias before a batch norm has none)
 
 
@@ -50,7 +52,7 @@ def verify(
 
     Args:
         network: returns a list of feature maps, as for `pack`.
-        input_size: (H, W), by default three patches each way.
+        input_size: (H, W), by default 2 x 3 patches.
         batch: images.
         stages: as for `pack`.
 
@@ -61,7 +63,7 @@ def verify(
     original = copy.deepcopy(network).double()
     _randomise_constants(original)
     check_layers(original)
-    size = input_size or _three_patches(original, stages)
+    size = input_size or _few_patches(original, stages)
     shared = {id(p): p for p in original.parameters()}
     encoder = PackedEncoder(copy.deepcopy(original, shared), size, stages=stages)
     grid = (size[0] // encoder.patch, size[1] // encoder.patch)
@@ -132,8 +134,9 @@ def _projected_gradients(network: nn.Module) -> Iterator[dict[int, tuple[float, 
 
         def project(p: Tensor, number: int = number) -> None:
             assert p.grad is not None
-            direction = torch.randn(p.numel(), dtype=p.dtype, generator=torch.Generator().manual_seed(number))
-            found[number] = (torch.dot(direction, p.grad.flatten()).item(), p.grad.norm().item())
+            generator, grad = torch.Generator().manual_seed(number), p.grad.reshape(len(p) if p.dim() else 1, -1)
+            left, right = (torch.randn(n, dtype=p.dtype, generator=generator) for n in grad.shape)
+            found[number] = (torch.dot(left, grad @ right).item(), grad.norm().item())
             p.grad = None
 
         handles.append(parameter.register_post_accumulate_grad_hook(project))
@@ -162,31 +165,51 @@ def _leak(encoder: PackedEncoder, images: Tensor, grid: tuple[int, int]) -> floa
 
 @torch.no_grad()
 def _first_difference(original: nn.Module, encoder: PackedEncoder, images: Tensor, grid: tuple[int, int]) -> str:
-    """Where the two networks first differ, in the order of execution: " (first at PATH, a TYPE)"."""
+    """Where the two networks first differ, in the order of execution: " (first at PATH, a TYPE)".
+
+    A module whose input differs already, and nothing before it does, was given that by the code of its parent.
+    """
     seen = _everything(len(images), grid)
-    outputs: list[dict[str, Tensor]] = []
-    for network, packed in ((original, False), (encoder.network, True)):
-        found: dict[str, Tensor] = {}
-        handles = []
-        for path, module in network.named_modules():
+    with _recorded(original, None) as dense:
+        feature_maps(original, images)
+    with _recorded(encoder.network, seen) as packed:
+        encoder(images, seen)
+    for path, (entered, left) in dense.items():
+        blamed = None
+        for expected, got, guilty in (
+            (entered, packed[path][0], path.rpartition(".")[0]),
+            (left, packed[path][1], path),
+        ):
+            if got.shape == expected.shape and not _difference(got, expected) < TOLERANCE:
+                blamed = guilty if blamed is None else blamed
+        if blamed is not None:
+            return f" (first at {blamed or 'the network'}, a {type(original.get_submodule(blamed)).__name__})"
+    return ""
 
-            def record(
-                _m: nn.Module, _i: tuple, out: object, path: str = path, packed: bool = packed, f: dict = found
-            ) -> None:
-                if isinstance(out, Tensor) and out.dim() == 4:
-                    whole = packed and len(out) == seen.count and out.shape[2] == out.shape[3]
-                    f.setdefault(path, seen.unpack(out) if whole else out.clone())
 
-            handles.append(module.register_forward_hook(record))
-        feature_maps(original, images) if not packed else encoder(images, seen)
-        outputs.append(found)
+@contextmanager
+def _recorded(network: nn.Module, seen: Visible | None) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Path -> (input, output) of every module at its first call, as dense maps, in the order of completion."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def dense(value: object) -> Tensor:
+        if not isinstance(value, Tensor) or value.dim() != 4:
+            return torch.empty(0)
+        whole = seen is not None and len(value) == seen.count and value.shape[2] == value.shape[3]
+        return seen.unpack(value) if seen is not None and whole else value.clone()
+
+    handles = []
+    for path, module in network.named_modules():
+
+        def record(_: nn.Module, inputs: tuple, output: object, path: str = path) -> None:
+            found.setdefault(path, (dense(inputs[0] if inputs else None), dense(output)))
+
+        handles.append(module.register_forward_hook(record))
+    try:
+        yield found
+    finally:
         for handle in handles:
             handle.remove()
-    for path, expected in outputs[0].items():
-        got = outputs[1].get(path)
-        if got is not None and got.shape == expected.shape and _difference(got, expected) > TOLERANCE:
-            return f" (first at {path or 'the network'}, a {type(original.get_submodule(path)).__name__})"
-    return ""
 
 
 def _weights(feature: Tensor) -> Tensor:
@@ -199,7 +222,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / (b.norm() + 1e-12)).item()
 
 
-def _three_patches(network: nn.Module, stages: int | None) -> tuple[int, int]:
+def _few_patches(network: nn.Module, stages: int | None) -> tuple[int, int]:
     reasons = []
     for patch in (32, 64, 16, 8, 128):
         try:
@@ -207,5 +230,5 @@ def _three_patches(network: nn.Module, stages: int | None) -> tuple[int, int]:
         except ValueError as error:
             reasons.append(str(error))
             continue
-        return 3 * stride, 3 * stride
+        return 2 * stride, 3 * stride
     raise VerificationError(f"no input size was found that this network takes: {reasons[0]}")

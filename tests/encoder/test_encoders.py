@@ -103,10 +103,38 @@ class Cheating(nn.Module):
 
 
 def test_a_functional_mix_of_positions_is_caught():
-    with pytest.raises(VerificationError, match="mixes positions outside its layers"):
+    with pytest.raises(VerificationError, match=r"\(first at the network, a Cheating\): it mixes positions outside"):
         verify(Cheating(), (32, 32))
+    small = {"input_size": 32, "mask_ratio": 0.5, "decoder_width": 32}
     with pytest.raises(ValueError, match="mixes positions"):
-        build_spark(Cheating(), input_size=32, mask_ratio=0.5, decoder_width=32)
+        build_spark(Cheating(), **small)
+    assert build_spark(Cheating(), check=False, **small)
+
+
+class Careless(nn.Module):
+    """Its second level mixes inside a block: the message must name that block."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 8, 4, 4), nn.Sequential(nn.Conv2d(8, 8, 2, 2), Shifted())
+
+    def forward(self, x):
+        x = self.stem(x)
+        return [x, self.block(x)]
+
+
+class Shifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        return self.act(x.roll(1, 3))
+
+
+def test_a_fault_is_named_by_the_module_it_is_in():
+    with pytest.raises(VerificationError, match=r"first at block.1, a Shifted"):
+        verify(Careless(), (16, 24))
 
 
 def test_stochastic_depth_drops_whole_images_alike_in_both_encoders():
@@ -122,12 +150,44 @@ def test_stochastic_depth_drops_whole_images_alike_in_both_encoders():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-def test_the_packed_model_compiles_into_one_graph_and_once():
-    model = build_spark("resnet10t", input_size=64, mask_ratio=0.5, decoder_width=32)
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_zepto_rms", "test_nfnet", "tf_mobilenetv3_small_minimal_100"])
+def test_the_packed_model_compiles_into_one_graph_and_once(name):
+    torch._dynamo.reset()  # what it learned of other networks' shapes would make it try dynamic ones
+    torch.manual_seed(0)
+    model = build_spark(name, input_size=64, mask_ratio=0.5, decoder_width=32).to(memory_format=torch.channels_last)
     images = torch.randn(2, 3, 64, 64)
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for step in range(3):
         visible = sample_visible(0, step, torch.arange(2), model.grid, model.num_visible)
-        assert compiled(images, visible).item() == pytest.approx(model(images, visible).item(), rel=1e-4)
+        loss = compiled(images, visible)
+        loss.backward()
+        assert loss.item() == pytest.approx(model(images, visible).item(), rel=1e-4)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_zepto_rms", "test_efficientnet", "test_nfnet"])
+def test_under_autocast_packed_and_masked_agree_to_the_rounding_of_bf16(name):
+    torch.manual_seed(0)
+    network = timm.create_model(name, features_only=True)
+    _randomise_constants(network)
+    images = torch.randn(4, 3, 96, 96)
+    seen = Visible(sample_visible(0, 0, torch.arange(4), (3, 3), 4), (3, 3))
+    outputs = []
+    for kind, enabled in ((PackedEncoder, True), (MaskedEncoder, True), (PackedEncoder, False)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            features = kind(copy.deepcopy(network), (96, 96)).train()(images, seen)
+        outputs.append(features)
+    for packed, masked, exact in zip(*outputs, strict=True):
+        rounding = (masked.float() - exact).norm() / exact.norm()
+        assert (packed.float() - exact).norm() / exact.norm() < 2 * rounding + 1e-3
+        assert 0 < rounding < 0.1
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "tf_mobilenetv3_small_minimal_100", "convnext_zepto_rms"])
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_fewer_stages_make_smaller_patches_of_the_same_network(name, stages):
+    model = build_spark(name, input_size=(32, 48), mask_ratio=0.5, decoder_width=32, stages=stages)
+    assert model.patch == 4 * 2 ** (stages - 1)
+    assert len(model.decoder.dec) == model.patch.bit_length() - 1
+    assert model(torch.randn(2, 3, 32, 48)).isfinite()

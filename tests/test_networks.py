@@ -1,0 +1,51 @@
+"""Networks by name: timm's, by stages, and your own."""
+
+import sys
+
+import pytest
+import torch
+
+from spark_fast.networks import build_network
+from spark_fast.proven import is_proven, table
+
+
+def test_stages_of_an_efficientnet_leave_the_later_blocks_out():
+    whole, part = build_network("test_efficientnet"), build_network("test_efficientnet", stages=2)
+    assert len(part.blocks) < len(whole.blocks)
+    maps = part.eval()(torch.randn(1, 3, 64, 64))
+    assert [m.shape[2] for m in maps] == [16, 8]
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "message"),
+    [
+        ("resnet51", None, "unknown model 'resnet51'; did you mean resnet51q, resnet50"),
+        ("resnet10t", 5, "stages must be from 1 to 4, the levels of resnet10t, got 5"),
+        ("nowhere:build", None, "model 'nowhere:build' cannot be imported: No module named 'nowhere'"),
+        ("json:build", None, "cannot be imported: module 'json' has no attribute 'build'"),
+        ("json:dumps", None, "dumps\\(\\) missing 1 required"),
+        ("builtins:dict", None, "returned a dict, not an nn.Module"),
+        (":build", None, "cannot be imported"),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_refused_with_the_reason(name, stages, message):
+    with pytest.raises(ValueError, match=message):
+        build_network(name, stages=stages)
+
+
+def test_your_own_network_is_found_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "mine_for_the_test.py").write_text(
+        "from torch import nn\n\ndef build(width=3):\n    return nn.Conv2d(3, width, 1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert build_network("mine_for_the_test:build", {"width": 5}).out_channels == 5
+
+
+def test_only_the_very_network_that_was_swept_counts_as_proven():
+    assert is_proven("resnet50") == bool(table()["proven"])
+    assert not is_proven("resnet50", stages=2)
+    assert not is_proven("resnet50", {"norm_layer": "groupnorm"})
+    assert is_proven("resnet50", {"drop_path_rate": 0.1}) == bool(table()["proven"])
+    assert not is_proven("vit_tiny_patch16_224")
+    assert table("0.0.0") == {"proven": {}, "refused": {}}
