@@ -8,13 +8,14 @@ import torch
 
 from pipelines.contract import DataError, Pipeline
 from pipelines.crops import Augmentation
+from pipelines.dali_pipeline import DaliPipeline
 from pipelines.open_source import open_source
 from pipelines.order import Schedule
 from pipelines.synthetic import SyntheticPipeline
 from pipelines.torch_pipeline import TorchPipeline
 
-PIPELINES = ("torch", "synthetic")
-PLANNED = ("dali", "ffcv")  # known to the design, not built yet
+PIPELINES = ("torch", "dali", "synthetic")
+PLANNED = ("ffcv",)  # known to the design, not built yet
 
 
 def build_pipeline(
@@ -44,7 +45,7 @@ def build_pipeline(
     `augment=False` the largest central crop is taken and nothing is drawn. `data_path` may be anything
     that `open_source` knows; "synthetic" ignores it and has `synthetic_samples` samples (ImageNet's number).
 
-    Raises DataError when the data cannot be used, or not with these settings.
+    Raises DataError when the data cannot be used, or not with these settings, or the pipeline is not installed.
     """
     if pipeline not in PIPELINES:
         what = "is not in this version" if pipeline in PLANNED else "is unknown"
@@ -60,7 +61,8 @@ def build_pipeline(
     source = open_source(data_path)
     try:
         _check_enough(len(source), batch_size, str(data_path))
-        return TorchPipeline(
+        decoding = DaliPipeline if pipeline == "dali" else TorchPipeline
+        return decoding(
             source,
             Schedule(len(source), batch_size, seed, rank, world_size),
             Augmentation(size, scale, ratio, flip, random=augment),

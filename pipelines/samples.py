@@ -7,9 +7,12 @@ taken by the next readable image in the listing, a function of the data alone, a
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.augment import cut
@@ -20,6 +23,8 @@ from pipelines.sources import Source
 
 SUBSTITUTES = 16  # how many following images are tried
 RETRY_SECONDS = (0.05, 0.2)  # pauses after which a read is tried again: network file systems stumble
+
+T = TypeVar("T")
 
 
 class Loaded(NamedTuple):
@@ -34,16 +39,29 @@ def load_sample(source: Source, sample: int, draws: Sequence[float], augmentatio
 
     Raises DataError when neither the sample nor any of its substitutes can be read.
     """
-    reason: str | None = None
-    for attempt in range(1 + SUBSTITUTES):
-        try:
-            image, converted = decode(read_patiently(source, (sample + attempt) % len(source)))
-        except (ImageError, OSError) as error:
-            reason = reason or str(error)
-            continue
+
+    def load(_: int, data: bytes | memoryview) -> bool:
+        image, converted = decode(data)
         height, width = image.shape[:2]
         cut(image, augmentation.box(draws, height, width), augmentation.flips(draws), out)
-        return Loaded(converted, reason)
+        return converted
+
+    return Loaded(*first_readable(source, sample, load))
+
+
+def first_readable(source: Source, sample: int, use: Callable[[int, bytes | memoryview], T]) -> tuple[T, str | None]:
+    """What `use(i, data)` makes of a sample, or of the first image after it from which it raises no ImageError.
+
+    Returns that, and why the sample's own image could not be read (None: it could). Raises DataError when
+    neither the sample nor any of its substitutes can be read.
+    """
+    reason: str | None = None
+    for attempt in range(1 + SUBSTITUTES):
+        i = (sample + attempt) % len(source)
+        try:
+            return use(i, read_patiently(source, i)), reason
+        except (ImageError, OSError) as error:
+            reason = reason or str(error)
     raise DataError(
         f"image {sample} ({source.name(sample)}) cannot be read ({reason}), and neither can the {SUBSTITUTES}"
         " images after it: is the storage still there?"
@@ -58,3 +76,13 @@ def read_patiently(source: Source, i: int) -> bytes | memoryview:
         except OSError:  # noqa: PERF203
             time.sleep(pause)
     return source.read(i)
+
+
+def labels_on(device: torch.device, source: Source, ids: NDArray[np.int64]) -> Tensor | None:
+    """The labels of samples, (n,) int64 on `device`; None for unlabelled data."""
+    if source.labels is None:
+        return None
+    labels = torch.from_numpy(source.labels[ids].astype(np.int64))
+    if device.type == "cuda":
+        labels = labels.pin_memory()
+    return labels.to(device, non_blocking=True)

@@ -8,7 +8,6 @@ At most `prefetch` batches are in the making while the consumer works on one.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -21,16 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.augment import Normalise
-from pipelines.contract import Batch, DataError, Problems
+from pipelines.contract import Batch, DataError
 from pipelines.crops import DRAWS, Augmentation
 from pipelines.order import Schedule, uniform
-from pipelines.samples import Loaded, load_sample
+from pipelines.samples import Loaded, labels_on, load_sample
 from pipelines.sources import Source
-
-logger = logging.getLogger("pipelines")
-
-JUDGED_AFTER = 1000  # images read before `max_bad_fraction` is applied
-NAMED = 10  # replaced images that a message lists
+from pipelines.tally import Tally
 
 
 class _Slot:
@@ -66,19 +61,18 @@ class TorchPipeline:
         max_bad_fraction: float = 0.01,
     ) -> None:
         self.num_samples = len(source)
-        self.problems = Problems()
+        self._tally = Tally(source, max_bad_fraction)
+        self.problems = self._tally.problems
         self.device = torch.device(device)
         self._source = source
         self._augmentation = augmentation
         self._schedule = schedule
         self._workers, self._prefetch = max(workers, 1), max(prefetch, 1)
-        self._max_bad_fraction = max_bad_fraction
         share = schedule.batch_size // schedule.world_size
         self._shape = (share, *augmentation.input_size, 3)
         self._normalise = Normalise(augmentation.input_size[1], self.device, dtype)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._slots: list[_Slot] = []  # idle ones
-        self._warned: set[int] = set()
         self._closed = threading.Event()
         self._pool = _decoder_threads(self._workers)
 
@@ -118,7 +112,7 @@ class TorchPipeline:
                 images = self._upload(done.slot)
                 self._slots.append(done.slot)
                 submit_next()
-                yield Batch(images, self._labels(done.ids), torch.from_numpy(done.ids.copy()))
+                yield Batch(images, labels_on(self.device, self._source, done.ids), torch.from_numpy(done.ids.copy()))
         finally:
             left.set()
             chunks = [chunk for batch in pending for chunk in batch.chunks if not chunk.cancel()]
@@ -163,29 +157,7 @@ class TorchPipeline:
             loaded = [sample for chunk in batch.chunks for sample in chunk.result()]
         except CancelledError:
             raise RuntimeError("this pipeline was closed while it was being read") from None
-        problems = self.problems
-        problems.read += len(loaded)
-        problems.converted += sum(sample.converted for sample in loaded)
-        for i, sample in zip(batch.ids.tolist(), loaded, strict=True):
-            if sample.replaced is not None:
-                problems.replaced += 1
-                self._warn(i, sample.replaced)
-        if problems.read >= JUDGED_AFTER and problems.replaced > self._max_bad_fraction * problems.read:
-            raise DataError(
-                f"{problems.replaced} of {problems.read} images read so far were unreadable and replaced,"
-                f" more than max_bad_fraction = {self._max_bad_fraction:g}. Repair or remove them, or convert"
-                " the data (tools/convert_imagenet.py leaves them out). The first:\n  "
-                + "\n  ".join(problems.first_replaced)
-            )
-
-    def _warn(self, i: int, reason: str) -> None:
-        if i in self._warned:
-            return
-        self._warned.add(i)
-        name = self._source.name(i)
-        if len(self.problems.first_replaced) < NAMED:
-            self.problems.first_replaced.append(f"{i} {name}: {reason}")
-        logger.warning("image %d (%s) is unreadable, the next readable one stands in: %s", i, name, reason)
+        self._tally.count(batch.ids.tolist(), loaded)
 
     def _upload(self, slot: _Slot) -> Tensor:
         """A slot's images, normalised, on the device: (B, H, W, 3) uint8 -> (B, 3, H, W)."""
@@ -199,14 +171,6 @@ class TorchPipeline:
         consumer.wait_stream(self._stream)
         images.record_stream(consumer)  # allocated on the side stream: not to be reused while in use here
         return images
-
-    def _labels(self, ids: NDArray[np.int64]) -> Tensor | None:
-        if self._source.labels is None:
-            return None
-        labels = torch.from_numpy(self._source.labels[ids].astype(np.int64))
-        if self._stream is not None:
-            labels = labels.pin_memory()
-        return labels.to(self.device, non_blocking=True)
 
 
 def _decoder_threads(workers: int) -> ThreadPoolExecutor:

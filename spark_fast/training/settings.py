@@ -56,7 +56,7 @@ class Data:
     data_path: str = ""
     """image folder (ImageNet layout or flat), file list, or shards made by tools/convert_imagenet.py"""
     pipeline: str = "torch"
-    """torch, or synthetic (generated images: the speed without any data)"""
+    """torch, dali (NVIDIA DALI, an extra), or synthetic (generated images: the speed without any data)"""
     input_size: str = "224"
     """pixels, N or HxW; a multiple of the network's total stride"""
     batch_size: Annotated[int, arg(aliases=["--bs"])] = 4096

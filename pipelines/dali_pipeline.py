@@ -1,0 +1,250 @@
+"""Batches decoded by NVIDIA DALI, in our order, with our crops.
+
+Three stages: `workers` threads read the files and examine them; DALI decodes, crops, resizes and flips a
+whole batch (`dali_decoder`); the device normalises. Order, boxes and flips come from `order` and `crops`,
+as for every backend.
+
+DALI is only given what it is known to decode as the other backends do: colour and grey JPEGs. All else
+(CMYK, PNG ...) is decoded by `decode` and handed over as pixels. And DALI decodes a damaged scan to grey
+without a word, or ends with an error that does not name the image. So the first time that an image is met,
+`decode` judges it, strictly; its checksum is kept (4 bytes an image), and as long as that is the same, the
+image goes to DALI unseen. This costs a second decoding in a pipeline's first epoch, and none after it.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import zlib
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
+
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.augment import Normalise
+from pipelines.contract import Batch, DataError
+from pipelines.crops import DRAWS, Augmentation, Box
+from pipelines.dali_decoder import DaliDecoder, DaliError, Encoded, as_ppm
+from pipelines.decode import decode
+from pipelines.order import Schedule, uniform
+from pipelines.samples import Loaded, first_readable, labels_on
+from pipelines.sources import Source
+from pipelines.tally import Tally
+
+logger = logging.getLogger("pipelines")
+
+Examined = tuple[Encoded, Loaded]
+
+
+class _Wanted(NamedTuple):
+    """Samples to be read, a batch or part of one."""
+
+    ids: NDArray[np.int64]  # (n,)
+    draws: NDArray[np.float64]  # (n, DRAWS)
+    left: threading.Event  # set when the consumer is gone
+
+
+class _Pending(NamedTuple):
+    """A batch in the making."""
+
+    ids: NDArray[np.int64]
+    read: list[Future[list[Examined]]]
+    decoded: Future[tuple[Tensor, list[Loaded]]]
+
+
+class DaliPipeline:
+    """Batches of `source` on `device`; see `build_pipeline` for the settings. DataError without DALI."""
+
+    def __init__(
+        self,
+        source: Source,
+        schedule: Schedule,
+        augmentation: Augmentation,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        workers: int = 2,
+        prefetch: int = 2,
+        max_bad_fraction: float = 0.01,
+    ) -> None:
+        self.num_samples = len(source)
+        self._tally = Tally(source, max_bad_fraction)
+        self.problems = self._tally.problems
+        self.device = _numbered(torch.device(device))
+        self._source = source
+        self._augmentation = augmentation
+        self._schedule = schedule
+        self._workers, self._prefetch = max(workers, 1), max(prefetch, 1)
+        self._normalise = Normalise(augmentation.input_size[1], self.device, dtype)
+        self._sound = np.zeros(len(source), np.uint32)  # checksums of the images that `decode` approved
+        self._refused: set[int] = set()  # samples that DALI cannot decode, though they are sound
+        self._told = False
+        self._closed = threading.Event()
+        share = schedule.batch_size // schedule.world_size
+        # On CUDA two take turns: one is fed while the other decodes.
+        count = 2 if self.device.type == "cuda" else 1
+        self._decoders = [DaliDecoder(share, augmentation.input_size, self.device, self._workers) for _ in range(count)]
+        self._idle: queue.SimpleQueue[DaliDecoder] = queue.SimpleQueue()
+        for decoder in self._decoders:
+            self._idle.put(decoder)
+        self._readers = ThreadPoolExecutor(self._workers, thread_name_prefix="decode-read")
+        self._conductors = ThreadPoolExecutor(count, thread_name_prefix="decode-dali")
+
+    def __len__(self) -> int:
+        return len(self._schedule)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
+        """Batches start_step ... len(self) - 1 of this epoch.
+
+        The iterator raises DataError when too many images are unreadable. Leaving it early cancels what
+        is in the making.
+        """
+        if self._closed.is_set():
+            raise RuntimeError("this pipeline was closed")
+        return self._batches(self._schedule.epoch(epoch, start_step), epoch)
+
+    def close(self) -> None:
+        """Stop the threads, let go of DALI and close the source."""
+        self._closed.set()
+        self._readers.shutdown(wait=True, cancel_futures=True)
+        self._conductors.shutdown(wait=True, cancel_futures=True)
+        for decoder in self._decoders:
+            decoder.close()
+        self._source.close()
+
+    def _batches(self, steps: Iterator[NDArray[np.int64]], epoch: int) -> Generator[Batch, None, None]:
+        left = threading.Event()
+        pending: deque[_Pending] = deque()
+
+        def submit_next() -> None:
+            if (ids := next(steps, None)) is not None:
+                draws = uniform(self._schedule.seed, epoch, ids, DRAWS)
+                pending.append(self._submit(_Wanted(ids, draws, left)))
+
+        try:
+            for _ in range(self._prefetch):
+                submit_next()
+            while pending:
+                images = self._collect(pending[0])
+                ids = pending.popleft().ids
+                submit_next()
+                yield Batch(images, labels_on(self.device, self._source, ids), torch.from_numpy(ids.copy()))
+        finally:
+            left.set()
+            futures: list[Future[Any]] = [batch.decoded for batch in pending]
+            futures += [part for batch in pending for part in batch.read]
+            wait([future for future in futures if not future.cancel()])
+
+    def _submit(self, batch: _Wanted) -> _Pending:
+        """Have the threads make this batch."""
+        ids, draws, left = batch
+        size = min(max(len(ids) // (4 * self._workers), 1), 16)  # small enough to keep all threads busy
+        parts = [slice(start, start + size) for start in range(0, len(ids), size)]
+        read = [self._readers.submit(self._read, _Wanted(ids[part], draws[part], left)) for part in parts]
+        return _Pending(ids, read, self._conductors.submit(self._decode, batch, read))
+
+    def _read(self, wanted: _Wanted) -> list[Examined]:
+        """In a reader thread: these samples, ready for DALI."""
+        examined = []
+        for sample, draws in zip(wanted.ids.tolist(), wanted.draws.tolist(), strict=True):
+            if wanted.left.is_set() or self._closed.is_set() or not threading.main_thread().is_alive():
+                raise CancelledError  # the interpreter waits for its threads at exit: do not make it wait
+            try:
+                examined.append(self._load(sample, draws))
+            except DataError:
+                raise
+            except Exception as error:
+                name = self._source.name(sample)
+                raise RuntimeError(f"while loading image {sample} ({name}): {error!r}") from error
+        return examined
+
+    def _load(self, sample: int, draws: Sequence[float]) -> Examined:
+        """A sample, or the image that stands in, as its file or as pixels."""
+        augmentation = self._augmentation
+        flip = augmentation.flips(draws)
+
+        def examine(i: int, data: bytes | memoryview) -> tuple[Encoded, bool]:
+            height, width, colours = _jpeg_header(data)
+            checksum = zlib.crc32(data)
+            plain = colours in ("YCbCr", "Gray")
+            for_dali = plain and sample not in self._refused
+            if for_dali and checksum and self._sound[i] == checksum:
+                box = augmentation.box(draws, height, width)
+                return Encoded(np.frombuffer(data, np.uint8), box, flip), colours == "Gray"
+            pixels, converted = decode(data)  # raises ImageError
+            box = augmentation.box(draws, *pixels.shape[:2])
+            if for_dali:
+                self._sound[i] = checksum
+                return Encoded(np.frombuffer(data, np.uint8), box, flip), converted
+            if not plain:
+                self._tell(i)
+            return Encoded(as_ppm(pixels, box), Box(0, 0, box.height, box.width), flip), converted
+
+        (encoded, converted), replaced = first_readable(self._source, sample, examine)
+        return encoded, Loaded(converted, replaced)
+
+    def _decode(self, batch: _Wanted, read: list[Future[list[Examined]]]) -> tuple[Tensor, list[Loaded]]:
+        """In a conductor thread: wait for a batch's files, run DALI; (B, H, W, 3) uint8 on the device."""
+        examined = [image for part in read for image in part.result()]
+        if batch.left.is_set() or self._closed.is_set():
+            raise CancelledError
+        decoder = self._idle.get()
+        try:
+            pixels = decoder.decode([encoded for encoded, _ in examined])
+        except DaliError:
+            self._find_refused(decoder, batch.ids, examined)
+            examined = self._read(batch)  # now with the pixels of those
+            pixels = decoder.decode([encoded for encoded, _ in examined])
+        finally:
+            self._idle.put(decoder)
+        return pixels, [loaded for _, loaded in examined]
+
+    def _find_refused(self, decoder: DaliDecoder, ids: NDArray[np.int64], examined: list[Examined]) -> None:
+        """Note which images of a batch DALI refuses, though `decode` reads them; each once in a run."""
+        for sample, (encoded, _) in zip(ids.tolist(), examined, strict=True):
+            try:
+                decoder.decode([encoded])
+            except DaliError as error:  # noqa: PERF203
+                self._refused.add(sample)
+                name = self._source.name(sample)
+                logger.warning("image %d (%s) is sound, but DALI refuses it (%s): decoded without", sample, name, error)
+
+    def _collect(self, batch: _Pending) -> Tensor:
+        """Wait for a batch, count its problems and normalise it: (B, 3, H, W)."""
+        try:
+            pixels, loaded = batch.decoded.result()
+        except CancelledError:
+            raise RuntimeError("this pipeline was closed while it was being read") from None
+        self._tally.count(batch.ids.tolist(), loaded)
+        if pixels.is_cuda:
+            pixels.record_stream(torch.cuda.current_stream(self.device))  # it was allocated on another
+        return self._normalise(pixels)
+
+    def _tell(self, i: int) -> None:
+        if not self._told:
+            self._told = True
+            name = self._source.name(i)
+            logger.info("image %d (%s) and others that are no colour or grey JPEG are decoded without DALI", i, name)
+
+
+def _jpeg_header(data: bytes | memoryview) -> tuple[int, int, str]:
+    """Height, width and colours of a JPEG; (0, 0, "") of anything else, and of what needs a closer look."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return 0, 0, ""
+    return height, width, colours
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """The device with its index: DALI knows no current one."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

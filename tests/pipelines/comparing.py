@@ -1,0 +1,51 @@
+"""Batches of the DALI backend, and how they are held against those of another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import Batch, build_pipeline
+from pipelines.augment import MEAN, STD
+
+try:
+    import nvidia.dali as _dali  # noqa: F401
+except ImportError as error:
+    missing = str(error)
+else:
+    missing = ""
+needs_dali = pytest.mark.skipif(bool(missing), reason=f'DALI is not installed ({missing}): pip install ".[dali]"')
+
+
+def batches(root: Path, epoch: int = 0, start_step: int = 0, **settings: object) -> list[Batch]:
+    settings = {"pipeline": "dali", "batch_size": 12, "input_size": 32, "seed": 5} | settings
+    pipeline = build_pipeline(root, **settings)  # type: ignore[arg-type]
+    try:
+        return list(pipeline.epoch(epoch, start_step))
+    finally:
+        pipeline.close()
+
+
+def same(left: list[Batch], right: list[Batch]) -> bool:
+    return len(left) == len(right) and all(
+        torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and torch.equal(a.ids, b.ids)
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def pixels(images: torch.Tensor) -> np.ndarray:
+    """(B, 3, H, W) normalised -> (B, H, W, 3) in 0 ... 255."""
+    return 255 * (images.float().permute(0, 2, 3, 1).numpy() * STD + MEAN)
+
+
+def alike(left: list[Batch], right: list[Batch], tolerance: float = 0.6) -> bool:
+    """Same samples, each showing the same picture up to the rounding of two resize kernels."""
+    assert [b.ids.tolist() for b in left] == [b.ids.tolist() for b in right]
+    assert [b.labels.tolist() for b in left] == [b.labels.tolist() for b in right]
+    worst = max(
+        np.abs(pixels(a.images) - pixels(b.images)).mean((1, 2, 3)).max() for a, b in zip(left, right, strict=True)
+    )
+    return bool(worst < tolerance)
