@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"no model of timm {timm.__version__} is called {' or '.join(options.models)}")
     known = json.loads(TABLE.read_text()) if TABLE.is_file() else {"proven": {}, "refused": {}}
     todo = [n for n in names if options.again or not any(n in known[k] for k in known)]
+    print(f"timm {timm.__version__}: {len(todo)} networks to check", flush=True)
     started = time.monotonic()
     for done, (name, difference, reason) in enumerate(results(todo, options.workers)):
         for part in known.values():
@@ -83,16 +84,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def results(names: list[str], workers: int) -> Iterator[tuple[str, float | None, str]]:
-    """`prove` of every name, the huge ones last and alone."""
-    print(f"timm {timm.__version__}: measuring {len(names)} networks", flush=True)
-    huge = [n for n in track(names, "sizes", transient=True) if size(n) > HUGE]
-    small = [n for n in names if n not in set(huge)]
+    """`prove` of every name, from small to large, the huge ones last and alone."""
     context = get_context("spawn")
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-        futures = [pool.submit(prove, n) for n in small]
+        every = track(pool.map(size, names), "sizes", total=len(names), transient=True)
+        sizes = dict(zip(names, every, strict=True))
+        ordered = sorted(names, key=sizes.__getitem__)
+        futures = [pool.submit(prove, n) for n in ordered if sizes[n] <= HUGE]
         for future in track(as_completed(futures), "networks", total=len(futures)):
             yield future.result()
-    for name in track(huge, "the largest"):
+    for name in track([n for n in ordered if sizes[n] > HUGE], "the largest"):
         with ProcessPoolExecutor(1, context) as pool:  # a process each: its memory comes back
             yield pool.submit(prove, name).result()
 

@@ -9,7 +9,7 @@ from spark_fast.encoder.current import Current
 from spark_fast.encoder.halo import Halo
 from spark_fast.encoder.kinds import UnsupportedLayerError, register
 from spark_fast.encoder.pack import MASKED, PACKED, Table, check_layers, convert
-from spark_fast.encoder.pyramid import feature_maps, pyramid, shapes_only
+from spark_fast.encoder.pyramid import feature_maps, meta_images, pyramid, run_on_meta
 from spark_fast.encoder.visible import Visible
 
 __all__ = ["Encoder", "MaskedEncoder", "PackedEncoder", "UnsupportedLayerError", "Visible", "pack", "register"]
@@ -76,7 +76,7 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def _trace(self, input_size: tuple[int, int], keep: float) -> None:
-        """Run once with fake tensors: every layer learns its b, and one that does not fit is refused by name."""
+        """Run once on the meta device: every layer learns its b, and one that does not fit is refused by name."""
         grid = (input_size[0] // self.patch, input_size[1] // self.patch)
         entered: list[tuple[str, nn.Module]] = [("network", self.network)]
 
@@ -88,9 +88,8 @@ class Encoder(nn.Module):
         paths = {module: path or "network" for path, module in self.network.named_modules()}
         handles = [module.register_forward_pre_hook(note) for module in paths]
         try:
-            with shapes_only(self) as dtype:
-                index = torch.arange(max(1, round(keep * grid[0] * grid[1]))).repeat(2, 1)
-                maps = self(torch.empty(2, 3, *input_size, dtype=dtype), Visible(index, grid))
+            index = torch.arange(max(1, round(keep * grid[0] * grid[1])), device="meta").repeat(2, 1)
+            maps = run_on_meta(self, meta_images(self.network, 2, input_size), Visible(index, grid))
             for features, stride in zip(maps, self.strides, strict=True):
                 if features.shape[2] != self.patch // stride:
                     raise ValueError(

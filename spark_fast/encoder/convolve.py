@@ -62,7 +62,7 @@ def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, axes: tuple[Axis, Axis], groups: int, visible: Visible, way: str
 ) -> Tensor:
     """(V, C, b, b) -> (V, O, b/stride, b/stride): the convolution of the dense map, its holes zero."""
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 MIN_STRIDE = 4  # SparK decodes from stride 4 upwards; finer maps are dropped
 
@@ -29,15 +28,18 @@ class Pyramid(NamedTuple):
 
 def feature_maps(network: nn.Module, images: Tensor) -> list[Tensor]:
     """The network's maps, (B, C_i, H_i, W_i) each; those of timm's channels-last networks are turned round."""
-    maps = network(images)
+    return _channels_first(network, network(images))
+
+
+def _channels_first(network: nn.Module, maps: Any) -> list[Tensor]:
     if not isinstance(maps, (list, tuple)) or not all(isinstance(m, Tensor) and m.dim() == 4 for m in maps):
-        raise TypeError(f"the network must return a list of feature maps (B, C, H, W), got {type(maps).__name__}")
+        raise ValueError(f"the network must return a list of feature maps (B, C, H, W), got {type(maps).__name__}")
     last = str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC")
     return [m.permute(0, 3, 1, 2) if last else m for m in maps]
 
 
 def pyramid(network: nn.Module, input_size: tuple[int, int], stages: int | None = None) -> Pyramid:
-    """Find the levels with fake tensors.
+    """Find the levels, on the meta device.
 
     Args:
         network: returns a list of feature maps.
@@ -59,31 +61,31 @@ def pyramid(network: nn.Module, input_size: tuple[int, int], stages: int | None 
     return found
 
 
-@contextmanager
-def shapes_only(network: nn.Module) -> Iterator[torch.dtype]:
-    """Run `network` on fake tensors, in evaluation mode, to learn shapes: nothing is computed. Gives its dtype."""
-    modes = [(module, module.training) for module in network.modules()]
-    parameter = next(network.parameters(), torch.empty(0))
+def run_on_meta(module: nn.Module, *args: Any) -> Any:
+    """`module(*args)` in evaluation mode on the meta device, to learn shapes: nothing is computed, nothing changed."""
+    modes = [(m, m.training) for m in module.modules()]
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    state = {name: torch.empty_like(t, device="meta") for name, t in tensors}
     try:
-        network.eval()
-        # autocast would keep fake copies of the weights for real calls
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with torch.autocast(parameter.device.type, enabled=False), torch.no_grad(), fake, parameter.device:
-            yield parameter.dtype
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return functional_call(module.eval(), state, args)
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for m, mode in modes:
+            m.training = mode
+
+
+def meta_images(network: nn.Module, count: int, input_size: tuple[int, int]) -> Tensor:
+    """(count, 3, H, W) of the network's dtype, without content."""
+    dtype = next((p.dtype for p in network.parameters()), torch.float32)
+    return torch.empty(count, 3, *input_size, dtype=dtype, device="meta")
 
 
 def _shapes(network: nn.Module, input_size: tuple[int, int]) -> list[tuple[int, ...]]:
-    with shapes_only(network) as dtype:
-        try:
-            maps = feature_maps(network, torch.empty(1, 3, *input_size, dtype=dtype))
-        except TypeError as error:
-            raise ValueError(str(error)) from error
-        except Exception as error:
-            raise ValueError(f"the network does not run on {input_size[0]}x{input_size[1]} images: {error}") from error
-    return [tuple(m.shape) for m in maps]
+    try:
+        maps = run_on_meta(network, meta_images(network, 1, input_size))
+    except Exception as error:
+        raise ValueError(f"the network does not run on {input_size[0]}x{input_size[1]} images: {error}") from error
+    return [tuple(m.shape) for m in _channels_first(network, maps)]
 
 
 def _check(found: Pyramid, shapes: list[tuple[int, ...]], input_size: tuple[int, int]) -> None:

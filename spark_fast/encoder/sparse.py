@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from spark_fast.encoder import PackedEncoder
@@ -109,7 +108,7 @@ class SparseConv(HaloConv):
     def forward(self, x: Tensor) -> Tensor:
         """(V, C, b, b) -> (V, O, b/stride, b/stride); a dense map when no patches are current."""
         seen = self.current.visible
-        unfit = x.dtype == torch.float64 or isinstance(x, FakeTensor)  # a fake one, of tracing, has shapes alone
+        unfit = x.dtype == torch.float64 or x.is_meta  # in tracing there are shapes alone
         if seen is None or unfit or not self.submanifold(x.shape[2]):
             return super().forward(x)
         return submanifold(x, self.kernel(), self.bias, seen)

@@ -157,9 +157,10 @@ def _leak(encoder: PackedEncoder, images: Tensor, grid: tuple[int, int]) -> floa
         x = images.masked_fill(~cells, fill).requires_grad_()
         features = encoder.train()(x, seen)
         total = torch.stack([(f * _weights(f)).sum() for f in features]).sum()
-        (gradient,) = torch.autograd.grad(total, x)
         outputs.append([f.detach() for f in features])
-        leaked = max(leaked, gradient.masked_fill(cells, 0).abs().max().item())
+        if not fill:
+            (gradient,) = torch.autograd.grad(total, x)
+            leaked = gradient.masked_fill(cells, 0).abs().max().item()
     return max(leaked, *(_difference(a, b) for a, b in zip(*outputs, strict=True)))
 
 
