@@ -111,7 +111,11 @@ ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 REASONS = [
     (r"LSTM|GRU|^RNN|SSD$|Mamba(?!Out)", "recurrent: a cell depends on all cells before it"),
     (r"^(?!Positional).*Fourier|Dct|FFT|GlobalFilter", "Fourier: every output depends on the whole image"),
-    (r"Attention|Attn|MHSA|SHSA|SHMA|XCA|MLA$|GPSA|LambdaLayer|Outlook", "attention: positions look at one another"),
+    (
+        r"Attention|Attn|MHSA|SHSA|SHMA|XCA|MLA$|GPSA|LambdaLayer|Outlook|ParallelScalingBlock",
+        "attention: positions look at one another",
+    ),
+    (r"^MixerBlock$|^SpatialGatingBlock$|^ResBlock$", "token mixing: linear layers over all positions of an image"),
 ]
 """Layers that mix positions by their nature, by name, and why they are refused."""
 
