@@ -29,12 +29,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.augment import Normalise
-from pipelines.contract import Batch, DataError
+from pipelines.contract import Batch
 from pipelines.crops import DRAWS, Augmentation, Box
 from pipelines.dali_decoder import DaliDecoder, DaliError, Encoded, as_ppm
 from pipelines.decode import decode
 from pipelines.order import Schedule, uniform
-from pipelines.samples import Loaded, first_readable, labels_on
+from pipelines.samples import Loaded, first_readable, labels_on, load_each, thread_parts
 from pipelines.sources import Source
 from pipelines.tally import Tally
 
@@ -145,25 +145,19 @@ class DaliPipeline:
     def _submit(self, batch: _Wanted) -> _Pending:
         """Have the threads make this batch."""
         ids, draws, left = batch
-        size = min(max(len(ids) // (4 * self._workers), 1), 16)  # small enough to keep all threads busy
-        parts = [slice(start, start + size) for start in range(0, len(ids), size)]
-        read = [self._readers.submit(self._read, _Wanted(ids[part], draws[part], left)) for part in parts]
+        parts = [_Wanted(ids[part], draws[part], left) for part in thread_parts(len(ids), self._workers)]
+        read = [self._readers.submit(self._read, part) for part in parts]
         return _Pending(ids, read, self._conductors.submit(self._decode, batch, read))
 
     def _read(self, wanted: _Wanted) -> list[Examined]:
         """In a reader thread: these samples, ready for DALI."""
-        examined = []
-        for sample, draws in zip(wanted.ids.tolist(), wanted.draws.tolist(), strict=True):
-            if wanted.left.is_set() or self._closed.is_set() or not threading.main_thread().is_alive():
-                raise CancelledError  # the interpreter waits for its threads at exit: do not make it wait
-            try:
-                examined.append(self._load(sample, draws))
-            except DataError:
-                raise
-            except Exception as error:
-                name = self._source.name(sample)
-                raise RuntimeError(f"while loading image {sample} ({name}): {error!r}") from error
-        return examined
+        numbers = wanted.draws.tolist()
+        return load_each(
+            self._source,
+            wanted.ids,
+            lambda place, sample: self._load(sample, numbers[place]),
+            lambda: wanted.left.is_set() or self._closed.is_set(),
+        )
 
     def _load(self, sample: int, draws: Sequence[float]) -> Examined:
         """A sample, or the image that stands in, as its file or as pixels."""

@@ -6,8 +6,10 @@ taken by the next readable image in the listing, a function of the data alone, a
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -66,6 +68,33 @@ def first_readable(source: Source, sample: int, use: Callable[[int, bytes | memo
         f"image {sample} ({source.name(sample)}) cannot be read ({reason}), and neither can the {SUBSTITUTES}"
         " images after it: is the storage still there?"
     )
+
+
+def load_each(
+    source: Source, ids: NDArray[np.int64], load: Callable[[int, int], T], stop: Callable[[], bool]
+) -> list[T]:
+    """In a thread: `load(place, sample)` for each of these samples.
+
+    Raises CancelledError when `stop()` says that nobody waits any more or the interpreter is ending (which waits
+    for its threads: do not make it wait), DataError as `load` does, RuntimeError naming the image for all else.
+    """
+    loaded = []
+    for place, sample in enumerate(ids.tolist()):
+        if stop() or not threading.main_thread().is_alive():
+            raise CancelledError
+        try:
+            loaded.append(load(place, sample))
+        except DataError:
+            raise
+        except Exception as error:
+            raise RuntimeError(f"while loading image {sample} ({source.name(sample)}): {error!r}") from error
+    return loaded
+
+
+def thread_parts(count: int, workers: int) -> list[slice]:
+    """A batch in parts small enough to keep all threads busy."""
+    size = min(max(count // (4 * workers), 1), 16)
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def read_patiently(source: Source, i: int) -> bytes | memoryview:

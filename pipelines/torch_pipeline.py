@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.augment import Normalise
-from pipelines.contract import Batch, DataError
+from pipelines.contract import Batch
 from pipelines.crops import DRAWS, Augmentation
 from pipelines.order import Schedule, uniform
-from pipelines.samples import Loaded, labels_on, load_sample
+from pipelines.samples import Loaded, labels_on, load_each, load_sample, thread_parts
 from pipelines.sources import Source
 from pipelines.tally import Tally
 
@@ -128,9 +128,7 @@ class TorchPipeline:
             slot.copied.synchronize()
         draws = uniform(self._schedule.seed, epoch, ids, DRAWS)
         batch = _Pending(slot, ids)
-        size = min(max(len(ids) // (4 * self._workers), 1), 16)  # small enough to keep all threads busy
-        for start in range(0, len(ids), size):
-            part = slice(start, start + size)
+        for part in thread_parts(len(ids), self._workers):
             batch.chunks.append(self._pool.submit(self._load, ids[part], draws[part], slot.pixels[part], left))
         return batch
 
@@ -138,18 +136,12 @@ class TorchPipeline:
         self, ids: NDArray[np.int64], draws: NDArray[np.float64], out: Tensor, left: threading.Event
     ) -> list[Loaded]:
         """In a decoder thread: fill `out`, (n, H, W, 3)."""
-        loaded = []
-        for sample, numbers, pixels in zip(ids.tolist(), draws.tolist(), out, strict=True):
-            if left.is_set() or self._closed.is_set() or not threading.main_thread().is_alive():
-                raise CancelledError  # the interpreter waits for its threads at exit: do not make it wait
-            try:
-                loaded.append(load_sample(self._source, sample, numbers, self._augmentation, pixels))
-            except DataError:
-                raise
-            except Exception as error:
-                name = self._source.name(sample)
-                raise RuntimeError(f"while loading image {sample} ({name}): {error!r}") from error
-        return loaded
+
+        def load(place: int, sample: int) -> Loaded:
+            return load_sample(self._source, sample, numbers[place], self._augmentation, out[place])
+
+        numbers = draws.tolist()
+        return load_each(self._source, ids, load, lambda: left.is_set() or self._closed.is_set())
 
     def _collect(self, batch: _Pending) -> None:
         """Wait for a batch and count its problems; here, so that counts and warnings come in order."""

@@ -26,7 +26,8 @@ def timm_names(keys: list[str], name: str) -> dict[str, str]:
     found, unknown = {}, []
     for key in keys:
         flat = key.replace(".", "_")
-        match = next((full[f] for f in (flat, flat[6:], flat[5:]) if f in full), None)  # without model_, body_
+        spellings = (flat, flat.removeprefix("model_"), flat.removeprefix("body_"))
+        match = next((full[s] for s in spellings if s in full), None)
         if match is None:
             unknown.append(key)
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor, nn
 
@@ -86,7 +88,9 @@ class Encoder(nn.Module):
                 module.cells, module.keep = inputs[0].shape[2], keep
 
         paths = {module: path or "network" for path, module in self.network.named_modules()}
-        handles = [module.register_forward_pre_hook(note) for module in paths]
+        hooks = ExitStack()
+        for module in paths:
+            hooks.enter_context(module.register_forward_pre_hook(note))
         try:
             index = torch.arange(max(1, round(keep * grid[0] * grid[1])), device="meta").repeat(2, 1)
             maps = run_on_meta(self, meta_images(self.network, 2, input_size), Visible(index, grid))
@@ -99,8 +103,7 @@ class Encoder(nn.Module):
             path, module = entered[-1]
             raise UnsupportedLayerError(f"cannot be packed: {path} ({_own_type(module)}): {error}") from error
         finally:
-            for handle in handles:
-                handle.remove()
+            hooks.close()
 
 
 class PackedEncoder(Encoder):

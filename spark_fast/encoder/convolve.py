@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from spark_fast.encoder.depthwise import depthwise_gradients
 from spark_fast.encoder.geometry import Axis
-from spark_fast.encoder.visible import Places, Visible
+from spark_fast.encoder.visible import Places, Visible, collect_segments, lay_segments
 
 
 def costs(b: int, axes: tuple[Axis, Axis], weight: Tensor, groups: int, keep: float) -> dict[str, float]:
@@ -144,11 +144,9 @@ class _Convolve(torch.autograd.Function):
         if way == "columns":
             return F.linear(seen, _matrix(weight), bias)
         result = F.conv2d(seen, weight, bias, _strides(axes), 0, _dilations(axes), groups)
-        return (
-            _collect(result, x.shape[2] // axes[0].stride, table if other is None else other)
-            if way == "canvas"
-            else result
-        )
+        if way == "canvas":
+            return collect_segments(result, x.shape[2] // axes[0].stride, table if other is None else other)
+        return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -172,7 +170,7 @@ class _Convolve(torch.autograd.Function):
             grad_seen = grad @ _matrix(weight) if wanted[0] else None
         else:
             if ctx.way == "canvas":
-                grad = _lay(grad, len(weight), b // axes[0].stride, ctx.grid, table if other is None else other)
+                grad = lay_segments(grad, len(weight), b // axes[0].stride, ctx.grid, table if other is None else other)
             grad_seen, grad_weight = _gradients(grad, seen, weight, axes, ctx.groups, wanted)
         grad_x = None if grad_seen is None else _unspread(grad_seen, x, ctx.way, axes, ctx.grid, table, other)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None, None, None
@@ -184,7 +182,7 @@ def _spread(x: Tensor, way: str, axes: tuple[Axis, Axis], grid: tuple[int, int, 
     c, b = x.shape[1], x.shape[2]
     cells = x.permute(0, 2, 3, 1)
     if way == "canvas":
-        return F.pad(_lay(cells.reshape(-1, b * c), c, b, grid, table), (x_.lo, x_.hi, y.lo, y.hi))
+        return F.pad(lay_segments(cells.reshape(-1, b * c), c, b, grid, table), (x_.lo, x_.hi, y.lo, y.hi))
     rows = gather(cells.reshape(-1, c), table)
     if way == "columns":
         return rows.view(-1, y.kernel * x_.kernel * c)
@@ -207,24 +205,12 @@ def _unspread(
         inner = grad[:, :, y.lo :, x_.lo :]
         # cells that a strided layer never looks at have no gradient
         inner = F.pad(inner, (0, max(0, width - inner.shape[3]), 0, max(0, height - inner.shape[2])))
-        rows = _collect(inner[:, :, :height, :width], b, table)
+        rows = collect_segments(inner[:, :, :height, :width], b, table)
     elif way == "window":
         rows = gather_sum(grad.permute(0, 2, 3, 1).reshape(-1, c), transposed)
     else:
         rows = gather_sum(grad.view(-1, c), transposed)
     return rows.view(-1, b, b, c).permute(0, 3, 1, 2)
-
-
-def _lay(rows: Tensor, c: int, b: int, grid: tuple[int, int, int], segments: Tensor) -> Tensor:
-    """Patch rows (V*b, b*C) -> (B, C, h*b, w*b), zero in the holes. As `Visible.unpack`, from tensors alone."""
-    batch, h, w = grid
-    canvas = rows.new_zeros(batch * h * b * w, b * c).index_copy_(0, segments, rows.view(-1, b * c))
-    return canvas.view(batch, h * b, w * b, c).permute(0, 3, 1, 2)
-
-
-def _collect(dense: Tensor, b: int, segments: Tensor) -> Tensor:
-    """(B, C, h*b, w*b) -> patch rows (V*b, b*C), the inverse."""
-    return dense.permute(0, 2, 3, 1).reshape(-1, b * dense.shape[1]).index_select(0, segments)
 
 
 def _gradients(

@@ -25,6 +25,7 @@ from timm.models import (
     focalnet,
     hgnet,
     metaformer,
+    mlp_mixer,
     nfnet,
     selecsls,
     senet,
@@ -115,9 +116,9 @@ REASONS = [
         r"Attention|Attn|MHSA|SHSA|SHMA|XCA|MLA$|GPSA|LambdaLayer|Outlook|ParallelScalingBlock",
         "attention: positions look at one another",
     ),
-    (r"^MixerBlock$|^SpatialGatingBlock$|^ResBlock$", "token mixing: linear layers over all positions of an image"),
 ]
 """Layers that mix positions by their nature, by name, and why they are refused."""
+TOKEN_MIXERS = tuple(_timm(mlp_mixer, "MixerBlock", "SpatialGatingBlock", "ResBlock"))  # too common to go by name
 
 
 def kind(module: nn.Module) -> str | None:
@@ -146,4 +147,6 @@ def reason(module: nn.Module) -> str | None:
     """Why a layer that mixes positions by its nature is refused, None for any other."""
     if kind(module):
         return None
+    if isinstance(module, TOKEN_MIXERS):
+        return "token mixing: linear layers over all positions of an image"
     return next((why for pattern, why in REASONS if re.search(pattern, type(module).__name__)), None)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +27,8 @@ from spark_fast.encoder.pyramid import feature_maps, pyramid
 from spark_fast.encoder.visible import Visible
 from spark_fast.masking import sample_visible
 
-TOLERANCE = (
-    1e-4  # relative; rounding leaves 1e-13, or 1e-5 where a layer computes in fp32 whatever it is given (EvoNorm)
-)
+# relative; rounding leaves 1e-13, or 1e-5 where a layer computes in fp32 whatever it is given (EvoNorm)
+TOLERANCE = 1e-4
 NEGLIGIBLE = 1e-8  # a gradient this small beside the largest is rounding (a bias before a batch norm has none)
 
 
@@ -70,13 +69,12 @@ def verify(
     images = torch.randn(batch, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with FastGroups():
         identity = max(_identity(original, encoder, images, grid, training) for training in (False, True))
-    if not identity < TOLERANCE:
-        where = _first_difference(original, encoder, images, grid)
-        raise VerificationError(
-            f"with nothing masked the packed network differs from the network by {identity:.1e}{where}: "
-            f"it mixes positions outside its layers, in code that packing cannot see"
-        )
-    with FastGroups():
+        if not identity < TOLERANCE:
+            where = _first_difference(original, encoder, images, grid)
+            raise VerificationError(
+                f"with nothing masked the packed network differs from the network by {identity:.1e}{where}: "
+                f"it mixes positions outside its layers, in code that packing cannot see"
+            )
         leak = _leak(encoder, images, grid)
     if not leak < TOLERANCE:
         raise VerificationError(f"masked pixels reach the packed network's features, by {leak:.1e}")
@@ -127,7 +125,7 @@ def _identity(
 def _projected_gradients(network: nn.Module) -> Iterator[dict[int, tuple[float, float]]]:
     """Parameter number -> (product of its gradient with a fixed random direction, its norm); gradients are freed."""
     found: dict[int, tuple[float, float]] = {}
-    handles = []
+    hooks = ExitStack()
     for number, parameter in enumerate(network.parameters()):
         if not parameter.requires_grad:
             continue
@@ -139,12 +137,9 @@ def _projected_gradients(network: nn.Module) -> Iterator[dict[int, tuple[float, 
             found[number] = (torch.dot(left, grad @ right).item(), grad.norm().item())
             p.grad = None
 
-        handles.append(parameter.register_post_accumulate_grad_hook(project))
-    try:
+        hooks.enter_context(parameter.register_post_accumulate_grad_hook(project))
+    with hooks:
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _leak(encoder: PackedEncoder, images: Tensor, grid: tuple[int, int]) -> float:
@@ -171,19 +166,19 @@ def _first_difference(original: nn.Module, encoder: PackedEncoder, images: Tenso
     A module whose input differs already, and nothing before it does, was given that by the code of its parent.
     """
     seen = _everything(len(images), grid)
+    torch.manual_seed(1)  # the same stochastic depth
     with _recorded(original, None) as dense:
         feature_maps(original, images)
+    torch.manual_seed(1)
     with _recorded(encoder.network, seen) as packed:
         encoder(images, seen)
-    for path, (entered, left) in dense.items():
-        blamed = None
-        for expected, got, guilty in (
-            (entered, packed[path][0], path.rpartition(".")[0]),
-            (left, packed[path][1], path),
-        ):
-            if got.shape == expected.shape and not _difference(got, expected) < TOLERANCE:
-                blamed = guilty if blamed is None else blamed
-        if blamed is not None:
+    for path in dense:
+        wrong = [
+            got.shape == expected.shape and not _difference(got, expected) < TOLERANCE
+            for got, expected in zip(packed[path], dense[path], strict=True)
+        ]  # the input, the output
+        if any(wrong):
+            blamed = path.rpartition(".")[0] if wrong[0] else path
             return f" (first at {blamed or 'the network'}, a {type(original.get_submodule(blamed)).__name__})"
     return ""
 
@@ -199,18 +194,15 @@ def _recorded(network: nn.Module, seen: Visible | None) -> Iterator[dict[str, tu
         whole = seen is not None and len(value) == seen.count and value.shape[2] == value.shape[3]
         return seen.unpack(value) if seen is not None and whole else value.clone()
 
-    handles = []
+    hooks = ExitStack()
     for path, module in network.named_modules():
 
         def record(_: nn.Module, inputs: tuple, output: object, path: str = path) -> None:
             found.setdefault(path, (dense(inputs[0] if inputs else None), dense(output)))
 
-        handles.append(module.register_forward_hook(record))
-    try:
+        hooks.enter_context(module.register_forward_hook(record))
+    with hooks:
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _weights(feature: Tensor) -> Tensor:

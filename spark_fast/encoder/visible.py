@@ -124,20 +124,15 @@ class Visible:
 
     def pack(self, dense: Tensor) -> Tensor:
         """Take the visible patches out of a dense map: (B, C, h*b, w*b) -> (V, C, b, b)."""
-        c = dense.shape[1]
         b = dense.shape[2] // self.grid[0]
-        rows = dense.permute(0, 2, 3, 1).reshape(-1, b * c)  # (B*h*b*w, b*C)
-        packed = rows.index_select(0, self.segments(b)).view(self.count, b, b, c)
-        return packed.permute(0, 3, 1, 2)
+        rows = collect_segments(dense, b, self.segments(b))
+        return rows.view(self.count, b, b, dense.shape[1]).permute(0, 3, 1, 2)
 
     def unpack(self, packed: Tensor, fill: Tensor | None = None) -> Tensor:
         """Put packed patches back: (V, C, b, b) -> (B, C, h*b, w*b), `fill` (C values, default 0) elsewhere."""
         c, b = packed.shape[1], packed.shape[2]
-        (h, w), rows = self.grid, packed.permute(0, 2, 3, 1).reshape(-1, b * c)
-        shape = (self.batch * h * b * w, b * c)
-        canvas = rows.new_zeros(shape) if fill is None else fill.to(rows.dtype).repeat(b).expand(shape).contiguous()
-        canvas = canvas.index_copy_(0, self.segments(b), rows)  # in place: it is new, and a copy would cost its size
-        return canvas.view(self.batch, h * b, w * b, c).permute(0, 3, 1, 2)
+        rows = packed.permute(0, 2, 3, 1).reshape(-1, b * c)
+        return lay_segments(rows, c, b, (self.batch, *self.grid), self.segments(b), fill)
 
     def as_images(self, packed: Tensor) -> Tensor:
         """The visible cells of each image as one tall picture: (V, C, b, b) -> (B, C, L*b, b), without a copy.
@@ -192,6 +187,25 @@ class Visible:
             at = at.masked_fill(nothing, self.count * places.size).clamp(max=self.count * places.size)
             self._tables[key] = at.transpose(2, 3).reshape(self.count * b * b, -1)
         return self._tables[key]
+
+
+def lay_segments(
+    rows: Tensor, c: int, b: int, grid: tuple[int, int, int], segments: Tensor, fill: Tensor | None = None
+) -> Tensor:
+    """Patch rows, in memory (V*b, b*C) -> (B, C, h*b, w*b), `fill` (C values, default 0) in the holes.
+
+    `grid` is (B, h, w). A function of tensors alone, so that a compiled autograd function can call it.
+    """
+    batch, h, w = grid
+    shape = (batch * h * b * w, b * c)
+    canvas = rows.new_zeros(shape) if fill is None else fill.to(rows.dtype).repeat(b).expand(shape).contiguous()
+    canvas = canvas.index_copy_(0, segments, rows.view(-1, b * c))  # in place: it is new, a copy would cost its size
+    return canvas.view(batch, h * b, w * b, c).permute(0, 3, 1, 2)
+
+
+def collect_segments(dense: Tensor, b: int, segments: Tensor) -> Tensor:
+    """The inverse: (B, C, h*b, w*b) -> patch rows (V*b, b*C)."""
+    return dense.permute(0, 2, 3, 1).reshape(-1, b * dense.shape[1]).index_select(0, segments)
 
 
 def _shown(b: int, coords: tuple[int, ...]) -> tuple[list[list[int]], list[list[int]]]:

@@ -70,6 +70,16 @@ def test_attention_is_refused_as_such_and_not_layer_by_layer():
         pack(timm.create_model("edgenext_xx_small", features_only=True))
 
 
+class ResBlock(nn.Sequential):
+    """Named as a token mixer of timm is."""
+
+
+def test_a_block_of_ones_own_is_not_judged_by_a_common_name():
+    assert pack(Halving(extra=ResBlock(nn.Conv2d(8, 8, 3, padding=1))), (32, 32)).patch == 16
+    with pytest.raises(UnsupportedLayerError, match=r"blocks.0 \(MixerBlock\): token mixing"):
+        pack(timm.create_model("mixer_s32_224", features_only=True))
+
+
 class Gain(nn.Module):
     def __init__(self):
         super().__init__()

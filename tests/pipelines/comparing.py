@@ -1,7 +1,8 @@
-"""Batches of the DALI backend, and how they are held against those of another."""
+"""Batches of a backend, and how they are held against those of another."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,16 @@ needs_dali = pytest.mark.skipif(bool(missing), reason=f'DALI is not installed ({
 
 
 def batches(root: Path, epoch: int = 0, start_step: int = 0, **settings: object) -> list[Batch]:
-    settings = {"pipeline": "dali", "batch_size": 12, "input_size": 32, "seed": 5} | settings
+    """An epoch of the default pipeline, from `start_step`."""
+    settings = {"batch_size": 6, "input_size": 32, "seed": 5} | settings
     pipeline = build_pipeline(root, **settings)  # type: ignore[arg-type]
     try:
         return list(pipeline.epoch(epoch, start_step))
     finally:
         pipeline.close()
+
+
+dali_batches = partial(batches, pipeline="dali", batch_size=12)
 
 
 def same(left: list[Batch], right: list[Batch]) -> bool:

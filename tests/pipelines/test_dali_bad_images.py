@@ -14,7 +14,8 @@ from PIL import Image
 from pipelines import DataError, build_pipeline
 from pipelines.dali_pipeline import DaliPipeline
 from pipelines.shards import INDEX_FILE, Manifest, write_index, write_manifest, write_shard
-from tests.pipelines.comparing import alike, batches, needs_dali, pixels
+from tests.pipelines.comparing import alike, needs_dali, pixels
+from tests.pipelines.comparing import dali_batches as batches
 from tests.pipelines.pictures import encoded, jpeg, picture
 from tests.pipelines.test_bad_images import READABLE, UNREADABLE
 from tests.pipelines.test_decode import ODD, PLAIN

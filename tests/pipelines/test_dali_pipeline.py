@@ -18,7 +18,8 @@ from pipelines import Batch, DataError, build_pipeline
 from pipelines.crops import Augmentation, Box, crops
 from pipelines.dali_decoder import DaliDecoder, Encoded, as_ppm
 from pipelines.open_source import open_source
-from tests.pipelines.comparing import alike, batches, needs_dali, pixels, same
+from tests.pipelines.comparing import alike, needs_dali, pixels, same
+from tests.pipelines.comparing import dali_batches as batches
 from tests.pipelines.pictures import picture
 
 

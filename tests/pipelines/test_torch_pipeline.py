@@ -16,23 +16,8 @@ from pipelines import Batch, DataError, Pipeline, build_pipeline
 from pipelines.augment import MEAN, STD
 from pipelines.crops import Augmentation, crops
 from pipelines.open_source import open_source
+from tests.pipelines.comparing import batches, same
 from tests.pipelines.pictures import picture
-
-
-def batches(root: Path, epoch: int = 0, start_step: int = 0, **settings: object) -> list[Batch]:
-    settings = {"batch_size": 6, "input_size": 32, "seed": 5} | settings
-    pipeline = build_pipeline(root, **settings)  # type: ignore[arg-type]
-    try:
-        return list(pipeline.epoch(epoch, start_step))
-    finally:
-        pipeline.close()
-
-
-def same(left: list[Batch], right: list[Batch]) -> bool:
-    return len(left) == len(right) and all(
-        torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and torch.equal(a.ids, b.ids)
-        for a, b in zip(left, right, strict=True)
-    )
 
 
 def decoders() -> list[threading.Thread]:
