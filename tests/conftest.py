@@ -12,7 +12,8 @@ SHARED = Path(os.environ.get("SPARK_FAST_SHARED", Path(__file__).parents[2] / "s
 
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads():
-    torch.set_num_threads(2)
+    # two processes on two cores, or one alone
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="module")

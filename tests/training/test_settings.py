@@ -13,7 +13,7 @@ NAMED = ["name", "--data_path=images"]
 FLAGS = """
 config print_config help
 data_path pipeline input_size batch_size bs workers dataloader_workers prefetch max_bad_fraction
-model mask_ratio mask drop_path dp decoder_width encoder sparse_conv no_sparse_conv init_weight
+model stages mask_ratio mask drop_path dp decoder_width encoder verify sparse_conv no_sparse_conv init_weight
 epochs ep warmup_epochs wp_ep base_lr optimizer opt beta2 ada weight_decay wd weight_decay_end wde clip accumulate
 exp_name experiment_name exp_dir resume resume_from seed device precision compile no_compile
 sync_batchnorm no_sync_batchnorm sbn no_sbn threads log_every save_every picture_every max_steps
