@@ -46,6 +46,13 @@ class Normalise:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Normalise a batch on the device where its pixels are, in fp32, then round to dtype."""
-        rows = pixels.flatten(2).float()  # (B, H, W, 3) -> (B, H, W * 3)
-        rows = rows.mul_(self._factor).add_(self._offset).to(self._dtype)
+        rows = self._rows(pixels).to(self._dtype)
         return rows.view(pixels.shape).permute(0, 3, 1, 2)  # -> (B, 3, H, W), channels_last
+
+    def into(self, out: Tensor, pixels: Tensor) -> None:
+        """The same for one image, (H, W, 3) uint8, into its place in a batch, (H, W, 3) of dtype."""
+        out.copy_(self._rows(pixels).view(pixels.shape))
+
+    def _rows(self, pixels: Tensor) -> Tensor:
+        rows = pixels.flatten(-2).float()  # (..., H, W, 3) -> (..., H, W * 3)
+        return rows.mul_(self._factor).add_(self._offset)

@@ -2,8 +2,11 @@
 
 Threads, not processes: simplejpeg's decoder and torch's resize let go of the GIL, so threads scale, and
 nothing is pickled, forked or left in /dev/shm. Each batch is split into chunks for a thread pool; every
-image has its place in a preallocated byte buffer, so the result does not depend on who finishes first.
+image has its place in a preallocated buffer, so the result does not depend on who finishes first.
 At most `prefetch` batches are in the making while the consumer works on one.
+
+For CUDA the buffer holds bytes, a quarter of what fp32 would put over the bus, and is pinned. Without it the
+threads normalise too, image by image while it is in their cache.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.augment import Normalise
+from pipelines.buffers import Buffers
 from pipelines.contract import Batch
 from pipelines.crops import DRAWS, Augmentation
 from pipelines.order import Schedule, uniform
@@ -29,19 +33,20 @@ from pipelines.tally import Tally
 
 
 class _Slot:
-    """Bytes of one batch on the host, refilled once their copy to the device is done."""
+    """Pinned bytes of one batch, refilled once their copy to the CUDA device is done."""
 
-    def __init__(self, shape: tuple[int, ...], pinned: bool) -> None:
-        self.pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)  # (B, H, W, 3)
-        self.copied = torch.cuda.Event() if pinned else None
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # (B, H, W, 3)
+        self.copied = torch.cuda.Event()
 
 
 @dataclass
 class _Pending:
     """A batch in the making."""
 
-    slot: _Slot
     ids: NDArray[np.int64]
+    pixels: Tensor  # (B, H, W, 3), of `dtype` and normalised, or the slot's bytes
+    slot: _Slot | None
     chunks: list[Future[list[Loaded]]] = field(default_factory=list)
 
 
@@ -70,9 +75,11 @@ class TorchPipeline:
         self._workers, self._prefetch = max(workers, 1), max(prefetch, 1)
         share = schedule.batch_size // schedule.world_size
         self._shape = (share, *augmentation.input_size, 3)
-        self._normalise = Normalise(augmentation.input_size[1], self.device, dtype)
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        on_cuda = self.device.type == "cuda"
+        self._normalise = Normalise(augmentation.input_size[1], self.device if on_cuda else torch.device("cpu"), dtype)
+        self._stream = torch.cuda.Stream(self.device) if on_cuda else None
         self._slots: list[_Slot] = []  # idle ones
+        self._buffers = Buffers(self._shape, dtype, kept=self._prefetch + 2)
         self._closed = threading.Event()
         self._pool = _decoder_threads(self._workers)
 
@@ -109,38 +116,44 @@ class TorchPipeline:
             while pending:
                 self._collect(pending[0])
                 done = pending.popleft()
-                images = self._upload(done.slot)
-                self._slots.append(done.slot)
+                images = self._upload(done)
                 submit_next()
                 yield Batch(images, labels_on(self.device, self._source, done.ids), torch.from_numpy(done.ids.copy()))
         finally:
             left.set()
             chunks = [chunk for batch in pending for chunk in batch.chunks if not chunk.cancel()]
             wait(chunks)  # each stops after the image it is at; then nobody writes to the slots
-            self._slots.extend(batch.slot for batch in pending)
+            self._slots.extend(batch.slot for batch in pending if batch.slot)
 
     def _submit(self, ids: NDArray[np.int64], epoch: int, left: threading.Event) -> _Pending:
         """Have the threads fill a slot with these samples."""
-        on_cuda = self._stream is not None
-        # The longest idle slot; on CUDA not the one just delivered, so that its copy has time to finish.
-        slot = self._slots.pop(0) if len(self._slots) > on_cuda else _Slot(self._shape, pinned=on_cuda)
-        if slot.copied is not None:
-            slot.copied.synchronize()
+        slot = self._idle_slot() if self._stream is not None else None
         draws = uniform(self._schedule.seed, epoch, ids, DRAWS)
-        batch = _Pending(slot, ids)
+        batch = _Pending(ids, slot.pixels if slot else self._buffers.take(), slot)
         for part in thread_parts(len(ids), self._workers):
-            batch.chunks.append(self._pool.submit(self._load, ids[part], draws[part], slot.pixels[part], left))
+            batch.chunks.append(self._pool.submit(self._load, ids[part], draws[part], batch.pixels[part], left))
         return batch
+
+    def _idle_slot(self) -> _Slot:
+        """The longest idle slot; not the one just delivered, so that its copy has time to finish."""
+        slot = self._slots.pop(0) if len(self._slots) > 1 else _Slot(self._shape)
+        slot.copied.synchronize()
+        return slot
 
     def _load(
         self, ids: NDArray[np.int64], draws: NDArray[np.float64], out: Tensor, left: threading.Event
     ) -> list[Loaded]:
         """In a decoder thread: fill `out`, (n, H, W, 3)."""
+        numbers = draws.tolist()
+        scratch = None if out.dtype == torch.uint8 else torch.empty(self._shape[1:], dtype=torch.uint8)
 
         def load(place: int, sample: int) -> Loaded:
-            return load_sample(self._source, sample, numbers[place], self._augmentation, out[place])
+            pixels = out[place] if scratch is None else scratch
+            loaded = load_sample(self._source, sample, numbers[place], self._augmentation, pixels)
+            if scratch is not None:
+                self._normalise.into(out[place], scratch)
+            return loaded
 
-        numbers = draws.tolist()
         return load_each(self._source, ids, load, lambda: left.is_set() or self._closed.is_set())
 
     def _collect(self, batch: _Pending) -> None:
@@ -151,14 +164,16 @@ class TorchPipeline:
             raise RuntimeError("this pipeline was closed while it was being read") from None
         self._tally.count(batch.ids.tolist(), loaded)
 
-    def _upload(self, slot: _Slot) -> Tensor:
-        """A slot's images, normalised, on the device: (B, H, W, 3) uint8 -> (B, 3, H, W)."""
-        if self._stream is None or slot.copied is None:
-            return self._normalise(slot.pixels.to(self.device))
+    def _upload(self, batch: _Pending) -> Tensor:
+        """A batch's images, normalised, on the device: (B, 3, H, W)."""
+        slot = batch.slot
+        if slot is None or self._stream is None:
+            return batch.pixels.to(self.device).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W), channels_last
         with torch.cuda.stream(self._stream):
             pixels = slot.pixels.to(self.device, non_blocking=True)
             slot.copied.record()
             images = self._normalise(pixels)
+        self._slots.append(slot)
         consumer = torch.cuda.current_stream(self.device)
         consumer.wait_stream(self._stream)
         images.record_stream(consumer)  # allocated on the side stream: not to be reused while in use here

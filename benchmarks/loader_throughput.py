@@ -1,0 +1,318 @@
+"""Images per second of every way to feed a ConvNet from ImageNet's files, on one core and on all.
+
+    python benchmarks/loader_throughput.py --data_path ../shared/data/imagenet_sample
+
+Every candidate turns the same images into normalised fp32 batches, 224 px, from a warm cache, in a process of its own
+that is pinned to the cores it may use before anything is imported. They take turns; a figure is the median. The images
+are listed `--copies` times, so that starting an epoch counts for little. What is not installed is left out, and said.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import itertools
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from measuring import machine, medians, save
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from pipelines import build_pipeline
+from pipelines.augment import MEAN, STD
+from pipelines.open_source import open_source
+
+STORES = {"max 256": ("--max_side", "256"), "short 256": ("--short_side", "256"), "max 400": ("--max_side", "400")}
+ORIGINALS = "originals"
+SIZE = 224
+SCALE = (0.67, 1.0)
+
+
+@dataclass
+class Options:
+    """What to measure."""
+
+    data_path: Path
+    """a folder of class folders, or one that holds train/"""
+    copies: int = 8
+    """times that each image is listed"""
+    batch: int = 64
+    repeats: int = 5
+    """measurements of each figure"""
+    cores: tuple[int, ...] = (1, 2)
+    only: tuple[str, ...] = ()
+    """candidates to measure; none: all"""
+    work: Path | None = None
+    """where the stores are made and kept; none: a temporary folder"""
+    name: str = "loader_throughput"
+    """the result is kept as benchmarks/results/<name>.json"""
+
+
+def ours(pipeline: str) -> Callable[[Path, int, int], Iterator[None]]:
+    """One of this project's pipelines; each `next` is one epoch."""
+
+    def epochs(store: Path, batch: int, cores: int) -> Iterator[None]:
+        loader = build_pipeline(store, pipeline=pipeline, batch_size=batch, input_size=SIZE, workers=cores)
+        number = 0
+        while True:
+            exhaust(loader.epoch(number))
+            number += 1
+            yield
+
+    return epochs
+
+
+def pil_transform() -> Callable[[Any], torch.Tensor]:
+    """SparK's augmentation as the published code has it, on PIL images."""
+    from torchvision import transforms
+
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIZE, SCALE, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def published(store: Path, batch: int, cores: int) -> Iterator[None]:
+    """The published code's: torchvision transforms on PIL images, in worker processes."""
+    from torchvision.datasets import ImageFolder
+
+    images = ImageFolder(str(store), pil_transform())
+    loader = torch.utils.data.DataLoader(
+        images, batch, shuffle=True, drop_last=True, num_workers=cores, persistent_workers=True
+    )
+    while True:
+        exhaust(loader)
+        yield
+
+
+def webdataset(store: Path, batch: int, cores: int) -> Iterator[None]:
+    """WebDataset over the same shards, PIL and torchvision's transforms behind it."""
+    import webdataset as wds
+
+    shards = sorted(str(path) for path in store.glob("*.tar"))
+    images = wds.WebDataset(shards, shardshuffle=False, workersplitter=wds.split_by_worker, empty_check=False)
+    images = images.shuffle(256).decode("pil").to_tuple("jpg").map_tuple(pil_transform())
+    loader = torch.utils.data.DataLoader(images, batch, num_workers=cores, persistent_workers=True)
+    while True:
+        exhaust(loader)
+        yield
+
+
+def dali(store: Path, batch: int, cores: int) -> Iterator[None]:
+    """DALI as its manual shows it: its own reader over the shards' indexes, random crop, cubic resize."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=batch, num_threads=cores, device_id=None)
+    def graph() -> Any:
+        shards = sorted(str(path) for path in store.glob("*.tar"))
+        indexes = [str(Path(path).with_suffix(".idx")) for path in shards]
+        jpegs = fn.readers.webdataset(paths=shards, index_paths=indexes, ext=["jpg"], random_shuffle=True, name="read")
+        images = fn.decoders.image_random_crop(jpegs, random_area=SCALE, random_aspect_ratio=(3 / 4, 4 / 3))
+        images = fn.resize(images, size=(SIZE, SIZE), interp_type=types.INTERP_CUBIC, antialias=True)
+        return fn.crop_mirror_normalize(
+            images, mean=[255 * m for m in MEAN], std=[255 * s for s in STD], mirror=fn.random.coin_flip()
+        )
+
+    loader = graph()
+    loader.build()
+    steps = loader.epoch_size("read") // batch
+    while True:
+        for _ in range(steps):
+            (images,) = loader.run()
+            torch.from_dlpack(images.as_tensor()).clone()
+        yield
+
+
+def ffcv(store: Path, batch: int, cores: int) -> Iterator[None]:
+    """FFCV as its manual shows it: its own loader, decoder and area resampling over the `.beton`."""
+    import numpy as np
+    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, ToTensor, ToTorchImage
+
+    mean, std = 255 * np.array(MEAN), 255 * np.array(STD)
+    decoder = RandomResizedCropRGBImageDecoder((SIZE, SIZE), scale=SCALE)
+    steps = [decoder, RandomHorizontalFlip(), NormalizeImage(mean, std, np.dtype(np.float32)), ToTensor()]
+    loader = Loader(
+        str(next(store.glob("*.beton"))),
+        batch_size=batch,
+        num_workers=cores,
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        drop_last=True,
+        pipelines={"image": [*steps, ToTorchImage()], "label": None},
+    )
+    while True:
+        for (images,) in loader:
+            images.clone()  # its buffers are reused
+        yield
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A loader, the stores it reads, and the package without which it is left out."""
+
+    epochs: Callable[[Path, int, int], Iterator[None]]
+    stores: tuple[str, ...]
+    needs: str = ""
+
+
+SHARDS = tuple(STORES)
+CANDIDATES = {
+    "torch (ours)": Candidate(ours("torch"), (*SHARDS, ORIGINALS)),
+    "dali (ours)": Candidate(ours("dali"), (*SHARDS, ORIGINALS), "nvidia.dali"),
+    "ImageFolder, PIL": Candidate(published, (ORIGINALS,)),
+    "DALI, its reader": Candidate(dali, SHARDS, "nvidia.dali"),
+    "webdataset, PIL": Candidate(webdataset, SHARDS, "webdataset"),
+}
+
+
+def exhaust(batches: Iterable[Any]) -> None:
+    """Take every batch, and do nothing with it."""
+    for _ in batches:
+        pass
+
+
+def serve(name: str, store: Path, batch: int, cores: int, pipe: Connection) -> None:
+    """In a process of its own: an epoch and its seconds for every request."""
+    epochs = CANDIDATES[name].epochs(store, batch, cores)
+    while pipe.recv():
+        start = time.perf_counter()
+        next(epochs)
+        pipe.send(time.perf_counter() - start)
+
+
+class Pinned:
+    """A candidate in a process that may use the first `cores` cores alone."""
+
+    def __init__(self, name: str, store: Path, batch: int, cores: int) -> None:
+        self._pipe, theirs = multiprocessing.get_context("spawn").Pipe()
+        process = multiprocessing.get_context("spawn").Process(
+            target=serve, args=(name, store, batch, cores, theirs), daemon=False
+        )
+        allowed = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, sorted(allowed)[:cores])  # inherited: numbers of threads are chosen at import
+        os.environ["OMP_NUM_THREADS"] = str(cores)
+        try:
+            process.start()
+        finally:
+            os.sched_setaffinity(0, allowed)
+        theirs.close()
+        self._process = process
+
+    def __call__(self) -> tuple[float]:
+        """Seconds of one epoch; EOFError when the process died."""
+        self._pipe.send(True)
+        return (self._pipe.recv(),)
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.send(False)
+        self._process.join()
+
+
+def make_stores(options: Options, work: Path) -> dict[str, Path]:
+    """A folder with every original `copies` times, and its conversions."""
+    source = open_source(options.data_path)
+    originals = work / "originals"
+    for i, copy in itertools.product(range(len(source)), range(options.copies)):
+        label = 0 if source.labels is None else int(source.labels[i])
+        path = originals / f"class{label:04d}" / f"{i:06d}_{copy}{Path(source.name(i)).suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(source.read(i))
+    stores = {ORIGINALS: originals}
+    tool = Path(__file__).parents[1] / "tools" / "convert_imagenet.py"
+    for name, flags in STORES.items():
+        stores[name] = work / name.replace(" ", "_")
+        done = subprocess.run([sys.executable, tool, originals, stores[name], *flags], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"converting to {name} failed:\n{done.stderr}")
+    return stores
+
+
+def measure(options: Options, stores: dict[str, Path], images: int) -> list[dict]:
+    """A row for each (candidate, store, cores): images per second."""
+    rows = []
+    chosen = {name: c for name, c in CANDIDATES.items() if not options.only or name in options.only}
+    for name in [name for name, c in chosen.items() if not installed(c.needs)]:
+        print(f"{name} is left out: {chosen.pop(name).needs} is not installed")
+    pairs = [(store, cores) for store in (*STORES, ORIGINALS) for cores in options.cores]
+    for store, cores in track(pairs, "measuring"):
+        taking_part = [name for name, c in chosen.items() if store in c.stores]
+        running = {name: Pinned(name, stores[store], options.batch, cores) for name in taking_part}
+        try:
+            seconds = medians(running, options.repeats)  # type: ignore[arg-type]
+        finally:
+            for candidate in running.values():
+                candidate.close()
+        epoch = images // options.batch * options.batch
+        rows += [
+            {"loader": name, "store": store, "cores": cores, "images_per_second": epoch / time_[0]}
+            for name, time_ in seconds.items()
+        ]
+    return rows
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported."""
+    try:
+        return not package or importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def show(rows: list[dict]) -> None:
+    """Print the table: a row per loader, a column per store and number of cores."""
+    columns = list(dict.fromkeys((row["store"], row["cores"]) for row in rows))
+    table = Table(title=f"images per second, {SIZE} px, normalised fp32; medians")
+    table.add_column("loader")
+    for store, cores in columns:
+        table.add_column(f"{store}\n{cores} core{'s' if cores > 1 else ''}", justify="right")
+    for name in dict.fromkeys(row["loader"] for row in rows):
+        figures = {(r["store"], r["cores"]): f"{r['images_per_second']:.0f}" for r in rows if r["loader"] == name}
+        table.add_row(name, *[figures.get(column, "") for column in columns])
+    Console(width=150).print(table)
+
+
+def versions() -> dict[str, str]:
+    """Of everything that decodes here."""
+    found = {}
+    for package in ("simplejpeg", "pillow", "torchvision", "ffcv", "nvidia-dali-cuda130", "webdataset"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # noqa: PERF203
+            found[package] = "not installed"
+    return found
+
+
+def main(options: Options) -> None:
+    """Make the stores, measure every candidate, print the table and keep the result."""
+    with tempfile.TemporaryDirectory() as temporary:
+        stores = make_stores(options, options.work or Path(temporary))
+        images = len(open_source(stores[ORIGINALS]))
+        rows = measure(options, stores, images)
+    show(rows)
+    settings = {"images": images, "batch": options.batch, "repeats": options.repeats, "size": SIZE}
+    where = machine(torch.device("cpu"), max(options.cores)) | {"versions": versions()}
+    print(f"kept in {save(options.name, {'settings': settings, 'machine': where, 'rows': rows})}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
