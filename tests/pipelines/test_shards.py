@@ -5,7 +5,8 @@ import json
 import os
 import resource
 import tarfile
-from dataclasses import asdict
+import tracemalloc
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,14 @@ import pytest
 
 from pipelines import build_pipeline
 from pipelines.contract import DataError, ImageError
+from pipelines.order import Schedule
 from pipelines.shard_source import ShardSource
 from pipelines.shards import (
+    INDEX,
     INDEX_FILE,
     MANIFEST,
     Manifest,
+    ShardFile,
     read_manifest,
     record_key,
     whole_file,
@@ -233,3 +237,26 @@ def test_no_file_is_left_open(tmp_path):
         next(iter(pipeline.epoch(0)))
         pipeline.close()
     assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+def test_five_million_images_need_at_most_64_bytes_each(tmp_path):
+    count = 5_000_000
+    shard, _ = write_shard(tmp_path / "shard-000000.tar", [(0, "p.JPEG", 1, JPEGS[0])])
+    rows = np.zeros(count, INDEX)
+    rows["offset"], rows["size"], rows["label"] = 512, len(JPEGS[0]), np.arange(count) % 1000
+    np.save(tmp_path / INDEX_FILE, rows)
+    del rows
+    content = (tmp_path / INDEX_FILE).read_bytes()
+    index = ShardFile(INDEX_FILE, 0, len(content), hashlib.sha256(content).hexdigest())
+    del content
+    # one record stands for all: the sum of the shards' counts must be the manifest's
+    write_manifest(tmp_path, Manifest(count, True, [], {}, index, [replace(shard, count=count)]))
+    tracemalloc.start()
+    source = ShardSource(tmp_path)
+    steps = Schedule(count, 4096).epoch(0)
+    ids = next(steps)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(ids) == 4096
+    assert 28 * count <= held <= 64 * count  # 28: the index and the labels; what counts less did not count at all
+    source.close()

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# The tests of the optional decoders, FFCV and DALI, with both really installed into the checkout's .venv.
+#
+#     bash tools/test_backends.sh
+#
+# Skipped only where the package registry cannot be reached, and then it says so.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+bash "$root/tools/environment.sh" dev
+cd "$root"
+python="$root/.venv/bin/python"
+system=(libturbojpeg0-dev libopencv-dev pkg-config) # FFCV is compiled against these
+
+have_system_packages() {
+    command -v pkg-config >/dev/null && pkg-config --exists libturbojpeg opencv4
+}
+
+install_system_packages() {
+    local as_root=()
+    if [[ $EUID -ne 0 ]]; then as_root=(sudo -n); fi
+    "${as_root[@]}" apt-get update -q &&
+        "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${system[@]}"
+}
+
+registry_answers() {
+    "$python" -m pip download --quiet --no-deps --no-binary :none: --dest "$(mktemp -d)" tomli-w >/dev/null 2>&1
+}
+
+echo "== FFCV and DALI, installed for real"
+if ! registry_answers; then
+    echo "SKIPPED: the package registry cannot be reached, so FFCV and DALI cannot be installed here"
+    exit 0
+fi
+have_system_packages || install_system_packages
+"$python" -m pip install --quiet -e ".[ffcv,dali]"
+"$python" -c 'import ffcv, nvidia.dali'
+
+export OMP_WAIT_POLICY=passive
+exec "$python" -m pytest -n 2 --dist loadfile tests/pipelines
