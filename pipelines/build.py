@@ -65,12 +65,7 @@ def build_pipeline(
     source = BetonSource(find_beton(data_path)) if pipeline == "ffcv" else open_source(data_path)
     try:
         _check_enough(len(source), batch_size, str(data_path))
-        decoding: Callable[..., Pipeline] = TorchPipeline
-        if pipeline == "dali":
-            decoding = DaliPipeline
-        elif pipeline == "ffcv":
-            decoding = partial(FfcvPipeline, resize=ffcv_resize)
-        return decoding(
+        return _decoding(pipeline, ffcv_resize)(
             source,
             Schedule(len(source), batch_size, seed, rank, world_size),
             Augmentation(size, scale, ratio, flip, random=augment),
@@ -83,6 +78,12 @@ def build_pipeline(
     except BaseException:
         source.close()
         raise
+
+
+def _decoding(pipeline: str, ffcv_resize: str) -> Callable[..., Pipeline]:
+    if pipeline == "ffcv":
+        return partial(FfcvPipeline, resize=ffcv_resize)
+    return DaliPipeline if pipeline == "dali" else TorchPipeline
 
 
 def _check_enough(num_samples: int, batch_size: int, where: str) -> None:
