@@ -24,6 +24,7 @@ from pipelines.beton_writer import BetonSettings
 from pipelines.contract import DataError, SettingsError, StorageError
 from pipelines.convert import ConvertSettings, Progress, convert
 from pipelines.ffcv_install import require_ffcv
+from pipelines.shards import Manifest
 from pipelines.stored import StoredImages
 from pipelines.verify import verify
 
@@ -76,24 +77,25 @@ def convert_imagenet(
             src, dst, settings, workers=workers, overwrite=overwrite, beton=beton, on_progress=display.show
         )
     for folder, manifest in written:
-        size = sum(shard.bytes for shard in manifest.shards)
-        made = f"{len(manifest.shards)} shards, {size / 1e6:.0f} MB"
-        if manifest.beton is not None:
-            whole = f"{manifest.beton.data.file}, {manifest.beton.data.bytes / 1e6:.0f} MB"
-            made = whole if manifest.beton.alone else f"{made}, and {whole}"
-        console.print(
-            f"{folder}: {manifest.count} images in {made};"
-            f" {len(manifest.repaired)} converted to RGB JPEG, {len(manifest.refused)} left out as unreadable"
-            " (listed in manifest.json)",
-            highlight=False,
-            soft_wrap=True,
-        )
+        console.print(_summary(folder, manifest), highlight=False, soft_wrap=True)
     if verify_shards:
         faults = [f"{folder}/{fault}" for folder, _ in written for fault in verify(folder, workers)]
         if faults:
             raise DataError("\n".join([*faults, f"{len(faults)} faults: convert again with --overwrite"]))
         console.print("verified: every shard, record and index is as written")
     return 0
+
+
+def _summary(folder: Path, manifest: Manifest) -> str:
+    size = sum(shard.bytes for shard in manifest.shards)
+    made = f"{len(manifest.shards)} shards, {size / 1e6:.0f} MB"
+    if manifest.beton is not None:
+        whole = f"{manifest.beton.data.file}, {manifest.beton.data.bytes / 1e6:.0f} MB"
+        made = whole if manifest.beton.alone else f"{made}, and {whole}"
+    return (
+        f"{folder}: {manifest.count} images in {made}; {len(manifest.repaired)} converted to RGB JPEG,"
+        f" {len(manifest.refused)} left out as unreadable (listed in manifest.json)"
+    )
 
 
 class Display:
