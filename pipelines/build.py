@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from pipelines.beton import BetonSource, find_beton
 from pipelines.contract import DataError, Pipeline
 from pipelines.crops import Augmentation
 from pipelines.dali_pipeline import DaliPipeline
+from pipelines.ffcv_pipeline import FfcvPipeline
 from pipelines.open_source import open_source
 from pipelines.order import Schedule
 from pipelines.synthetic import SyntheticPipeline
 from pipelines.torch_pipeline import TorchPipeline
 
-PIPELINES = ("torch", "dali", "synthetic")
-PLANNED = ("ffcv",)  # known to the design, not built yet
+PIPELINES = ("torch", "dali", "ffcv", "synthetic")
 
 
 def build_pipeline(
@@ -37,6 +40,7 @@ def build_pipeline(
     augment: bool = True,
     max_bad_fraction: float = 0.01,
     synthetic_samples: int = 1_281_167,
+    ffcv_resize: str = "bicubic",
 ) -> Pipeline:
     """A pipeline over the images at `data_path`, for one rank.
 
@@ -44,12 +48,12 @@ def build_pipeline(
     `workers` the decoder threads of this rank, `prefetch` the batches they may be ahead. With
     `augment=False` the largest central crop is taken and nothing is drawn. `data_path` may be anything
     that `open_source` knows; "synthetic" ignores it and has `synthetic_samples` samples (ImageNet's number).
+    "ffcv" reads a .beton and resizes as `ffcv_resize` says, bicubic as all others, or area, FFCV's own.
 
     Raises DataError when the data cannot be used, or not with these settings, or the pipeline is not installed.
     """
     if pipeline not in PIPELINES:
-        what = "is not in this version" if pipeline in PLANNED else "is unknown"
-        raise DataError(f"pipeline {pipeline!r} {what}; there are: {', '.join(PIPELINES)}")
+        raise DataError(f"pipeline {pipeline!r} is unknown; there are: {', '.join(PIPELINES)}")
     _check_shared(batch_size, world_size)
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     if pipeline == "synthetic":
@@ -58,11 +62,10 @@ def build_pipeline(
         return SyntheticPipeline(schedule, size, device=device, dtype=dtype)
     if data_path is None:
         raise DataError("no data_path: name a folder of images, of class folders or of shards, or a file list")
-    source = open_source(data_path)
+    source = BetonSource(find_beton(data_path)) if pipeline == "ffcv" else open_source(data_path)
     try:
         _check_enough(len(source), batch_size, str(data_path))
-        decoding = DaliPipeline if pipeline == "dali" else TorchPipeline
-        return decoding(
+        return _decoding(pipeline, ffcv_resize)(
             source,
             Schedule(len(source), batch_size, seed, rank, world_size),
             Augmentation(size, scale, ratio, flip, random=augment),
@@ -75,6 +78,12 @@ def build_pipeline(
     except BaseException:
         source.close()
         raise
+
+
+def _decoding(pipeline: str, ffcv_resize: str) -> Callable[..., Pipeline]:
+    if pipeline == "ffcv":
+        return partial(FfcvPipeline, resize=ffcv_resize)
+    return DaliPipeline if pipeline == "dali" else TorchPipeline
 
 
 def _check_enough(num_samples: int, batch_size: int, where: str) -> None:

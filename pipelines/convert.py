@@ -18,12 +18,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipelines.beton_writer import BetonSettings, with_beton
 from pipelines.contract import DataError, SettingsError, StorageError
 from pipelines.open_source import SPLITS
 from pipelines.order import order
 from pipelines.processes import run_jobs
 from pipelines.shard_job import ShardJob, write_job
 from pipelines.shards import (
+    BETON,
     FORMAT,
     INDEX_FILE,
     MANIFEST,
@@ -42,7 +44,7 @@ from pipelines.verify import file_sha256
 
 logger = logging.getLogger("pipelines")
 
-_OURS = re.compile(r"(shard-\d{6}\.(tar|idx|json)|manifest\.json|index\.npy)(\.partial)?")
+_OURS = re.compile(r"(shard-\d{6}\.(tar|idx|json)|manifest\.json|index\.npy|images\.beton(\.npy)?)(\.partial)?")
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,13 @@ def convert(
     *,
     workers: int = 1,
     overwrite: bool = False,
+    beton: BetonSettings | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> list[tuple[Path, Manifest]]:
     """Convert SRC (a file list, a folder of images or of class folders, or one with train/, val/, test/).
 
-    Each split gets a folder in DST, SRC without splits goes to DST itself. Returns the folders written and
+    Each split gets a folder in DST, SRC without splits goes to DST itself. With `beton`, a .beton for FFCV is
+    made of the shards. Returns the folders written and
     their manifests. Raises SettingsError, DataError or StorageError; whatever happens, only whole shards
     are left, and the same command goes on from there.
     """
@@ -86,7 +90,8 @@ def convert(
     _refuse_others(dst, {folder.name for _, folder in splits} if splits[0][1] != dst else None)
     try:
         return [
-            (folder, _convert_split(part, folder, settings, workers, overwrite, on_progress)) for part, folder in splits
+            (folder, _convert_split(part, folder, settings, workers, overwrite, beton, on_progress))
+            for part, folder in splits
         ]
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -124,6 +129,7 @@ def _convert_split(
     settings: ConvertSettings,
     workers: int,
     overwrite: bool,
+    beton: BetonSettings | None,
     on_progress: Callable[[Progress], None],
 ) -> Manifest:
     source = list_source(src) if src.is_file() else folder_source(src)
@@ -140,14 +146,32 @@ def _convert_split(
             _refuse_other_settings(dst, made_from, manifest.made_from)
             on_progress(Progress(dst, len(source), len(source), 0))
             _remove_leftovers(dst, {shard.file for shard in manifest.shards}, done=True)
-            return manifest
+            return _with_beton(dst, manifest, beton, workers, on_progress)
         jobs = list(_jobs(source, dst, settings, made_from))
         kept = _finished_shards(dst, made_from)
         _remove_leftovers(dst, kept, done=False)
         _write_shards(jobs, kept, workers, dst, on_progress)
-        return _finish(dst, [job.path for job in jobs], source, made_from)
+        manifest = _finish(dst, [job.path for job in jobs], source, made_from)
+        return _with_beton(dst, manifest, beton, workers, on_progress)
     finally:
         os.close(lock)
+
+
+def _with_beton(
+    dst: Path,
+    manifest: Manifest,
+    beton: BetonSettings | None,
+    workers: int,
+    on_progress: Callable[[Progress], None],
+) -> Manifest:
+    done = read = 0
+
+    def advance(images: int, size: int) -> None:
+        nonlocal done, read
+        done, read = done + images, read + size
+        on_progress(Progress(dst / BETON, done, manifest.count, read))
+
+    return with_beton(dst, manifest, beton, workers, advance)
 
 
 def _lock(folder: int, dst: Path) -> None:

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.augment import Normalise
+from pipelines.backend import Backend
 from pipelines.contract import Batch
 from pipelines.crops import DRAWS, Augmentation, Box
 from pipelines.dali_decoder import DaliDecoder, DaliError, Encoded, as_ppm
@@ -36,7 +36,6 @@ from pipelines.decode import decode
 from pipelines.order import Schedule, uniform
 from pipelines.samples import Loaded, first_readable, labels_on, load_each, thread_parts
 from pipelines.sources import Source
-from pipelines.tally import Tally
 
 logger = logging.getLogger("pipelines")
 
@@ -59,7 +58,7 @@ class _Pending(NamedTuple):
     decoded: Future[tuple[Tensor, list[Loaded]]]
 
 
-class DaliPipeline:
+class DaliPipeline(Backend):
     """Batches of `source` on `device`; see `build_pipeline` for the settings. DataError without DALI."""
 
     def __init__(
@@ -69,46 +68,22 @@ class DaliPipeline:
         augmentation: Augmentation,
         *,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        workers: int = 2,
-        prefetch: int = 2,
-        max_bad_fraction: float = 0.01,
+        **settings: Any,
     ) -> None:
-        self.num_samples = len(source)
-        self._tally = Tally(source, max_bad_fraction)
-        self.problems = self._tally.problems
-        self.device = _numbered(torch.device(device))
-        self._source = source
-        self._augmentation = augmentation
-        self._schedule = schedule
-        self._workers, self._prefetch = max(workers, 1), max(prefetch, 1)
-        self._normalise = Normalise(augmentation.input_size[1], self.device, dtype)
+        super().__init__(source, schedule, augmentation, device=_numbered(torch.device(device)), **settings)
         self._sound = np.zeros(len(source), np.uint32)  # checksums of the images that `decode` approved
         self._refused: set[int] = set()  # samples that DALI cannot decode, though they are sound
         self._told = False
-        self._closed = threading.Event()
-        share = schedule.batch_size // schedule.world_size
         # On CUDA two take turns: one is fed while the other decodes.
         count = 2 if self.device.type == "cuda" else 1
-        self._decoders = [DaliDecoder(share, augmentation.input_size, self.device, self._workers) for _ in range(count)]
+        self._decoders = [
+            DaliDecoder(self._share, augmentation.input_size, self.device, self._workers) for _ in range(count)
+        ]
         self._idle: queue.SimpleQueue[DaliDecoder] = queue.SimpleQueue()
         for decoder in self._decoders:
             self._idle.put(decoder)
         self._readers = ThreadPoolExecutor(self._workers, thread_name_prefix="decode-read")
         self._conductors = ThreadPoolExecutor(count, thread_name_prefix="decode-dali")
-
-    def __len__(self) -> int:
-        return len(self._schedule)
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
-        """Batches start_step ... len(self) - 1 of this epoch.
-
-        The iterator raises DataError when too many images are unreadable. Leaving it early cancels what
-        is in the making.
-        """
-        if self._closed.is_set():
-            raise RuntimeError("this pipeline was closed")
-        return self._batches(self._schedule.epoch(epoch, start_step), epoch)
 
     def close(self) -> None:
         """Stop the threads, let go of DALI and close the source."""

@@ -1,12 +1,13 @@
-"""What a data path is: shards, class folders, a folder of images, or a file list."""
+"""What a data path is: shards, a .beton, class folders, a folder of images, or a file list."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from pipelines.beton import BetonSource
 from pipelines.contract import DataError
 from pipelines.shard_source import ShardSource
-from pipelines.shards import MANIFEST, PARTIAL
+from pipelines.shards import MANIFEST, PARTIAL, read_manifest
 from pipelines.sources import Source, folder_source, list_source
 
 SPLITS = ("train", "val", "test")
@@ -20,11 +21,16 @@ def open_source(data_path: str | Path) -> Source:
     path = Path(data_path).expanduser()
     if not path.exists():
         raise DataError(f"data_path {path} does not exist{_nearest_existing(path)}")
+    if path.is_file() and path.suffix == ".beton":
+        return BetonSource(path)
     if path.is_file():
         return list_source(path)
     if (path / "train").is_dir() and not (path / MANIFEST).exists():
         path = path / "train"
     if (path / MANIFEST).exists():
+        beton = read_manifest(path).beton
+        if beton is not None and beton.alone:
+            return BetonSource(path / beton.data.file)
         return ShardSource(path)
     _refuse_unfinished(path)
     return folder_source(path)

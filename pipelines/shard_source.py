@@ -39,6 +39,14 @@ class ShardSource:
     def __len__(self) -> int:
         return len(self._index)
 
+    def sizes(self) -> NDArray[np.uint32]:
+        """Bytes of each JPEG, (n,)."""
+        return self._index["size"]
+
+    def stored_order(self) -> NDArray[np.int64]:
+        """The samples as they lie in the shards, (n,)."""
+        return np.lexsort((self._index["offset"], self._index["shard"]))
+
     def read(self, i: int) -> bytes:
         """The JPEG of sample i; ImageError when the shard was cut short or changed under our hands."""
         row = self._index[i]

@@ -35,6 +35,7 @@ from pipelines.contract import DataError
 FORMAT = 1
 MANIFEST = "manifest.json"
 INDEX_FILE = "index.npy"
+BETON = "images.beton"
 PARTIAL = ".partial"
 # offset and size of the JPEG in its shard, label (-1: none), number of the shard, CRC-32 of the JPEG
 INDEX = np.dtype([("offset", "<u8"), ("size", "<u4"), ("label", "<i4"), ("shard", "<u4"), ("crc", "<u4")])
@@ -64,6 +65,16 @@ class ShardFile:
 
 
 @dataclass(frozen=True)
+class BetonFiles:
+    """What the manifest knows of the .beton that was made of the shards."""
+
+    raw: float  # share of the records stored as pixels
+    alone: bool  # the shards were deleted
+    data: ShardFile
+    checks: ShardFile
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contents of manifest.json."""
 
@@ -75,6 +86,7 @@ class Manifest:
     shards: list[ShardFile]
     repaired: list[dict[str, str]] = field(default_factory=list)  # name, reason
     refused: list[dict[str, str]] = field(default_factory=list)
+    beton: BetonFiles | None = None
     format: int = FORMAT
 
 
@@ -189,12 +201,16 @@ def read_manifest(folder: Path) -> Manifest:
             )
         content["index"] = ShardFile(**content["index"])
         content["shards"] = [ShardFile(**shard) for shard in content["shards"]]
+        if beton := content.get("beton"):
+            beton |= {part: ShardFile(**beton[part]) for part in ("data", "checks")}
+            content["beton"] = BetonFiles(**beton)
         manifest = Manifest(**content)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error!r}): convert again with --overwrite") from error
-    for file in [manifest.index, *manifest.shards]:
+    files = [manifest.beton.data, manifest.beton.checks] if manifest.beton else []
+    for file in [manifest.index, *manifest.shards, *files]:
         if not re.fullmatch(r"[\w-][\w.-]*", file.file):
             raise DataError(f"{path} names a file outside its folder: {file.file!r}. Do not use this data.")
     if sum(shard.count for shard in manifest.shards) != manifest.count:

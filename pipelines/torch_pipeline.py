@@ -16,20 +16,20 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.augment import Normalise
+from pipelines.backend import Backend
 from pipelines.buffers import Buffers
 from pipelines.contract import Batch
 from pipelines.crops import DRAWS, Augmentation
 from pipelines.order import Schedule, uniform
 from pipelines.samples import Loaded, labels_on, load_each, load_sample, thread_parts
 from pipelines.sources import Source
-from pipelines.tally import Tally
 
 
 class _Slot:
@@ -50,51 +50,16 @@ class _Pending:
     chunks: list[Future[list[Loaded]]] = field(default_factory=list)
 
 
-class TorchPipeline:
+class TorchPipeline(Backend):
     """Batches of `source` on `device`; see `build_pipeline` for the settings."""
 
-    def __init__(
-        self,
-        source: Source,
-        schedule: Schedule,
-        augmentation: Augmentation,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        workers: int = 2,
-        prefetch: int = 2,
-        max_bad_fraction: float = 0.01,
-    ) -> None:
-        self.num_samples = len(source)
-        self._tally = Tally(source, max_bad_fraction)
-        self.problems = self._tally.problems
-        self.device = torch.device(device)
-        self._source = source
-        self._augmentation = augmentation
-        self._schedule = schedule
-        self._workers, self._prefetch = max(workers, 1), max(prefetch, 1)
-        share = schedule.batch_size // schedule.world_size
-        self._shape = (share, *augmentation.input_size, 3)
-        on_cuda = self.device.type == "cuda"
-        self._normalise = Normalise(augmentation.input_size[1], self.device if on_cuda else torch.device("cpu"), dtype)
-        self._stream = torch.cuda.Stream(self.device) if on_cuda else None
+    def __init__(self, source: Source, schedule: Schedule, augmentation: Augmentation, **settings: Any) -> None:
+        super().__init__(source, schedule, augmentation, **settings)
+        self._shape = (self._share, *augmentation.input_size, 3)
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._slots: list[_Slot] = []  # idle ones
-        self._buffers = Buffers(self._shape, dtype, kept=self._prefetch + 2)
-        self._closed = threading.Event()
+        self._buffers = Buffers(self._shape, self._dtype, kept=self._prefetch + 2)
         self._pool = _decoder_threads(self._workers)
-
-    def __len__(self) -> int:
-        return len(self._schedule)
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
-        """Batches start_step ... len(self) - 1 of this epoch.
-
-        The iterator raises DataError when too many images are unreadable. Leaving it early cancels what
-        is in the making.
-        """
-        if self._closed.is_set():
-            raise RuntimeError("this pipeline was closed")
-        return self._batches(self._schedule.epoch(epoch, start_step), epoch)
 
     def close(self) -> None:
         """Stop the decoder threads and close the source."""

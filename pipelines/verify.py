@@ -1,4 +1,4 @@
-"""Read converted shards again and compare everything with everything: is each byte what was written?"""
+"""Read converted data again and compare everything with everything: is each byte what was written?"""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.contract import ImageError
+from pipelines.beton import BetonSource
+from pipelines.contract import DataError, ImageError
 from pipelines.decode import decode
-from pipelines.shards import Manifest, Record, ShardFile, dali_index, read_index, read_manifest
+from pipelines.shards import BetonFiles, Manifest, Record, ShardFile, dali_index, read_index, read_manifest
 
 _CHUNK = 2**20
 
@@ -30,17 +31,47 @@ def file_sha256(path: Path) -> str:
 
 
 def verify(folder: Path, workers: int = 1) -> list[str]:
-    """What is wrong with the shards in `folder`, one line a fault, naming shard and record; empty: nothing.
+    """What is wrong with the shards and the .beton in `folder`, one line a fault, naming file and record.
 
     Raises DataError when there is no usable manifest or index to compare with.
     """
     manifest = read_manifest(folder)
+    beton = list(_beton_faults(folder, manifest.beton, workers)) if manifest.beton else []
+    if manifest.beton and manifest.beton.alone:
+        return beton
     index = read_index(folder, manifest)
     with ThreadPoolExecutor(workers) as pool:
         found = pool.map(
             lambda number: list(_shard_faults(folder, manifest, number, index)), range(len(manifest.shards))
         )
-        return [fault for faults in found for fault in faults]
+        return [fault for faults in found for fault in faults] + beton
+
+
+def _beton_faults(folder: Path, made: BetonFiles, workers: int) -> Iterator[str]:
+    try:
+        for file in (made.data, made.checks):
+            if file_sha256(folder / file.file) != file.sha256:
+                yield f"{file.file}: sha256 differs from the manifest's"
+        source = BetonSource(folder / made.data.file)
+    except (OSError, DataError) as error:
+        yield f"{made.data.file}: cannot be read: {error}"
+        return
+
+    def fault(i: int) -> str | None:
+        try:
+            size = decode(source.read(i))[0].shape[:2]
+        except (ImageError, OSError) as error:
+            return str(error)
+        row = source.checks[i]
+        return None if size == (row["height"], row["width"]) else "the image has another size"
+
+    if len(source) != made.data.count:
+        yield f"{made.checks.file}: has {len(source)} records, the manifest says {made.data.count}"
+    with ThreadPoolExecutor(workers) as pool:
+        for i, found in enumerate(pool.map(fault, range(len(source)))):
+            if found:
+                yield f"{made.data.file}, record {i} at byte {source.checks[i]['ptr']}: {found}"
+    source.close()
 
 
 def _shard_faults(folder: Path, manifest: Manifest, number: int, index: NDArray[np.void]) -> Iterator[str]:

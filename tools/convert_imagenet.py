@@ -1,4 +1,4 @@
-"""Convert images into shards that any of the pipelines reads fast.
+"""Convert images into shards, or a .beton for FFCV, that any of the pipelines reads fast.
 
     python tools/convert_imagenet.py /data/imagenet /data/imagenet_256
 
@@ -13,15 +13,18 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from pipelines.beton_writer import BetonSettings
 from pipelines.contract import DataError, SettingsError, StorageError
 from pipelines.convert import ConvertSettings, Progress, convert
+from pipelines.ffcv_install import require_ffcv
+from pipelines.shards import Manifest
 from pipelines.stored import StoredImages
 from pipelines.verify import verify
 
@@ -39,6 +42,8 @@ def convert_imagenet(
     seed: int = 0,
     workers: int = 0,
     overwrite: bool = False,
+    format: Literal["shards", "ffcv", "both"] = "shards",
+    ffcv_raw: float = 0.0,
     verify_shards: Annotated[bool, tyro.conf.arg(name="verify")] = False,
 ) -> int:
     """Convert a folder of images into shards.
@@ -53,6 +58,8 @@ def convert_imagenet(
         seed: Of the order in which the shards hold the images.
         workers: Processes; 0 is one for each core.
         overwrite: Delete an earlier conversion in dst first.
+        format: tar shards (any pipeline reads them), a .beton for FFCV alone, or both.
+        ffcv_raw: Share, 0 to 1, of the .beton's records stored as pixels: no decoding, six times the space.
         verify_shards: Read everything again and compare: checksums, counts, indices, images.
     """
     if short_side is None:
@@ -60,25 +67,35 @@ def convert_imagenet(
     if images_per_shard < 0 or workers < 0:
         raise SettingsError("images_per_shard and workers are counts, or 0 to let the program choose")
     settings = ConvertSettings(StoredImages(short_side, max_side, quality), images_per_shard, seed)
+    beton = None if format == "shards" else BetonSettings(ffcv_raw, alone=format == "ffcv")
+    if beton is not None:
+        require_ffcv(f"--format {format}")
     workers = workers or len(os.sched_getaffinity(0))
     console = Console()
     with Display(console) as display:
-        written = convert(src, dst, settings, workers=workers, overwrite=overwrite, on_progress=display.show)
-    for folder, manifest in written:
-        size = sum(shard.bytes for shard in manifest.shards)
-        console.print(
-            f"{folder}: {manifest.count} images in {len(manifest.shards)} shards, {size / 1e6:.0f} MB;"
-            f" {len(manifest.repaired)} converted to RGB JPEG, {len(manifest.refused)} left out as unreadable"
-            " (listed in manifest.json)",
-            highlight=False,
-            soft_wrap=True,
+        written = convert(
+            src, dst, settings, workers=workers, overwrite=overwrite, beton=beton, on_progress=display.show
         )
+    for folder, manifest in written:
+        console.print(_summary(folder, manifest), highlight=False, soft_wrap=True)
     if verify_shards:
         faults = [f"{folder}/{fault}" for folder, _ in written for fault in verify(folder, workers)]
         if faults:
             raise DataError("\n".join([*faults, f"{len(faults)} faults: convert again with --overwrite"]))
         console.print("verified: every shard, record and index is as written")
     return 0
+
+
+def _summary(folder: Path, manifest: Manifest) -> str:
+    size = sum(shard.bytes for shard in manifest.shards)
+    made = f"{len(manifest.shards)} shards, {size / 1e6:.0f} MB"
+    if manifest.beton is not None:
+        whole = f"{manifest.beton.data.file}, {manifest.beton.data.bytes / 1e6:.0f} MB"
+        made = whole if manifest.beton.alone else f"{made}, and {whole}"
+    return (
+        f"{folder}: {manifest.count} images in {made}; {len(manifest.repaired)} converted to RGB JPEG,"
+        f" {len(manifest.refused)} left out as unreadable (listed in manifest.json)"
+    )
 
 
 class Display:

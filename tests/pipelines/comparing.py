@@ -11,6 +11,7 @@ import torch
 
 from pipelines import Batch, build_pipeline
 from pipelines.augment import MEAN, STD
+from pipelines.ffcv_install import COMMAND
 
 try:
     import nvidia.dali as _dali  # noqa: F401
@@ -18,6 +19,13 @@ except ImportError as error:
     missing = str(error)
 else:
     missing = ""
+try:
+    import ffcv.loader as _ffcv  # noqa: F401
+except (ImportError, OSError) as error:
+    ffcv_missing = str(error)
+else:
+    ffcv_missing = ""
+needs_ffcv = pytest.mark.skipif(bool(ffcv_missing), reason=f"FFCV is not installed ({ffcv_missing}): {COMMAND}")
 needs_dali = pytest.mark.skipif(bool(missing), reason=f'DALI is not installed ({missing}): pip install ".[dali]"')
 
 
@@ -32,6 +40,7 @@ def batches(root: Path, epoch: int = 0, start_step: int = 0, **settings: object)
 
 
 dali_batches = partial(batches, pipeline="dali", batch_size=12)
+ffcv_batches = partial(batches, pipeline="ffcv", batch_size=12)
 
 
 def same(left: list[Batch], right: list[Batch]) -> bool:

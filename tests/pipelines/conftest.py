@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.beton_writer import BetonSettings
+from pipelines.convert import ConvertSettings, convert
+from pipelines.stored import StoredImages
 from tests.pipelines.pictures import jpeg
 
 
@@ -20,6 +23,18 @@ def image_folder(tmp_path: Path) -> Callable[..., Path]:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{i:04d}.JPEG").write_bytes(jpeg(i, 50 + i % 7, 60 + i % 11))
         return root
+
+    return make
+
+
+@pytest.fixture
+def beton_folder(image_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Converts such a folder to shards and a .beton, half of its records raw unless said otherwise."""
+
+    def make(root: Path | None = None, raw: float = 0.5, name: str = "converted", **settings: object) -> Path:
+        keep_size = ConvertSettings(StoredImages(short_side=0), images_per_shard=10)
+        convert(root or image_folder(), tmp_path / name, keep_size, beton=BetonSettings(raw, **settings))
+        return tmp_path / name / "train"
 
     return make
 

@@ -1,0 +1,68 @@
+"""What the decoding backends have in common: their settings, and an epoch that is refused once they are closed."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipelines.augment import Normalise
+from pipelines.contract import Batch
+from pipelines.crops import Augmentation
+from pipelines.order import Schedule
+from pipelines.sources import Source
+from pipelines.tally import Tally
+
+
+class Backend(ABC):
+    """Batches of `source` on `device`; see `build_pipeline` for the settings."""
+
+    def __init__(
+        self,
+        source: Source,
+        schedule: Schedule,
+        augmentation: Augmentation,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        workers: int = 2,
+        prefetch: int = 2,
+        max_bad_fraction: float = 0.01,
+    ) -> None:
+        self.num_samples = len(source)
+        self._tally = Tally(source, max_bad_fraction)
+        self.problems = self._tally.problems
+        self.device = torch.device(device)
+        self._source = source
+        self._augmentation = augmentation
+        self._schedule = schedule
+        self._workers, self._prefetch = max(workers, 1), max(prefetch, 1)
+        self._share = schedule.batch_size // schedule.world_size  # samples of this rank in a step
+        self._dtype = dtype
+        self._normalise = Normalise(augmentation.input_size[1], self.device, dtype)
+        self._closed = threading.Event()
+
+    def __len__(self) -> int:
+        return len(self._schedule)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
+        """Batches start_step ... len(self) - 1 of this epoch.
+
+        The iterator raises DataError when too many images are unreadable. Leaving it early cancels what
+        is in the making.
+        """
+        if self._closed.is_set():
+            raise RuntimeError("this pipeline was closed")
+        return self._batches(self._schedule.epoch(epoch, start_step), epoch)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop the threads and close the source."""
+
+    @abstractmethod
+    def _batches(self, steps: Iterator[NDArray[np.int64]], epoch: int) -> Generator[Batch, None, None]:
+        """The batches of these steps' sample ids, (share,) each."""

@@ -1,0 +1,113 @@
+"""Converted data in FFCV's format: `images.beton`, and `images.beton.npy` beside it.
+
+FFCV checks nothing: a damaged JPEG becomes a black image, a file cut short a crash. So the second file holds
+one CHECKS row per record, its place and its CRC-32, and a `.beton` counts only together with it. Record i is
+sample i of the shards and of the listing, whatever its place in the file. This reads single records, without
+FFCV: for the images that stand in for unreadable ones, for --verify, and for the other backends.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.contract import DataError, ImageError
+from pipelines.shards import BETON, PARTIAL
+
+CHECKS = np.dtype(
+    [("ptr", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4"), ("height", "<u2"), ("width", "<u2"),
+     ("mode", "u1")]
+)  # fmt: skip
+JPEG, RAW = 0, 1  # FFCV's modes
+
+
+def checks_path(beton: Path) -> Path:
+    """Where the CHECKS rows of a .beton are."""
+    return beton.with_name(beton.name + ".npy")
+
+
+def find_beton(data_path: str | Path) -> Path:
+    """The .beton at `data_path`: itself, or images.beton in the folder or its train/; DataError when there is none."""
+    path = Path(data_path).expanduser()
+    found = [path] if path.is_file() and path.suffix == ".beton" else []
+    found += [p for p in (path / "train" / BETON, path / BETON) if p.is_file()]
+    if not found:
+        raise DataError(
+            f"--pipeline ffcv reads a .beton, and there is none at {path}: make one with"
+            " tools/convert_imagenet.py SRC DST --format ffcv, or take another --pipeline"
+        )
+    return found[0]
+
+
+class BetonSource:
+    """The records of a .beton as encoded images; 25 bytes of memory an image."""
+
+    def __init__(self, path: Path) -> None:
+        """Open `path`; DataError when it or its checks are missing, cut short or do not fit each other."""
+        self.path = path
+        self.checks = _read_checks(path)
+        self.classes: list[str] = []
+        self.labels: NDArray[np.int32] | None = None
+        if (self.checks["label"] >= 0).all():
+            self.labels = self.checks["label"].astype(np.int32)
+        try:
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error}") from error
+        end = int((self.checks["ptr"] + self.checks["size"]).max())
+        if self.size() < end:
+            size = self.size()
+            self.close()
+            raise DataError(
+                f"{path} has {size} bytes, its last record ends at {end}: it was cut short. Copy it again, or"
+                " delete it and convert again."
+            )
+
+    def __len__(self) -> int:
+        return len(self.checks)
+
+    def size(self) -> int:
+        """Bytes in the file now."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def read(self, i: int) -> bytes:
+        """The JPEG of sample i, or its raw pixels as a PPM; ImageError when they are not what was written."""
+        row = self.checks[i]
+        data = os.pread(self._file.fileno(), int(row["size"]), int(row["ptr"]))
+        if len(data) != row["size"]:
+            raise ImageError(f"{self.path.name} was cut short while in use")
+        if zlib.crc32(data) != row["crc"]:
+            raise ImageError("checksum differs, the .beton is damaged: see convert_imagenet.py --verify")
+        if row["mode"] == RAW:
+            return b"P6\n%d %d\n255\n" % (row["width"], row["height"]) + data
+        return data
+
+    def name(self, i: int) -> str:
+        """File and record."""
+        return f"{self.path.name}:{i}"
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _read_checks(beton: Path) -> NDArray[np.void]:
+    path = checks_path(beton)
+    if not beton.exists() and beton.with_name(beton.name + PARTIAL).exists():
+        raise DataError(f"{beton} was not finished: run tools/convert_imagenet.py again with the same settings")
+    try:
+        checks = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(
+            f"{beton} has no {path.name} beside it, without which damage in it would go unnoticed: copy both, or"
+            " make them with tools/convert_imagenet.py --format ffcv"
+        ) from None
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} is damaged ({error}): copy it again, or convert again") from error
+    if checks.dtype != CHECKS or checks.ndim != 1 or not len(checks) or checks["mode"].max() > RAW:
+        raise DataError(f"{path} is damaged or of another version: convert again")
+    return checks

@@ -1,0 +1,25 @@
+"""Whether FFCV is there, and what to do if not."""
+
+from __future__ import annotations
+
+import torch
+
+from pipelines.contract import DataError
+
+COMMAND = (
+    "apt-get install -y --no-install-recommends libturbojpeg0-dev libopencv-dev pkg-config"
+    " && pip install 'spark-fast[ffcv]'"
+)
+
+
+def require_ffcv(purpose: str) -> None:
+    """Raise DataError, with the command that installs it, when FFCV cannot be imported; `purpose` needs it."""
+    threads = torch.get_num_threads()
+    try:
+        import ffcv.loader  # noqa: F401
+    except (ImportError, OSError) as error:
+        raise DataError(
+            f"{purpose} needs FFCV, which cannot be imported ({error}). Install it with\n  {COMMAND}"
+        ) from error
+    finally:
+        torch.set_num_threads(threads)  # FFCV's import sets it to 1, for the whole process

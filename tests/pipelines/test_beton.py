@@ -1,0 +1,258 @@
+"""The converter's .beton: FFCV's own reader agrees, bytes are reproducible, damage is found."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines import DataError, build_pipeline
+from pipelines.beton import BetonSource, checks_path, find_beton
+from pipelines.beton_writer import BetonSettings
+from pipelines.contract import ImageError, SettingsError, StorageError
+from pipelines.convert import ConvertSettings, convert
+from pipelines.decode import decode
+from pipelines.open_source import open_source
+from pipelines.shards import BETON, read_manifest
+from pipelines.stored import StoredImages
+from pipelines.verify import verify
+from tests.pipelines.comparing import batches, needs_ffcv, same
+from tests.pipelines.pictures import jpeg
+from tests.pipelines.test_convert import contents
+
+KEEP_SIZE = ConvertSettings(StoredImages(short_side=0), images_per_shard=10)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(SettingsError, match=r"ffcv_raw .* is no share"):
+        BetonSettings(share)
+
+
+def test_without_ffcv_the_converter_gives_the_command_that_installs_it(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ffcv.loader", None)
+    with pytest.raises(DataError, match="needs FFCV") as caught:
+        convert(image_folder(), tmp_path / "out", KEEP_SIZE, beton=BetonSettings())
+    assert str(caught.value).endswith(
+        "\n  apt-get install -y --no-install-recommends libturbojpeg0-dev libopencv-dev pkg-config"
+        " && pip install 'spark-fast[ffcv]'"
+    )
+
+
+@needs_ffcv
+def test_records_are_the_shards_bytes_or_their_pixels(beton_folder):
+    folder = beton_folder()
+    beton, shards = BetonSource(folder / BETON), open_source(folder)
+    assert len(beton) == len(shards) == 24
+    assert beton.labels.tolist() == shards.labels.tolist()
+    raw = beton.checks["mode"] == 1
+    assert 0 < raw.sum() < 24
+    for i in range(24):
+        assert (decode(beton.read(i))[0] == decode(shards.read(i))[0]).all()
+        if not raw[i]:
+            assert beton.read(i) == shards.read(i)  # copied, not encoded again
+    assert verify(folder) == []
+    beton.close()
+
+
+@needs_ffcv
+def test_ffcvs_own_loader_reads_every_record(beton_folder):
+    from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
+    from ffcv.loader import Loader, OrderOption
+
+    folder = beton_folder()
+    loader = Loader(
+        str(folder / BETON), batch_size=24, num_workers=1, order=OrderOption.SEQUENTIAL,
+        pipelines={"image": [CenterCropRGBImageDecoder((32, 32), 1.0)], "label": [IntDecoder()]},
+    )  # fmt: skip
+    ((images, labels),) = list(loader)
+    assert labels[:, 0].tolist() == open_source(folder).labels.tolist()
+    assert images.mean((1, 2, 3)).min() > 20  # none is black
+
+
+@needs_ffcv
+@pytest.mark.parametrize("raw", [0, 0.5, 1])
+def test_the_number_of_processes_does_not_change_a_byte(image_folder, tmp_path, raw):
+    root = image_folder()
+    for name, workers in (("one", 1), ("three", 3)):
+        convert(root, tmp_path / name, KEEP_SIZE, workers=workers, beton=BetonSettings(raw))
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+    assert (BetonSource(tmp_path / "one" / "train" / BETON).checks["mode"] == 1).mean() == pytest.approx(raw, abs=0.3)
+
+
+@needs_ffcv
+def test_alone_it_leaves_no_shards_and_is_read_by_the_default_pipeline_too(image_folder, beton_folder):
+    root = image_folder()
+    folder = beton_folder(root, raw=0, alone=True)
+    assert names(folder) == [BETON, BETON + ".npy", "manifest.json"]
+    assert verify(folder) == []
+    assert same(batches(folder), batches(root))
+    assert same(batches(folder / BETON), batches(root))
+
+
+@needs_ffcv
+def test_the_same_command_again_changes_nothing_and_another_format_of_one_alone_is_refused(image_folder, tmp_path):
+    root, out = image_folder(), tmp_path / "out"
+    made = [convert(root, out, KEEP_SIZE, beton=BetonSettings(0.5)) for _ in range(2)]
+    assert made[0] == made[1]
+    convert(root, out, KEEP_SIZE, beton=BetonSettings(0.25))  # made anew from the shards
+    assert read_manifest(out / "train").beton.raw == 0.25
+    convert(root, out, KEEP_SIZE)  # the shards are all there
+    assert read_manifest(out / "train").beton.raw == 0.25
+    before = convert(root, out, KEEP_SIZE, beton=BetonSettings(0.25, alone=True))
+    assert convert(root, out, KEEP_SIZE, beton=BetonSettings(0.25, alone=True)) == before
+    for other in (None, BetonSettings(0.25), BetonSettings(0.5, alone=True)):
+        with pytest.raises(SettingsError, match=r"holds a \.beton alone"):
+            convert(root, out, KEEP_SIZE, beton=other)
+    (out / "train" / BETON).unlink()
+    with pytest.raises(SettingsError, match="no longer whole"):
+        convert(root, out, KEEP_SIZE, beton=BetonSettings(0.25, alone=True))
+    assert convert(root, out, KEEP_SIZE, beton=BetonSettings(0.25, alone=True), overwrite=True) == before
+
+
+@needs_ffcv
+def test_unlabelled_images_stay_unlabelled(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(4):
+        (tmp_path / "in" / f"{i}.jpg").write_bytes(jpeg(i))
+    convert(tmp_path / "in", tmp_path / "out", KEEP_SIZE, beton=BetonSettings(alone=True))
+    assert open_source(tmp_path / "out").labels is None
+
+
+@needs_ffcv
+def test_a_record_larger_than_ffcvs_page_gets_larger_pages(image_folder, beton_folder):
+    root = image_folder(6)
+    (root / "train" / "n0000" / "0000.JPEG").write_bytes(jpeg(0, 1500, 2000))  # 9 MB raw, more than 8 MiB
+    folder = beton_folder(root, raw=1)
+    assert verify(folder) == []
+    assert len(batches(folder, pipeline="ffcv")) == 1
+
+
+def flip(path: Path, at: int, bit: int = 4) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ bit]))
+
+
+@needs_ffcv
+def test_every_flipped_bit_of_a_record_is_named(beton_folder):
+    folder = beton_folder()
+    source = BetonSource(folder / BETON)
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        at = int(source.checks["ptr"][i]) + int(rng.integers(source.checks["size"][i]))
+        flip(folder / BETON, at)
+        with pytest.raises(ImageError, match="checksum differs"):
+            source.read(i)
+        faults = verify(folder)
+        assert faults[0] == "images.beton: sha256 differs from the manifest's"
+        assert faults[1].startswith(f"images.beton, record {i} at byte ")
+        assert len(faults) == 2
+        flip(folder / BETON, at)
+    source.close()
+    assert verify(folder) == []
+
+
+@needs_ffcv
+def test_ffcvs_tables_are_not_believed_but_compared(beton_folder):
+    folder = beton_folder()
+    path = folder / BETON
+    size, records = path.stat().st_size, 24
+    head = 2100 + 24 * records  # header, field descriptors, metadata
+    tables = [*range(0, 24, 5), *range(head - 24 * records, head, 13), *range(size - 24 * records, size, 11)]
+    refused = 0
+    for at in tables:
+        flip(path, at, 1)
+        try:
+            build_pipeline(path, pipeline="ffcv", batch_size=4, input_size=32).close()
+        except DataError as error:
+            assert "images.beton" in str(error)  # noqa: PT017
+            refused += 1
+        flip(path, at, 1)
+    assert refused > 0.75 * len(tables)  # the rest are bytes that mean nothing: page size, padding
+
+
+@needs_ffcv
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.999])
+def test_a_file_cut_short_is_refused(beton_folder, share):
+    path = beton_folder() / BETON
+    with path.open("r+b") as file:
+        file.truncate(int(path.stat().st_size * share))
+    with pytest.raises(DataError, match=r"images\.beton"):
+        build_pipeline(path, pipeline="ffcv", batch_size=4, input_size=32)
+    assert verify(path.parent)
+
+
+@needs_ffcv
+def test_without_its_checks_or_with_damaged_ones_it_is_refused(beton_folder):
+    path = beton_folder() / BETON
+    good = checks_path(path).read_bytes()
+    for bad in (b"", b"garbage", good[:100], good[:-5]):
+        checks_path(path).write_bytes(bad)
+        with pytest.raises(DataError, match=r"images\.beton\.npy is damaged"):
+            BetonSource(path)
+    checks_path(path).unlink()
+    with pytest.raises(DataError, match=r"no images\.beton\.npy beside it"):
+        BetonSource(path)
+
+
+def test_where_there_is_none_the_converter_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"there is none at .*--format ffcv"):
+        find_beton(tmp_path)
+
+
+@needs_ffcv
+def test_a_damaged_shard_makes_no_beton(image_folder, tmp_path):
+    convert(image_folder(), tmp_path / "out", KEEP_SIZE)
+    folder = tmp_path / "out" / "train"
+    flip(folder / "shard-000000.tar", 700)
+    with pytest.raises(DataError, match=r"shard-000000.tar:.*checksum differs"):
+        convert(tmp_path / "images", tmp_path / "out", KEEP_SIZE, beton=BetonSettings())
+    assert not [name for name in names(folder) if "beton" in name]
+
+
+@needs_ffcv
+def test_a_full_disk_leaves_nothing_half_written(image_folder, tmp_path, monkeypatch):
+    from ffcv.memory_allocator import MemoryAllocator
+
+    def full(self: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(MemoryAllocator, "flush_page", full)
+    with pytest.raises(StorageError, match="the disk is full"):
+        convert(image_folder(), tmp_path / "out", KEEP_SIZE, beton=BetonSettings())
+    assert not [name for name in names(tmp_path / "out" / "train") if "beton" in name]
+
+
+@needs_ffcv
+def test_killed_at_any_time_it_leaves_nothing_that_passes_for_data_and_goes_on(image_folder, tmp_path):
+    root, out, whole = image_folder(), tmp_path / "out", tmp_path / "whole"
+    command = [sys.executable, "-m", "tools.convert_imagenet", str(root), "--short_side", "0", "--format", "ffcv",
+               "--ffcv_raw", "0.5", "--workers", "1", "--images_per_shard", "10"]  # fmt: skip
+    command.insert(4, str(whole))
+    start = time.monotonic()
+    subprocess.run([*command, "--verify"], check=True, capture_output=True, cwd=Path(__file__).parents[2])
+    seconds = time.monotonic() - start
+    command[4] = str(out)
+    for k in range(4):
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                 cwd=Path(__file__).parents[2])  # fmt: skip
+        time.sleep(seconds * (0.55 + 0.12 * k))
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        if (out / "train" / BETON).exists():
+            BetonSource(out / "train" / BETON).close()
+    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
+    assert contents(out) == contents(whole)
