@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from pipelines.beton import BetonSource, find_beton
+from pipelines.beton import RAW, BetonSource, find_beton
 from pipelines.contract import DataError, Pipeline
 from pipelines.crops import Augmentation
 from pipelines.dali_pipeline import DaliPipeline
+from pipelines.ffcv_install import require_ffcv
 from pipelines.ffcv_pipeline import FfcvPipeline
 from pipelines.open_source import open_source
 from pipelines.order import Schedule
+from pipelines.sources import Source
 from pipelines.synthetic import SyntheticPipeline
 from pipelines.torch_pipeline import TorchPipeline
 
-PIPELINES = ("torch", "dali", "ffcv", "synthetic")
+PIPELINES = ("auto", "torch", "dali", "ffcv", "synthetic")
+
+logger = logging.getLogger("pipelines")
 
 
 def build_pipeline(
     data_path: str | Path | None,
     *,
-    pipeline: str = "torch",
+    pipeline: str = "auto",
     batch_size: int,
     input_size: int | tuple[int, int] = 224,
     seed: int = 0,
@@ -48,7 +53,8 @@ def build_pipeline(
     `workers` the decoder threads of this rank, `prefetch` the batches they may be ahead. With
     `augment=False` the largest central crop is taken and nothing is drawn. `data_path` may be anything
     that `open_source` knows; "synthetic" ignores it and has `synthetic_samples` samples (ImageNet's number).
-    "ffcv" reads a .beton and resizes as `ffcv_resize` says, bicubic as all others, or area, FFCV's own.
+    "auto" is the fastest installed one for these data, and is told to the log. "ffcv" reads a .beton and
+    resizes as `ffcv_resize` says, bicubic as all others, or area, FFCV's own.
 
     Raises DataError when the data cannot be used, or not with these settings, or the pipeline is not installed.
     """
@@ -65,7 +71,7 @@ def build_pipeline(
     source = BetonSource(find_beton(data_path)) if pipeline == "ffcv" else open_source(data_path)
     try:
         _check_enough(len(source), batch_size, str(data_path))
-        return _decoding(pipeline, ffcv_resize)(
+        return _decoding(pipeline, source, ffcv_resize)(
             source,
             Schedule(len(source), batch_size, seed, rank, world_size),
             Augmentation(size, scale, ratio, flip, random=augment),
@@ -80,7 +86,21 @@ def build_pipeline(
         raise
 
 
-def _decoding(pipeline: str, ffcv_resize: str) -> Callable[..., Pipeline]:
+def choose_pipeline(source: Source) -> tuple[str, str]:
+    """The fastest installed pipeline for these data, as docs/data.md measures them, and why it is that one."""
+    if isinstance(source, BetonSource) and (source.checks["mode"] == RAW).any():
+        try:
+            require_ffcv("taking the raw pixels in this .beton as they are")
+        except DataError as error:
+            return "torch", str(error)
+        return "ffcv", "it takes the raw pixels in this .beton as they are"
+    return "torch", "it decodes JPEGs faster than the others on a CPU"
+
+
+def _decoding(pipeline: str, source: Source, ffcv_resize: str) -> Callable[..., Pipeline]:
+    if pipeline == "auto":
+        pipeline, why = choose_pipeline(source)
+        logger.info("pipeline %s: %s", pipeline, why)
     if pipeline == "ffcv":
         return partial(FfcvPipeline, resize=ffcv_resize)
     return DaliPipeline if pipeline == "dali" else TorchPipeline

@@ -101,6 +101,8 @@ def pictured_images(settings: Settings, ranks: Ranks) -> Tensor | None:
     if not settings.run.picture_every:
         return None
     alone = replace(ranks, rank=0, world_size=1)
+    if settings.data.pipeline != "synthetic":  # the one that reads anything and starts at once
+        settings = replace(settings, data=replace(settings.data, pipeline="torch"))
     pipeline = open_pipeline(settings, alone, batch_size=min(PICTURED, settings.data.batch_size), augment=False)
     try:
         return next(iter(pipeline.epoch(0))).images

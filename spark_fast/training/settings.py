@@ -55,8 +55,8 @@ class Data:
 
     data_path: str = ""
     """image folder (ImageNet layout or flat), file list, or shards made by tools/convert_imagenet.py"""
-    pipeline: str = "torch"
-    """torch, dali (NVIDIA DALI, an extra), or synthetic (generated images: the speed without any data)"""
+    pipeline: str = "auto"
+    """auto (the fastest for the data), torch, dali, ffcv (both extras), or synthetic (generated: no data's speed)"""
     input_size: str = "224"
     """pixels, N or HxW; a multiple of the network's total stride"""
     batch_size: Annotated[int, arg(aliases=["--bs"])] = 4096

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from pipelines import DataError, build_pipeline
+from pipelines.beton import CHECKS, RAW, BetonSource
+from pipelines.build import choose_pipeline
 from pipelines.synthetic import IMAGES
+from pipelines.torch_pipeline import TorchPipeline
 
 
 def test_a_batch_larger_than_the_data_is_refused_with_both_numbers(image_folder):
@@ -29,7 +33,7 @@ def test_a_batch_of_nothing_is_refused(image_folder, batch):
 
 
 def test_unknown_pipelines_are_refused_with_the_known_ones(image_folder):
-    with pytest.raises(DataError, match="'torhc' is unknown; there are: torch, dali, ffcv, synthetic"):
+    with pytest.raises(DataError, match="'torhc' is unknown; there are: auto, torch, dali, ffcv, synthetic"):
         build_pipeline(image_folder(), pipeline="torhc", batch_size=4)
 
 
@@ -72,3 +76,28 @@ def test_synthetic_ranks_share_the_batches_of_one():
 def test_synthetic_data_smaller_than_a_batch_are_refused():
     with pytest.raises(DataError, match="larger than the 5 images of synthetic_samples"):
         build_pipeline(None, pipeline="synthetic", batch_size=8, synthetic_samples=5)
+
+
+def test_auto_takes_the_default_for_jpegs_and_says_so(image_folder, caplog):
+    with caplog.at_level("INFO", "pipelines"):
+        pipeline = build_pipeline(image_folder(), batch_size=4, input_size=32)
+    assert isinstance(pipeline, TorchPipeline)
+    assert "pipeline torch: it decodes JPEGs faster" in caplog.text
+    pipeline.close()
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_auto_takes_ffcv_for_raw_pixels_where_it_is_installed(monkeypatch, installed):
+    def require(purpose):
+        if not installed:
+            raise DataError(f"{purpose} needs FFCV: pip install it")
+
+    monkeypatch.setattr("pipelines.build.require_ffcv", require)
+    source = object.__new__(BetonSource)
+    source.checks = np.zeros(3, CHECKS)
+    assert choose_pipeline(source)[0] == "torch"
+    source.checks["mode"][1] = RAW
+    name, why = choose_pipeline(source)
+    assert name == ("ffcv" if installed else "torch")
+    assert "raw pixels" in why
+    assert ("pip install" in why) != installed
