@@ -160,7 +160,7 @@ def ffcv(store: Path, batch: int, cores: int) -> Iterator[None]:
         pipelines={"image": [*steps, ToTorchImage()], "label": None},
     )
     while True:
-        for (images,) in loader:
+        for (images,) in loader:  # the label is left out
             images.clone()  # its buffers are reused
         yield
 
@@ -174,13 +174,14 @@ class Candidate:
     needs: str = ""
 
 
-SHARDS = tuple(STORES)
 CANDIDATES = {
-    "torch (ours)": Candidate(ours("torch"), (*SHARDS, ORIGINALS)),
-    "dali (ours)": Candidate(ours("dali"), (*SHARDS, ORIGINALS), "nvidia.dali"),
+    "torch (ours)": Candidate(ours("torch"), (*STORES, ORIGINALS)),
+    "ffcv (ours)": Candidate(ours("ffcv"), tuple(STORES), "ffcv"),
+    "dali (ours)": Candidate(ours("dali"), (*STORES, ORIGINALS), "nvidia.dali"),
     "ImageFolder, PIL": Candidate(published, (ORIGINALS,)),
-    "DALI, its reader": Candidate(dali, SHARDS, "nvidia.dali"),
-    "webdataset, PIL": Candidate(webdataset, SHARDS, "webdataset"),
+    "FFCV, its loader, area": Candidate(ffcv, tuple(STORES), "ffcv"),
+    "DALI, its reader": Candidate(dali, tuple(STORES), "nvidia.dali"),
+    "webdataset, PIL": Candidate(webdataset, tuple(STORES), "webdataset"),
 }
 
 
@@ -241,7 +242,9 @@ def make_stores(options: Options, work: Path) -> dict[str, Path]:
     tool = Path(__file__).parents[1] / "tools" / "convert_imagenet.py"
     for name, flags in STORES.items():
         stores[name] = work / name.replace(" ", "_")
-        done = subprocess.run([sys.executable, tool, originals, stores[name], *flags], capture_output=True, text=True)
+        what = "both" if installed("ffcv") else "shards"
+        command = [sys.executable, tool, originals, stores[name], *flags, "--format", what]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"converting to {name} failed:\n{done.stderr}")
     return stores

@@ -93,6 +93,7 @@ def open_pipeline(settings: Settings, ranks: Ranks, *, batch_size: int, augment:
         prefetch=settings.data.prefetch,
         augment=augment,
         max_bad_fraction=settings.data.max_bad_fraction,
+        ffcv_resize=settings.data.ffcv_resize,
     )
 
 

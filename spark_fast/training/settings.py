@@ -54,9 +54,11 @@ class Data:
     """The images and how they reach the device."""
 
     data_path: str = ""
-    """image folder (ImageNet layout or flat), file list, or shards made by tools/convert_imagenet.py"""
+    """image folder (ImageNet layout or flat), file list, or shards or a .beton made by tools/convert_imagenet.py"""
     pipeline: str = "auto"
     """auto (the fastest for the data), torch, dali, ffcv (both extras), or synthetic (generated: no data's speed)"""
+    ffcv_resize: Literal["bicubic", "area"] = "bicubic"
+    """how --pipeline ffcv resizes: bicubic as all others, or area, FFCV's own"""
     input_size: str = "224"
     """pixels, N or HxW; a multiple of the network's total stride"""
     batch_size: Annotated[int, arg(aliases=["--bs"])] = 4096
