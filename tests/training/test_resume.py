@@ -70,7 +70,7 @@ def test_each_setting_is_harmless_or_named_as_a_difference(group, name):
 
 
 MATTERS = {
-    "input_size", "batch_size", "model", "stages", "mask_ratio", "drop_path", "decoder_width", "epochs",
+    "ffcv_resize", "input_size", "batch_size", "model", "stages", "mask_ratio", "drop_path", "decoder_width", "epochs",
     "warmup_epochs", "base_lr", "optimizer", "beta2", "weight_decay", "weight_decay_end", "clip", "seed",
 }  # fmt: skip
 
