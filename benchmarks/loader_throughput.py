@@ -243,7 +243,7 @@ def make_stores(options: Options, work: Path) -> dict[str, Path]:
     for name, flags in STORES.items():
         stores[name] = work / name.replace(" ", "_")
         what = "both" if installed("ffcv") else "shards"
-        command = [sys.executable, tool, originals, stores[name], *flags, "--format", what]
+        command = [sys.executable, str(tool), str(originals), str(stores[name]), *flags, "--format", what]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"converting to {name} failed:\n{done.stderr}")

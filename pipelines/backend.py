@@ -9,8 +9,10 @@ from collections.abc import Generator, Iterator
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pipelines.augment import Normalise
+from pipelines.buffers import Buffers
 from pipelines.contract import Batch
 from pipelines.crops import Augmentation
 from pipelines.order import Schedule
@@ -42,8 +44,9 @@ class Backend(ABC):
         self._schedule = schedule
         self._workers, self._prefetch = max(workers, 1), max(prefetch, 1)
         self._share = schedule.batch_size // schedule.world_size  # samples of this rank in a step
-        self._dtype = dtype
+        self._shape = (self._share, *augmentation.input_size, 3)  # of a batch's pixels
         self._normalise = Normalise(augmentation.input_size[1], self.device, dtype)
+        self._buffers = Buffers(self._shape, dtype, kept=self._prefetch + 2)
         self._closed = threading.Event()
 
     def __len__(self) -> int:
@@ -58,6 +61,15 @@ class Backend(ABC):
         if self._closed.is_set():
             raise RuntimeError("this pipeline was closed")
         return self._batches(self._schedule.epoch(epoch, start_step), epoch)
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 on the device -> (B, 3, H, W), channels_last; on the CPU into memory used again."""
+        if pixels.device.type != "cpu":
+            return self._normalise(pixels)
+        batch = self._buffers.take()
+        for place, image in zip(batch, pixels, strict=True):
+            self._normalise.into(place, image)
+        return batch.permute(0, 3, 1, 2)
 
     @abstractmethod
     def close(self) -> None:

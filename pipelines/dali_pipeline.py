@@ -194,7 +194,7 @@ class DaliPipeline(Backend):
         self._tally.count(batch.ids.tolist(), loaded)
         if pixels.is_cuda:
             pixels.record_stream(torch.cuda.current_stream(self.device))  # it was allocated on another
-        return self._normalise(pixels)
+        return self._normalised(pixels)
 
     def _tell(self, i: int) -> None:
         if not self._told:

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.backend import Backend
-from pipelines.buffers import Buffers
 from pipelines.contract import Batch
 from pipelines.crops import DRAWS, Augmentation
 from pipelines.order import Schedule, uniform
@@ -55,10 +54,8 @@ class TorchPipeline(Backend):
 
     def __init__(self, source: Source, schedule: Schedule, augmentation: Augmentation, **settings: Any) -> None:
         super().__init__(source, schedule, augmentation, **settings)
-        self._shape = (self._share, *augmentation.input_size, 3)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._slots: list[_Slot] = []  # idle ones
-        self._buffers = Buffers(self._shape, self._dtype, kept=self._prefetch + 2)
         self._pool = _decoder_threads(self._workers)
 
     def close(self) -> None:
