@@ -8,19 +8,16 @@ One of N parts is every N-th shard; its .json stay, for `merge` to make the mani
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipelines.contract import DataError, SettingsError, StorageError
+from pipelines.contract import DataError, SettingsError
+from pipelines.destination import locked, storage
 from pipelines.open_source import SPLITS
 from pipelines.order import order
 from pipelines.parts import Part, PartManifest, write_part
@@ -120,18 +117,6 @@ def convert_part(
         ]
 
 
-@contextmanager
-def storage(dst: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise StorageError(
-            f"writing to {dst} failed: {'the disk is full' if full else error}. Whole shards are kept:"
-            f" {'make room' if full else 'repair the storage'} and run the same command again."
-        ) from error
-
-
 def _splits(src: Path, dst: Path) -> list[tuple[Path, Path]]:
     """Pairs of a source and the folder its shards go to, which is ours to write."""
     if not src.exists():
@@ -196,24 +181,18 @@ def _convert_part(
     made_from = _made_from(source, settings)
     jobs = part.share(list(_jobs(source, dst, settings, made_from)))
     paths = [job.path for job in jobs]
-    with locked(dst, part):
-        if (dst / MANIFEST).exists():
+    labelled, shards = source.labels is not None, [path.name for path in paths]
+    written = PartManifest(part.number, part.of, splits, str(source.root), labelled, source.classes, made_from, shards)
+    with locked(dst, part.name):
+        if (dst / MANIFEST).exists():  # merged already
             _refuse_other_settings(dst, made_from, read_manifest(dst).made_from)
-            raise SettingsError(f"{dst} is converted already, with these settings: no part is missing")
+            images = sum(len(job.numbers) for job in jobs)
+            on_progress(Progress(dst, images, images, 0))
+            return written
         kept = _finished_shards(dst, paths, made_from)
-        for path in paths:  # the others' shards are none of our business
-            _remove_shard(path, PARTIAL) if path.name in kept else _remove_shard(path, "", PARTIAL)
+        for path in paths:  # the other parts' shards are none of our business
+            _remove_shard(path, *([PARTIAL] if path.name in kept else ["", PARTIAL]))
         _write_shards(jobs, kept, workers, dst, on_progress)
-        written = PartManifest(
-            part.number,
-            part.of,
-            splits,
-            str(source.root),
-            source.labels is not None,
-            source.classes,
-            made_from,
-            [path.name for path in paths],
-        )
         write_part(dst, written)
         return written
 
@@ -226,33 +205,6 @@ def _source(src: Path) -> FileSource:
 
 def _made_from(source: FileSource, settings: ConvertSettings) -> dict[str, Any]:
     return {"format": FORMAT, **asdict(settings), "count": len(source), "listing": source.fingerprint()}
-
-
-@contextmanager
-def locked(dst: Path, part: Part | None = None) -> Iterator[None]:
-    """Keep other conversions out of a folder (made if need be); parts only themselves and whole conversions."""
-    dst.mkdir(parents=True, exist_ok=True)
-    locks = [(dst, os.O_RDONLY, fcntl.LOCK_SH if part else fcntl.LOCK_EX)]
-    if part:
-        locks.append((dst / f"{part.name}.lock", os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX))
-    opened = []
-    try:
-        for path, flags, kind in locks:
-            opened.append(os.open(path, flags, 0o666))
-            _lock(opened[-1], dst, kind)
-        yield
-    finally:
-        for file in opened:
-            os.close(file)
-
-
-def _lock(file: int, dst: Path, kind: int) -> None:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)  # gone with the process, however it ends
-    except BlockingIOError:
-        raise StorageError(f"another conversion is writing to {dst}: wait for it, or stop it") from None
-    except OSError:
-        logger.warning("%s cannot be locked: take care that only one conversion writes there", dst)
 
 
 def _jobs(source: FileSource, dst: Path, settings: ConvertSettings, made_from: dict[str, Any]) -> Iterator[ShardJob]:
@@ -332,10 +284,8 @@ def finish(dst: Path, paths: list[Path], root: Path | str, labelled: bool, class
     reports = [json.loads(path.with_suffix(".json").read_bytes()) for path in paths]
     full = [report for report in reports if report["records"]]  # a shard all of whose images were refused is none
     if not full:
-        first = reports[0]["refused"][0]
-        raise DataError(
-            f"none of the {reports[0]['made_from']['count']} images of {root} is readable; the first: {first}"
-        )
+        count, first = reports[0]["made_from"]["count"], reports[0]["refused"][0]
+        raise DataError(f"none of the {count} images of {root} is readable; the first: {first}")
     manifest = Manifest(
         count=sum(len(report["records"]) for report in full),
         labelled=labelled,

@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 
 from pipelines.contract import DataError
-from pipelines.convert import finish, locked, remove_leftovers, storage
+from pipelines.convert import finish, remove_leftovers
+from pipelines.destination import locked, storage
 from pipelines.open_source import SPLITS
 from pipelines.parts import PartManifest, read_parts
 from pipelines.shards import MANIFEST, Manifest, read_manifest, shard_name

@@ -115,7 +115,7 @@ def _members(
     file.seek(start)
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
-            tar.members.clear()  # it would keep them all: 1 GB for a million
+            tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all: 1 GB for a million
             name = posixpath.normpath(member.name)
             if name.startswith(("/", "../")) or name == "..":
                 raise DataError(f"{path}: {within}{member.name!r} lies outside the archive. Do not use this data.")

@@ -4,6 +4,10 @@
 
 then train with --data_path /data/imagenet_256. Stopped, it goes on where it was when started again. Exit
 codes: 0 done, 2 settings, 3 data, 6 storage, 130 Ctrl-C.
+
+Several machines share the work: on machine I of N add --part I/N, then once, with all files in one folder,
+
+    python tools/convert_imagenet.py /data/imagenet_256 --merge
 """
 
 from __future__ import annotations
@@ -21,7 +25,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from pipelines.contract import DataError, SettingsError, StorageError
-from pipelines.convert import ConvertSettings, Progress, convert
+from pipelines.convert import ConvertSettings, Progress, convert, convert_part
+from pipelines.merge import merge
+from pipelines.parts import Part
 from pipelines.stored import StoredImages
 from pipelines.verify import verify
 
@@ -30,7 +36,7 @@ LINE_SECONDS = 10  # between progress lines when the output is no terminal
 
 def convert_imagenet(
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
-    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
+    dst: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = None,
     *,
     short_side: int | None = None,
     max_side: int = 0,
@@ -39,12 +45,15 @@ def convert_imagenet(
     seed: int = 0,
     workers: int = 0,
     overwrite: bool = False,
+    part: str = "",
+    merge_parts: Annotated[bool, tyro.conf.arg(name="merge")] = False,
     verify_shards: Annotated[bool, tyro.conf.arg(name="verify")] = False,
 ) -> int:
     """Convert a folder of images into shards.
 
     Args:
-        src: ImageNet folder (train/, val/), folder of class folders or of images, or file list.
+        src: ImageNet folder (train/, val/, or the tars as downloaded), tar, folder of class folders or of images, or
+            file list. With merge: the folder of the parts.
         dst: Where the shards go: a new or empty folder, or an unfinished conversion.
         short_side: Reduce larger images to this shorter side; 0 keeps their size. Default 256.
         max_side: Reduce larger images to this longer side, instead of short_side.
@@ -53,6 +62,8 @@ def convert_imagenet(
         seed: Of the order in which the shards hold the images.
         workers: Processes; 0 is one for each core.
         overwrite: Delete an earlier conversion in dst first.
+        part: I/N converts the I-th of N parts alone; merge joins them.
+        merge_parts: Join the parts in a folder: writes the manifest that makes them one conversion.
         verify_shards: Read everything again and compare: checksums, counts, indices, images.
     """
     if short_side is None:
@@ -62,8 +73,19 @@ def convert_imagenet(
     settings = ConvertSettings(StoredImages(short_side, max_side, quality), images_per_shard, seed)
     workers = workers or len(os.sched_getaffinity(0))
     console = Console()
-    with Display(console) as display:
-        written = convert(src, dst, settings, workers=workers, overwrite=overwrite, on_progress=display.show)
+    if merge_parts:
+        if dst or part or overwrite:
+            raise SettingsError("--merge takes one folder, that of the parts, and neither --part nor --overwrite")
+        written = merge(src)
+    elif dst is None:
+        raise SettingsError("give SRC and DST: what to convert, and the folder for the shards")
+    elif part:
+        if overwrite or verify_shards:
+            raise SettingsError("--part goes neither with --overwrite (of all parts) nor --verify (do it with --merge)")
+        return _convert_part(src, dst, settings, Part.parse(part), workers, console)
+    else:
+        with Display(console) as display:
+            written = convert(src, dst, settings, workers=workers, overwrite=overwrite, on_progress=display.show)
     for folder, manifest in written:
         size = sum(shard.bytes for shard in manifest.shards)
         console.print(
@@ -78,6 +100,15 @@ def convert_imagenet(
         if faults:
             raise DataError("\n".join([*faults, f"{len(faults)} faults: convert again with --overwrite"]))
         console.print("verified: every shard, record and index is as written")
+    return 0
+
+
+def _convert_part(src: Path, dst: Path, settings: ConvertSettings, part: Part, workers: int, console: Console) -> int:
+    with Display(console) as display:
+        written = convert_part(src, dst, settings, part, workers=workers, on_progress=display.show)
+    for folder, manifest in written:
+        line = f"{folder}: part {part} is done, {len(manifest.shards)} shards; --merge makes one of all parts"
+        console.print(line, highlight=False, soft_wrap=True)
     return 0
 
 
