@@ -47,7 +47,11 @@ _OURS = re.compile(
     r"(shard-\d{6}\.(tar|idx|json)|part-\d{4}-of-\d{4}\.(json|lock)|manifest\.json|index\.npy)(\.partial)?"
 )
 # As downloaded from image-net.org; taken where there is no folder of the split's name.
-TARS = {split: f"ILSVRC2012_img_{split}.tar" for split in SPLITS}
+TARS = {
+    "train": "ILSVRC2012_img_train.tar",
+    "val": "ILSVRC2012_img_val.tar",
+    "test": "ILSVRC2012_img_test_v10102019.tar",
+}
 
 
 @dataclass(frozen=True)
@@ -124,10 +128,11 @@ def _splits(src: Path, dst: Path) -> list[tuple[Path, Path]]:
     real_src, real_dst = src.resolve(), dst.resolve()
     if real_dst == real_src or real_src in real_dst.parents:
         raise SettingsError(f"the shards would be written into the images' own folder {src}: choose another")
-    either = [(split, (src / split, src / TARS[split])) for split in SPLITS]
-    found = [(split, next(filter(Path.exists, paths))) for split, paths in either if any(map(Path.exists, paths))]
-    _refuse_others(dst, {split for split, _ in found} or None)
-    return [(path, dst / split) for split, path in found] or [(src, dst)]
+    folders = {split: src / split for split in SPLITS if (src / split).is_dir()}
+    tars = {split: src / tar for split, tar in TARS.items() if (src / tar).is_file()}
+    found = tars | folders
+    _refuse_others(dst, set(found) or None)
+    return [(found[split], dst / split) for split in SPLITS if split in found] or [(src, dst)]
 
 
 def _refuse_others(dst: Path, splits: set[str] | None) -> None:
@@ -183,12 +188,12 @@ def _convert_part(
     paths = [job.path for job in jobs]
     labelled, shards = source.labels is not None, [path.name for path in paths]
     written = PartManifest(part.number, part.of, splits, str(source.root), labelled, source.classes, made_from, shards)
+    if (dst / MANIFEST).exists():  # merged already: nothing to write, no lock to leave
+        _refuse_other_settings(dst, made_from, read_manifest(dst).made_from)
+        images = sum(len(job.numbers) for job in jobs)
+        on_progress(Progress(dst, images, images, 0))
+        return written
     with locked(dst, part.name):
-        if (dst / MANIFEST).exists():  # merged already
-            _refuse_other_settings(dst, made_from, read_manifest(dst).made_from)
-            images = sum(len(job.numbers) for job in jobs)
-            on_progress(Progress(dst, images, images, 0))
-            return written
         kept = _finished_shards(dst, paths, made_from)
         for path in paths:  # the other parts' shards are none of our business
             _remove_shard(path, *([PARTIAL] if path.name in kept else ["", PARTIAL]))

@@ -28,6 +28,7 @@ from pipelines.contract import DataError, SettingsError, StorageError
 from pipelines.convert import ConvertSettings, Progress, convert, convert_part
 from pipelines.merge import merge
 from pipelines.parts import Part
+from pipelines.shards import Manifest
 from pipelines.stored import StoredImages
 from pipelines.verify import verify
 
@@ -86,20 +87,9 @@ def convert_imagenet(
     else:
         with Display(console) as display:
             written = convert(src, dst, settings, workers=workers, overwrite=overwrite, on_progress=display.show)
-    for folder, manifest in written:
-        size = sum(shard.bytes for shard in manifest.shards)
-        console.print(
-            f"{folder}: {manifest.count} images in {len(manifest.shards)} shards, {size / 1e6:.0f} MB;"
-            f" {len(manifest.repaired)} converted to RGB JPEG, {len(manifest.refused)} left out as unreadable"
-            " (listed in manifest.json)",
-            highlight=False,
-            soft_wrap=True,
-        )
+    _report(written, console)
     if verify_shards:
-        faults = [f"{folder}/{fault}" for folder, _ in written for fault in verify(folder, workers)]
-        if faults:
-            raise DataError("\n".join([*faults, f"{len(faults)} faults: convert again with --overwrite"]))
-        console.print("verified: every shard, record and index is as written")
+        _verify(written, workers, console)
     return 0
 
 
@@ -110,6 +100,25 @@ def _convert_part(src: Path, dst: Path, settings: ConvertSettings, part: Part, w
         line = f"{folder}: part {part} is done, {len(manifest.shards)} shards; --merge makes one of all parts"
         console.print(line, highlight=False, soft_wrap=True)
     return 0
+
+
+def _report(written: list[tuple[Path, Manifest]], console: Console) -> None:
+    for folder, manifest in written:
+        size = sum(shard.bytes for shard in manifest.shards)
+        console.print(
+            f"{folder}: {manifest.count} images in {len(manifest.shards)} shards, {size / 1e6:.0f} MB;"
+            f" {len(manifest.repaired)} converted to RGB JPEG, {len(manifest.refused)} left out as unreadable"
+            " (listed in manifest.json)",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _verify(written: list[tuple[Path, Manifest]], workers: int, console: Console) -> None:
+    faults = [f"{folder}/{fault}" for folder, _ in written for fault in verify(folder, workers)]
+    if faults:
+        raise DataError("\n".join([*faults, f"{len(faults)} faults: convert again with --overwrite"]))
+    console.print("verified: every shard, record and index is as written")
 
 
 class Display:
