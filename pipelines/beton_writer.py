@@ -37,6 +37,9 @@ _PAGE = 8 * 2**20  # FFCV's default; a record never crosses a page
 OnRecord = Callable[[int, int], None]  # images, bytes
 
 
+_ALONE = BETON + ".alone"  # the shards in this folder are only a step on the way to a .beton
+
+
 @dataclass(frozen=True)
 class BetonSettings:
     """What is made of the shards of a folder."""
@@ -47,6 +50,15 @@ class BetonSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.raw <= 1:
             raise SettingsError(f"ffcv_raw {self.raw} is no share: take 0 (all JPEG) to 1 (all raw)")
+
+
+def mark(folder: Path, alone: bool) -> None:
+    """Note before the shards are written whether they are meant to be deleted: others must not be."""
+    mark_path = folder / _ALONE
+    if alone:
+        mark_path.touch()
+    else:
+        mark_path.unlink(missing_ok=True)
 
 
 def with_beton(
@@ -64,6 +76,11 @@ def with_beton(
         )
     if settings is None:
         return manifest
+    if settings.alone and not (made and made.alone) and not (folder / _ALONE).exists():
+        raise SettingsError(
+            f"{folder} holds shards, which --format ffcv would delete: --format both puts the .beton beside them;"
+            " or choose another folder, or --overwrite"
+        )
     if made is None or made.raw != settings.raw or not _is_there(folder, made):
         if made is not None and made.alone:
             raise SettingsError(
@@ -76,6 +93,7 @@ def with_beton(
     if settings.alone:
         for path in [*folder.glob("shard-*"), folder / INDEX_FILE]:
             path.unlink(missing_ok=True)
+        mark(folder, alone=False)
     return manifest
 
 

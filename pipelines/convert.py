@@ -1,27 +1,27 @@
-"""Convert a folder of images, or a list, into shards, in several processes; restartable at any point.
+"""Convert a folder of images, a list, or a tar, into shards, in several processes; restartable at any point.
 
 The unit of work is a shard: which images go into it follows from the listing and the seed alone, so the
 bytes do not depend on the number of processes. A finished shard leaves a small .json beside it; a restart
 keeps the shards that have one and whose checksum agrees. The manifest comes last and the .json go.
+One of N parts is every N-th shard; its .json stay, for `merge` to make the manifest of all.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import logging
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipelines.beton_writer import BetonSettings, with_beton
-from pipelines.contract import DataError, SettingsError, StorageError
+from pipelines.beton_writer import BetonSettings, mark, with_beton
+from pipelines.contract import DataError, SettingsError
+from pipelines.destination import locked, storage
 from pipelines.open_source import SPLITS
 from pipelines.order import order
+from pipelines.parts import Part, PartManifest, write_part
 from pipelines.processes import run_jobs
 from pipelines.shard_job import ShardJob, write_job
 from pipelines.shards import (
@@ -40,11 +40,21 @@ from pipelines.shards import (
 )  # fmt: skip
 from pipelines.sources import FileSource, folder_source, list_source
 from pipelines.stored import StoredImages
+from pipelines.tar_source import tar_source
 from pipelines.verify import file_sha256
 
 logger = logging.getLogger("pipelines")
 
-_OURS = re.compile(r"(shard-\d{6}\.(tar|idx|json)|manifest\.json|index\.npy|images\.beton(\.npy)?)(\.partial)?")
+_OURS = re.compile(
+    r"(shard-\d{6}\.(tar|idx|json)|part-\d{4}-of-\d{4}\.(json|lock)|manifest\.json|index\.npy|images\.beton(\.npy|\.alone)?)"
+    r"(\.partial)?"
+)
+# As downloaded from image-net.org; taken where there is no folder of the split's name.
+TARS = {
+    "train": "ILSVRC2012_img_train.tar",
+    "val": "ILSVRC2012_img_val.tar",
+    "test": "ILSVRC2012_img_test_v10102019.tar",
+}
 
 
 @dataclass(frozen=True)
@@ -79,37 +89,55 @@ def convert(
     beton: BetonSettings | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> list[tuple[Path, Manifest]]:
-    """Convert SRC (a file list, a folder of images or of class folders, or one with train/, val/, test/).
+    """Convert SRC (a file list, a tar, a folder of images or of class folders, or one with train/, val/, test/ or
+    their tars as downloaded).
 
     Each split gets a folder in DST, SRC without splits goes to DST itself. With `beton`, a .beton for FFCV is
     made of the shards. Returns the folders written and
     their manifests. Raises SettingsError, DataError or StorageError; whatever happens, only whole shards
     are left, and the same command goes on from there.
     """
-    splits = _splits(src, dst)
-    _refuse_others(dst, {folder.name for _, folder in splits} if splits[0][1] != dst else None)
-    try:
+    with storage(dst):
         return [
             (folder, _convert_split(part, folder, settings, workers, overwrite, beton, on_progress))
-            for part, folder in splits
+            for part, folder in _splits(src, dst)
         ]
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise StorageError(
-            f"writing to {dst} failed: {'the disk is full' if full else error}. Whole shards are kept:"
-            f" {'make room' if full else 'repair the storage'} and run the same command again."
-        ) from error
+
+
+def convert_part(
+    src: Path,
+    dst: Path,
+    settings: ConvertSettings,
+    part: Part,
+    *,
+    workers: int = 1,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> list[tuple[Path, PartManifest]]:
+    """Write one part of what `convert` would, into DST; parts may share it. `merge` then joins them.
+
+    Returns the folders and what this part put there. Raises as `convert` does, and is restartable like it.
+    """
+    with storage(dst):
+        splits = _splits(src, dst)
+        names = [folder.name for _, folder in splits] if splits[0][1] != dst else []
+        return [
+            (folder, _convert_part(images, folder, settings, part, names, workers, on_progress))
+            for images, folder in splits
+        ]
 
 
 def _splits(src: Path, dst: Path) -> list[tuple[Path, Path]]:
-    """Pairs of a source and the folder its shards go to."""
+    """Pairs of a source and the folder its shards go to, which is ours to write."""
     if not src.exists():
         raise DataError(f"{src} does not exist: give the folder of images, or the file list, to convert")
     real_src, real_dst = src.resolve(), dst.resolve()
     if real_dst == real_src or real_src in real_dst.parents:
         raise SettingsError(f"the shards would be written into the images' own folder {src}: choose another")
-    splits = [(src / split, dst / split) for split in SPLITS if (src / split).is_dir()]
-    return splits or [(src, dst)]
+    folders = {split: src / split for split in SPLITS if (src / split).is_dir()}
+    tars = {split: src / tar for split, tar in TARS.items() if (src / tar).is_file()}
+    found = tars | folders
+    _refuse_others(dst, set(found) or None)
+    return [(found[split], dst / split) for split in SPLITS if split in found] or [(src, dst)]
 
 
 def _refuse_others(dst: Path, splits: set[str] | None) -> None:
@@ -132,12 +160,9 @@ def _convert_split(
     beton: BetonSettings | None,
     on_progress: Callable[[Progress], None],
 ) -> Manifest:
-    source = list_source(src) if src.is_file() else folder_source(src)
-    made_from = {"format": FORMAT, **asdict(settings), "count": len(source), "listing": source.fingerprint()}
-    dst.mkdir(parents=True, exist_ok=True)
-    lock = os.open(dst, os.O_RDONLY)
-    try:
-        _lock(lock, dst)
+    source = _source(src)
+    made_from = _made_from(source, settings)
+    with locked(dst):
         if overwrite:
             for path in dst.iterdir():
                 path.unlink()
@@ -145,16 +170,15 @@ def _convert_split(
             manifest = read_manifest(dst)
             _refuse_other_settings(dst, made_from, manifest.made_from)
             on_progress(Progress(dst, len(source), len(source), 0))
-            _remove_leftovers(dst, {shard.file for shard in manifest.shards}, done=True)
+            remove_leftovers(dst, {shard.file for shard in manifest.shards}, done=True)
             return _with_beton(dst, manifest, beton, workers, on_progress)
+        mark(dst, alone=beton is not None and beton.alone)
         jobs = list(_jobs(source, dst, settings, made_from))
-        kept = _finished_shards(dst, made_from)
-        _remove_leftovers(dst, kept, done=False)
+        kept = _finished_shards(dst, [job.path for job in jobs], made_from)
+        remove_leftovers(dst, kept, done=False)
         _write_shards(jobs, kept, workers, dst, on_progress)
-        manifest = _finish(dst, [job.path for job in jobs], source, made_from)
+        manifest = finish(dst, [job.path for job in jobs], source.root, source.labels is not None, source.classes)
         return _with_beton(dst, manifest, beton, workers, on_progress)
-    finally:
-        os.close(lock)
 
 
 def _with_beton(
@@ -174,13 +198,43 @@ def _with_beton(
     return with_beton(dst, manifest, beton, workers, advance)
 
 
-def _lock(folder: int, dst: Path) -> None:
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
-    except BlockingIOError:
-        raise StorageError(f"another conversion is writing to {dst}: wait for it, or stop it") from None
-    except OSError:
-        logger.warning("%s cannot be locked: take care that only one conversion writes there", dst)
+def _convert_part(
+    src: Path,
+    dst: Path,
+    settings: ConvertSettings,
+    part: Part,
+    splits: list[str],
+    workers: int,
+    on_progress: Callable[[Progress], None],
+) -> PartManifest:
+    source = _source(src)
+    made_from = _made_from(source, settings)
+    jobs = part.share(list(_jobs(source, dst, settings, made_from)))
+    paths = [job.path for job in jobs]
+    labelled, shards = source.labels is not None, [path.name for path in paths]
+    written = PartManifest(part.number, part.of, splits, str(source.root), labelled, source.classes, made_from, shards)
+    if (dst / MANIFEST).exists():  # merged already: nothing to write, no lock to leave
+        _refuse_other_settings(dst, made_from, read_manifest(dst).made_from)
+        images = sum(len(job.numbers) for job in jobs)
+        on_progress(Progress(dst, images, images, 0))
+        return written
+    with locked(dst, part.name):
+        kept = _finished_shards(dst, paths, made_from)
+        for path in paths:  # the other parts' shards are none of our business
+            _remove_shard(path, *([PARTIAL] if path.name in kept else ["", PARTIAL]))
+        _write_shards(jobs, kept, workers, dst, on_progress)
+        write_part(dst, written)
+        return written
+
+
+def _source(src: Path) -> FileSource:
+    if not src.is_file():
+        return folder_source(src)
+    return tar_source(src) if src.suffix == ".tar" else list_source(src)
+
+
+def _made_from(source: FileSource, settings: ConvertSettings) -> dict[str, Any]:
+    return {"format": FORMAT, **asdict(settings), "count": len(source), "listing": source.fingerprint()}
 
 
 def _jobs(source: FileSource, dst: Path, settings: ConvertSettings, made_from: dict[str, Any]) -> Iterator[ShardJob]:
@@ -200,10 +254,10 @@ def _refuse_other_settings(dst: Path, asked: dict[str, Any], found: dict[str, An
         )
 
 
-def _finished_shards(dst: Path, made_from: dict[str, Any]) -> set[str]:
-    """Shards of an earlier run that can stay."""
+def _finished_shards(dst: Path, paths: Iterable[Path], made_from: dict[str, Any]) -> set[str]:
+    """Those of these shards that an earlier run finished and that can stay."""
     kept = set()
-    for path in sorted(dst.glob("shard-*.json")):
+    for path in filter(Path.exists, (path.with_suffix(".json") for path in paths)):
         try:
             report = json.loads(path.read_bytes())
             _refuse_other_settings(dst, made_from, report["made_from"])
@@ -215,11 +269,11 @@ def _finished_shards(dst: Path, made_from: dict[str, Any]) -> set[str]:
     return kept
 
 
-def _remove_leftovers(dst: Path, kept: set[str], done: bool) -> None:
+def remove_leftovers(dst: Path, kept: set[str], done: bool) -> None:
     """Delete what an interrupted run left and no whole shard stands for."""
     for path in dst.iterdir():
         unfinished = path.name.startswith("shard-") and path.with_suffix(".tar").name not in kept
-        report = done and path.suffix == ".json" and path.name != MANIFEST
+        report = done and path.suffix in (".json", ".lock") and path.name != MANIFEST
         if unfinished or report or path.name.endswith(PARTIAL) or (path.name == INDEX_FILE and not done):
             path.unlink()
 
@@ -241,27 +295,37 @@ def _write_shards(
     try:
         run_jobs(write_job, todo, max(min(workers, len(todo)), 1), advance)
     finally:
-        for path in dst.glob("*" + PARTIAL):  # of processes that were stopped
-            path.unlink()
+        for job in todo:  # of processes that were stopped
+            _remove_shard(job.path, PARTIAL)
 
 
-def _finish(dst: Path, paths: list[Path], source: FileSource, made_from: dict[str, Any]) -> Manifest:
-    """Index and manifest from the reports of all shards."""
+def _remove_shard(path: Path, *endings: str) -> None:
+    """Delete what there is of a shard, its .idx and its report: "" the files themselves, PARTIAL unfinished ones."""
+    for suffix in (".json", ".idx", ".tar"):  # the report first: without it the rest does not count
+        for ending in endings:
+            path.with_suffix(suffix + ending).unlink(missing_ok=True)
+
+
+def finish(dst: Path, paths: list[Path], root: Path | str, labelled: bool, classes: list[str]) -> Manifest:
+    """Index and manifest of `dst` from the reports of all shards; `root` is where the images came from.
+
+    Raises DataError when not one image is readable, OSError when writing fails.
+    """
     reports = [json.loads(path.with_suffix(".json").read_bytes()) for path in paths]
     full = [report for report in reports if report["records"]]  # a shard all of whose images were refused is none
     if not full:
-        first = reports[0]["refused"][0]
-        raise DataError(f"none of the {len(source)} images of {source.root} is readable; the first: {first}")
+        count, first = reports[0]["made_from"]["count"], reports[0]["refused"][0]
+        raise DataError(f"none of the {count} images of {root} is readable; the first: {first}")
     manifest = Manifest(
         count=sum(len(report["records"]) for report in full),
-        labelled=source.labels is not None,
-        classes=source.classes,
-        made_from=made_from,
+        labelled=labelled,
+        classes=classes,
+        made_from=reports[0]["made_from"],
         index=write_index(dst / INDEX_FILE, [[Record(*r) for r in report["records"]] for report in full]),
         shards=[ShardFile(**report["shard"]) for report in full],
         repaired=sorted((entry for report in reports for entry in report["repaired"]), key=lambda e: e["name"]),
         refused=sorted((entry for report in reports for entry in report["refused"]), key=lambda e: e["name"]),
     )
     write_manifest(dst, manifest)
-    _remove_leftovers(dst, {shard.file for shard in manifest.shards}, done=True)
+    remove_leftovers(dst, {shard.file for shard in manifest.shards}, done=True)
     return manifest

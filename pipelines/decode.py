@@ -25,6 +25,9 @@ _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 # libjpeg's warnings about headers alone; the pixels are whole.
 _HARMLESS = re.compile(r"unknown JFIF revision|Unknown Adobe color transform|Invalid SOS parameters")
 
+# In Pillow's messages; a conversion lists reasons, and the same image must give the same.
+_ADDRESS = re.compile(r" <_io.BytesIO object at 0x[0-9a-f]+>")
+
 
 def decode(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> tuple[NDArray[np.uint8], bool]:
     """Decode one image.
@@ -70,7 +73,8 @@ def _decode_with_pillow(data: bytes | memoryview, max_pixels: int) -> NDArray[np
         raise
     except Exception as error:  # on hostile bytes Pillow's plug-ins raise nearly anything
         start = bytes(data[:12])
-        raise ImageError(f"not a readable image ({error}); it starts with {start!r}") from error
+        reason = _ADDRESS.sub("", str(error))
+        raise ImageError(f"not a readable image ({reason}); it starts with {start!r}") from error
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:

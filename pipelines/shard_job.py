@@ -71,7 +71,7 @@ def write_job(job: ShardJob, advance: Advance) -> None:
 def _check_source_is_there(root: Path) -> None:
     """An unmounted source must not pass for a million unreadable images."""
     try:
-        os.scandir(root).close()
+        os.close(os.open(root, os.O_RDONLY))  # a folder, or a tar
     except OSError as error:
         raise DataError(
             f"{root} is gone ({error}). Whole shards are kept: bring it back and run the same command again."

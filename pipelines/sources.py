@@ -105,7 +105,7 @@ def folder_source(root: Path) -> FileSource:
     try:
         entries = sorted(os.scandir(root), key=lambda entry: entry.name)
         folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-        loose = [os.fsencode(e.name) for e in entries if not e.is_dir() and _is_image(e.name)]
+        loose = [os.fsencode(e.name) for e in entries if not e.is_dir() and is_image(e.name)]
         names: list[bytes] = []
         counts: list[int] = []
         for folder in folders:
@@ -136,11 +136,12 @@ def _images_below(root: Path, folder: str) -> Iterator[bytes]:
 
     for where, _, files in sorted(os.walk(root / folder, followlinks=True, onerror=fail)):
         inside = os.path.relpath(where, root)
-        for file in sorted(filter(_is_image, files)):
+        for file in sorted(filter(is_image, files)):
             yield os.fsencode(f"{inside}/{file}")
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file of this name is taken for an image."""
     return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
 
 

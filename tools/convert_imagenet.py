@@ -4,6 +4,10 @@
 
 then train with --data_path /data/imagenet_256. Stopped, it goes on where it was when started again. Exit
 codes: 0 done, 2 settings, 3 data, 6 storage, 130 Ctrl-C.
+
+Several machines share the work: on machine I of N add --part I/N, then once, with all files in one folder,
+
+    python tools/convert_imagenet.py /data/imagenet_256 --merge
 """
 
 from __future__ import annotations
@@ -22,8 +26,10 @@ from rich.progress import Progress as Bar
 
 from pipelines.beton_writer import BetonSettings
 from pipelines.contract import DataError, SettingsError, StorageError
-from pipelines.convert import ConvertSettings, Progress, convert
+from pipelines.convert import ConvertSettings, Progress, convert, convert_part
 from pipelines.ffcv_install import require_ffcv
+from pipelines.merge import merge
+from pipelines.parts import Part
 from pipelines.shards import Manifest
 from pipelines.stored import StoredImages
 from pipelines.verify import verify
@@ -33,7 +39,7 @@ LINE_SECONDS = 10  # between progress lines when the output is no terminal
 
 def convert_imagenet(
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
-    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
+    dst: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = None,
     *,
     short_side: int | None = None,
     max_side: int = 0,
@@ -44,12 +50,15 @@ def convert_imagenet(
     overwrite: bool = False,
     format: Literal["shards", "ffcv", "both"] = "shards",
     ffcv_raw: float = 0.0,
+    part: str = "",
+    merge_parts: Annotated[bool, tyro.conf.arg(name="merge")] = False,
     verify_shards: Annotated[bool, tyro.conf.arg(name="verify")] = False,
 ) -> int:
     """Convert a folder of images into shards.
 
     Args:
-        src: ImageNet folder (train/, val/), folder of class folders or of images, or file list.
+        src: ImageNet folder (train/, val/, or the tars as downloaded), tar, folder of class folders or of images, or
+            file list. With merge: the folder of the parts.
         dst: Where the shards go: a new or empty folder, or an unfinished conversion.
         short_side: Reduce larger images to this shorter side; 0 keeps their size. Default 256.
         max_side: Reduce larger images to this longer side, instead of short_side.
@@ -60,10 +69,11 @@ def convert_imagenet(
         overwrite: Delete an earlier conversion in dst first.
         format: tar shards (any pipeline reads them), a .beton for FFCV alone, or both.
         ffcv_raw: Share, 0 to 1, of the .beton's records stored as pixels: no decoding, six times the space.
+        part: I/N converts the I-th of N parts alone; merge joins them.
+        merge_parts: Join the parts in a folder: writes the manifest that makes them one conversion.
         verify_shards: Read everything again and compare: checksums, counts, indices, images.
     """
-    if short_side is None:
-        short_side = 0 if max_side else 256
+    short_side = (0 if max_side else 256) if short_side is None else short_side
     if images_per_shard < 0 or workers < 0:
         raise SettingsError("images_per_shard and workers are counts, or 0 to let the program choose")
     settings = ConvertSettings(StoredImages(short_side, max_side, quality), images_per_shard, seed)
@@ -72,13 +82,35 @@ def convert_imagenet(
         require_ffcv(f"--format {format}")
     workers = workers or len(os.sched_getaffinity(0))
     console = Console()
+    if merge_parts:
+        if dst or part or overwrite:
+            raise SettingsError("--merge takes one folder, that of the parts, and neither --part nor --overwrite")
+        return _report(merge(src), verify_shards, workers, console)
+    if dst is None:
+        raise SettingsError("give SRC and DST: what to convert, and the folder for the shards")
+    if part:
+        if beton or overwrite or verify_shards:
+            raise SettingsError("--part goes neither with --overwrite nor, before --merge, with --format or --verify")
+        return _convert_part(src, dst, settings, Part.parse(part), workers, console)
     with Display(console) as display:
-        written = convert(
-            src, dst, settings, workers=workers, overwrite=overwrite, beton=beton, on_progress=display.show
-        )
+        show = display.show
+        written = convert(src, dst, settings, workers=workers, overwrite=overwrite, beton=beton, on_progress=show)
+    return _report(written, verify_shards, workers, console)
+
+
+def _convert_part(src: Path, dst: Path, settings: ConvertSettings, part: Part, workers: int, console: Console) -> int:
+    with Display(console) as display:
+        written = convert_part(src, dst, settings, part, workers=workers, on_progress=display.show)
+    for folder, manifest in written:
+        line = f"{folder}: part {part} is done, {len(manifest.shards)} shards; --merge makes one of all parts"
+        console.print(line, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _report(written: list[tuple[Path, Manifest]], verify_too: bool, workers: int, console: Console) -> int:
     for folder, manifest in written:
         console.print(_summary(folder, manifest), highlight=False, soft_wrap=True)
-    if verify_shards:
+    if verify_too:
         faults = [f"{folder}/{fault}" for folder, _ in written for fault in verify(folder, workers)]
         if faults:
             raise DataError("\n".join([*faults, f"{len(faults)} faults: convert again with --overwrite"]))

@@ -109,7 +109,11 @@ def test_the_same_command_again_changes_nothing_and_another_format_of_one_alone_
     assert read_manifest(out / "train").beton.raw == 0.25
     convert(root, out, KEEP_SIZE)  # the shards are all there
     assert read_manifest(out / "train").beton.raw == 0.25
-    before = convert(root, out, KEEP_SIZE, beton=BetonSettings(0.25, alone=True))
+    with pytest.raises(SettingsError, match="holds shards, which --format ffcv would delete"):
+        convert(root, out, KEEP_SIZE, beton=BetonSettings(0.25, alone=True))
+    assert len(list((out / "train").glob("shard-*.tar"))) > 0
+    before = convert(root, out, KEEP_SIZE, beton=BetonSettings(0.25, alone=True), overwrite=True)
+    assert not list((out / "train").glob("shard-*"))
     assert convert(root, out, KEEP_SIZE, beton=BetonSettings(0.25, alone=True)) == before
     for other in (None, BetonSettings(0.25), BetonSettings(0.5, alone=True)):
         with pytest.raises(SettingsError, match=r"holds a \.beton alone"):

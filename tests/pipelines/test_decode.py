@@ -111,3 +111,13 @@ def test_bombs_are_refused_from_their_header():
     with pytest.raises(ImageError, match="80 x 60 pixels exceed"):
         decode(ODD["png"], max_pixels=4799)
     assert decode(ODD["png"], max_pixels=4800)[0].shape == (60, 80, 3)
+
+
+def test_the_reason_is_a_function_of_the_bytes():
+    reasons = set()
+    for _ in range(3):
+        with pytest.raises(ImageError) as error:
+            decode(bytes(bytearray(b"no image at all")))
+        reasons.add(str(error.value))
+    assert len(reasons) == 1
+    assert "0x" not in reasons.pop()

@@ -17,6 +17,7 @@ from pipelines.contract import DataError
 from pipelines.convert import ConvertSettings, convert
 from pipelines.open_source import open_source
 from pipelines.stored import StoredImages
+from tests.pipelines.tars import tar_of_tars
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_imagenet.py"
 
@@ -80,6 +81,35 @@ def test_killed_in_the_middle_and_started_again_it_ends_with_the_same_bytes(src,
     assert contents(dst) == contents(tmp_path / "whole")
     assert kept
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in kept.items())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_parts_of_tars_killed_at_random_moments_merge_to_the_same_bytes(src, tmp_path, seed):
+    convert_here(src, tmp_path / "whole")
+    tars, dst = tmp_path / "tars", tmp_path / "out"
+    tars.mkdir()
+    for split in ("train", "val"):
+        (tars / f"ILSVRC2012_img_{split}.tar").write_bytes(tar_of_tars(src / split))
+    pauses = np.random.default_rng(seed).uniform(0, 0.15, 2)
+    for pause in pauses:
+        process = subprocess.Popen(
+            command(tars, dst, "--part", "2/2", "--workers", "2"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        wait_for(lambda: list(dst.glob("train/*.tar*")), process)
+        time.sleep(pause)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    for number in (2, 1):
+        ended = run(tars, dst, "--part", f"{number}/2", "--workers", "2")
+        assert ended.returncode == 0, ended.stderr
+        assert f"val: part {number}/2 is done" in ended.stdout
+    merged = subprocess.run(
+        [sys.executable, str(TOOL), str(dst), "--merge", "--verify"], capture_output=True, text=True, check=False
+    )
+    assert merged.returncode == 0, merged.stderr
+    assert "train: 35 images in 7 shards" in merged.stdout
+    assert "verified: every shard" in merged.stdout
+    assert contents(dst) == contents(tmp_path / "whole")
 
 
 def test_it_reports_progress_result_and_verification_in_plain_lines(src, tmp_path):
@@ -168,6 +198,9 @@ def test_a_failing_write_is_exit_code_6(src, tmp_path):
         (["--max_side", "300"], 2, "exclude each other"),
         (["--quality", "0"], 2, "quality 0"),
         (["--workers", "-1"], 2, "counts"),
+        (["--part", "3/2"], 2, "part '3/2' is no I/N"),
+        (["--part", "1/2", "--overwrite"], 2, "--part goes neither with --overwrite"),
+        (["--merge"], 2, "--merge takes one folder"),
         (["--no_such_option", "1"], 2, "no_such_option"),
     ],
 )
@@ -182,6 +215,10 @@ def test_bad_sources_are_exit_code_3_and_bad_destinations_2(src, tmp_path):
     missing = run(tmp_path / "nothing", tmp_path / "out")
     assert (missing.returncode, missing.stderr.count("\n")) == (3, 1)
     assert "nothing does not exist" in missing.stderr
+    unmerged = subprocess.run(
+        [sys.executable, str(TOOL), str(tmp_path / "nothing"), "--merge"], capture_output=True, text=True, check=False
+    )
+    assert (unmerged.returncode, unmerged.stderr.count("\n")) == (3, 1)
     (tmp_path / "empty").mkdir()
     empty = run(tmp_path / "empty", tmp_path / "out")
     assert empty.returncode == 3
