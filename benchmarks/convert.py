@@ -70,6 +70,7 @@ def ours(src: Path, dst: Path, stored: StoredImages) -> tuple[float, ...]:
 
 def ffcvs(stored: StoredImages) -> Callable[[Path, Path], tuple[float, ...]]:
     """The same by FFCV, to a .beton; ImportError when it is not installed."""
+    os.environ["NUMBA_THREADING_LAYER"] = "workqueue"  # on one core, its TBB pool would wait forever at exit
     import cv2
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
