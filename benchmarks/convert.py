@@ -17,13 +17,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from measuring import machine, medians, save
+from measuring import machine, medians, repeated, save, versions
 from rich.console import Console
 from rich.table import Table
 from torchvision.datasets import ImageFolder
@@ -48,16 +47,6 @@ class Options:
     repeats: int = 5
     name: str = "convert"
     """the result is kept as benchmarks/results/<name>.json"""
-
-
-def repeated(images: Path, copies: int, folder: Path) -> int:
-    """Class folders with `copies` links to each image; returns how many links."""
-    originals = sorted(path for path in images.glob("*/*") if path.is_file())
-    for path in originals:
-        (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
-        for copy in range(copies):
-            (folder / path.parent.name / f"{copy}_{path.name}").symlink_to(path.resolve())
-    return copies * len(originals)
 
 
 def ours(src: Path, dst: Path, stored: StoredImages) -> tuple[float, ...]:
@@ -117,14 +106,6 @@ def measure(options: Options) -> dict[str, Any]:
     return {"images": count, "rows": rows, "ratio": rates["spark_fast"] / rates["ffcv"] if "ffcv" in rates else None}
 
 
-def installed(package: str) -> str | None:
-    """Its version; None when it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def main(options: Options) -> None:
     """Measure, print the table and keep the result."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # children inherit it: both writers have this one core
@@ -140,7 +121,7 @@ def main(options: Options) -> None:
     if result["ratio"]:
         console.print(f"ratio [bold]{result['ratio']:.2f}x")
     settings = {k: getattr(options, k) for k in ("copies", "short_side", "quality", "repeats")}
-    where = machine(torch.device("cpu"), 1) | {package: installed(package) for package in LIBRARIES}
+    where = machine(torch.device("cpu"), 1) | versions(LIBRARIES)
     print(f"kept in {save(options.name, {'settings': settings, 'machine': where, **result})}")
 
 

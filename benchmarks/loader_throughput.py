@@ -9,9 +9,7 @@ are listed `--copies` times, so that starting an epoch counts for little. What i
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
-import itertools
 import multiprocessing
 import os
 import subprocess
@@ -26,7 +24,7 @@ from typing import Any
 
 import torch
 import tyro
-from measuring import machine, medians, save
+from measuring import machine, medians, repeated, save, versions
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -37,6 +35,7 @@ from pipelines.open_source import open_source
 
 STORES = {"max 256": ("--max_side", "256"), "short 256": ("--short_side", "256"), "max 400": ("--max_side", "400")}
 ORIGINALS = "originals"
+LIBRARIES = ("simplejpeg", "pillow", "torchvision", "ffcv", "nvidia-dali-cuda130", "webdataset")  # that decode
 SIZE = 224
 SCALE = (0.67, 1.0)
 
@@ -231,13 +230,8 @@ class Pinned:
 
 def make_stores(options: Options, work: Path) -> dict[str, Path]:
     """A folder with every original `copies` times, and its conversions."""
-    source = open_source(options.data_path)
     originals = work / "originals"
-    for i, copy in itertools.product(range(len(source)), range(options.copies)):
-        label = 0 if source.labels is None else int(source.labels[i])
-        path = originals / f"class{label:04d}" / f"{i:06d}_{copy}{Path(source.name(i)).suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(source.read(i))
+    repeated(options.data_path, options.copies, originals)
     stores = {ORIGINALS: originals}
     tool = Path(__file__).parents[1] / "tools" / "convert_imagenet.py"
     for name, flags in STORES.items():
@@ -294,17 +288,6 @@ def show(rows: list[dict]) -> None:
     Console(width=150).print(table)
 
 
-def versions() -> dict[str, str]:
-    """Of everything that decodes here."""
-    found = {}
-    for package in ("simplejpeg", "pillow", "torchvision", "ffcv", "nvidia-dali-cuda130", "webdataset"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # noqa: PERF203
-            found[package] = "not installed"
-    return found
-
-
 def main(options: Options) -> None:
     """Make the stores, measure every candidate, print the table and keep the result."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -313,7 +296,7 @@ def main(options: Options) -> None:
         rows = measure(options, stores, images)
     show(rows)
     settings = {"images": images, "batch": options.batch, "repeats": options.repeats, "size": SIZE}
-    where = machine(torch.device("cpu"), max(options.cores)) | {"versions": versions()}
+    where = machine(torch.device("cpu"), max(options.cores)) | {"versions": versions(LIBRARIES)}
     print(f"kept in {save(options.name, {'settings': settings, 'machine': where, 'rows': rows})}")
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from pipelines.open_source import open_source
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -57,6 +61,29 @@ def machine(device: torch.device, threads: int) -> dict[str, Any]:
         "commit": commit.stdout.strip(),
         "date": date.today().isoformat(),
     }
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Of each package; None when it is not installed."""
+
+    def of(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {package: of(package) for package in packages}
+
+
+def repeated(data_path: Path, copies: int, folder: Path) -> int:
+    """Class folders in `folder` with `copies` copies of each image at `data_path`; returns how many files."""
+    source = open_source(data_path)
+    for i, copy in itertools.product(range(len(source)), range(copies)):
+        label = 0 if source.labels is None else int(source.labels[i])
+        path = folder / f"class{label:04d}" / f"{i:06d}_{copy}{Path(source.name(i)).suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(source.read(i))
+    return copies * len(source)
 
 
 def save(name: str, result: dict[str, Any]) -> Path:

@@ -38,14 +38,16 @@ class Backend(ABC):
         self.num_samples = len(source)
         self._tally = Tally(source, max_bad_fraction)
         self.problems = self._tally.problems
-        self.device = torch.device(device)
+        self.device = _numbered(torch.device(device))
         self._source = source
         self._augmentation = augmentation
         self._schedule = schedule
         self._workers, self._prefetch = max(workers, 1), max(prefetch, 1)
         self._share = schedule.batch_size // schedule.world_size  # samples of this rank in a step
         self._shape = (self._share, *augmentation.input_size, 3)  # of a batch's pixels
-        self._normalise = Normalise(augmentation.input_size[1], self.device, dtype)
+        self._on_cuda = self.device.type == "cuda"  # there the device normalises, else the host
+        where = self.device if self._on_cuda else torch.device("cpu")
+        self._normalise = Normalise(augmentation.input_size[1], where, dtype)
         self._buffers = Buffers(self._shape, dtype, kept=self._prefetch + 2)
         self._closed = threading.Event()
 
@@ -63,13 +65,17 @@ class Backend(ABC):
         return self._batches(self._schedule.epoch(epoch, start_step), epoch)
 
     def _normalised(self, pixels: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 on the device -> (B, 3, H, W), channels_last; on the CPU into memory used again."""
-        if pixels.device.type != "cpu":
-            return self._normalise(pixels)
+        """(B, H, W, 3) uint8 -> (B, 3, H, W) on the device, channels_last; from the host in memory used again."""
+        if self._on_cuda:
+            return self._normalise(pixels.to(self.device))
         batch = self._buffers.take()
         for place, image in zip(batch, pixels, strict=True):
             self._normalise.into(place, image)
-        return batch.permute(0, 3, 1, 2)
+        return self._from_host(batch)
+
+    def _from_host(self, batch: Tensor) -> Tensor:
+        """A normalised batch of the host's, (B, H, W, 3) -> (B, 3, H, W) on the device, channels_last."""
+        return batch.to(self.device).permute(0, 3, 1, 2)
 
     @abstractmethod
     def close(self) -> None:
@@ -78,3 +84,10 @@ class Backend(ABC):
     @abstractmethod
     def _batches(self, steps: Iterator[NDArray[np.int64]], epoch: int) -> Generator[Batch, None, None]:
         """The batches of these steps' sample ids, (share,) each."""
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """The device with its index: the current one may change, and DALI knows none."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -9,14 +9,13 @@ FFCV: for the images that stand in for unreadable ones, for --verify, and for th
 from __future__ import annotations
 
 import os
-import zlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.contract import DataError, ImageError
-from pipelines.shards import BETON, PARTIAL
+from pipelines.contract import DataError
+from pipelines.shards import BETON, PARTIAL, read_record
 
 CHECKS = np.dtype(
     [("ptr", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4"), ("height", "<u2"), ("width", "<u2"),
@@ -77,11 +76,7 @@ class BetonSource:
     def read(self, i: int) -> bytes:
         """The JPEG of sample i, or its raw pixels as a PPM; ImageError when they are not what was written."""
         row = self.checks[i]
-        data = os.pread(self._file.fileno(), int(row["size"]), int(row["ptr"]))
-        if len(data) != row["size"]:
-            raise ImageError(f"{self.path.name} was cut short while in use")
-        if zlib.crc32(data) != row["crc"]:
-            raise ImageError("checksum differs, the .beton is damaged: see convert_imagenet.py --verify")
+        data = read_record(self._file, self.path.name, row, int(row["ptr"]), ".beton")
         if row["mode"] == RAW:
             return b"P6\n%d %d\n255\n" % (row["width"], row["height"]) + data
         return data

@@ -34,10 +34,9 @@ from pipelines.verify import file_sha256
 
 _PAGE = 8 * 2**20  # FFCV's default; a record never crosses a page
 
-OnRecord = Callable[[int, int], None]  # images, bytes
-
-
 _ALONE = BETON + ".alone"  # the shards in this folder are only a step on the way to a .beton
+
+OnRecord = Callable[[int, int], None]  # images, bytes
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,8 @@ def with_beton(
     DataError when a shard is damaged or FFCV is missing, OSError when writing fails.
     """
     made = manifest.beton
-    if made is not None and made.alone and not (settings and settings.alone):
-        raise SettingsError(
-            f"{folder} holds a .beton alone, its shards are gone: choose another folder, or --overwrite"
-        )
+    if made is not None and made.alone:
+        _refuse_to_change(folder, made, settings)
     if settings is None:
         return manifest
     if settings.alone and not (made and made.alone) and not (folder / _ALONE).exists():
@@ -82,11 +79,6 @@ def with_beton(
             " or choose another folder, or --overwrite"
         )
     if made is None or made.raw != settings.raw or not _is_there(folder, made):
-        if made is not None and made.alone:
-            raise SettingsError(
-                f"{folder} holds a .beton alone, with other settings or no longer whole: choose another folder,"
-                " or --overwrite"
-            )
         made = _write(folder, settings, workers, on_record)
     manifest = replace(manifest, beton=replace(made, alone=settings.alone))
     write_manifest(folder, manifest)
@@ -95,6 +87,19 @@ def with_beton(
             path.unlink(missing_ok=True)
         mark(folder, alone=False)
     return manifest
+
+
+def _refuse_to_change(folder: Path, made: BetonFiles, settings: BetonSettings | None) -> None:
+    """Raise SettingsError unless `settings` ask for the .beton alone that is there: its shards are gone."""
+    if settings is None or not settings.alone:
+        raise SettingsError(
+            f"{folder} holds a .beton alone, its shards are gone: choose another folder, or --overwrite"
+        )
+    if made.raw != settings.raw or not _is_there(folder, made):
+        raise SettingsError(
+            f"{folder} holds a .beton alone, with other settings or no longer whole: choose another folder,"
+            " or --overwrite"
+        )
 
 
 def _is_there(folder: Path, made: BetonFiles) -> bool:

@@ -93,9 +93,8 @@ def convert(
     their tars as downloaded).
 
     Each split gets a folder in DST, SRC without splits goes to DST itself. With `beton`, a .beton for FFCV is
-    made of the shards. Returns the folders written and
-    their manifests. Raises SettingsError, DataError or StorageError; whatever happens, only whole shards
-    are left, and the same command goes on from there.
+    made of the shards. Returns the folders written and their manifests. Raises SettingsError, DataError or
+    StorageError; whatever happens, only whole shards are left, and the same command goes on from there.
     """
     with storage(dst):
         return [
@@ -166,13 +165,15 @@ def _convert_split(
         if overwrite:
             for path in dst.iterdir():
                 path.unlink()
+        alone = beton is not None and beton.alone
+        if not (alone and (dst / MANIFEST).exists()):  # shards that are whole already may be meant to stay
+            mark(dst, alone)
         if (dst / MANIFEST).exists():
             manifest = read_manifest(dst)
             _refuse_other_settings(dst, made_from, manifest.made_from)
             on_progress(Progress(dst, len(source), len(source), 0))
             remove_leftovers(dst, {shard.file for shard in manifest.shards}, done=True)
             return _with_beton(dst, manifest, beton, workers, on_progress)
-        mark(dst, alone=beton is not None and beton.alone)
         jobs = list(_jobs(source, dst, settings, made_from))
         kept = _finished_shards(dst, [job.path for job in jobs], made_from)
         remove_leftovers(dst, kept, done=False)
@@ -188,14 +189,19 @@ def _with_beton(
     workers: int,
     on_progress: Callable[[Progress], None],
 ) -> Manifest:
-    done = read = 0
+    return with_beton(dst, manifest, beton, workers, _counting(dst / BETON, 0, manifest.count, on_progress))
+
+
+def _counting(what: Path, done: int, total: int, on_progress: Callable[[Progress], None]) -> Callable[[int, int], None]:
+    """A function of newly done images and bytes read that reports how far `what` is."""
+    read = 0
 
     def advance(images: int, size: int) -> None:
         nonlocal done, read
         done, read = done + images, read + size
-        on_progress(Progress(dst / BETON, done, manifest.count, read))
+        on_progress(Progress(what, done, total, read))
 
-    return with_beton(dst, manifest, beton, workers, advance)
+    return advance
 
 
 def _convert_part(
@@ -283,13 +289,7 @@ def _write_shards(
 ) -> None:
     total = sum(len(job.numbers) for job in jobs)
     done = sum(len(job.numbers) for job in jobs if job.path.name in kept)
-    read = 0
-
-    def advance(images: int, size: int) -> None:
-        nonlocal done, read
-        done, read = done + images, read + size
-        on_progress(Progress(dst, done, total, read))
-
+    advance = _counting(dst, done, total, on_progress)
     todo = [job for job in jobs if job.path.name not in kept]
     advance(0, 0)
     try:

@@ -61,21 +61,13 @@ class _Pending(NamedTuple):
 class DaliPipeline(Backend):
     """Batches of `source` on `device`; see `build_pipeline` for the settings. DataError without DALI."""
 
-    def __init__(
-        self,
-        source: Source,
-        schedule: Schedule,
-        augmentation: Augmentation,
-        *,
-        device: torch.device | str = "cpu",
-        **settings: Any,
-    ) -> None:
-        super().__init__(source, schedule, augmentation, device=_numbered(torch.device(device)), **settings)
+    def __init__(self, source: Source, schedule: Schedule, augmentation: Augmentation, **settings: Any) -> None:
+        super().__init__(source, schedule, augmentation, **settings)
         self._sound = np.zeros(len(source), np.uint32)  # checksums of the images that `decode` approved
         self._refused: set[int] = set()  # samples that DALI cannot decode, though they are sound
         self._told = False
         # On CUDA two take turns: one is fed while the other decodes.
-        count = 2 if self.device.type == "cuda" else 1
+        count = 2 if self._on_cuda else 1
         self._decoders = [
             DaliDecoder(self._share, augmentation.input_size, self.device, self._workers) for _ in range(count)
         ]
@@ -210,10 +202,3 @@ def _jpeg_header(data: bytes | memoryview) -> tuple[int, int, str]:
     except ValueError:
         return 0, 0, ""
     return height, width, colours
-
-
-def _numbered(device: torch.device) -> torch.device:
-    """The device with its index: DALI knows no current one."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device

@@ -74,7 +74,7 @@ class FfcvPipeline(Backend):
             for rows, pixels, loaded in decoded:
                 ids = rows["sample"].astype(np.int64)
                 self._tally.count(ids.tolist(), loaded)
-                images = self._normalised(pixels.to(self.device))
+                images = self._normalised(pixels)
                 yield Batch(images, labels_on(self.device, self._source, ids), torch.from_numpy(ids))
         finally:
             decoded.close()

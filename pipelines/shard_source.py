@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import os
 import resource
-import zlib
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.contract import DataError, ImageError
-from pipelines.shards import MANIFEST, Manifest, ShardFile, read_index, read_manifest
+from pipelines.contract import DataError
+from pipelines.shards import MANIFEST, Manifest, ShardFile, read_index, read_manifest, read_record
 
 
 class ShardSource:
@@ -50,13 +49,7 @@ class ShardSource:
     def read(self, i: int) -> bytes:
         """The JPEG of sample i; ImageError when the shard was cut short or changed under our hands."""
         row = self._index[i]
-        size = int(row["size"])
-        data = os.pread(self._files[row["shard"]].fileno(), size, int(row["offset"]))
-        if len(data) != size:
-            raise ImageError(f"{self._names[row['shard']]} was cut short while in use")
-        if zlib.crc32(data) != row["crc"]:
-            raise ImageError("checksum differs, the shard is damaged: see convert_imagenet.py --verify")
-        return data
+        return read_record(self._files[row["shard"]], self._names[row["shard"]], row, int(row["offset"]))
 
     def name(self, i: int) -> str:
         """Shard and member, as `tar -t` lists it."""

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.contract import DataError
+from pipelines.contract import DataError, ImageError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -169,6 +169,20 @@ def dali_index(records: Iterable[Record]) -> str:
             line += f" cls {after} {len(str(r.label))} {r.key}.cls"
         lines.append(line + "\n")
     return f"v1.2 {len(lines)}\n" + "".join(lines)
+
+
+def read_record(file: BinaryIO, name: str, row: NDArray[np.void], offset: int, kind: str = "shard") -> bytes:
+    """The bytes at `offset` that an index `row` (size, crc) promises in `file`, the `kind` called `name`.
+
+    Raises ImageError when the file was cut short or holds others.
+    """
+    size = int(row["size"])
+    data = os.pread(file.fileno(), size, offset)
+    if len(data) != size:
+        raise ImageError(f"{name} was cut short while in use")
+    if zlib.crc32(data) != row["crc"]:
+        raise ImageError(f"checksum differs, the {kind} is damaged: see convert_imagenet.py --verify")
+    return data
 
 
 def write_index(path: Path, shards: Iterable[list[Record]]) -> ShardFile:

@@ -73,8 +73,7 @@ class FileSource:
         """The file's bytes; OSError when it cannot be read, ImageError when it is absurdly large."""
         with (self.root / os.fsdecode(self.path(i))).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size > MAX_FILE_BYTES:
-                raise ImageError(f"the file has {size} bytes, more than the limit of {MAX_FILE_BYTES}")
+            check_file_size(size)
             return file.read()
 
     def name(self, i: int) -> str:
@@ -138,6 +137,12 @@ def _images_below(root: Path, folder: str) -> Iterator[bytes]:
         inside = os.path.relpath(where, root)
         for file in sorted(filter(is_image, files)):
             yield os.fsencode(f"{inside}/{file}")
+
+
+def check_file_size(size: int) -> None:
+    """ImageError when no image is so many bytes long."""
+    if size > MAX_FILE_BYTES:
+        raise ImageError(f"the file has {size} bytes, more than the limit of {MAX_FILE_BYTES}")
 
 
 def is_image(name: str) -> bool:

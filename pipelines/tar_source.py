@@ -19,8 +19,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.contract import DataError, ImageError
-from pipelines.sources import IMAGE_EXTENSIONS, MAX_FILE_BYTES, FileSource, is_image
+from pipelines.contract import DataError
+from pipelines.sources import IMAGE_EXTENSIONS, FileSource, check_file_size, is_image
 
 logger = logging.getLogger("pipelines")
 
@@ -47,8 +47,7 @@ class TarSource(FileSource):
         Raises DataError when the tar has become shorter since it was listed.
         """
         offset, size = self._ranges[i].tolist()
-        if size > MAX_FILE_BYTES:
-            raise ImageError(f"the file has {size} bytes, more than the limit of {MAX_FILE_BYTES}")
+        check_file_size(size)
         with self.root.open("rb", buffering=0) as file:
             data = os.pread(file.fileno(), size, offset)
         if len(data) != size:

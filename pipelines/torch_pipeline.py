@@ -54,7 +54,7 @@ class TorchPipeline(Backend):
 
     def __init__(self, source: Source, schedule: Schedule, augmentation: Augmentation, **settings: Any) -> None:
         super().__init__(source, schedule, augmentation, **settings)
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(self.device) if self._on_cuda else None
         self._slots: list[_Slot] = []  # idle ones
         self._pool = _decoder_threads(self._workers)
 
@@ -130,7 +130,7 @@ class TorchPipeline(Backend):
         """A batch's images, normalised, on the device: (B, 3, H, W)."""
         slot = batch.slot
         if slot is None or self._stream is None:
-            return batch.pixels.to(self.device).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W), channels_last
+            return self._from_host(batch.pixels)
         with torch.cuda.stream(self._stream):
             pixels = slot.pixels.to(self.device, non_blocking=True)
             slot.copied.record()

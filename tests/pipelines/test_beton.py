@@ -125,6 +125,23 @@ def test_the_same_command_again_changes_nothing_and_another_format_of_one_alone_
 
 
 @needs_ffcv
+def test_shards_asked_for_since_a_beton_alone_was_stopped_are_kept(image_folder, tmp_path, monkeypatch):
+    root, out, alone = image_folder(), tmp_path / "out", BetonSettings(alone=True)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.beton_writer._write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(root, out, KEEP_SIZE, beton=alone)
+    convert(root, out, KEEP_SIZE)
+    with pytest.raises(SettingsError, match="holds shards"):
+        convert(root, out, KEEP_SIZE, beton=alone)
+    assert list((out / "train").glob("shard-*.tar"))
+
+
+@needs_ffcv
 def test_unlabelled_images_stay_unlabelled(tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(4):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
 import sys
 import threading
 import time
@@ -18,7 +17,7 @@ from pipelines import Batch, DataError, build_pipeline
 from pipelines.crops import Augmentation, Box, crops
 from pipelines.dali_decoder import DaliDecoder, Encoded, as_ppm
 from pipelines.open_source import open_source
-from tests.pipelines.comparing import alike, needs_dali, pixels, same
+from tests.pipelines.comparing import alike, left_open, needs_dali, pixels, same, ways_to_end
 from tests.pipelines.comparing import dali_batches as batches
 from tests.pipelines.pictures import picture
 
@@ -194,26 +193,10 @@ def test_close_lets_go_of_threads_and_memory(image_folder):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
 
 
-SCRIPT = """
-import sys, time
-from pipelines import build_pipeline
-pipeline = build_pipeline(sys.argv[1], pipeline="dali", batch_size=12, input_size=256, workers=2, prefetch=2)
-iterator = pipeline.epoch(0)
-next(iterator)
-print("running", flush=True)
-{then}
-"""
-
-
 @needs_dali
-@pytest.mark.parametrize(
-    ("then", "code"), [("", 0), ("import os, signal; os.kill(os.getpid(), signal.SIGINT); time.sleep(30)", -2)]
-)
+@ways_to_end
 def test_the_program_ends_with_an_epoch_left_open(image_folder, then, code):
-    ended = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(then=then), str(image_folder())],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    ended = left_open(image_folder(), "dali", 12, then)
     assert (ended.returncode, ended.stdout) == (code, "running\n"), ended.stderr
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import subprocess
 import sys
 import threading
 import time
@@ -22,7 +21,7 @@ from pipelines.crops import Augmentation, crops
 from pipelines.ffcv_pipeline import FfcvPipeline
 from pipelines.open_source import open_source
 from pipelines.shards import BETON
-from tests.pipelines.comparing import alike, needs_ffcv, pixels, same
+from tests.pipelines.comparing import alike, left_open, needs_ffcv, pixels, same, ways_to_end
 from tests.pipelines.comparing import ffcv_batches as batches
 from tests.pipelines.test_beton import flip
 
@@ -271,26 +270,10 @@ def test_an_unknown_resize_and_a_folder_without_a_beton_are_refused(image_folder
         batches(image_folder(name="other"))
 
 
-SCRIPT = """
-import sys, time
-from pipelines import build_pipeline
-pipeline = build_pipeline(sys.argv[1], pipeline="ffcv", batch_size=4, input_size=256, workers=2, prefetch=2)
-iterator = pipeline.epoch(0)
-next(iterator)
-print("running", flush=True)
-{then}
-"""
-
-
 @needs_ffcv
-@pytest.mark.parametrize(
-    ("then", "code"), [("", 0), ("import os, signal; os.kill(os.getpid(), signal.SIGINT); time.sleep(30)", -2)]
-)
+@ways_to_end
 def test_the_program_ends_with_an_epoch_left_open(beton_folder, then, code):
-    ended = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(then=then), str(beton_folder())],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    ended = left_open(beton_folder(), "ffcv", 4, then)
     assert (ended.returncode, ended.stdout) == (code, "running\n"), ended.stderr
 
 

@@ -247,3 +247,13 @@ def test_too_many_bad_images_end_the_epoch_with_their_names(tmp_path):
         list(tolerant.epoch(epoch))
     assert (tolerant.problems.read, tolerant.problems.replaced) == (1000, 40)
     tolerant.close()
+
+
+def test_for_a_device_that_is_neither_cpu_nor_cuda_the_host_normalises(image_folder):
+    pipeline = build_pipeline(image_folder(), batch_size=6, input_size=32, device="meta")
+    assert pipeline._normalise._factor.device.type == "cpu"  # meta tensors would hide a mixture of devices
+    first = next(pipeline.epoch(0))
+    pipeline.close()
+    assert first.images.device.type == "meta"
+    assert first.images.shape == (6, 3, 32, 32)
+    assert first.images.is_contiguous(memory_format=torch.channels_last)
