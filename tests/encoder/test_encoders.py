@@ -36,6 +36,11 @@ def network(request):
     torch.manual_seed(0)
     model = timm.create_model(name, features_only=True, **kwargs).double()
     _randomise_constants(model)
+    for layer in model.modules():
+        # Of two cells per channel, normalised to +-1 whatever they are, the gradient is a remainder of eps: with 1e-5,
+        # rounding alone, of either encoder, comes to 1e-10 of it, more or less by processor and threads.
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eps = 1e-3
     return model
 
 
