@@ -79,6 +79,7 @@ class TorchPipeline(Backend):
                 self._collect(pending[0])
                 done = pending.popleft()
                 images = self._upload(done)
+                del done.pixels  # a thread may still hold the batch, which must not keep its memory from coming back
                 submit_next()
                 yield Batch(images, labels_on(self.device, self._source, done.ids), torch.from_numpy(done.ids.copy()))
         finally:
@@ -93,7 +94,7 @@ class TorchPipeline(Backend):
         draws = uniform(self._schedule.seed, epoch, ids, DRAWS)
         batch = _Pending(ids, slot.pixels if slot else self._buffers.take(), slot)
         for part in thread_parts(len(ids), self._workers):
-            batch.chunks.append(self._pool.submit(self._load, ids[part], draws[part], batch.pixels[part], left))
+            batch.chunks.append(self._pool.submit(self._load, batch, part, draws[part], left))
         return batch
 
     def _idle_slot(self) -> _Slot:
@@ -102,11 +103,9 @@ class TorchPipeline(Backend):
         slot.copied.synchronize()
         return slot
 
-    def _load(
-        self, ids: NDArray[np.int64], draws: NDArray[np.float64], out: Tensor, left: threading.Event
-    ) -> list[Loaded]:
-        """In a decoder thread: fill `out`, (n, H, W, 3)."""
-        numbers = draws.tolist()
+    def _load(self, batch: _Pending, part: slice, draws: NDArray[np.float64], left: threading.Event) -> list[Loaded]:
+        """In a decoder thread: fill a part of the batch, given its samples' numbers, (n, DRAWS)."""
+        numbers, out = draws.tolist(), batch.pixels[part]  # (n, H, W, 3)
         scratch = None if out.dtype == torch.uint8 else torch.empty(self._shape[1:], dtype=torch.uint8)
 
         def load(place: int, sample: int) -> Loaded:
@@ -116,7 +115,7 @@ class TorchPipeline(Backend):
                 self._normalise.into(out[place], scratch)
             return loaded
 
-        return load_each(self._source, ids, load, lambda: left.is_set() or self._closed.is_set())
+        return load_each(self._source, batch.ids[part], load, lambda: left.is_set() or self._closed.is_set())
 
     def _collect(self, batch: _Pending) -> None:
         """Wait for a batch and count its problems; here, so that counts and warnings come in order."""
