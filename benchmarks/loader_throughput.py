@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import tyro
@@ -31,6 +32,7 @@ from rich.table import Table
 
 from pipelines import build_pipeline
 from pipelines.augment import MEAN, STD
+from pipelines.device_augment import DeviceAugment
 from pipelines.open_source import open_source
 
 STORES = {"max 256": ("--max_side", "256"), "short 256": ("--short_side", "256"), "max 400": ("--max_side", "400")}
@@ -60,11 +62,11 @@ class Options:
     """the result is kept as benchmarks/results/<name>.json"""
 
 
-def ours(pipeline: str) -> Callable[[Path, int, int], Iterator[None]]:
+def ours(pipeline: str, **settings: Any) -> Callable[[Path, int, int], Iterator[None]]:
     """One of this project's pipelines; each `next` is one epoch."""
 
     def epochs(store: Path, batch: int, cores: int) -> Iterator[None]:
-        loader = build_pipeline(store, pipeline=pipeline, batch_size=batch, input_size=SIZE, workers=cores)
+        loader = build_pipeline(store, pipeline=pipeline, batch_size=batch, input_size=SIZE, workers=cores, **settings)
         number = 0
         while True:
             exhaust(loader.epoch(number))
@@ -72,6 +74,19 @@ def ours(pipeline: str) -> Callable[[Path, int, int], Iterator[None]]:
             yield
 
     return epochs
+
+
+class HostPart(DeviceAugment):
+    """Leaves out what the device would do."""
+
+    def __call__(self, cells: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
+        return cells
+
+
+def host_part(store: Path, batch: int, cores: int) -> Iterator[None]:
+    """The host's work when the device augments: crops decoded into cells, ready for the transfer."""
+    with patch("pipelines.torch_pipeline.DeviceAugment", HostPart):
+        yield from ours("torch", augment_on="device")(store, batch, cores)
 
 
 def pil_transform() -> Callable[[Any], torch.Tensor]:
@@ -175,6 +190,7 @@ class Candidate:
 
 CANDIDATES = {
     "torch (ours)": Candidate(ours("torch"), (*STORES, ORIGINALS)),
+    "torch (ours), host part": Candidate(host_part, (*STORES, ORIGINALS)),
     "ffcv (ours)": Candidate(ours("ffcv"), tuple(STORES), "ffcv"),
     "dali (ours)": Candidate(ours("dali"), (*STORES, ORIGINALS), "nvidia.dali"),
     "ImageFolder, PIL": Candidate(published, (ORIGINALS,)),

@@ -22,6 +22,7 @@ from pipelines.synthetic import SyntheticPipeline
 from pipelines.torch_pipeline import TorchPipeline
 
 PIPELINES = ("auto", "torch", "dali", "ffcv", "synthetic")
+AUGMENT_ON = ("host", "device")
 
 logger = logging.getLogger("pipelines")
 
@@ -43,6 +44,7 @@ def build_pipeline(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: bool = True,
     augment: bool = True,
+    augment_on: str = "host",
     max_bad_fraction: float = 0.01,
     synthetic_samples: int = 1_281_167,
     ffcv_resize: str = "bicubic",
@@ -54,12 +56,15 @@ def build_pipeline(
     `augment=False` the largest central crop is taken and nothing is drawn. `data_path` may be anything
     that `open_source` knows; "synthetic" ignores it and has `synthetic_samples` samples (ImageNet's number).
     "auto" is the fastest installed one for these data, and is told to the log. "ffcv" reads a .beton and
-    resizes as `ffcv_resize` says, bicubic as all others, or area, FFCV's own.
+    resizes as `ffcv_resize` says, bicubic as all others, or area, FFCV's own. With `augment_on="device"`
+    "torch" leaves resize, flip and the rest to the device (see `device_augment`); the others know "host" alone.
 
     Raises DataError when the data cannot be used, or not with these settings, or the pipeline is not installed.
     """
     if pipeline not in PIPELINES:
         raise DataError(f"pipeline {pipeline!r} is unknown; there are: {', '.join(PIPELINES)}")
+    if augment_on not in AUGMENT_ON:
+        raise DataError(f"augment_on {augment_on!r} is unknown; there are: {', '.join(AUGMENT_ON)}")
     _check_shared(batch_size, world_size)
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     if pipeline == "synthetic":
@@ -71,7 +76,7 @@ def build_pipeline(
     source = BetonSource(find_beton(data_path)) if pipeline == "ffcv" else open_source(data_path)
     try:
         _check_enough(len(source), batch_size, str(data_path))
-        return _decoding(pipeline, source, ffcv_resize)(
+        return _decoding(pipeline, source, ffcv_resize, augment_on)(
             source,
             Schedule(len(source), batch_size, seed, rank, world_size),
             Augmentation(size, scale, ratio, flip, random=augment),
@@ -97,13 +102,18 @@ def choose_pipeline(source: Source) -> tuple[str, str]:
     return "torch", "it decodes JPEGs faster than the others on a CPU"
 
 
-def _decoding(pipeline: str, source: Source, ffcv_resize: str) -> Callable[..., Pipeline]:
-    if pipeline == "auto":
+def _decoding(pipeline: str, source: Source, ffcv_resize: str, augment_on: str) -> Callable[..., Pipeline]:
+    if pipeline == "auto" and augment_on == "device":
+        pipeline = "torch"
+        logger.info("pipeline torch: the one that leaves the augmentation to the device")
+    elif pipeline == "auto":
         pipeline, why = choose_pipeline(source)
         logger.info("pipeline %s: %s", pipeline, why)
-    if pipeline == "ffcv":
-        return partial(FfcvPipeline, resize=ffcv_resize)
-    return DaliPipeline if pipeline == "dali" else TorchPipeline
+    if pipeline == "torch":
+        return partial(TorchPipeline, augment_on=augment_on)
+    if augment_on == "device":
+        raise DataError(f"pipeline {pipeline} cannot augment on the device: take torch, or augment on the host")
+    return partial(FfcvPipeline, resize=ffcv_resize) if pipeline == "ffcv" else DaliPipeline
 
 
 def _check_enough(num_samples: int, batch_size: int, where: str) -> None:

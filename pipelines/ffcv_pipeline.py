@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.augment import cut
 from pipelines.backend import Backend
 from pipelines.beton import BetonSource
 from pipelines.contract import Batch, DataError, SettingsError
@@ -98,5 +99,6 @@ class FfcvPipeline(Backend):
         loaded = [Loaded(False, None)] * len(plan)
         for place in np.flatnonzero(plan["fault"]).tolist():
             sample = int(plan["sample"][place])
-            loaded[place] = load_sample(self._source, sample, draws[place], self._augmentation, pixels[place])
+            put = partial(cut, out=pixels[place])
+            loaded[place] = load_sample(self._source, sample, draws[place], self._augmentation, put)
         return loaded

@@ -17,9 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.augment import cut
 from pipelines.contract import DataError, ImageError
-from pipelines.crops import Augmentation
+from pipelines.crops import Augmentation, Box
 from pipelines.decode import decode
 from pipelines.sources import Source
 
@@ -36,8 +35,14 @@ class Loaded(NamedTuple):
     replaced: str | None  # why the sample's own image could not be read
 
 
-def load_sample(source: Source, sample: int, draws: Sequence[float], augmentation: Augmentation, out: Tensor) -> Loaded:
-    """Decode, crop, resize and flip a sample into `out`, (H, W, 3) uint8; or the image that stands in.
+def load_sample(
+    source: Source,
+    sample: int,
+    draws: Sequence[float],
+    augmentation: Augmentation,
+    put: Callable[[NDArray[np.uint8], Box, bool], object],
+) -> Loaded:
+    """Decode a sample, or the image that stands in, and `put` pixels (H, W, 3), box and flip where they belong.
 
     Raises DataError when neither the sample nor any of its substitutes can be read.
     """
@@ -45,7 +50,7 @@ def load_sample(source: Source, sample: int, draws: Sequence[float], augmentatio
     def load(_: int, data: bytes | memoryview) -> bool:
         image, converted = decode(data)
         height, width = image.shape[:2]
-        cut(image, augmentation.box(draws, height, width), augmentation.flips(draws), out)
+        put(image, augmentation.box(draws, height, width), augmentation.flips(draws))
         return converted
 
     return Loaded(*first_readable(source, sample, load))

@@ -6,16 +6,18 @@ image has its place in a preallocated buffer, so the result does not depend on w
 At most `prefetch` batches are in the making while the consumer works on one.
 
 For CUDA the buffer holds bytes, a quarter of what fp32 would put over the bus, and is pinned. Without it the
-threads normalise too, image by image while it is in their cache.
+threads normalise too, image by image while it is in their cache. With `augment_on="device"` the threads only decode
+and copy the crops, and all the rest is the device's (`device_augment`).
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,9 +25,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.augment import cut
 from pipelines.backend import Backend
+from pipelines.buffers import Buffers
 from pipelines.contract import Batch
-from pipelines.crops import DRAWS, Augmentation
+from pipelines.crops import DRAWS, Augmentation, Box
+from pipelines.device_augment import DeviceAugment
 from pipelines.order import Schedule, uniform
 from pipelines.samples import Loaded, labels_on, load_each, load_sample, thread_parts
 from pipelines.sources import Source
@@ -36,6 +41,7 @@ class _Slot:
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # (B, H, W, 3)
+        self.crops = torch.empty(shape[0], 3, dtype=torch.int64, pin_memory=True)
         self.copied = torch.cuda.Event()
 
 
@@ -44,7 +50,8 @@ class _Pending:
     """A batch in the making."""
 
     ids: NDArray[np.int64]
-    pixels: Tensor  # (B, H, W, 3), of `dtype` and normalised, or the slot's bytes
+    pixels: Tensor  # (B, H, W, 3), of `dtype` and normalised, or bytes for the device: images, or cells with crops
+    crops: Tensor  # (B, 3) int64, see `DeviceAugment.put`
     slot: _Slot | None
     chunks: list[Future[list[Loaded]]] = field(default_factory=list)
 
@@ -52,8 +59,22 @@ class _Pending:
 class TorchPipeline(Backend):
     """Batches of `source` on `device`; see `build_pipeline` for the settings."""
 
-    def __init__(self, source: Source, schedule: Schedule, augmentation: Augmentation, **settings: Any) -> None:
-        super().__init__(source, schedule, augmentation, **settings)
+    def __init__(
+        self,
+        source: Source,
+        schedule: Schedule,
+        augmentation: Augmentation,
+        *,
+        augment_on: str = "host",
+        dtype: torch.dtype = torch.float32,
+        **settings: Any,
+    ) -> None:
+        super().__init__(source, schedule, augmentation, dtype=dtype, **settings)
+        self._on_device: DeviceAugment | None = None
+        if augment_on == "device":
+            self._on_device = DeviceAugment(augmentation.input_size, self.device, dtype)
+            self._shape = (self._share, *self._on_device.cell, 3)
+            self._buffers = Buffers(self._shape, torch.uint8, kept=self._prefetch + 2)
         self._stream = torch.cuda.Stream(self.device) if self._on_cuda else None
         self._slots: list[_Slot] = []  # idle ones
         self._pool = _decoder_threads(self._workers)
@@ -92,7 +113,9 @@ class TorchPipeline(Backend):
         """Have the threads fill a slot with these samples."""
         slot = self._idle_slot() if self._stream is not None else None
         draws = uniform(self._schedule.seed, epoch, ids, DRAWS)
-        batch = _Pending(ids, slot.pixels if slot else self._buffers.take(), slot)
+        pixels = slot.pixels if slot else self._buffers.take()
+        crops = slot.crops if slot else torch.empty(len(ids), 3, dtype=torch.int64)
+        batch = _Pending(ids, pixels, crops, slot)
         for part in thread_parts(len(ids), self._workers):
             batch.chunks.append(self._pool.submit(self._load, batch, part, draws[part], left))
         return batch
@@ -105,17 +128,29 @@ class TorchPipeline(Backend):
 
     def _load(self, batch: _Pending, part: slice, draws: NDArray[np.float64], left: threading.Event) -> list[Loaded]:
         """In a decoder thread: fill a part of the batch, given its samples' numbers, (n, DRAWS)."""
-        numbers, out = draws.tolist(), batch.pixels[part]  # (n, H, W, 3)
-        scratch = None if out.dtype == torch.uint8 else torch.empty(self._shape[1:], dtype=torch.uint8)
+        numbers, out, crops = draws.tolist(), batch.pixels[part], batch.crops[part]
+        put = self._putter(out, crops)
 
         def load(place: int, sample: int) -> Loaded:
-            pixels = out[place] if scratch is None else scratch
-            loaded = load_sample(self._source, sample, numbers[place], self._augmentation, pixels)
-            if scratch is not None:
-                self._normalise.into(out[place], scratch)
-            return loaded
+            return load_sample(self._source, sample, numbers[place], self._augmentation, partial(put, place))
 
         return load_each(self._source, batch.ids[part], load, lambda: left.is_set() or self._closed.is_set())
+
+    def _putter(self, out: Tensor, crops: Tensor) -> Callable[[int, NDArray[np.uint8], Box, bool], None]:
+        """What brings an image's crop to its place in `out`, (n, H, W, 3)."""
+        on_device, bytes_only = self._on_device, out.dtype == torch.uint8
+        scratch = torch.empty((0,) if bytes_only else out.shape[1:], dtype=torch.uint8)
+
+        def put(place: int, image: NDArray[np.uint8], box: Box, flip: bool) -> None:
+            if on_device:
+                crops[place] = torch.tensor(on_device.put(image, box, flip, out[place]))
+            elif bytes_only:
+                cut(image, box, flip, out[place])
+            else:
+                cut(image, box, flip, scratch)
+                self._normalise.into(out[place], scratch)
+
+        return put
 
     def _collect(self, batch: _Pending) -> None:
         """Wait for a batch and count its problems; here, so that counts and warnings come in order."""
@@ -129,11 +164,12 @@ class TorchPipeline(Backend):
         """A batch's images, normalised, on the device: (B, 3, H, W)."""
         slot = batch.slot
         if slot is None or self._stream is None:
-            return self._from_host(batch.pixels)
+            return self._on_device(batch.pixels, batch.crops) if self._on_device else self._from_host(batch.pixels)
         with torch.cuda.stream(self._stream):
             pixels = slot.pixels.to(self.device, non_blocking=True)
+            crops = slot.crops.to(self.device, non_blocking=True)
             slot.copied.record()
-            images = self._normalise(pixels)
+            images = self._on_device(pixels, crops) if self._on_device else self._normalise(pixels)
         self._slots.append(slot)
         consumer = torch.cuda.current_stream(self.device)
         consumer.wait_stream(self._stream)

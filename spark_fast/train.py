@@ -94,6 +94,7 @@ def open_pipeline(settings: Settings, ranks: Ranks, *, batch_size: int, augment:
         augment=augment,
         max_bad_fraction=settings.data.max_bad_fraction,
         ffcv_resize=settings.data.ffcv_resize,
+        augment_on=settings.data.augment,
     )
 
 
@@ -103,7 +104,7 @@ def pictured_images(settings: Settings, ranks: Ranks) -> Tensor | None:
         return None
     alone = replace(ranks, rank=0, world_size=1)
     if settings.data.pipeline != "synthetic":  # the one that reads anything and starts at once
-        settings = replace(settings, data=replace(settings.data, pipeline="torch"))
+        settings = replace(settings, data=replace(settings.data, pipeline="torch", augment="host"))
     pipeline = open_pipeline(settings, alone, batch_size=min(PICTURED, settings.data.batch_size), augment=False)
     try:
         return next(iter(pipeline.epoch(0))).images

@@ -59,6 +59,8 @@ class Data:
     """auto (the fastest for the data), torch, dali, ffcv (both extras), or synthetic (generated: no data's speed)"""
     ffcv_resize: Literal["bicubic", "area"] = "bicubic"
     """how --pipeline ffcv resizes: bicubic as all others, or area, FFCV's own"""
+    augment: Literal["host", "device"] = "host"
+    """where crops are resized, flipped and normalised; device spares the host's cores (--pipeline torch)"""
     input_size: str = "224"
     """pixels, N or HxW; a multiple of the network's total stride"""
     batch_size: Annotated[int, arg(aliases=["--bs"])] = 4096

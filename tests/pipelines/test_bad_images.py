@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from pipelines import DataError, build_pipeline
-from pipelines.augment import MEAN, STD
+from pipelines.augment import MEAN, STD, cut
 from pipelines.crops import DRAWS, Augmentation
 from pipelines.open_source import open_source
 from pipelines.samples import SUBSTITUTES, load_sample, read_patiently
@@ -88,9 +89,9 @@ def test_when_nothing_near_is_readable_the_storage_is_questioned(tmp_path):
     out = torch.empty(32, 32, 3, dtype=torch.uint8)
     draws = [0.5] * DRAWS
     with pytest.raises(DataError, match=r"image 0 \(00.jpg\) cannot be read \(not a .*neither can the 16"):
-        load_sample(source, 0, draws, Augmentation((32, 32)), out)
-    assert load_sample(source, 1, draws, Augmentation((32, 32)), out).replaced
-    assert load_sample(source, len(source) - 1, draws, Augmentation((32, 32)), out).replaced is None
+        load_sample(source, 0, draws, Augmentation((32, 32)), partial(cut, out=out))
+    assert load_sample(source, 1, draws, Augmentation((32, 32)), partial(cut, out=out)).replaced
+    assert load_sample(source, len(source) - 1, draws, Augmentation((32, 32)), partial(cut, out=out)).replaced is None
     pipeline = build_pipeline(tmp_path, batch_size=20, input_size=32)
     with pytest.raises(DataError, match="is the storage still there"):
         list(pipeline.epoch(0))
@@ -103,7 +104,7 @@ def test_a_stumbling_storage_is_asked_again_and_then_the_image_is_replaced(image
     data = vanished.read_bytes()
     vanished.unlink()
     out = torch.empty(32, 32, 3, dtype=torch.uint8)
-    loaded = load_sample(source, 4, [0.5] * DRAWS, Augmentation((32, 32)), out)
+    loaded = load_sample(source, 4, [0.5] * DRAWS, Augmentation((32, 32)), partial(cut, out=out))
     assert "No such file" in (loaded.replaced or "")
 
     class Stumbling:

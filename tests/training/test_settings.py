@@ -12,7 +12,7 @@ NAMED = ["name", "--data_path=images"]
 # The whole surface. A new option belongs here, in the README and in the CHANGELOG.
 FLAGS = """
 config print_config help
-data_path pipeline ffcv_resize input_size batch_size bs workers dataloader_workers prefetch max_bad_fraction
+data_path pipeline ffcv_resize augment input_size batch_size bs workers dataloader_workers prefetch max_bad_fraction
 model stages mask_ratio mask drop_path dp decoder_width encoder verify sparse_conv no_sparse_conv init_weight
 epochs ep warmup_epochs wp_ep base_lr optimizer opt beta2 ada weight_decay wd weight_decay_end wde clip accumulate
 exp_name experiment_name exp_dir resume resume_from seed device precision compile no_compile
@@ -182,7 +182,7 @@ def test_the_file_kept_in_a_run_folder_holds_every_setting():
 @pytest.mark.parametrize(
     ("text", "message"),
     [("[optim]\nepoch = 3\n", r"\[optim\] has no setting 'epoch'; did you mean .*epochs"),
-     ("[data]\nzzzz = 3\n", r"\[data\] has no setting 'zzzz'; there are batch_size"),
+     ("[data]\nzzzz = 3\n", r"\[data\] has no setting 'zzzz'; there are augment"),
      ("[optimizer]\nepochs = 3\n", r"\[optimizer\] is no section; there are data, model, optim, run"),
      ("epochs = 3\n", r"\[epochs\] is no section"),
      ("[optim\n", "cannot be read")],
