@@ -40,6 +40,7 @@ class Backend(ABC):
         self.problems = self._tally.problems
         self.device = _numbered(torch.device(device))
         self._source = source
+        self._dtype = dtype
         self._augmentation = augmentation
         self._schedule = schedule
         self._workers, self._prefetch = max(workers, 1), max(prefetch, 1)

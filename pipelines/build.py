@@ -13,6 +13,7 @@ from pipelines.beton import RAW, BetonSource, find_beton
 from pipelines.contract import DataError, Pipeline
 from pipelines.crops import Augmentation
 from pipelines.dali_pipeline import DaliPipeline
+from pipelines.device_decode import DeviceDecodePipeline
 from pipelines.ffcv_install import require_ffcv
 from pipelines.ffcv_pipeline import FfcvPipeline
 from pipelines.open_source import open_source
@@ -22,7 +23,7 @@ from pipelines.synthetic import SyntheticPipeline
 from pipelines.torch_pipeline import TorchPipeline
 
 PIPELINES = ("auto", "torch", "dali", "ffcv", "synthetic")
-AUGMENT_ON = ("host", "device")
+PLACES = ("host", "device")
 
 logger = logging.getLogger("pipelines")
 
@@ -45,26 +46,25 @@ def build_pipeline(
     flip: bool = True,
     augment: bool = True,
     augment_on: str = "host",
+    decode_on: str = "host",
     max_bad_fraction: float = 0.01,
     synthetic_samples: int = 1_281_167,
     ffcv_resize: str = "bicubic",
 ) -> Pipeline:
-    """A pipeline over the images at `data_path`, for one rank.
+    """A pipeline over the images at `data_path`, anything that `open_source` knows, for one rank.
 
     `batch_size` is the *global* batch, over all ranks; `input_size` a side or (height, width);
-    `workers` the decoder threads of this rank, `prefetch` the batches they may be ahead. With
-    `augment=False` the largest central crop is taken and nothing is drawn. `data_path` may be anything
-    that `open_source` knows; "synthetic" ignores it and has `synthetic_samples` samples (ImageNet's number).
-    "auto" is the fastest installed one for these data, and is told to the log. "ffcv" reads a .beton and
-    resizes as `ffcv_resize` says, bicubic as all others, or area, FFCV's own. With `augment_on="device"`
-    "torch" leaves resize, flip and the rest to the device (see `device_augment`); the others know "host" alone.
+    `workers` the decoder threads of this rank, `prefetch` the batches they may be ahead. With `augment=False` the
+    largest central crop is taken and nothing is drawn. "synthetic" ignores the path and has `synthetic_samples`
+    samples (ImageNet's number). "auto" is the fastest installed one for these data, and is told to the log. "ffcv"
+    reads a .beton and resizes as `ffcv_resize` says, bicubic as all others, or area, FFCV's own.
+    With `augment_on="device"` "torch" leaves resize, flip and the rest to the device (see `device_augment`), with
+    `decode_on="device"` decoding, too (see `device_decode`); the others know "host" alone.
 
     Raises DataError when the data cannot be used, or not with these settings, or the pipeline is not installed.
     """
     if pipeline not in PIPELINES:
         raise DataError(f"pipeline {pipeline!r} is unknown; there are: {', '.join(PIPELINES)}")
-    if augment_on not in AUGMENT_ON:
-        raise DataError(f"augment_on {augment_on!r} is unknown; there are: {', '.join(AUGMENT_ON)}")
     _check_shared(batch_size, world_size)
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     if pipeline == "synthetic":
@@ -76,7 +76,7 @@ def build_pipeline(
     source = BetonSource(find_beton(data_path)) if pipeline == "ffcv" else open_source(data_path)
     try:
         _check_enough(len(source), batch_size, str(data_path))
-        return _decoding(pipeline, source, ffcv_resize, augment_on)(
+        return _decoding(pipeline, source, ffcv_resize, augment_on, decode_on)(
             source,
             Schedule(len(source), batch_size, seed, rank, world_size),
             Augmentation(size, scale, ratio, flip, random=augment),
@@ -102,17 +102,20 @@ def choose_pipeline(source: Source) -> tuple[str, str]:
     return "torch", "it decodes JPEGs faster than the others on a CPU"
 
 
-def _decoding(pipeline: str, source: Source, ffcv_resize: str, augment_on: str) -> Callable[..., Pipeline]:
-    if pipeline == "auto" and augment_on == "device":
-        pipeline = "torch"
-        logger.info("pipeline torch: the one that leaves the augmentation to the device")
-    elif pipeline == "auto":
-        pipeline, why = choose_pipeline(source)
+def _decoding(
+    pipeline: str, source: Source, ffcv_resize: str, augment_on: str, decode_on: str
+) -> Callable[..., Pipeline]:
+    for where in (augment_on, decode_on):
+        if where not in PLACES:
+            raise DataError(f"augmenting or decoding on {where!r} is unknown; there are: {', '.join(PLACES)}")
+    on_device = "device" in (augment_on, decode_on)
+    if pipeline == "auto":
+        pipeline, why = ("torch", "it leaves work to the device") if on_device else choose_pipeline(source)
         logger.info("pipeline %s: %s", pipeline, why)
     if pipeline == "torch":
-        return partial(TorchPipeline, augment_on=augment_on)
-    if augment_on == "device":
-        raise DataError(f"pipeline {pipeline} cannot augment on the device: take torch, or augment on the host")
+        return DeviceDecodePipeline if decode_on == "device" else partial(TorchPipeline, augment_on=augment_on)
+    if on_device:
+        raise DataError(f"pipeline {pipeline} cannot leave its work to the device as asked: take torch, or the host")
     return partial(FfcvPipeline, resize=ffcv_resize) if pipeline == "ffcv" else DaliPipeline
 
 

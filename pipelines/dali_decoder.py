@@ -9,7 +9,7 @@ who may own several decoders.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,29 +17,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.contract import DataError
-from pipelines.crops import Box
+from pipelines.encoded_pipeline import DecoderError, Encoded
 
 
-class DaliError(RuntimeError):
-    """DALI could not decode a batch; the message is its reason."""
-
-
-class Encoded(NamedTuple):
-    """One image for DALI."""
-
-    data: NDArray[np.uint8]  # (bytes,), a JPEG or what `as_ppm` makes
-    box: Box
-    flip: bool
-
-
-def as_ppm(pixels: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
-    """A box of an image, (H, W, 3), as a file that DALI decodes without loss: a PPM is a header and the bytes."""
-    crop = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
-    return np.frombuffer(b"P6\n%d %d\n255\n" % (box.width, box.height) + crop.tobytes(), np.uint8)
+def as_ppm(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Pixels, (H, W, 3), as a file that DALI decodes without loss: a PPM is a header and the bytes."""
+    return np.frombuffer(b"P6\n%d %d\n255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes(), np.uint8)
 
 
 class DaliDecoder:
     """Decodes, crops, resizes and flips up to `batch_size` images at once; for one thread at a time."""
+
+    name = "DALI"
 
     def __init__(self, batch_size: int, size: tuple[int, int], device: torch.device, threads: int) -> None:
         """Build the graph for images of `size` (H, W); DataError when DALI is not installed."""
@@ -51,7 +40,7 @@ class DaliDecoder:
     def decode(self, images: Sequence[Encoded]) -> Tensor:
         """The images, (n, H, W, 3) uint8 on the device, in memory that no later call writes to.
 
-        Raises DaliError when DALI fails on one of them (it does not say which); the decoder can be used again.
+        Raises DecoderError when DALI fails on one of them (it does not say which); the decoder can be used again.
         """
         height, width = self._size
         boxes = np.array([image.box for image in images], np.int32)  # (n, 4): top, left, height, width
@@ -59,14 +48,14 @@ class DaliDecoder:
         sizes = np.array([(height, -width if image.flip else width) for image in images], np.float32)
         try:
             (out,) = self._graph.run(
-                encoded=[image.data for image in images],
+                encoded=[image.data if image.data.ndim == 1 else as_ppm(image.data) for image in images],
                 start=boxes[:, :2].copy(),
                 shape=boxes[:, 2:].copy(),
                 size=sizes,
             )
         except Exception as error:  # DALI raises built-in exceptions of several types
             self._graph = _build(*self._settings)  # DALI calls the one that failed invalid
-            raise DaliError(_gist(error)) from error
+            raise DecoderError(_gist(error)) from error
         if self._stream is None:
             return torch.from_dlpack(out.as_tensor())  # DALI's buffer, but ours as long as we hold it (exec_dynamic)
         with torch.cuda.stream(self._stream):  # not behind the kernels of the training step

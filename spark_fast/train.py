@@ -95,6 +95,7 @@ def open_pipeline(settings: Settings, ranks: Ranks, *, batch_size: int, augment:
         max_bad_fraction=settings.data.max_bad_fraction,
         ffcv_resize=settings.data.ffcv_resize,
         augment_on=settings.data.augment,
+        decode_on=settings.data.decode,
     )
 
 
@@ -104,7 +105,7 @@ def pictured_images(settings: Settings, ranks: Ranks) -> Tensor | None:
         return None
     alone = replace(ranks, rank=0, world_size=1)
     if settings.data.pipeline != "synthetic":  # the one that reads anything and starts at once
-        settings = replace(settings, data=replace(settings.data, pipeline="torch", augment="host"))
+        settings = replace(settings, data=replace(settings.data, pipeline="torch", decode="host", augment="host"))
     pipeline = open_pipeline(settings, alone, batch_size=min(PICTURED, settings.data.batch_size), augment=False)
     try:
         return next(iter(pipeline.epoch(0))).images

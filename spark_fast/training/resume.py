@@ -14,7 +14,7 @@ log = logging.getLogger("spark_fast")
 
 # settings that change nothing of what is computed but rounding, or only where it is stored and told
 HARMLESS = {
-    "data": {"data_path", "pipeline", "augment", "workers", "prefetch", "max_bad_fraction"},
+    "data": {"data_path", "pipeline", "decode", "augment", "workers", "prefetch", "max_bad_fraction"},
     "model": {"encoder", "sparse_conv", "init_weight", "verify"},
     "optim": {"accumulate"},
     "run": {

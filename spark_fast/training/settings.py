@@ -59,6 +59,8 @@ class Data:
     """auto (the fastest for the data), torch, dali, ffcv (both extras), or synthetic (generated: no data's speed)"""
     ffcv_resize: Literal["bicubic", "area"] = "bicubic"
     """how --pipeline ffcv resizes: bicubic as all others, or area, FFCV's own"""
+    decode: Literal["host", "device"] = "host"
+    """where JPEGs are decoded; device: nvJPEG, and the augmentation with it (--pipeline torch)"""
     augment: Literal["host", "device"] = "host"
     """where crops are resized, flipped and normalised; device spares the host's cores (--pipeline torch)"""
     input_size: str = "224"

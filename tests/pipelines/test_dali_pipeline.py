@@ -15,7 +15,8 @@ from PIL import Image
 
 from pipelines import Batch, DataError, build_pipeline
 from pipelines.crops import Augmentation, Box, crops
-from pipelines.dali_decoder import DaliDecoder, Encoded, as_ppm
+from pipelines.dali_decoder import DaliDecoder, as_ppm
+from pipelines.encoded_pipeline import Encoded
 from pipelines.open_source import open_source
 from tests.pipelines.comparing import alike, left_open, needs_dali, pixels, same, ways_to_end
 from tests.pipelines.comparing import dali_batches as batches
@@ -132,7 +133,16 @@ def test_the_decoder_hands_pixels_through_and_never_writes_them_again():
     box = Box(20, 11, 30, 40)
     shown = [picture(i) for i in range(8)]
     kept = [
-        decoder.decode([Encoded(as_ppm(image, box), Box(0, 0, 30, 40), flip) for flip in (False, True)])
+        decoder.decode(
+            [
+                Encoded(
+                    as_ppm(image[box.top : box.top + box.height, box.left : box.left + box.width]),
+                    Box(0, 0, 30, 40),
+                    flip,
+                )
+                for flip in (False, True)
+            ]
+        )
         for image in shown
     ]
     decoder.close()

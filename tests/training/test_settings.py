@@ -12,7 +12,8 @@ NAMED = ["name", "--data_path=images"]
 # The whole surface. A new option belongs here, in the README and in the CHANGELOG.
 FLAGS = """
 config print_config help
-data_path pipeline ffcv_resize augment input_size batch_size bs workers dataloader_workers prefetch max_bad_fraction
+data_path pipeline ffcv_resize decode augment input_size batch_size bs
+workers dataloader_workers prefetch max_bad_fraction
 model stages mask_ratio mask drop_path dp decoder_width encoder verify sparse_conv no_sparse_conv init_weight
 epochs ep warmup_epochs wp_ep base_lr optimizer opt beta2 ada weight_decay wd weight_decay_end wde clip accumulate
 exp_name experiment_name exp_dir resume resume_from seed device precision compile no_compile
