@@ -69,8 +69,7 @@ def build_pipeline(
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     if pipeline == "synthetic":
         _check_enough(synthetic_samples, batch_size, "synthetic_samples")
-        schedule = Schedule(synthetic_samples, batch_size, seed, rank, world_size)
-        return SyntheticPipeline(schedule, size, device=device, dtype=dtype)
+        return SyntheticPipeline(Schedule(synthetic_samples, batch_size, seed, rank, world_size), size, device, dtype)
     if data_path is None:
         raise DataError("no data_path: name a folder of images, of class folders or of shards, or a file list")
     source = BetonSource(find_beton(data_path)) if pipeline == "ffcv" else open_source(data_path)

@@ -23,7 +23,6 @@ class SyntheticPipeline:
         self,
         schedule: Schedule,
         input_size: tuple[int, int],
-        *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
