@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable
 
 import torch
-from timm.optim import Lamb
 from torch import Tensor, nn
+
+from spark_fast.training.lamb import Lamb
 
 NO_DECAY = ("cls_token", "pos_embed", "mask_token", "gamma")  # by part of the name, as published
 
@@ -25,7 +26,7 @@ def parameter_groups(model: nn.Module) -> list[dict]:
 
 
 def build_optimizer(name: str, model: nn.Module, beta2: float) -> torch.optim.Optimizer:
-    """LAMB (timm's), AdamW or SGD with Nesterov momentum; rates are set before every step by `schedule`.
+    """LAMB, AdamW or SGD with Nesterov momentum; rates are set before every step by `schedule`.
 
     Raises:
         ValueError: an unknown name.
@@ -33,7 +34,7 @@ def build_optimizer(name: str, model: nn.Module, beta2: float) -> torch.optim.Op
     groups = parameter_groups(model)
     if name == "lamb":
         # the gradient is clipped by `clip_gradients`, which also reports its norm: one pass instead of two
-        return Lamb(groups, lr=0.0, betas=(0.9, beta2), weight_decay=0.0, max_grad_norm=None)
+        return Lamb(groups, lr=0.0, betas=(0.9, beta2))
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, beta2), weight_decay=0.0, fused=True)
     if name == "sgd":

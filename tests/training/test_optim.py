@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.optim import Lamb
+from timm.optim import Lamb as TimmLamb
 from torch import nn
 
 from spark_fast import build_spark
+from spark_fast.training.lamb import Lamb
 from spark_fast.training.optim import (
     build_optimizer,
     clip_gradients,
@@ -161,7 +162,7 @@ def test_lamb_with_our_clipping_is_timms_lamb_with_its_own():
     theirs = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).double()
     theirs.load_state_dict(ours.state_dict())
     mine = build_optimizer("lamb", ours, 0.95)
-    other = Lamb(parameter_groups(theirs), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, max_grad_norm=0.5)
+    other = TimmLamb(parameter_groups(theirs), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, max_grad_norm=0.5)
     clipped = []
     for step in range(6):
         for optimizer in (mine, other):

@@ -1,0 +1,84 @@
+"""LAMB (You et al., ICLR 2020) without a loop over tensors, and with a device-side way to skip a step.
+
+LAMB is Adam's direction, scaled per tensor by |weights| / |direction|. The direction comes from torch's fused AdamW
+kernel, which moves a copy of the weights by one whole direction, p - u; u is then the difference. Two things come with
+that kernel: it runs on CPU and CUDA over all tensors at once, and it obeys `found_inf`, the convention of torch's own
+fused optimisers: where that device scalar is 1, nothing changes, and the host never asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Lamb(torch.optim.Optimizer):
+    """As timm.optim.Lamb with its defaults (trust ratio for groups with weight decay alone, no clipping in it).
+
+    Args:
+        params: as for any optimiser; groups may have their own `lr` and `weight_decay`.
+        betas: decay of the first and the second moment; `eps` is added to the root of the second.
+    """
+
+    _step_supports_amp_scaling = True  # to torch.amp.GradScaler: hand over found_inf, do not look at it
+    found_inf: Tensor | None = None  # () float on the device; 1: leave weights and moments as they are
+    grad_scale: Tensor | None = None  # what gradients are multiplied by, to be divided out
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Advance all parameters that have a gradient."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                state = self.state[p] or {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                self.state[p] = {name: _laid_out_as(p, moment) for name, moment in state.items()}
+            group["step"] = torch.as_tensor(group.get("step", 0.0), dtype=torch.float32, device=params[0].device) + 1
+            self._update(params, group)
+            if self.found_inf is not None:
+                group["step"] -= self.found_inf
+
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        moved = [p.clone() for p in params]
+        torch._fused_adamw_(
+            moved,
+            [_laid_out_as(p, p.grad) for p in params],  # type: ignore[arg-type]
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            [],
+            [group["step"]] * len(params),
+            lr=1.0,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            grad_scale=self.grad_scale,
+            found_inf=self.found_inf,
+        )
+        torch._foreach_sub_(moved, params)  # the directions, negative
+        if group["weight_decay"]:
+            weights, directions = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(moved))
+            trust = torch.where((weights > 0) & (directions > 0), weights / directions, 1.0)
+            torch._foreach_mul_(moved, trust.unbind())
+        torch._foreach_add_(params, moved, alpha=group["lr"])
+
+
+def _laid_out_as(weights: Tensor, other: Tensor) -> Tensor:
+    """`other` with the strides of `weights`: the fused kernel walks through memory, not through indices."""
+    return other if other.stride() == weights.stride() else torch.empty_like(weights).copy_(other)

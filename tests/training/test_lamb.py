@@ -1,0 +1,79 @@
+"""LAMB against timm's, whatever the layout in memory, and skipped steps."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.optim import Lamb as TimmLamb
+
+from spark_fast.training.lamb import Lamb
+
+SHAPES = ((16, 8, 3, 3), (8, 4, 1, 1), (5,), (6, 7), ())
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def weights(dtype, layout=torch.contiguous_format):
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(shape, dtype=dtype, generator=generator) for shape in SHAPES]
+    made[3].zero_()  # no norm, so no trust ratio
+    return [(w.to(memory_format=layout) if w.dim() == 4 else w).requires_grad_() for w in made]
+
+
+def gradients(params, step, scale=1.0, layout=torch.contiguous_format):
+    generator = torch.Generator().manual_seed(step)
+    for p in params:
+        grad = torch.randn(p.shape, dtype=p.dtype, generator=generator) * scale
+        p.grad = grad.to(memory_format=layout) if p.dim() == 4 else grad
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.floats(1e-4, 0.1), st.floats(0.5, 0.95), st.floats(0.9, 0.9999), st.sampled_from([0.0, 0.04, 0.5]),
+    st.sampled_from([1e-8, 1.0, 1e4]),
+)  # fmt: skip
+def test_it_is_timms(lr, beta1, beta2, decay, scale):
+    ours, theirs = weights(torch.float64), weights(torch.float64)
+    settings_ = {"lr": lr, "betas": (beta1, beta2), "weight_decay": decay}
+    mine, other = Lamb(ours, **settings_), TimmLamb(theirs, **settings_, max_grad_norm=None)
+    for step in range(5):
+        gradients(ours, step, scale), gradients(theirs, step, scale)
+        mine.step(), other.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("gradient_layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_layouts_change_nothing_also_when_they_change_on_resume(layout, gradient_layout):
+    results = []
+    for later in (torch.contiguous_format, layout):
+        params = weights(torch.float64)
+        optimizer = Lamb(params, lr=0.01, weight_decay=0.1)
+        gradients(params, 0)
+        optimizer.step()
+        state = copy.deepcopy(optimizer.state_dict())
+        params = [p.detach().to(memory_format=later) if p.dim() == 4 else p.detach() for p in params]
+        optimizer = Lamb([p.requires_grad_() for p in params])
+        optimizer.load_state_dict(state)
+        gradients(params, 1, layout=gradient_layout)
+        optimizer.step()
+        results.append(params)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_step_that_is_to_be_skipped_changes_no_bit_whatever_the_gradients_are():
+    params, untouched = weights(torch.float32), weights(torch.float32)
+    optimizer, other = Lamb(params, weight_decay=0.1), Lamb(untouched, weight_decay=0.1)
+    for step, bad in enumerate((True, False, True, False)):  # also the very first
+        gradients(params, step, float("nan") if bad else 1.0)
+        optimizer.found_inf = torch.tensor(float(bad))
+        optimizer.step()
+        if not bad:
+            gradients(untouched, step)
+            other.step()
+        assert all(torch.equal(a, b) for a, b in zip(params, untouched, strict=True))
+    states = [torch.stack([v.sum() for s in o.state.values() for v in s.values()]) for o in (optimizer, other)]
+    assert torch.equal(*states)
+    assert [group["step"] for group in optimizer.param_groups] == [2.0]
