@@ -176,7 +176,7 @@ class PretrainRun:
         seed = self.settings.run.seed
         torch.manual_seed(hash((seed, self.step, self.ranks.rank)) & (2**63 - 1))
         visible = sample_visible(seed, self.step, self.positions, self.model.grid, self.model.num_visible)
-        return self.advance(self.step, images, visible)
+        return self.advance(self.step, images, visible)[:2]
 
     def _log(self, meter: Meter, journal: Journal) -> None:
         means = meter.read(self.settings.data.batch_size, self.ranks.mean)

@@ -5,6 +5,7 @@ Precision: the model computes under autocast, parameters and optimiser stay in f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from spark_fast.training.guard import Guard
 from spark_fast.training.optim import clip_gradients, learning_rate, set_rates, weight_decay
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -41,6 +43,7 @@ class TrainStep:
         precision: bf16, fp16 or fp32.
         clip: largest norm of all gradients together, 0 for no clipping.
         accumulate: the batch is cut into so many parts, whose gradients are averaged.
+        agree: the maximum of a tensor over all ranks.
     """
 
     def __init__(
@@ -53,14 +56,16 @@ class TrainStep:
         device: torch.device,
         clip: float,
         accumulate: int = 1,
+        agree: Callable[[Tensor], Tensor] = torch.clone,
     ) -> None:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.clip, self.accumulate, self.device = clip, accumulate, device
         self.dtype = DTYPES[precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.guard = Guard(model, agree, overflow_is_normal=self.scaler.is_enabled())
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def __call__(self, step: int, images: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, step: int, images: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Advance by one batch.
 
         Args:
@@ -68,10 +73,12 @@ class TrainStep:
             images: (B, 3, H, W) channels_last; visible: (B, L) int64, see `masking.sample_visible`.
 
         Returns:
-            the loss and the norm of the gradient before clipping, scalars on the device.
+            the loss, the norm of the gradient before clipping, and 1 where the step was skipped because one of them
+            is not finite, else 0; scalars on the device.
         """
         set_rates(self.optimizer, *self.schedule.at(step))
         self.optimizer.zero_grad(set_to_none=True)
+        self.guard.before_step()
         parts = list(zip(images.chunk(self.accumulate), visible.chunk(self.accumulate), strict=True))
         total = torch.zeros((), device=self.device)
         for i, (some, seen) in enumerate(parts):
@@ -82,9 +89,11 @@ class TrainStep:
             total += loss.detach() / len(parts)
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.parameters, self.clip)
-        self.scaler.step(self.optimizer)
+        skip = self.guard.judge(total, norm)
+        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+        self.optimizer.step()  # by hand, not by the scaler: it knows of overflow in gradients alone
         self.scaler.update()
-        return total, norm
+        return total, norm, skip
 
     def _reduce_last(self, last: bool):
         """Data parallelism exchanges gradients once a step, with the last part."""
