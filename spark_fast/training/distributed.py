@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce as all_reduce_with_gradient
 
 from spark_fast.training.settings import SettingsError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
-    control: Any  # a gloo group for flags: agreeing on one never touches the device
+    control: Any = None  # a gloo group for flags: agreeing on one never touches the device
+    store: Any = None  # where ranks leave notes for each other, a connection of its own
 
     @property
     def main(self) -> bool:
@@ -35,6 +39,20 @@ class Ranks:
         value = torch.tensor([int(flag)])
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
         return bool(value)
+
+    def gather(self, value: T) -> list[T]:
+        """What every rank has, in their order: anything that pickles; a host-side exchange."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def max(self, value: Tensor) -> Tensor:
+        """The maximum of a tensor over the ranks, on the device."""
+        if self.world_size > 1:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return value
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over the ranks, on the device."""
@@ -50,8 +68,12 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def join(device: str) -> Ranks:
+def join(device: str, timeout: float = 600.0) -> Ranks:
     """Join the ranks that torchrun started, or stand alone.
+
+    Args:
+        timeout: seconds of silence after which a rank gives up; the watchdog's, see there. Exchanges wait a little
+            longer, so that the watchdog, which knows more, is the one to speak.
 
     Raises:
         SettingsError: a GPU is asked for and there is none, or fewer than ranks on this node.
@@ -69,9 +91,19 @@ def join(device: str) -> Ranks:
     if on_gpu:
         torch.cuda.set_device(where)
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
-        return Ranks(0, 1, where, None)
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=where if on_gpu else None)
-    return Ranks(dist.get_rank(), dist.get_world_size(), where, dist.new_group(backend="gloo"))
+        return Ranks(0, 1, where)
+    patience = timedelta(seconds=1.5 * timeout + 10)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=patience,
+        device_id=where if on_gpu else None,
+    )
+    control = dist.new_group(backend="gloo", timeout=patience)
+    return Ranks(rank, world_size, where, control, dist.PrefixStore("notes", store.clone()))
 
 
 class HostSyncBatchNorm(nn.BatchNorm2d):

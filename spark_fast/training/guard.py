@@ -1,7 +1,8 @@
 """A step whose loss or gradient is no finite number leaves no trace, and the host need not wait to know.
 
-One flag on the device decides: the fused optimisers skip their update where it is set (`found_inf`), and the model's
-buffers (batch statistics, which a NaN has reached by then) are put back. What was skipped is read at the next log point.
+One flag on the device decides: the fused optimisers skip their update where it is set (`found_inf`), and the
+model's buffers (batch statistics, which a NaN has reached by then) are put back. What was skipped is read at the next
+log point.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Guard:
         self._before = [buffer.clone() for buffer in self._buffers]
 
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Whether this step is to be skipped, () float32 on the device, 1 or 0; undoes what the buffers took from it."""
+        """Whether this step is to be skipped, () float32 on the device, 1 or 0; if so, the buffers are put back."""
         no_loss, no_norm = ~loss.isfinite(), ~norm.isfinite()
         flags = torch.stack([no_loss | no_norm, no_loss if self._overflow_is_normal else no_loss | no_norm])
         skip, bad = self._agree(flags.float()).unbind()
