@@ -32,10 +32,7 @@ def open_run_folder(settings: Settings) -> Path:
         CheckpointError: it cannot be written.
     """
     folder = settings.folder
-    if (folder / CHECKPOINT).exists() and not settings.run.resume:
-        raise SettingsError(
-            f"{folder} holds a run already: go on with --resume auto, or choose another <experiment_name>"
-        )
+    refuse_another_run(settings)
     try:
         (folder / "reconstruction").mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(settings.to_toml())
@@ -49,6 +46,14 @@ def open_run_folder(settings: Settings) -> Path:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)
     return folder
+
+
+def refuse_another_run(settings: Settings) -> None:
+    """Raise SettingsError if the run folder holds a run that this one does not resume."""
+    if (settings.folder / CHECKPOINT).exists() and not settings.run.resume:
+        raise SettingsError(
+            f"{settings.folder} holds a run already: go on with --resume auto, or choose another <experiment_name>"
+        )
 
 
 def describe(settings: Settings) -> dict:
@@ -81,13 +86,19 @@ def _git_commit() -> str:
 
 
 class _Copied:
-    """A stream that also writes to a file."""
+    """A stream that also writes to a file; when that fails (a full disk) it says so once and is a stream alone."""
 
     def __init__(self, stream: TextIO, path: Path) -> None:
-        self._stream, self._file = stream, path.open("a", buffering=1)
+        self._stream, self._path = stream, path
+        self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def write(self, text: str) -> int:
-        self._file.write(text)
+        if self._file is not None:
+            try:
+                os.write(self._file, text.encode(errors="replace"))
+            except OSError as error:
+                self._file = None
+                self._stream.write(f"{self._path} cannot be written ({error}); nothing more is copied into it\n")
         return self._stream.write(text)
 
     def __getattr__(self, name: str):
