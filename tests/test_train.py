@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,10 @@ def test_a_run_leaves_everything_that_is_promised(unbroken):
     folder, _, done = unbroken
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == list(range(1, 19))
-    assert {"loss", "lr", "weight_decay", "grad_norm", "images_per_second", "data_wait"} <= set(rows[0])
+    assert {"loss", "lr", "weight_decay", "grad_norm", "images_per_second", "data_wait", "mfu", "memory_gib",
+            *(f"{name}_seconds" for name in ("step", "data", "forward", "backward", "optimizer"))} <= set(rows[0])  # fmt: skip
+    phases = [sum(r[f"{n}_seconds"] for n in ("data", "forward", "backward", "optimizer")) for r in rows]
+    assert all(0 < p <= r["step_seconds"] for p, r in zip(phases, rows, strict=True))
     head, *epochs = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     assert {"cmd", "git_commit_id", "versions", "settings"} <= set(head)
     assert [e["epoch"] for e in epochs] == ["1/3", "2/3", "3/3"]
@@ -253,6 +257,7 @@ BAD = [
     (["--accumulate=3"], 2, "does not divide"),
     (["--device=cuda"], 2, "no GPU"),
     (["--config={tmp}/none.toml"], 2, "none.toml"),
+    (["--wandb=project"], 2, "pip install 'spark-fast[wandb]'"),
 ]
 
 
@@ -281,6 +286,8 @@ class Evil:
 def test_wrong_input_is_named_and_leaves_nothing(unbroken, pictures, tmp_path, words, code, message):
     if words == ["--device=cuda"] and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
+    if words == ["--wandb=project"] and find_spec("wandb"):
+        pytest.skip("wandb is installed here")
     (tmp_path / "empty").mkdir()
     torch.save(Evil(tmp_path / "touched"), tmp_path / "evil.pth")
     places = {"tmp": tmp_path, "other": unbroken[0] / "ckpt-last.pth", "evil": tmp_path / "evil.pth"}
@@ -301,6 +308,28 @@ def test_a_loss_that_is_no_number_stops_the_run_with_the_last_good_checkpoint(pi
     assert "lower --base_lr" in done.stderr
     if (tmp_path / "run" / "ckpt-last.pth").exists():
         assert np.isfinite(weights(tmp_path / "run")["loss"])
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(unbroken, tmp_path):
+    folder, flags, _ = unbroken
+    done = train(*flags, "--dry_run", cwd=tmp_path)
+    assert "GMACs per image" in done.stdout
+    assert "18 steps to go, 6 an epoch" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    done = train(*flags, "--dry_run", f"--exp_dir={folder}", code=2)
+    assert "holds a run already" in done.stderr
+    done = train(*flags, "--dry_run", f"--exp_dir={folder}", "--resume=auto", "--wandb=")
+    assert "0 steps to go" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_profile_is_taken_while_training_goes_on(unbroken, tmp_path):
+    folder, flags, _ = unbroken
+    done = train(*flags, f"--exp_dir={tmp_path / 'run'}", "--profile")
+    assert (tmp_path / "run" / "profile" / "steps_5-8.json.gz").is_file()
+    assert "https://ui.perfetto.dev" in done.stdout
+    assert_same_weights(folder, tmp_path / "run")
 
 
 def test_a_run_folder_in_use_by_an_earlier_run_is_not_overwritten(unbroken):

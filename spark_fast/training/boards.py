@@ -47,6 +47,7 @@ class Guard:
         self._name, self._warned = name, False
 
     def __call__(self, action: Callable[..., Any], *args: Any) -> Any:
+        """action(*args), or None if that raises."""
         try:
             return action(*args)
         except Exception as error:

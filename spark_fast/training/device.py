@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,9 +91,10 @@ def _wait(device: torch.device) -> None:
 @contextmanager
 def _precision_of_convolutions() -> Iterator[None]:
     """fp32 products as convolutions do them: torch lets these use TF32 by default, and products not."""
-    products = torch.backends.cuda.matmul
+    products: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
     before = products.fp32_precision
-    products.fp32_precision = torch.backends.cudnn.conv.fp32_precision
+    products.fp32_precision = cudnn.conv.fp32_precision
     try:
         yield
     finally:

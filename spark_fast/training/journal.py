@@ -1,6 +1,7 @@
-"""What a run tells: its boards (metrics.jsonl, TensorBoard, ...) at every log point, log.txt every epoch, a progress bar.
+"""What a run tells: its boards (metrics.jsonl, ...) at every log point, log.txt every epoch, a progress bar.
 
-Durations come from a monotonic clock; the wall clock is only shown. Losses stay on the device between log points; reading them there is the only time the host waits for it.
+Losses stay on the device between log points; reading them there is the only time the host waits for it. Durations
+come from a monotonic clock; the wall clock, which may jump, is only shown.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from spark_fast.training.boards import Board, Guard
+from spark_fast.training.metrics_file import line_of
 
 T = TypeVar("T")
 
@@ -159,7 +161,7 @@ class Journal:
             "finish": (datetime.now() + remaining).strftime("%Y-%m-%d %H:%M"),
             **(notes or {}),
         }
-        self.keep(append_line, self.folder / "log.txt", row)
+        self.keep(_append_line, self.folder / "log.txt", row)
         print(
             f"epoch {row['epoch']} done: loss {row['loss']:.4f}, {row['images_per_second']:.1f} images/s, "
             f"{row['data_wait']:.1%} of the time waiting for data, {remaining} to go",
@@ -177,3 +179,8 @@ class Journal:
             self.progress.stop()
         for board in self.boards:
             board.close()
+
+
+def _append_line(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(line_of(row))

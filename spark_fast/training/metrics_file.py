@@ -15,7 +15,6 @@ class MetricsFile:
     """A board (see `boards`) that is a file.
 
     Lines are appended by one call each, so a reader sees whole ones; one that does not fit on the disk is taken back.
-    JSON has no number for infinite and NaN: they are written as null.
 
     Args:
         step: where this process begins; lines of steps that will be run again are dropped.
@@ -32,8 +31,7 @@ class MetricsFile:
 
     def point(self, row: dict[str, Any], step: int) -> None:
         """Append a row; raises OSError where it cannot be written, and the file is then as before."""
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        line = (json.dumps(plain, allow_nan=False) + "\n").encode()
+        line = line_of(row).encode()
         size = os.fstat(self._file).st_size
         try:
             if (written := os.write(self._file, line)) < len(line):
@@ -48,6 +46,12 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file."""
         os.close(self._file)
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """A row as a line of JSON, which has no number for infinite and NaN: they become null."""
+    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(plain, allow_nan=False) + "\n"
 
 
 def _step_of(line: bytes) -> float:

@@ -86,19 +86,13 @@ def _git_commit() -> str:
 
 
 class _Copied:
-    """A stream that also writes to a file; when that fails (a full disk) it says so once and is a stream alone."""
+    """A stream that also writes to a file."""
 
     def __init__(self, stream: TextIO, path: Path) -> None:
-        self._stream, self._path = stream, path
-        self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._stream, self._file = stream, path.open("a", buffering=1)
 
     def write(self, text: str) -> int:
-        if self._file is not None:
-            try:
-                os.write(self._file, text.encode(errors="replace"))
-            except OSError as error:
-                self._file = None
-                self._stream.write(f"{self._path} cannot be written ({error}); nothing more is copied into it\n")
+        self._file.write(text)
         return self._stream.write(text)
 
     def __getattr__(self, name: str):
