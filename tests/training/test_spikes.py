@@ -7,6 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.order import Schedule, batch_ids, order
+from pipelines.synthetic import SyntheticPipeline
+from spark_fast.train import open_model
+from spark_fast.training.distributed import Ranks
+from spark_fast.training.loop import PretrainRun
+from spark_fast.training.settings import parse
 from spark_fast.training.spikes import ENOUGH, WINDOW, Spikes, limit
 
 
@@ -88,3 +94,30 @@ def test_it_is_the_mean_over_the_ranks_that_is_judged(caplog):
 def test_a_report_of_nothing_is_nothing(caplog):
     Spikes().report(0, lambda x: x)
     assert not caplog.records
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_in_a_run_the_samples_are_those_of_the_pipelines_batch(caplog):
+    """The steps are real, the losses they report are not."""
+    settings = parse(["name", "--pipeline=synthetic", "--model=resnet10t", "--input_size=64", "--mask=0.5", "--bs=2",
+                      "--decoder_width=32", "--ep=1", "--wp_ep=0", "--log_every=10"])  # fmt: skip
+    ranks, schedule = Ranks(0, 1, torch.device("cpu"), None), Schedule(num_samples=60, batch_size=2, seed=0)
+    run = PretrainRun(settings, ranks, SyntheticPipeline(schedule, (64, 64)), open_model(settings, ranks))
+    losses, one_step = iter([*noise(24), 7.0, *noise(5, seed=1)]), run._one_step
+    run._one_step = lambda images: (torch.tensor(next(losses)), one_step(images)[1])
+    assert run._train_epoch(Silent()) is False
+    run.interrupt.release()
+    (record,) = [r for r in caplog.records if "jumped" in r.getMessage()]
+    ids = batch_ids(order(60, 0, 0), 24, 2, 0, 1).tolist()
+    assert record.getMessage().endswith(f"at step 25, the last 24 steps set the limit at {limit(noise(24)):.4f}. "
+                                        f"The samples of this rank in that step: {ids[0]}, {ids[1]}")  # fmt: skip
+
+
+class Silent:
+    """A journal that tells nothing."""
+
+    def advance(self, step):
+        pass
+
+    def point(self, *args):
+        pass
