@@ -40,7 +40,7 @@ class Board(Protocol):
         ...
 
 
-class Guard:
+class Harmless:
     """Calls what may fail without harm: an error is a warning, the first time, and the call returns None."""
 
     def __init__(self, name: str) -> None:
@@ -58,27 +58,27 @@ class Guard:
             return None
 
 
-class GuardedBoard:
+class HarmlessBoard:
     """A board that never raises; one that cannot be opened is none."""
 
     def __init__(self, name: str, open_board: Callable[[], Board]) -> None:
-        self._guard = Guard(name)
-        self._board: Board | None = self._guard(open_board)
+        self._harmless = Harmless(name)
+        self._board: Board | None = self._harmless(open_board)
 
     def point(self, row: dict[str, Any], step: int) -> None:
         """As `Board`."""
         if self._board is not None:
-            self._guard(self._board.point, row, step)
+            self._harmless(self._board.point, row, step)
 
     def picture(self, grid: Tensor, step: int) -> None:
         """As `Board`."""
         if self._board is not None:
-            self._guard(self._board.picture, grid, step)
+            self._harmless(self._board.picture, grid, step)
 
     def close(self) -> None:
         """As `Board`."""
         if self._board is not None:
-            self._guard(self._board.close)
+            self._harmless(self._board.close)
 
 
 class TensorBoard:
@@ -146,14 +146,14 @@ def require_wandb() -> Any:
         ) from error
 
 
-def open_boards(folder: Path | None, settings: Settings, step: int) -> list[GuardedBoard]:
+def open_boards(folder: Path | None, settings: Settings, step: int) -> list[HarmlessBoard]:
     """The boards of a run; none on ranks that do not write (`folder` is None)."""
     if folder is None:
         return []
     boards = [
-        GuardedBoard("metrics.jsonl", lambda: MetricsFile(folder / "metrics.jsonl", step)),
-        GuardedBoard("TensorBoard", lambda: TensorBoard(folder, step)),
+        HarmlessBoard("metrics.jsonl", lambda: MetricsFile(folder / "metrics.jsonl", step)),
+        HarmlessBoard("TensorBoard", lambda: TensorBoard(folder, step)),
     ]
     if settings.run.wandb:
-        boards.append(GuardedBoard("Weights & Biases", lambda: WandB(folder, settings)))
+        boards.append(HarmlessBoard("Weights & Biases", lambda: WandB(folder, settings)))
     return boards

@@ -55,7 +55,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product in `dtype`: the median of a few, in a quarter of a second at most.
+    """FLOP/s of a square matrix product in `dtype`: the median of a few, in a tenth of a second or two.
 
     The matrices grow until a product takes long enough, or to 4096. In fp32 a GPU may use TF32 if its convolutions may.
     """

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from spark_fast.training.boards import Board, Guard
+from spark_fast.training.boards import Board, Harmless
 from spark_fast.training.metrics_file import line_of
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ class Journal:
         boards: Sequence[Board] = (),
     ) -> None:
         self.folder, self.epochs, self.boards = folder, epochs, boards
-        self.keep = Guard("log.txt")
+        self.keep = Harmless("log.txt")
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.rate = 0.0  # seconds per step, smoothed
         self.epoch_sums = {"loss": 0.0, "seconds": 0.0, "wait": 0.0, "images": 0.0, "steps": 0.0}

@@ -13,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spark_fast.training import boards
-from spark_fast.training.boards import GuardedBoard, open_boards, require_wandb
+from spark_fast.training.boards import HarmlessBoard, open_boards, require_wandb
 from spark_fast.training.journal import Journal
 from spark_fast.training.settings import Run, Settings, SettingsError
 
@@ -141,7 +141,7 @@ def test_what_fails_is_one_warning_and_the_others_go_on(tmp_path, monkeypatch, w
 
 
 def test_a_board_that_fails_for_a_while_is_used_again(tmp_path, wandb, caplog):
-    (board,) = [b for b in opened(tmp_path, wandb="project") if b._guard._name == "Weights & Biases"]
+    (board,) = [b for b in opened(tmp_path, wandb="project") if b._harmless._name == "Weights & Biases"]
     for step, fails in ((1, False), (2, True), (3, True), (4, False)):
         wandb.fail = (lambda: 1 / 0) if fails else (lambda: None)
         board.point(ROW, step)
@@ -154,7 +154,7 @@ def test_leaving_is_no_failure():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        GuardedBoard("x", leave)
+        HarmlessBoard("x", leave)
 
 
 def test_what_is_no_number_reaches_tensorboard_and_leaves_the_json_valid(tmp_path, caplog):

@@ -55,9 +55,9 @@ def test_the_plan_says_what_the_run_would_cost_and_nothing_is_written(run, capsy
 
 def test_the_time_to_go_is_that_of_so_many_steps(run):
     figures = dict.fromkeys(("data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds"), 1.0)
-    text = plan(run, figures | {"step_seconds": 9.0, "images_per_second": 8 / 9, "mfu": 0.5}, to_go=200)
+    text = plan(run, figures | {"loss": 1.0, "step_seconds": 9.0, "images_per_second": 8 / 9, "mfu": 0.5}, to_go=200)
     assert "200 steps to go, 1 an epoch: 0:30:00 at this pace" in text
-    assert "9 s (data 1, forward 1, backward 1, optimizer 1), 0.9 images/s, MFU 50.0%" in text
+    assert "9 s (data 1, forward 1, backward 1, optimizer 1), 0.9 images/s, MFU 50.0%, loss 1.0000" in text
 
 
 def test_the_size_of_a_checkpoint_is_that_of_the_file(run, capsys):

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from spark_fast.training.boards import GuardedBoard
+from spark_fast.training.boards import HarmlessBoard
 from spark_fast.training.journal import Journal, Meter
 from spark_fast.training.metrics_file import MetricsFile
 
@@ -19,7 +19,7 @@ def means(loss=1.0, steps=2, seconds=4.0, wait=0.25, speed=8.0):
 
 
 def journal(folder, step=0):
-    boards = [GuardedBoard("metrics.jsonl", lambda: MetricsFile(folder / "metrics.jsonl", step))] if folder else []
+    boards = [HarmlessBoard("metrics.jsonl", lambda: MetricsFile(folder / "metrics.jsonl", step))] if folder else []
     return Journal(folder, total_steps=20, steps_per_epoch=5, epochs=4, step=step, boards=boards)
 
 
