@@ -15,12 +15,14 @@ from torch import Tensor
 
 from pipelines import DataError, Pipeline, build_pipeline
 from spark_fast.spark import SparK, build_spark
+from spark_fast.training.boards import require_wandb
 from spark_fast.training.checkpoint import CheckpointError, load_weights
 from spark_fast.training.distributed import HostSyncBatchNorm, Ranks, join
+from spark_fast.training.dry_run import print_plan
 from spark_fast.training.heap import keep_heap
 from spark_fast.training.loop import NotFiniteError, PretrainRun
 from spark_fast.training.resume import checkpoint_to_resume
-from spark_fast.training.run_folder import open_run_folder
+from spark_fast.training.run_folder import open_run_folder, refuse_another_run
 from spark_fast.training.settings import Settings, SettingsError, parse
 
 PICTURED = 8  # images in a reconstruction picture
@@ -60,6 +62,8 @@ def pretrain(settings: Settings, ranks: Ranks) -> int:
         torch.set_num_threads(settings.run.threads)
     if ranks.device.type == "cpu":
         keep_heap()
+    if settings.run.wandb:
+        require_wandb()
     torch.manual_seed(settings.run.seed)
     pipeline = open_pipeline(settings, ranks, batch_size=settings.data.batch_size)
     try:
@@ -70,6 +74,10 @@ def pretrain(settings: Settings, ranks: Ranks) -> int:
             run.restore(resume)
         elif settings.model.init_weight:
             load_weights(Path(settings.model.init_weight), model)
+        if settings.run.dry_run:
+            refuse_another_run(settings)
+            print_plan(run)
+            return 0
         if not ranks.main:
             return run.train(None, None)
         pictured = pictured_images(settings, ranks)

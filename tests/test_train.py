@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,9 @@ def test_a_run_leaves_everything_that_is_promised(unbroken):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == list(range(1, 19))
     assert {"loss", "lr", "weight_decay", "grad_norm", "images_per_second", "data_wait"} <= set(rows[0])
+    assert {"mfu", "memory_gib"} <= set(rows[0])
+    phases = [sum(r[f"{name}_seconds"] for name in ("data", "forward", "backward", "optimizer")) for r in rows]
+    assert all(0 < p <= r["step_seconds"] for p, r in zip(phases, rows, strict=True))
     head, *epochs = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     assert {"cmd", "git_commit_id", "versions", "settings"} <= set(head)
     assert [e["epoch"] for e in epochs] == ["1/3", "2/3", "3/3"]
@@ -254,6 +258,7 @@ BAD = [
     (["--accumulate=3"], 2, "does not divide"),
     (["--device=cuda"], 2, "no GPU"),
     (["--config={tmp}/none.toml"], 2, "none.toml"),
+    (["--wandb=project"], 2, "pip install 'spark-fast[wandb]'"),
 ]
 
 
@@ -282,6 +287,8 @@ class Evil:
 def test_wrong_input_is_named_and_leaves_nothing(unbroken, pictures, tmp_path, words, code, message):
     if words == ["--device=cuda"] and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
+    if words == ["--wandb=project"] and find_spec("wandb"):
+        pytest.skip("wandb is installed here")
     (tmp_path / "empty").mkdir()
     torch.save(Evil(tmp_path / "touched"), tmp_path / "evil.pth")
     places = {"tmp": tmp_path, "other": unbroken[0] / "ckpt-last.pth", "evil": tmp_path / "evil.pth"}
@@ -302,6 +309,47 @@ def test_a_loss_that_is_no_number_stops_the_run_with_the_last_good_checkpoint(pi
     assert "lower --base_lr" in done.stderr
     if (tmp_path / "run" / "ckpt-last.pth").exists():
         assert np.isfinite(weights(tmp_path / "run")["loss"])
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(unbroken, tmp_path):
+    folder, flags, _ = unbroken
+    done = train(*flags, "--dry_run", cwd=tmp_path)
+    assert "GMACs per image" in done.stdout
+    assert "18 steps to go, 6 an epoch" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    done = train(*flags, "--dry_run", f"--exp_dir={folder}", code=2)
+    assert "holds a run already" in done.stderr
+    done = train(*flags, "--dry_run", f"--exp_dir={folder}", "--resume=auto")
+    assert "0 steps to go" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_profile_is_taken_while_training_goes_on(unbroken, tmp_path):
+    folder, flags, _ = unbroken
+    done = train(*flags, f"--exp_dir={tmp_path / 'run'}", "--profile")
+    assert (tmp_path / "run" / "profile" / "steps_5-8.json.gz").is_file()
+    assert "https://ui.perfetto.dev" in done.stdout
+    assert_same_weights(folder, tmp_path / "run")
+
+
+def test_loggers_that_fail_are_a_warning_each_and_training_is_the_same(unbroken, tmp_path):
+    folder, flags, _ = unbroken
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").write_text("a file in its place")
+    (tmp_path / "wandb.py").write_text(
+        "class Run:\n    def log(self, row, step):\n        raise ConnectionError('the network is down')\n"
+        "    def finish(self):\n        raise ConnectionError('the network is down')\n"
+        "Settings = dict\ndef init(**kwargs):\n    return Run()\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    words = [*flags, f"--exp_dir={tmp_path / 'run'}", "--wandb=project", "--log_every=1"]
+    done = train(*words, env={**os.environ, "PYTHONPATH": paths})
+    assert done.stderr.count("Weights & Biases fails (ConnectionError: the network is down)") == 1
+    assert done.stderr.count("TensorBoard fails (") == 1
+    assert_same_weights(folder, tmp_path / "run")
+    rows = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(1, 19))
 
 
 def test_a_run_folder_in_use_by_an_earlier_run_is_not_overwritten(unbroken):

@@ -1,15 +1,14 @@
-"""What a run tells: metrics.jsonl and TensorBoard at every log point, log.txt every epoch, a progress bar.
+"""What a run tells: its boards (metrics.jsonl, ...) at every log point, log.txt every epoch, a progress bar.
 
-Losses stay on the device between log points; reading them there is the only time the host waits for it.
+Losses stay on the device between log points; reading them there is the only time the host waits for it. Durations
+come from a monotonic clock; the wall clock, which may jump, is only shown.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +16,9 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+
+from spark_fast.training.boards import Board, Harmless
+from spark_fast.training.metrics_file import line_of
 
 T = TypeVar("T")
 
@@ -74,17 +75,26 @@ class Journal:
     Args:
         folder: the run folder, None on ranks that do not write.
         total_steps, steps_per_epoch, epochs: of the run; `step`: where this process begins.
+        boards: what shows the figures, see `boards.open_boards`.
     """
 
-    def __init__(self, folder: Path | None, *, total_steps: int, steps_per_epoch: int, epochs: int, step: int) -> None:
-        self.folder, self.epochs = folder, epochs
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        total_steps: int,
+        steps_per_epoch: int,
+        epochs: int,
+        step: int,
+        boards: Sequence[Board] = (),
+    ) -> None:
+        self.folder, self.epochs, self.boards = folder, epochs, boards
+        self.keep = Harmless("log.txt")
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.rate = 0.0  # seconds per step, smoothed
         self.epoch_sums = {"loss": 0.0, "seconds": 0.0, "wait": 0.0, "images": 0.0, "steps": 0.0}
         if folder is None:
             return
-        self.metrics = _reopen_metrics(folder / "metrics.jsonl", step)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
         console = Console(file=sys.__stderr__)
         columns = ("[bold]epoch {task.fields[epoch]}", BarColumn(), MofNCompleteColumn())
         numbers = ("loss {task.fields[loss]}", "{task.fields[speed]} images/s", "wait {task.fields[wait]}")
@@ -105,7 +115,7 @@ class Journal:
             self.progress.update(self.bar, completed=step)
 
     def point(self, step: int, means: dict[str, float], lr: float, weight_decay: float) -> None:
-        """A log point after `step` steps, with the means since the last one."""
+        """A log point after `step` steps, with the means since the last one (`Meter.read`, and what the loop adds)."""
         for key, value in (("loss", means["loss"] * means["steps"]), ("seconds", means["seconds"])):
             self.epoch_sums[key] += value
         self.epoch_sums["wait"] += means["data_wait"] * means["seconds"]
@@ -117,10 +127,9 @@ class Journal:
             return
         epoch = (step - 1) // self.steps_per_epoch + 1
         row = {"step": step, "epoch": epoch, "lr": lr, "weight_decay": weight_decay}
-        row |= {k: means[k] for k in ("loss", "grad_norm", "images_per_second", "data_wait")}
-        self.metrics.write(json.dumps(row) + "\n")
-        for key in ("loss", "lr", "weight_decay", "grad_norm", "images_per_second", "data_wait"):
-            self.board.add_scalar(f"train/{key}", row[key], step)
+        row |= {key: value for key, value in means.items() if key not in ("seconds", "steps")}
+        for board in self.boards:
+            board.point(row, step)
         text: dict[str, Any] = {
             "epoch": f"{epoch}/{self.epochs}",
             "loss": f"{means['loss']:.4f}",
@@ -131,7 +140,7 @@ class Journal:
         if not self.live:
             print(
                 f"epoch {text['epoch']}  step {step}/{self.total_steps}  loss {text['loss']}  "
-                f"{text['speed']} images/s  data wait {text['wait']}",
+                f"{text['speed']} images/s  MFU {means['mfu']:.1%}  data wait {text['wait']}",
                 flush=True,
             )
 
@@ -152,8 +161,7 @@ class Journal:
             "finish": (datetime.now() + remaining).strftime("%Y-%m-%d %H:%M"),
             **(notes or {}),
         }
-        with (self.folder / "log.txt").open("a") as log:
-            log.write(json.dumps(row) + "\n")
+        self.keep(_append_line, self.folder / "log.txt", row)
         print(
             f"epoch {row['epoch']} done: loss {row['loss']:.4f}, {row['images_per_second']:.1f} images/s, "
             f"{row['data_wait']:.1%} of the time waiting for data, {remaining} to go",
@@ -161,28 +169,18 @@ class Journal:
         )
 
     def picture(self, grid: Tensor, step: int) -> None:
-        """A picture (3, H, W) uint8 for TensorBoard."""
-        if self.folder is not None:
-            self.board.add_image("reconstruction", grid, step)
+        """A picture (3, H, W) uint8 for the boards that show some."""
+        for board in self.boards:
+            board.picture(grid, step)
 
     def close(self) -> None:
         """End the progress bar and the files."""
         if self.folder is not None:
             self.progress.stop()
-            self.metrics.close()
-            self.board.close()
+        for board in self.boards:
+            board.close()
 
 
-def _reopen_metrics(path: Path, step: int):
-    """Drop the lines of steps that will be run again (all after the checkpoint), then append."""
-    if path.exists():
-        rows = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
-        path.write_text("".join(rows))
-    return path.open("a", buffering=1)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a line cut off when the process was killed
+def _append_line(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(line_of(row))

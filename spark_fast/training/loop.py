@@ -6,6 +6,8 @@ import logging
 import math
 import signal
 from contextlib import closing
+from itertools import count as count_from
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,13 +19,18 @@ from spark_fast.export import save_encoder
 from spark_fast.masking import sample_visible
 from spark_fast.spark import SparK
 from spark_fast.training import checkpoint
+from spark_fast.training.boards import open_boards
+from spark_fast.training.cost import count
+from spark_fast.training.device import Gauge, matmul_rate
 from spark_fast.training.distributed import Ranks
 from spark_fast.training.journal import Journal, Meter
 from spark_fast.training.optim import build_optimizer
 from spark_fast.training.pictures import reconstruction_grid, save_png
+from spark_fast.training.profiling import Profile
 from spark_fast.training.resume import check_same_run
 from spark_fast.training.run_folder import CHECKPOINT
 from spark_fast.training.settings import Settings, SettingsError
+from spark_fast.training.spikes import Spikes
 from spark_fast.training.step import Schedule, TrainStep, resolve_precision
 
 log = logging.getLogger("spark_fast")
@@ -70,6 +77,9 @@ class PretrainRun:
         self.positions = torch.arange(local, device=ranks.device) + ranks.rank * local
         self.optimizer = build_optimizer(settings.optim.optimizer, model, settings.beta2)
         self.advance = self._train_step()
+        self.spikes, self.profile = Spikes(), Profile(None, ranks.device, 0)
+        rate = matmul_rate(ranks.device, self.advance.dtype)  # on every rank, as they all compute at a time
+        self.gauge = Gauge(count(model), rate, ranks.device, ranks.world_size)
         self.interrupt = Interrupt()
 
     def restore(self, path: Path) -> None:
@@ -102,7 +112,9 @@ class PretrainRun:
             steps_per_epoch=self.steps_per_epoch,
             epochs=self.settings.optim.epochs,
             step=self.step,
+            boards=open_boards(self.folder, self.settings, self.step),
         )
+        self.profile = Profile(self.folder if self.settings.run.profile else None, self.ranks.device, self.step)
         try:
             while self.step < self.total_steps:
                 leaving = self._train_epoch(journal)
@@ -111,6 +123,7 @@ class PretrainRun:
                 if leaving and self.step < self.total_steps:
                     return self._leave()
         finally:
+            self.profile.close()
             journal.close()
             self.interrupt.release()
         if self.folder is not None:
@@ -156,9 +169,12 @@ class PretrainRun:
         run, meter = self.settings.run, Meter()
         with closing(self.pipeline.epoch(epoch, done)) as batches:  # closing stops what is being decoded ahead
             for batch in meter.timed(batches):
-                meter.add(*self._one_step(batch.images))
+                loss, norm = self._one_step(batch.images)
+                meter.add(loss, norm)
+                self.spikes.add(loss, batch.ids)
                 self.step += 1
                 journal.advance(self.step)
+                self.profile.advance()
                 limit = 0 < run.max_steps <= self.step - self.begun
                 leaving = self.ranks.any(self.interrupt.asked or limit)
                 last = self.step % self.steps_per_epoch == 0
@@ -188,7 +204,27 @@ class PretrainRun:
                 f"the loss is {means['loss']} and the gradient's norm {means['grad_norm']} at step {self.step}; "
                 f"the last checkpoint is kept: resume from it with a lower --base_lr"
             )
-        journal.point(self.step, means, *self.advance.schedule.at(self.step - 1))
+        self.spikes.report(self.step, self.ranks.mean)
+        journal.point(self.step, means | self._spent(means), *self.advance.schedule.at(self.step - 1))
+
+    def _spent(self, means: dict[str, float]) -> dict[str, float]:
+        """Where a step's seconds went, and what was made of the device, since the last log point."""
+        phases = {"data": means["data_wait"] * means["seconds"], **self.advance.clock.read(), "step": means["seconds"]}
+        seconds = {f"{name}_seconds": value / means["steps"] for name, value in phases.items()}
+        return seconds | self.gauge.read(means["images_per_second"])
+
+    def rehearse(self, steps: int) -> dict[str, float]:
+        """Take a few steps and write nothing; returns the figures of the last one alone."""
+        self.interrupt.release()  # there is nothing to save
+        meter = Meter()
+        batches = (b for epoch in count_from(self.step // self.steps_per_epoch) for b in self.pipeline.epoch(epoch))
+        with closing(batches):
+            for batch in islice(meter.timed(batches), steps):
+                self.advance.clock.read()
+                meter.add(*self._one_step(batch.images))
+                means = meter.read(self.settings.data.batch_size, self.ranks.mean)
+                self.step += 1
+        return means | self._spent(means)
 
     def _end_of_epoch(self, journal: Journal) -> None:
         problems = self.pipeline.problems

@@ -20,6 +20,7 @@ HARMLESS = {
     "run": {
         *("exp_name", "exp_dir", "resume", "device", "precision", "compile", "sync_batchnorm", "threads"),
         *("log_every", "save_every", "picture_every", "max_steps"),
+        *("wandb", "dry_run", "profile"),
     },
 }
 

@@ -32,10 +32,7 @@ def open_run_folder(settings: Settings) -> Path:
         CheckpointError: it cannot be written.
     """
     folder = settings.folder
-    if (folder / CHECKPOINT).exists() and not settings.run.resume:
-        raise SettingsError(
-            f"{folder} holds a run already: go on with --resume auto, or choose another <experiment_name>"
-        )
+    refuse_another_run(settings)
     try:
         (folder / "reconstruction").mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(settings.to_toml())
@@ -49,6 +46,14 @@ def open_run_folder(settings: Settings) -> Path:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)
     return folder
+
+
+def refuse_another_run(settings: Settings) -> None:
+    """Raise SettingsError if the run folder holds a run that this one does not resume."""
+    if (settings.folder / CHECKPOINT).exists() and not settings.run.resume:
+        raise SettingsError(
+            f"{settings.folder} holds a run already: go on with --resume auto, or choose another <experiment_name>"
+        )
 
 
 def describe(settings: Settings) -> dict:

@@ -153,6 +153,12 @@ class Run:
     """epochs between reconstruction pictures; 0: none"""
     max_steps: int = 0
     """stop after so many steps of this process, as Ctrl-C would; 0: never"""
+    wandb: str = ""
+    """log to this project of Weights & Biases too (extra wandb); empty: not"""
+    dry_run: bool = False
+    """build everything, take two steps, print what the run would cost, and end; nothing is written"""
+    profile: bool = False
+    """record steps 5 to 8 of this process with torch's profiler, into the run folder; training goes on"""
 
 
 @dataclass
@@ -303,7 +309,7 @@ def _nearest(word: str, known: set[str]) -> str:
 
 def _plain_switches(argv: list[str]) -> list[str]:
     """--sbn=1, --sbn True and the like become --sbn, and --sbn=0 becomes --no_sbn: old command lines run."""
-    switches = {"sparse_conv", "compile", "sync_batchnorm", "sbn"}
+    switches = {"sparse_conv", "compile", "sync_batchnorm", "sbn", "dry_run", "profile"}
     values = {"1": "", "true": "", "0": "no_", "false": "no_"}
     out: list[str] = []
     for word in argv:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spark_fast.training.guard import Guard
 from spark_fast.training.optim import clip_gradients, learning_rate, set_rates, weight_decay
+from spark_fast.training.timing import StepClock
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -61,6 +62,7 @@ class TrainStep:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.clip, self.accumulate, self.device = clip, accumulate, device
         self.dtype = DTYPES[precision]
+        self.clock = StepClock(device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.guard = Guard(model, agree, overflow_is_normal=self.scaler.is_enabled())
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -84,15 +86,19 @@ class TrainStep:
         for i, (some, seen) in enumerate(parts):
             with self._reduce_last(last=i == len(parts) - 1):
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    self.clock.mark("forward")
                     loss = self.model(some, seen)
+                self.clock.mark("backward")
                 self.scaler.scale(loss / len(parts)).backward()
             total += loss.detach() / len(parts)
+        self.clock.mark("optimizer")
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.parameters, self.clip)
         skip = self.guard.judge(total, norm)
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]
         self.optimizer.step()  # by hand, not by the scaler: it knows of overflow in gradients alone
         self.scaler.update()
+        self.clock.mark(None)
         return total, norm, skip
 
     def _reduce_last(self, last: bool):

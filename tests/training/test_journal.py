@@ -5,20 +5,22 @@ import time
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from spark_fast.training.boards import HarmlessBoard
 from spark_fast.training.journal import Journal, Meter
+from spark_fast.training.metrics_file import MetricsFile
 
 
 def means(loss=1.0, steps=2, seconds=4.0, wait=0.25, speed=8.0):
     return {
         "loss": loss, "grad_norm": 3.0, "images_per_second": speed, "data_wait": wait,
-        "seconds": seconds, "steps": steps,
+        "seconds": seconds, "steps": steps, "mfu": 0.25, "forward_seconds": 0.5,
     }  # fmt: skip
 
 
 def journal(folder, step=0):
-    return Journal(folder, total_steps=20, steps_per_epoch=5, epochs=4, step=step)
+    boards = [HarmlessBoard("metrics.jsonl", lambda: MetricsFile(folder / "metrics.jsonl", step))] if folder else []
+    return Journal(folder, total_steps=20, steps_per_epoch=5, epochs=4, step=step, boards=boards)
 
 
 def rows(folder):
@@ -36,69 +38,15 @@ def test_every_log_point_is_a_line_of_json(tmp_path, capsys):
     story = journal(tmp_path)
     story.point(2, means(loss=0.75), lr=0.1, weight_decay=0.04)
     expected = {"step": 2, "epoch": 1, "lr": 0.1, "weight_decay": 0.04, "loss": 0.75, "grad_norm": 3.0,
-                "images_per_second": 8.0, "data_wait": 0.25}  # fmt: skip
+                "images_per_second": 8.0, "data_wait": 0.25, "mfu": 0.25, "forward_seconds": 0.5}  # fmt: skip
     assert rows(tmp_path) == [expected], "readable while the run goes on"
     story.close()
-    assert "epoch 1/4  step 2/20  loss 0.7500  8.0 images/s  data wait 25.0%" in capsys.readouterr().out
+    assert "epoch 1/4  step 2/20  loss 0.7500  8.0 images/s  MFU 25.0%  data wait 25.0%" in capsys.readouterr().out
 
 
 def test_the_last_step_of_an_epoch_belongs_to_it(tmp_path):
     written(tmp_path, [1, 5, 6, 10, 20])
     assert [r["epoch"] for r in rows(tmp_path)] == [1, 1, 2, 2, 4]
-
-
-def test_tensorboard_has_every_figure_and_the_pictures(tmp_path):
-    story = journal(tmp_path)
-    story.point(2, means(loss=0.75), lr=0.1, weight_decay=0.04)
-    story.picture(torch.zeros(3, 8, 8, dtype=torch.uint8), 2)
-    story.close()
-    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    names = {"loss", "lr", "weight_decay", "grad_norm", "images_per_second", "data_wait"}
-    assert set(board.Tags()["scalars"]) == {f"train/{n}" for n in names}
-    assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(2, 0.75)]
-    assert board.Tags()["images"] == ["reconstruction"]
-
-
-def test_reopened_after_a_checkpoint_it_drops_the_steps_that_will_be_run_again(tmp_path):
-    written(tmp_path, [2, 4, 6, 8])
-    story = journal(tmp_path, step=5)
-    assert [r["step"] for r in rows(tmp_path)] == [2, 4]
-    story.point(6, means(loss=0.99), 0.1, 0.04)
-    story.close()
-    assert [(r["step"], r["loss"]) for r in rows(tmp_path)] == [(2, 0.2), (4, 0.4), (6, 0.99)]
-
-
-def test_a_line_of_the_very_step_of_the_checkpoint_is_kept(tmp_path):
-    written(tmp_path, [2, 4])
-    journal(tmp_path, step=4).close()
-    assert [r["step"] for r in rows(tmp_path)] == [2, 4]
-
-
-def test_a_fresh_start_begins_with_an_empty_file(tmp_path):
-    written(tmp_path, [2, 4])
-    journal(tmp_path).close()
-    assert rows(tmp_path) == []
-
-
-@pytest.mark.parametrize("torn", ['{"step": 3, "lo', "{", '"step"', "17", "[1]", "\0\0\0"])
-def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path, torn):
-    written(tmp_path, [2])
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write(torn)
-    story = journal(tmp_path, step=5)
-    story.point(6, means(), 0.1, 0.04)
-    story.close()
-    assert [r["step"] for r in rows(tmp_path)] == [2, 6]
-
-
-def test_a_line_that_lost_only_its_end_does_not_swallow_the_next(tmp_path):
-    written(tmp_path, [2, 4])
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(path.read_text().rstrip("\n"))
-    story = journal(tmp_path, step=4)
-    story.point(6, means(), 0.1, 0.04)
-    story.close()
-    assert [r["step"] for r in rows(tmp_path)][-1] == 6
 
 
 def test_an_epochs_line_has_means_over_its_steps_and_time(tmp_path):

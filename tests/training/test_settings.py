@@ -18,6 +18,7 @@ model stages mask_ratio mask drop_path dp decoder_width encoder verify sparse_co
 epochs ep warmup_epochs wp_ep base_lr optimizer opt beta2 ada weight_decay wd weight_decay_end wde clip accumulate
 exp_name experiment_name exp_dir resume resume_from seed device precision compile no_compile
 sync_batchnorm no_sync_batchnorm sbn no_sbn threads log_every save_every picture_every max_steps
+wandb dry_run no_dry_run profile no_profile
 """
 
 

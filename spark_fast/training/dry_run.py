@@ -1,0 +1,63 @@
+"""`--dry_run`: what a run would cost, told after two of its steps, without a trace on the disk.
+
+The first step warms up (allocation, algorithms, compilation), the second is measured; so times are rough, sizes exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+from torch import Tensor
+
+from spark_fast.training.device import peak_memory
+from spark_fast.training.loop import PretrainRun
+from spark_fast.training.run_folder import CHECKPOINT
+
+STEPS = 2
+
+
+def print_plan(run: PretrainRun) -> None:
+    """Take two steps on every rank, and print the plan on the first."""
+    to_go = run.total_steps - run.step
+    figures = run.rehearse(STEPS)
+    if run.ranks.main:
+        print(plan(run, figures, to_go), flush=True)
+
+
+def plan(run: PretrainRun, figures: dict[str, float], to_go: int) -> str:
+    """The plan as text.
+
+    Args:
+        figures: of one step, from `PretrainRun.rehearse`.
+        to_go: steps of the run that are still to do.
+    """
+    model, cost = run.model, run.gauge.cost
+    encoder = sum(p.numel() for p in model.encoder.parameters())
+    everything = sum(p.numel() for p in model.parameters())
+    phases = ", ".join(f"{name} {figures[name + '_seconds']:.3g}" for name in ("data", "forward", "backward"))
+    where = "of the device" if run.ranks.device.type == "cuda" else "of the process"
+    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    checkpoint = weights + sum(t.numel() * t.element_size() for t in _tensors(run.optimizer.state_dict()))
+    rows = {
+        "encoder": f"{encoder / 1e6:.1f} M parameters, {cost.encoder / 1e9:.3g} GMACs per image on its visible patches "
+        f"({cost.whole / 1e9:.3g} on a whole one)",
+        "decoder": f"{(everything - encoder) / 1e6:.1f} M parameters, {cost.decoder / 1e9:.3g} GMACs per image",
+        "memory": f"{peak_memory(run.ranks.device) / 2**30:.2f} GiB {where} at most",
+        "step": f"{figures['step_seconds']:.3g} s ({phases}, optimizer {figures['optimizer_seconds']:.3g}), "
+        f"{figures['images_per_second']:.1f} images/s, MFU {figures['mfu']:.1%}, loss {figures['loss']:.4f}",
+        "run": f"{to_go} steps to go, {run.steps_per_epoch} an epoch: "
+        f"{timedelta(seconds=round(to_go * figures['step_seconds']))} at this pace",
+        "checkpoint": f"{checkpoint / 2**20:.0f} MiB each, {run.settings.folder / CHECKPOINT}",
+    }
+    return "\n".join(["dry run: nothing was written", *(f"  {name:<11} {text}" for name, text in rows.items())])
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors in nested dictionaries and lists."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (dict, list, tuple)):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(value)
