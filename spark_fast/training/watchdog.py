@@ -51,7 +51,8 @@ class Watchdog:
         time.sleep(3 * PULSE)
         after = self._pulses()
         return [
-            f"rank {rank} ({pulse['host']}, pid {pulse['pid']}), last heard of at step {pulse['step']}, {pulse['doing']}"
+            f"rank {rank} ({pulse['host']}, pid {pulse['pid']}), last heard of at step {pulse['step']}, "
+            f"{pulse['doing']}"
             for rank, pulse in after.items()
             if rank != self.rank and before.get(rank) == pulse
         ]
