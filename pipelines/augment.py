@@ -23,8 +23,9 @@ STD = (0.229, 0.224, 0.225)
 
 def cut(image: NDArray[np.uint8], box: Box, flip: bool, out: Tensor) -> None:
     """Crop `image` (h, w, 3) to `box`, resize it to the size of `out` (H, W, 3) uint8, flip, store there."""
-    crop = image[None, box.top : box.top + box.height, box.left : box.left + box.width]
-    pixels = torch.from_numpy(crop).permute(0, 3, 1, 2)  # (1, h, w, 3) -> (1, 3, h, w), channels_last
+    # torch's [None], not NumPy's: with a stride of 0 torch would take the batch of one for planes and be twice as slow
+    crop = torch.from_numpy(image)[None, box.top : box.top + box.height, box.left : box.left + box.width]
+    pixels = crop.permute(0, 3, 1, 2)  # (1, h, w, 3) -> (1, 3, h, w), channels_last
     pixels = interpolate(pixels, size=out.shape[:2], mode="bicubic", antialias=True)
     if flip:
         pixels = pixels.flip(3)
