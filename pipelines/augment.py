@@ -23,12 +23,16 @@ STD = (0.229, 0.224, 0.225)
 
 def cut(image: NDArray[np.uint8], box: Box, flip: bool, out: Tensor) -> None:
     """Crop `image` (h, w, 3) to `box`, resize it to the size of `out` (H, W, 3) uint8, flip, store there."""
-    crop = image[None, box.top : box.top + box.height, box.left : box.left + box.width]
-    pixels = torch.from_numpy(crop).permute(0, 3, 1, 2)  # (1, h, w, 3) -> (1, 3, h, w), channels_last
-    pixels = interpolate(pixels, size=out.shape[:2], mode="bicubic", antialias=True)
-    if flip:
-        pixels = pixels.flip(3)
-    out.copy_(pixels[0].permute(1, 2, 0))  # (3, H, W) -> (H, W, 3)
+    height, width, _ = out.shape
+    crop = resize(image[box.top : box.top + box.height, box.left : box.left + box.width], (height, width))
+    out.copy_(crop.flip(1) if flip else crop)
+
+
+def resize(image: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
+    """Antialiased bicubic: (h, w, 3) -> (*size, 3) uint8."""
+    # torch's [None], not NumPy's: with a stride of 0 torch would take the batch of one for planes and be twice as slow
+    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # (h, w, 3) -> (1, 3, h, w), channels_last
+    return interpolate(pixels, size=size, mode="bicubic", antialias=True)[0].permute(1, 2, 0)  # -> (H, W, 3)
 
 
 class Normalise:

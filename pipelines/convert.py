@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from pipelines.beton_writer import BetonSettings, mark, with_beton
 from pipelines.contract import DataError, SettingsError
 from pipelines.destination import locked, storage
-from pipelines.open_source import SPLITS
+from pipelines.open_source import SPLITS, TARS
 from pipelines.order import order
 from pipelines.parts import Part, PartManifest, write_part
 from pipelines.processes import run_jobs
@@ -49,12 +49,6 @@ _OURS = re.compile(
     r"(shard-\d{6}\.(tar|idx|json)|part-\d{4}-of-\d{4}\.(json|lock)|manifest\.json|index\.npy|images\.beton(\.npy|\.alone)?)"
     r"(\.partial)?"
 )
-# As downloaded from image-net.org; taken where there is no folder of the split's name.
-TARS = {
-    "train": "ILSVRC2012_img_train.tar",
-    "val": "ILSVRC2012_img_val.tar",
-    "test": "ILSVRC2012_img_test_v10102019.tar",
-}
 
 
 @dataclass(frozen=True)
@@ -134,7 +128,7 @@ def _splits(src: Path, dst: Path) -> list[tuple[Path, Path]]:
         raise SettingsError(f"the shards would be written into the images' own folder {src}: choose another")
     folders = {split: src / split for split in SPLITS if (src / split).is_dir()}
     tars = {split: src / tar for split, tar in TARS.items() if (src / tar).is_file()}
-    found = tars | folders
+    found = tars | folders  # a folder, where there are both: it may have labels
     _refuse_others(dst, set(found) or None)
     return [(found[split], dst / split) for split in SPLITS if split in found] or [(src, dst)]
 
@@ -234,9 +228,15 @@ def _convert_part(
 
 
 def _source(src: Path) -> FileSource:
-    if not src.is_file():
-        return folder_source(src)
-    return tar_source(src) if src.suffix == ".tar" else list_source(src)
+    read = list_source if src.is_file() else folder_source
+    source = tar_source(src) if src.is_file() and src.suffix == ".tar" else read(src)
+    if source.labels is None:
+        logger.warning(
+            "%s names no classes: its images are converted without labels (pre-training needs none). For labels"
+            " convert, in its place, class folders, or a file list: lines of `path label`, beside the unpacked images.",
+            src,
+        )
+    return source
 
 
 def _made_from(source: FileSource, settings: ConvertSettings) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pipelines.beton import BetonSource
@@ -11,6 +12,12 @@ from pipelines.shards import MANIFEST, PARTIAL, read_manifest
 from pipelines.sources import Source, folder_source, list_source
 
 SPLITS = ("train", "val", "test")
+TARS = {  # as downloaded from image-net.org
+    "train": "ILSVRC2012_img_train.tar",
+    "val": "ILSVRC2012_img_val.tar",
+    "test": "ILSVRC2012_img_test_v10102019.tar",
+}
+_OF_CONVERSION = re.compile(rf"shard-\d{{6}}\.tar|.*{re.escape(PARTIAL)}")  # an unfinished one, without a manifest
 
 
 def open_source(data_path: str | Path) -> Source:
@@ -24,6 +31,8 @@ def open_source(data_path: str | Path) -> Source:
     if path.is_file() and path.suffix == ".beton":
         return BetonSource(path)
     if path.is_file():
+        if path.suffix == ".tar":
+            raise _no_tars(path, [path.name])
         return list_source(path)
     if (path / "train").is_dir() and not (path / MANIFEST).exists():
         path = path / "train"
@@ -46,8 +55,28 @@ def _refuse_unfinished(path: Path) -> None:
         names = sorted(p.name for p in path.iterdir())
     except OSError as error:
         raise DataError(f"cannot list {path}: {error}") from error
-    if any(name.endswith((".tar", PARTIAL)) for name in names):
+    if any(map(_OF_CONVERSION.fullmatch, names)):
         raise DataError(
             f"{path} holds shards but no {MANIFEST}: the conversion was not finished. Run"
             " tools/convert_imagenet.py again with the same settings; it goes on where it stopped."
         )
+    if tars := [name for name in names if name.endswith(".tar")]:
+        raise _no_tars(path, tars)
+
+
+def _no_tars(path: Path, tars: list[str]) -> DataError:
+    """What to do with `tars`, found in the folder `path` or, one, there: training reads their images from shards."""
+    if path.is_file() and _OF_CONVERSION.fullmatch(path.name):
+        return DataError(f"{path} is one shard of a conversion: give its folder, {path.parent}")
+    if len(tars) == 1 and path.is_file():
+        what, src = f"{path} is a tar", path
+    elif set(tars) & set(TARS.values()):
+        what, src = f"{path} holds tars as downloaded ({', '.join(tars)})", path
+    elif len(tars) == 1:
+        what, src = f"{path} holds a tar", path / tars[0]
+    else:
+        what, src = f"{path} holds {len(tars)} tars ({tars[0]} ...)", Path("THE_TAR_THEY_WERE_IN")
+    return DataError(
+        f"{what}, which training does not read. Convert once: python tools/convert_imagenet.py {src} DST,"
+        " then --data_path DST. (Unpacked already? Then move what is packed elsewhere.)"
+    )

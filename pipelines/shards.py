@@ -120,43 +120,42 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-class _Hashing:
-    """The part of a file that tarfile needs, with the sha256 of what went through."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-
 def write_shard(path: Path, samples: Iterable[tuple[int, str, int, bytes]]) -> tuple[ShardFile, list[Record]]:
     """Write (number, name, label, JPEG) samples to a tar and its .idx; raises OSError."""
     records = []
+    sha256 = hashlib.sha256()
+    size = 0
     with whole_file(path) as file:
-        hashing = _Hashing(file)
-        with tarfile.open(fileobj=hashing, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
-            for number, name, label, jpeg in samples:
-                key = record_key(number, name)
-                records.append(Record(number, key, label, tar.offset + _BLOCK, len(jpeg), zlib.crc32(jpeg)))
-                _add(tar, f"{key}.jpg", jpeg)
-                if label >= 0:
-                    _add(tar, f"{key}.cls", str(label).encode())
-        size = file.tell()
+
+        def write(data: bytes) -> None:
+            nonlocal size
+            file.write(data)
+            sha256.update(data)
+            size += len(data)
+
+        for number, name, label, jpeg in samples:
+            key = record_key(number, name)
+            records.append(Record(number, key, label, size + _BLOCK, len(jpeg), zlib.crc32(jpeg)))
+            of_label = _member(f"{key}.cls", str(label).encode()) if label >= 0 else b""
+            write(_member(f"{key}.jpg", jpeg) + of_label)
+        write(bytes(2 * _BLOCK + -(size + 2 * _BLOCK) % tarfile.RECORDSIZE))  # the end mark
     with whole_file(path.with_suffix(".idx")) as file:
         file.write(dali_index(records).encode())
-    return ShardFile(path.name, len(records), size, hashing.sha256.hexdigest()), records
+    return ShardFile(path.name, len(records), size, sha256.hexdigest()), records
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)  # its defaults: user 0, time 0
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
+# Of a file: user 0, time 0. Name, size and checksum (for which its own field counts as spaces) are filled in.
+_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+_HEADER = b"".join((_HEADER[:148], b" " * 8, _HEADER[156:]))
+
+
+def _member(name: str, content: bytes) -> bytes:
+    """A file as it lies in a tar: header, content, padding. tarfile's bytes in a sixth of its time."""
+    header = bytearray(_HEADER)
+    header[: len(name)] = name.encode()  # shorter than its 100 bytes: see record_key
+    header[124:135] = b"%011o" % len(content)
+    header[148:155] = b"%06o\0" % sum(header)
+    return b"".join((header, content, bytes(-len(content) % _BLOCK)))
 
 
 def dali_index(records: Iterable[Record]) -> str:

@@ -8,14 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import simplejpeg
-import torch
-from numpy.typing import NDArray
 
-from pipelines.augment import cut
+from pipelines.augment import resize
 from pipelines.contract import ImageError, SettingsError
-from pipelines.crops import Box
 from pipelines.decode import decode
 
 _MAX_JPEG_SIDE = 65500  # libjpeg's limit
@@ -61,18 +57,11 @@ class StoredImages:
         if size == (height, width) and not converted and _is_plain(data):
             return bytes(data), None
         if size != (height, width):
-            image = _resize(image, size)
+            image = resize(image, size).numpy()
         if max(size) > _MAX_JPEG_SIDE:
             raise ImageError(f"{size[1]} x {size[0]} pixels: a JPEG cannot be longer than {_MAX_JPEG_SIDE}")
         jpeg = simplejpeg.encode_jpeg(image, self.quality, "RGB", "420")
         return jpeg, _what_it_was(data) if converted else None
-
-
-def _resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Antialiased bicubic: (h, w, 3) -> (*size, 3)."""
-    out = torch.empty((*size, 3), dtype=torch.uint8)
-    cut(image, Box(0, 0, *image.shape[:2]), False, out)
-    return out.numpy()
 
 
 def _is_plain(data: bytes | memoryview) -> bool:

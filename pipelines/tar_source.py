@@ -88,17 +88,22 @@ def _images_of(path: Path, file: BinaryIO) -> tuple[dict[str, tuple[int, int]], 
     """Offset and size of each image, by its name were all unpacked, and the classes' names in order."""
     images: dict[str, tuple[int, int]] = {}
     classes: set[str] = set()
-    archives: dict[str, tarfile.TarInfo] = {}
+    archives: dict[str, tuple[str, tarfile.TarInfo]] = {}
     for name, member in _members(path, file, 0, os.fstat(file.fileno()).st_size):
         if member.isdir() or "/" in name:
             classes.add(name.split("/")[0])
         if name.endswith(".tar") and member.isfile():
-            archives[posixpath.basename(name).removesuffix(".tar")] = member
+            folder = posixpath.basename(name).removesuffix(".tar")
+            if folder in archives and archives[folder][0] != name:
+                raise DataError(
+                    f"{path} holds the class {folder} twice, {archives[folder][0]} and {name}: which is meant?"
+                )
+            archives[folder] = name, member
         elif member.isfile() and is_image(posixpath.basename(name)):
             images[name] = member.offset_data, member.size
     if archives:
         classes = set(archives)  # whatever folder they lie in
-    for folder, archive in archives.items():
+    for folder, (_, archive) in archives.items():
         end = archive.offset_data + archive.size
         for name, member in _members(path, file, archive.offset_data, end, f"{folder}.tar: "):
             if member.isfile() and is_image(posixpath.basename(name)):

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 from torchvision.transforms.functional import normalize, to_tensor
 
+from pipelines import augment
 from pipelines.augment import MEAN, STD, Normalise, cut
 from pipelines.crops import Box
 from tests.pipelines.pictures import picture
@@ -29,6 +31,15 @@ def test_cut_agrees_with_pils_crop_and_bicubic_resize(box, size, flip):
     difference = cut_to(image, box, flip, size).astype(int) - (expected[:, ::-1] if flip else expected)
     assert np.abs(difference).mean() < 0.1  # of 255
     assert np.abs(difference).max() <= 2
+
+
+def test_torch_is_given_pixels_side_by_side(monkeypatch):
+    """Taken for planes, as an image with a batch stride of 0 is, they become the same image in twice the time."""
+    seen = []
+    monkeypatch.setattr(augment, "interpolate", lambda pixels, **how: seen.append(pixels) or interpolate(pixels, **how))
+    cut_to(picture(1, 60, 80), Box(0, 0, 60, 80), False, (32, 32))
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert interpolate(seen[0], size=(32, 32)).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4000), (50, 2500)])

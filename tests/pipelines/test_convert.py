@@ -22,6 +22,7 @@ from pipelines.shards import MANIFEST, read_manifest
 from pipelines.stored import StoredImages
 from pipelines.verify import verify
 from tests.pipelines.pictures import encoded, jpeg, picture
+from tests.pipelines.tars import tar_of
 
 KEEP_SIZE = StoredImages(short_side=0)
 
@@ -182,6 +183,25 @@ def test_flat_folders_and_lists_convert_too(tmp_path):
     assert [listed.read(0), listed.read(1)] == [jpeg(5), jpeg(2)]
     assert listed.labels.tolist() == [1, 0]
     assert not list((tmp_path / "flat").glob("*.cls"))
+
+
+def test_a_tar_without_classes_becomes_unlabelled_and_says_how_to_give_labels(tmp_path, caplog):
+    src = tmp_path / "src"
+    src.mkdir()
+    images = {f"ILSVRC2012_val_{i}.JPEG": jpeg(i) for i in range(3)}
+    (src / "ILSVRC2012_img_val.tar").write_bytes(tar_of(images))
+    convert(src, tmp_path / "out", settings())
+    assert read_manifest(tmp_path / "out" / "val").labelled is False
+    assert re.search(r"_val.tar names no classes: .* without labels.* a file list: lines of `path label`", caplog.text)
+    caplog.clear()
+    for name, content in images.items():  # what it says: unpack, list, convert in its place
+        (src / name).write_bytes(content)
+    (src / "labels.txt").write_text("".join(f"{name} {7 - i}\n" for i, name in enumerate(images)))
+    convert(src / "labels.txt", tmp_path / "out" / "val", settings(), overwrite=True)
+    labelled = open_source(tmp_path / "out" / "val")
+    assert labelled.labels.tolist() == [7, 6, 5]
+    assert [labelled.read(i) for i in range(3)] == list(images.values())
+    assert not caplog.text
 
 
 class StopError(Exception):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import resource
@@ -71,6 +72,22 @@ def test_any_tar_reader_reads_the_shards(tmp_path):
     assert list(members)[:2] == ["00000007-p_7.jpg", "00000007-p_7.cls"]
     assert members["00000002-p_2.jpg"] == JPEGS[2]
     assert members["00000002-p_2.cls"] == b"12345"
+
+
+def test_a_shard_has_the_bytes_that_tarfile_writes(tmp_path):
+    """A name cut to its longest, a label of many digits, contents that fill whole blocks or just do not."""
+    contents = [bytes([7] * size) for size in (1, 511, 512, 513, 9000)]
+    samples = [(10**i, "n" * 30 * i + ".JPEG", 10**i, jpeg) for i, jpeg in enumerate(contents)]
+    shard, records = write_shard(tmp_path / "ours.tar", samples)
+    with tarfile.open(tmp_path / "theirs.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for record, jpeg in zip(records, contents, strict=True):
+            for name, content in ((f"{record.key}.jpg", jpeg), (f"{record.key}.cls", str(record.label).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    expected = (tmp_path / "theirs.tar").read_bytes()
+    assert (tmp_path / "ours.tar").read_bytes() == expected
+    assert (shard.bytes, shard.sha256) == (len(expected), hashlib.sha256(expected).hexdigest())
 
 
 @pytest.mark.parametrize("labelled", [True, False])

@@ -9,7 +9,7 @@ import pytest
 from torchvision.datasets import ImageFolder
 
 from pipelines.contract import DataError, ImageError
-from pipelines.open_source import open_source
+from pipelines.open_source import TARS, open_source
 from pipelines.sources import MAX_FILE_BYTES
 from tests.pipelines.pictures import jpeg
 
@@ -125,6 +125,24 @@ def test_an_unfinished_conversion_is_never_opened(tmp_path, left):
     write(tmp_path, f"train/{left}", "train/x/a.jpg")
     with pytest.raises(DataError, match=r"no manifest.json: the conversion was not finished. Run .*again"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "path", "message"),
+    [
+        (["x.tar"], "x.tar", r"x.tar is a tar, .* Convert once: .*convert_imagenet.py \S+/x.tar DST"),
+        (["x.tar"], "", r"holds a tar, .*convert_imagenet.py \S+/x.tar DST"),
+        ([*TARS.values(), "LICENCE"], "", r"as downloaded \(ILSVRC2012_img_test.*convert_imagenet.py {root} DST"),
+        ([TARS["train"], "val/n1/a.jpg"], "", r"as downloaded \(.*_train.tar\).*convert_imagenet.py {root} DST"),
+        (["n1.tar", "n2.tar"], "", r"holds 2 tars \(n1.tar \.\.\.\), .*convert_imagenet.py THE_TAR_THEY_WERE_IN DST"),
+        (["train/n1.tar", "train/n1/a.jpg"], "", r"train holds a tar, .*Unpacked already\? Then move"),
+        (["shard-000000.tar"], "shard-000000.tar", r"is one shard of a conversion: give its folder, {root}$"),
+    ],
+)
+def test_tars_of_images_are_refused_with_the_command_that_makes_them_usable(tmp_path, files, path, message):
+    write(tmp_path, *files)
+    with pytest.raises(DataError, match=message.replace("{root}", str(tmp_path))):
+        open_source(tmp_path / path)
 
 
 def test_an_absurdly_large_file_is_not_read(tmp_path):

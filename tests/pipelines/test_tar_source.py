@@ -69,6 +69,16 @@ def test_images_outside_the_classes_are_left_out_with_a_warning(tmp_path, caplog
     assert "1 images outside the classes are left out" in caplog.text
 
 
+def test_two_tars_of_one_class_are_refused_naming_both(tmp_path):
+    one, other = tar_of({"a.jpg": b"1"}), tar_of({"b.jpg": b"2"})
+    with pytest.raises(DataError, match=r"some.tar holds the class n1 twice, old/n1.tar and new/n1.tar: "):
+        tar_source(written(tmp_path, tar_of({"old/n1.tar": one, "new/n1.tar": other})))
+    assert names(tar_source(written(tmp_path, tar_of({"old/n1.tar": one, "new/n2.tar": other})))) == [
+        "n1/a.jpg",
+        "n2/b.jpg",
+    ]
+
+
 def test_long_and_strange_names_are_read(tmp_path):
     strange = ["x" * 150 + ".jpg", "ü ñ\n.jpg", "\udcff.jpg"]
     source = tar_source(written(tmp_path, tar_of({name: name.encode("utf-8", "surrogateescape") for name in strange})))

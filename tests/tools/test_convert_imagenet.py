@@ -15,9 +15,9 @@ import simplejpeg
 
 from pipelines.contract import DataError
 from pipelines.convert import ConvertSettings, convert
-from pipelines.open_source import open_source
+from pipelines.open_source import TARS, open_source
 from pipelines.stored import StoredImages
-from tests.pipelines.tars import tar_of_tars
+from tests.pipelines.tars import tar_of, tar_of_tars
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_imagenet.py"
 
@@ -137,6 +137,20 @@ def test_a_flipped_byte_is_found_by_verify(src, tmp_path):
     assert "train/shard-000002.tar, record at byte 512" in ended.stderr
     assert "checksum differs" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_tars_train_after_the_command_that_their_refusal_names(src, tmp_path):
+    tars, dst = tmp_path / "tars", tmp_path / "out"
+    tars.mkdir()
+    (tars / TARS["train"]).write_bytes(tar_of_tars(src / "train"))
+    (tars / TARS["val"]).write_bytes(tar_of({path.name: path.read_bytes() for path in (src / "val").rglob("*.JPEG")}))
+    with pytest.raises(DataError, match=f"as downloaded .* Convert once: python tools/convert_imagenet.py {tars} DST"):
+        open_source(tars)
+    ended = run(tars, dst)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert f"WARNING: {tars / TARS['val']} names no classes: its images are converted without labels" in ended.stderr
+    assert len(open_source(dst)) == 35
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
