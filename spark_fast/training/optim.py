@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from spark_fast.training.lamb import Lamb
 
@@ -25,21 +27,28 @@ def parameter_groups(model: nn.Module) -> list[dict]:
     return [{"params": decay, "decays": True}, {"params": no_decay, "decays": False}]
 
 
-def build_optimizer(name: str, model: nn.Module, beta2: float) -> torch.optim.Optimizer:
-    """LAMB, AdamW or SGD with Nesterov momentum; rates are set before every step by `schedule`.
+def build_optimizer(name: str, model: nn.Module, beta2: float, *, zero: bool = False) -> torch.optim.Optimizer:
+    """LAMB, AdamW or SGD with Nesterov momentum; rates are set before every step by `set_rates`.
+
+    Args:
+        zero: ZeRO-1 (Rajbhandari et al., 2020): each rank keeps the moments of its share of the parameters and updates
+            those. The state dict is the same as without, see `parallel.gather_state`; a run may change between the two.
 
     Raises:
         ValueError: an unknown name.
     """
-    groups = parameter_groups(model)
-    if name == "lamb":
+    kinds: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
         # the gradient is clipped by `clip_gradients`, which also reports its norm: one pass instead of two
-        return Lamb(groups, lr=0.0, betas=(0.9, beta2))
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, beta2), weight_decay=0.0, fused=True)
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True, weight_decay=0.0, fused=True)
-    raise ValueError(f"unknown optimizer {name!r}; there are lamb, adamw, sgd")
+        "lamb": (Lamb, {"betas": (0.9, beta2)}),
+        "adamw": (torch.optim.AdamW, {"betas": (0.9, beta2), "fused": True}),
+        "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "fused": True}),
+    }
+    if name not in kinds:
+        raise ValueError(f"unknown optimizer {name!r}; there are {', '.join(kinds)}")
+    kind, settings = kinds[name]
+    settings = {"lr": 0.0, "weight_decay": 0.0, **settings}
+    groups = parameter_groups(model)
+    return ZeroRedundancyOptimizer(groups, kind, **settings) if zero else kind(groups, **settings)  # type: ignore[arg-type]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
