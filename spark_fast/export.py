@@ -51,10 +51,10 @@ def encoder_state_dict(model: SparK, name: str) -> dict[str, Tensor]:
     return {names[k]: v.detach().cpu().contiguous() for k, v in state.items()}
 
 
-def save_encoder(model: SparK, name: str, folder: Path) -> Path:
-    """Write `encoder_state_dict` as safetensors into `folder`, whole or not at all; returns the file."""
+def write_encoder(state: dict[str, Tensor], name: str, folder: Path) -> Path:
+    """Write an `encoder_state_dict` as safetensors into `folder`, whole or not at all; returns the file."""
     own = ":" in name
     path = folder / ("encoder.safetensors" if own else f"{name}_timm.safetensors")
-    content = save(encoder_state_dict(model, name), metadata={"format": "pt", "architecture": name})
+    content = save(state, metadata={"format": "pt", "architecture": name})
     write_atomically(path, lambda file: file.write(content))
     return path

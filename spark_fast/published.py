@@ -94,6 +94,12 @@ def strip_prefixes(name: str) -> str:
     return name
 
 
+def encoder_name(name: str) -> str:
+    """The name of an encoder's tensor without prefix, dots as underscores, ConvNeXts as timm has them."""
+    inner = name.removeprefix("encoder.network.")
+    return _plain(_translate("sparse_encoder.sp_cnn." + inner).removeprefix("encoder.network."))
+
+
 def _translate(name: str) -> str:
     if name.startswith("sparse_encoder.sp_cnn."):
         inner = name.removeprefix("sparse_encoder.sp_cnn.")

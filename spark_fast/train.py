@@ -16,14 +16,17 @@ from torch import Tensor
 from pipelines import DataError, Pipeline, build_pipeline
 from spark_fast.spark import SparK, build_spark
 from spark_fast.training.boards import require_wandb
-from spark_fast.training.checkpoint import CheckpointError, load_weights
+from spark_fast.training.checkpoint import CheckpointError
 from spark_fast.training.distributed import HostSyncBatchNorm, Ranks, join
 from spark_fast.training.dry_run import print_plan
 from spark_fast.training.heap import keep_heap
+from spark_fast.training.lock import RunLock
 from spark_fast.training.loop import NotFiniteError, PretrainRun
-from spark_fast.training.resume import checkpoint_to_resume
+from spark_fast.training.resume import checkpoints_to_resume
 from spark_fast.training.run_folder import open_run_folder, refuse_another_run
 from spark_fast.training.settings import Settings, SettingsError, parse
+from spark_fast.training.store import Store, check_space
+from spark_fast.training.weights import load_weights
 
 PICTURED = 8  # images in a reconstruction picture
 
@@ -65,12 +68,15 @@ def pretrain(settings: Settings, ranks: Ranks) -> int:
     if settings.run.wandb:
         require_wandb()
     torch.manual_seed(settings.run.seed)
+    lock = RunLock(settings.folder)
+    if ranks.main and settings.run.resume and settings.folder.is_dir():
+        lock.take()  # before anything is read that another run may be changing
     pipeline = open_pipeline(settings, ranks, batch_size=settings.data.batch_size)
     try:
         model = open_model(settings, ranks)
-        resume = checkpoint_to_resume(settings)
+        resume = checkpoints_to_resume(settings)
         run = PretrainRun(settings, ranks, pipeline, model)
-        if resume is not None:
+        if resume:
             run.restore(resume)
         elif settings.model.init_weight:
             load_weights(Path(settings.model.init_weight), model)
@@ -81,9 +87,15 @@ def pretrain(settings: Settings, ranks: Ranks) -> int:
         if not ranks.main:
             return run.train(None, None)
         pictured = pictured_images(settings, ranks)
-        return run.train(open_run_folder(settings), pictured)  # the folder last: nothing is left behind by a mistake
+        check_space(settings.folder, run.checkpoint_bytes, settings.run.keep_last)
+        folder = open_run_folder(settings, lock)  # last: nothing is left behind by a mistake
+        keep_steps = settings.run.keep_every * run.steps_per_epoch
+        store = Store(folder, keep_last=settings.run.keep_last, keep_steps=keep_steps)
+        store.clean(run.step)
+        return run.train(store, pictured)
     finally:
         pipeline.close()
+        lock.release()
 
 
 def open_pipeline(settings: Settings, ranks: Ranks, *, batch_size: int, augment: bool = True) -> Pipeline:

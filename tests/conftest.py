@@ -10,6 +10,18 @@ import torch
 SHARED = Path(os.environ.get("SPARK_FAST_SHARED", Path(__file__).parents[2] / "shared"))
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full", action="store_true", help="repeat the drills of tests/faults as docs/reliability.md says"
+    )
+
+
+@pytest.fixture(scope="session")
+def times(request):
+    """times(short, full): how often a drill repeats itself, few times in CI."""
+    return lambda short, full: full if request.config.getoption("--full") else short
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads():
     # two processes on two cores, or one alone

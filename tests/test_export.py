@@ -8,10 +8,14 @@ from safetensors.torch import load_file
 
 from spark_fast import build_spark
 from spark_fast.encoder.verify import _randomise_constants
-from spark_fast.export import encoder_state_dict, save_encoder, timm_names
+from spark_fast.export import encoder_state_dict, timm_names, write_encoder
 from spark_fast.training.checkpoint import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def save_encoder(model, name, folder):
+    return write_encoder(encoder_state_dict(model, name), name, folder)
 
 
 def trained(name, encoder="packed"):

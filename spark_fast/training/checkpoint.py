@@ -1,19 +1,25 @@
-"""Checkpoints: written whole or not at all, read without running anything that they contain."""
+"""Checkpoints: written whole or not at all, with a SHA-256 beside; read without running anything that they contain."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import pickle
-import zipfile
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from spark_fast.published import load_spark_state_dict, load_strictly, strip_prefixes
+from spark_fast.published import load_strictly
+from spark_fast.training.untrusted import RefusedError, check_safetensors, check_sha256, check_zip, sidecar
+
+log = logging.getLogger("spark_fast")
 
 FORMAT = 1
 RUN_STATE = {"model", "optimizer", "step", "epoch", "loss", "settings", "num_samples", "random_state", "scaler"}
@@ -36,11 +42,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # makes the rename itself durable
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except BaseException as error:
         with suppress(OSError):
             partial.unlink()
@@ -49,14 +51,100 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         raise
 
 
-def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, **state: Any) -> None:
-    """Write model, optimiser and `state` (step, epoch, loss, settings, ...; plain types and tensors)."""
+def sync_folder(folder: Path) -> None:
+    """Make the renames within a folder durable."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def snapshot(state: Any) -> Any:
+    """A copy of nested dictionaries, lists and tensors on the host, which the next step does not change."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: snapshot(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(snapshot(value) for value in state)
+    return state
+
+
+def run_state(model: nn.Module, optimizer: torch.optim.Optimizer, **state: Any) -> dict[str, Any]:
+    """A snapshot of model, optimiser and `state` (step, epoch, loss, settings, ...; plain types and tensors)."""
     content = {"format": FORMAT, "model": model.state_dict(), "optimizer": optimizer.state_dict(), **state}
-    write_atomically(path, lambda file: torch.save(content, file))
+    return snapshot(content)
+
+
+def tensor_bytes(state: Any) -> int:
+    """Bytes of all tensors in nested dictionaries and lists: a checkpoint's size but for some kilobytes."""
+    if isinstance(state, Tensor):
+        return state.nbytes
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(tensor_bytes(part) for part in parts)
+
+
+def write(path: Path, content: dict[str, Any]) -> str:
+    """Write a checkpoint and its checksum, the file itself last; returns the SHA-256.
+
+    A kill leaves the old file, or the new one, or the old one with the new checksum, which is then refused as
+    damaged: never a file that looks whole and is not.
+
+    Raises:
+        CheckpointError: the file system refuses; it says how much space is needed.
+    """
+    hashed = _Hashed()
+
+    def put(file: BinaryIO) -> None:
+        try:
+            # written front to back, so it can be hashed on the way
+            torch.save(content, cast(BinaryIO, hashed.into(file)))
+        except RuntimeError as error:
+            raise hashed.error or error from None
+        file.flush()
+        os.fsync(file.fileno())
+        line = f"{hashed.sha256.hexdigest()}  {path.name}\n"  # what `sha256sum --check` reads
+        write_atomically(sidecar(path), lambda beside: beside.write(line.encode()))
+
+    try:
+        write_atomically(path, put)
+    except CheckpointError as error:
+        room = ""
+        with suppress(OSError):
+            room = f", {shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free there"
+        raise CheckpointError(f"{error}. It needs {tensor_bytes(content) / 1e6:.1f} MB{room}") from error
+    return hashed.sha256.hexdigest()
+
+
+class _Hashed:
+    """Passes on to a file what is written, and hashes it on the way."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+        self._file: BinaryIO
+        self.error: OSError | None = None  # torch raises a puzzle of its own instead
+
+    def into(self, file: BinaryIO) -> _Hashed:
+        self._file = file
+        return self
+
+    def write(self, part: bytes) -> int:
+        self.sha256.update(part)
+        try:
+            return self._file.write(part)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint file, tensors on the host.
+    """Read a checkpoint file, tensors on the host: torch's zip format, or safetensors.
+
+    The checksum beside it is checked, or where there is none the zip format's own.
 
     Raises:
         CheckpointError: missing, damaged, or one that would run code (it is refused, nothing is run).
@@ -64,12 +152,16 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
-        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None  # torch.load checks no CRC
-        if damaged is not None:
-            raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not match")
+        proven = check_sha256(path)
+        if path.suffix == ".safetensors":
+            check_safetensors(path)
+            return dict(load_file(path))
+        check_zip(path, crc=not proven)
+        if not proven:
+            log.info("no checksum lies beside %s (%s): accepted without", path, sidecar(path).name)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
+    except RefusedError as error:
+        raise CheckpointError(f"{path} {error}") from None
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it is damaged, or contains pickled code beyond tensors ({_first_line(error)})"
@@ -88,6 +180,8 @@ def read_run(path: Path) -> dict[str, Any]:
         CheckpointError: it is none.
     """
     content = read(path)
+    if isinstance(content.get("format"), int) and content["format"] != FORMAT:
+        raise CheckpointError(f"{path} is of format {content['format']}, this version reads {FORMAT}")
     if content.get("format") != FORMAT or not set(content) >= RUN_STATE:
         raise CheckpointError(
             f"{path} is no checkpoint that a run can go on from; --init_weight starts from its weights"
@@ -109,22 +203,6 @@ def restore(path: Path, content: dict[str, Any], model: nn.Module, optimizer: to
     torch.set_rng_state(content["random_state"]["cpu"])
     if "cuda" in content["random_state"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(content["random_state"]["cuda"])
-
-
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Start from the weights of a checkpoint: ours, or a published one (`load_spark_state_dict`).
-
-    Raises:
-        CheckpointError: it does not fit, by name.
-    """
-    content = read(path)
-    try:
-        if isinstance(content.get("model"), dict):
-            load_strictly(model, {strip_prefixes(str(k)): v for k, v in content["model"].items()})
-        else:
-            load_spark_state_dict(model, content)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
 
 
 def random_state() -> dict[str, Tensor]:

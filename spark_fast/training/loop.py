@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import time
 from contextlib import closing
 from itertools import count as count_from
 from itertools import islice
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines import Pipeline
-from spark_fast.export import save_encoder
+from spark_fast.export import encoder_state_dict, write_encoder
 from spark_fast.masking import sample_visible
 from spark_fast.spark import SparK
 from spark_fast.training import checkpoint
@@ -27,11 +28,13 @@ from spark_fast.training.journal import Journal, Meter
 from spark_fast.training.optim import build_optimizer
 from spark_fast.training.pictures import reconstruction_grid, save_png
 from spark_fast.training.profiling import Profile
-from spark_fast.training.resume import check_same_run
-from spark_fast.training.run_folder import CHECKPOINT
+from spark_fast.training.resume import check_same_run, read_newest
+from spark_fast.training.run_folder import versions
+from spark_fast.training.saver import Saver
 from spark_fast.training.settings import Settings, SettingsError
 from spark_fast.training.spikes import Spikes
 from spark_fast.training.step import Schedule, TrainStep, resolve_precision
+from spark_fast.training.store import CHECKPOINT, Store
 
 log = logging.getLogger("spark_fast")
 
@@ -43,15 +46,26 @@ class NotFiniteError(Exception):
 
 
 class Interrupt:
-    """Remembers a first SIGINT or SIGTERM, so that the step in flight is finished; a second one is not caught."""
+    """Remembers a first signal to leave, so that the step in flight is finished; a second one ends the process.
+
+    The same within a second counts once: a scheduler signals torchrun and its processes, and torchrun passes it on.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm sends the last one before the time is up
 
     def __init__(self) -> None:
-        self.asked = False
-        self._before = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.asked, self._since = False, 0.0
+        self._before = {s: signal.signal(s, self._remember) for s in self.SIGNALS}
 
     def _remember(self, number: int, frame: object) -> None:
-        self.asked = True
-        signal.signal(number, self._before[signal.Signals(number)])
+        if not self.asked:
+            self.asked, self._since = True, time.monotonic()
+            return
+        if time.monotonic() - self._since < 1:
+            return
+        for each in self.SIGNALS:  # at once, even while the last write hangs
+            signal.signal(each, signal.SIG_DFL)
+        signal.raise_signal(number)
 
     def release(self) -> None:
         """Put the earlier handlers back."""
@@ -64,7 +78,7 @@ class PretrainRun:
 
     def __init__(self, settings: Settings, ranks: Ranks, pipeline: Pipeline, model: SparK) -> None:
         self.settings, self.ranks, self.pipeline, self.model = settings, ranks, pipeline, model
-        self.folder: Path | None = None
+        self.store: Store | None = None
         self.pictured: Tensor | None = None
         self.step, self.begun, self.loss = 0, 0, float("nan")
         self.steps_per_epoch = len(pipeline)
@@ -82,21 +96,35 @@ class PretrainRun:
         self.gauge = Gauge(count(model), rate, ranks.device, ranks.world_size)
         self.interrupt = Interrupt()
 
-    def restore(self, path: Path) -> None:
-        """Go on where a checkpoint was written, at the very next batch."""
-        state = checkpoint.read_run(path)
+    @property
+    def folder(self) -> Path | None:
+        """The run folder, None on ranks that do not write."""
+        return None if self.store is None else self.store.folder
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About the size of a checkpoint: the model, and what the optimiser keeps for each parameter."""
+        moments = {"lamb": 2, "adamw": 2, "sgd": 1}[self.settings.optim.optimizer]
+        state = checkpoint.tensor_bytes(self.model.state_dict())
+        return state + moments * sum(p.nbytes for p in self.advance.parameters)
+
+    def restore(self, paths: list[Path]) -> None:
+        """Go on where the first of these checkpoints that can be read was written, at the very next batch."""
+        path, state = read_newest(paths)
         check_same_run(path, state, self.settings, self.pipeline.num_samples)
         checkpoint.restore(path, state, self.model, self.optimizer)
         self.advance.scaler.load_state_dict(state["scaler"])
         self.step = self.begun = state["step"]
         self.loss = state["loss"]
+        if len(set(self.ranks.gather(self.step))) > 1:
+            raise checkpoint.CheckpointError(f"{path}: the ranks do not read the same checkpoint; see their messages")
         log.info("resumed from %s at step %d of %d", path, self.step, self.total_steps)
 
-    def train(self, folder: Path | None, pictured: Tensor | None) -> int:
+    def train(self, store: Store | None, pictured: Tensor | None) -> int:
         """Train to the last epoch.
 
         Args:
-            folder: the run folder, None on ranks that do not write.
+            store: of the run folder, None on ranks that do not write.
             pictured: images (N, 3, H, W) for the reconstruction pictures, None for no pictures.
 
         Returns:
@@ -104,8 +132,10 @@ class PretrainRun:
 
         Raises:
             NotFiniteError: loss or gradient are no numbers any more; the last checkpoint is kept.
+            CheckpointError: the last checkpoint could not be written, twice.
         """
-        self.folder, self.pictured = folder, pictured
+        self.store, self.pictured = store, pictured
+        self.saver = Saver(*self.settings.save_every, begun=self.step)
         journal = Journal(
             self.folder,
             total_steps=self.total_steps,
@@ -122,12 +152,14 @@ class PretrainRun:
                     self._end_of_epoch(journal)
                 if leaving and self.step < self.total_steps:
                     return self._leave()
+            self.saver.finish()
         finally:
             self.profile.close()
+            self.saver.wait()  # whatever the reason for leaving, a write in flight is finished
             journal.close()
             self.interrupt.release()
         if self.folder is not None:
-            self._save_weights()  # also when a finished run is resumed
+            write_encoder(self._encoder(), self.settings.network, self.folder)  # also when a finished run is resumed
             print(f"done: {self.step} steps, loss {self.loss:.4f}; everything is in {self.folder}/", flush=True)
         return 0
 
@@ -178,11 +210,11 @@ class PretrainRun:
                 limit = 0 < run.max_steps <= self.step - self.begun
                 leaving = self.ranks.any(self.interrupt.asked or limit)
                 last = self.step % self.steps_per_epoch == 0
-                saving = run.save_every > 0 and self.step % run.save_every == 0
-                if last or leaving or saving or self.step % run.log_every == 0:
-                    self._log(meter, journal)
-                if (saving or leaving) and not last:
-                    self._save()
+                every = self.settings.save_every[0]
+                if last or leaving or (every and self.step % every == 0) or self.step % run.log_every == 0:
+                    self._log(meter, journal)  # on all ranks together, and before a save: nothing broken is kept
+                    if not last and (leaving or self.saver.due(self.step)):
+                        self._save()
                 if leaving or last:
                     break
         return leaving
@@ -229,8 +261,7 @@ class PretrainRun:
     def _end_of_epoch(self, journal: Journal) -> None:
         problems = self.pipeline.problems
         journal.epoch(self.step, {"converted": problems.converted, "replaced": problems.replaced})
-        self._save()
-        self._save_weights()
+        self._save(encoder=True)
         every = self.settings.run.picture_every
         epoch = self.step // self.steps_per_epoch
         if self.folder is not None and self.pictured is not None and epoch % every == 0:
@@ -238,27 +269,38 @@ class PretrainRun:
             save_png(grid, self.folder / "reconstruction" / f"epoch_{epoch:04d}.png")
             journal.picture(grid, self.step)
 
-    def _save(self) -> None:
-        if self.folder is None:
+    def _save(self, encoder: bool = False) -> None:
+        """Copy the state to the host, and have the checkpoint (and the encoder's weights) written from there."""
+        if self.store is None:
             return
-        checkpoint.save(
-            self.folder / CHECKPOINT,
+        self.saver.begin(self.step)
+        store, step, folder, network = self.store, self.step, self.store.folder, self.settings.network
+        content = checkpoint.run_state(
             self.model,
             self.optimizer,
-            step=self.step,
-            epoch=self.step // self.steps_per_epoch,
+            step=step,
+            epoch=step // self.steps_per_epoch,
             loss=self.loss,
             num_samples=self.pipeline.num_samples,
             settings=self.settings.to_dict(),
+            versions=versions(),
             random_state=checkpoint.random_state(),
             scaler=self.advance.scaler.state_dict(),
         )
+        weights = self._encoder() if encoder else None
 
-    def _save_weights(self) -> None:
-        if self.folder is not None:
-            save_encoder(self.model, self.settings.network, self.folder)
+        def write() -> None:
+            store.write(step, content)
+            if weights is not None:
+                write_encoder(weights, network, folder)
+
+        self.saver.submit(write)
+
+    def _encoder(self) -> dict[str, Tensor]:
+        return checkpoint.snapshot(encoder_state_dict(self.model, self.settings.network))
 
     def _leave(self) -> int:
+        self.saver.finish()
         if self.folder is not None:
             print(
                 f"stopped at step {self.step} of {self.total_steps}; saved {self.folder / CHECKPOINT}. "

@@ -6,9 +6,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from spark_fast.training.checkpoint import CheckpointError
-from spark_fast.training.run_folder import CHECKPOINT
+from spark_fast.training.checkpoint import CheckpointError, read_run
+from spark_fast.training.run_folder import versions
 from spark_fast.training.settings import Settings
+from spark_fast.training.store import candidates
 
 log = logging.getLogger("spark_fast")
 
@@ -19,41 +20,66 @@ HARMLESS = {
     "optim": {"accumulate"},
     "run": {
         *("exp_name", "exp_dir", "resume", "device", "precision", "compile", "sync_batchnorm", "threads"),
-        *("log_every", "save_every", "picture_every", "max_steps"),
+        *("log_every", "save_every", "keep_last", "keep_every", "picture_every", "max_steps"),
         *("wandb", "dry_run", "profile"),
     },
 }
 
 
-def checkpoint_to_resume(settings: Settings) -> Path | None:
-    """The checkpoint that --resume means, None for a fresh start.
+def checkpoints_to_resume(settings: Settings) -> list[Path]:
+    """The checkpoints that --resume means, the newest first; none for a fresh start.
 
     Raises:
-        CheckpointError: a checkpoint was named and is not there.
+        CheckpointError: a checkpoint was named and is not there, or the run folder's are gone.
     """
     asked = settings.run.resume
     if not asked:
-        return None
-    path = settings.folder / CHECKPOINT if asked == "auto" else Path(asked)
-    if path.is_file():
-        return path
-    if asked == "auto":
-        log.info("--resume auto: there is no %s yet, this run starts from the beginning", path)
-        return None
-    raise CheckpointError(f"there is no checkpoint {path} to resume from")
+        return []
+    if asked != "auto":
+        if not Path(asked).is_file():
+            raise CheckpointError(f"there is no checkpoint {asked} to resume from")
+        return [Path(asked)]
+    found = candidates(settings.folder)
+    if not found:
+        log.info("--resume auto: there is no checkpoint in %s yet, this run starts from the beginning", settings.folder)
+    return found
+
+
+def read_newest(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
+    """The first checkpoint that can be read, and what is in it; those before it are named in a warning.
+
+    Raises:
+        CheckpointError: none can be read; with the reason for each.
+    """
+    reasons = []
+    for path in paths:
+        try:
+            state = read_run(path)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            continue
+        for reason in reasons:
+            log.warning("%s; going on from the one before it, %s", reason, path)
+        return path, state
+    more = "" if len(paths) == 1 else f"no checkpoint of {paths[0].parent} can be used: "
+    raise CheckpointError(more + "; ".join(reasons))
 
 
 def check_same_run(path: Path, state: dict[str, Any], settings: Settings, num_samples: int) -> None:
     """Refuse to go on with other settings or data, which would silently be another run.
 
+    What is compared is what the settings mean: `res50` is `resnet50`, a default is the value it stands for.
+
     Raises:
         CheckpointError: with the list of differences.
     """
-    now, then, default = settings.to_dict(), state["settings"], Settings().to_dict()
-    before = {group: {**default[group], **then[group]} for group in now}  # older checkpoints know fewer settings
+    try:
+        before = Settings.from_dict(state["settings"]).meaning()
+    except (TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{path} has settings that this version cannot read ({error})") from None
     differences = [
         f"{name} was {before[group][name]!r}, is {value!r}"
-        for group, values in now.items()
+        for group, values in settings.meaning().items()
         for name, value in values.items()
         if name not in HARMLESS[group] and before[group][name] != value
     ]
@@ -64,3 +90,7 @@ def check_same_run(path: Path, state: dict[str, Any], settings: Settings, num_sa
             f"{path} is of another run: {'; '.join(differences)}. Give the same settings to go on with it, "
             f"or --init_weight to begin a new run from its weights"
         )
+    now = versions()
+    changed = [f"{k} {v} (now {now.get(k)})" for k, v in state.get("versions", {}).items() if now.get(k) != v]
+    if changed:
+        log.warning("%s was written by %s: the run goes on, rounding may differ", path, ", ".join(changed))

@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 import numpy
 import timm
@@ -19,22 +19,23 @@ import torchvision
 
 import spark_fast
 from spark_fast.training.checkpoint import CheckpointError
+from spark_fast.training.lock import RunLock
 from spark_fast.training.settings import Settings, SettingsError
+from spark_fast.training.store import CHECKPOINT, RECORD, published
 
-CHECKPOINT = "ckpt-last.pth"
 
-
-def open_run_folder(settings: Settings) -> Path:
-    """Make the run folder; write config.toml and the head of log.txt; copy stdout and stderr into it.
+def open_run_folder(settings: Settings, lock: RunLock) -> Path:
+    """Make the run folder; lock it; write config.toml and the head of log.txt; copy stdout and stderr into it.
 
     Raises:
         SettingsError: it holds another run and this one does not resume it.
-        CheckpointError: it cannot be written.
+        CheckpointError: it cannot be written, or another run holds it.
     """
     folder = settings.folder
     refuse_another_run(settings)
     try:
         (folder / "reconstruction").mkdir(parents=True, exist_ok=True)
+        lock.take()
         (folder / "config.toml").write_text(settings.to_toml())
         with (folder / "log.txt").open("a") as log:
             log.write(json.dumps(describe(settings)) + "\n")
@@ -50,7 +51,8 @@ def open_run_folder(settings: Settings) -> Path:
 
 def refuse_another_run(settings: Settings) -> None:
     """Raise SettingsError if the run folder holds a run that this one does not resume."""
-    if (settings.folder / CHECKPOINT).exists() and not settings.run.resume:
+    held = any(os.path.lexists(settings.folder / name) for name in (CHECKPOINT, RECORD)) or published(settings.folder)
+    if held and not settings.run.resume:
         raise SettingsError(
             f"{settings.folder} holds a run already: go on with --resume auto, or choose another <experiment_name>"
         )
@@ -62,16 +64,21 @@ def describe(settings: Settings) -> dict:
         "name": settings.run.exp_name,
         "cmd": shlex.join(sys.argv),
         "git_commit_id": _git_commit(),
-        "versions": {
-            "spark_fast": spark_fast.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "timm": timm.__version__,
-            "numpy": numpy.__version__,
-        },
+        "versions": versions(),
         "machine": {"host": platform.node(), "cpus": os.cpu_count(), "gpus": torch.cuda.device_count()},
         "settings": settings.to_dict(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide what is computed."""
+    return {
+        "spark_fast": spark_fast.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a class of its own, which weights_only refuses
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "numpy": numpy.__version__,
     }
 
 
@@ -86,13 +93,19 @@ def _git_commit() -> str:
 
 
 class _Copied:
-    """A stream that also writes to a file."""
+    """A stream that also writes to a file, until that fails (a full disk): a copy must not end the run."""
 
     def __init__(self, stream: TextIO, path: Path) -> None:
-        self._stream, self._file = stream, path.open("a", buffering=1)
+        self._stream, self._path = stream, path
+        self._file: BinaryIO | None = path.open("ab", buffering=0)
 
     def write(self, text: str) -> int:
-        self._file.write(text)
+        if self._file is not None:
+            try:
+                self._file.write(text.encode(errors="backslashreplace"))
+            except OSError as error:
+                self._file = None
+                self._stream.write(f"what is printed is no longer copied to {self._path}: {error}\n")
         return self._stream.write(text)
 
     def __getattr__(self, name: str):

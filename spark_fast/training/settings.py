@@ -96,7 +96,7 @@ class Model:
     sparse_conv: bool = False
     """the published flag for --encoder sparseconvnet"""
     init_weight: str = ""
-    """start from the weights of this checkpoint (published ones too)"""
+    """start from the weights of this checkpoint (published ones too), or of an encoder (.safetensors, timm's names)"""
 
 
 @dataclass
@@ -132,7 +132,7 @@ class Run:
     exp_dir: str = ""
     """run folder; default output_<exp_name>"""
     resume: Annotated[str, arg(aliases=["--resume_from"])] = ""
-    """go on from this checkpoint; auto: the run folder's ckpt-last.pth if there is one"""
+    """go on from this checkpoint; auto: the run folder's newest that is whole, if it has any"""
     seed: int = 0
     """decides order, crops, masks and initial weights"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -147,8 +147,12 @@ class Run:
     """CPU threads of the model; 0: as torch chooses"""
     log_every: int = 50
     """steps between log lines"""
-    save_every: int = 0
-    """steps between checkpoints; 0: at the end of every epoch only"""
+    save_every: str = "0"
+    """checkpoints beside those of every epoch's end: 500 (steps) or 10min (at the next log line); 0: none"""
+    keep_last: int = 2
+    """checkpoints kept, the newest; 2 or more"""
+    keep_every: int = 0
+    """keep every Nth epoch's checkpoint for good; 0: none"""
     picture_every: int = 1
     """epochs between reconstruction pictures; 0: none"""
     max_steps: int = 0
@@ -205,13 +209,21 @@ class Settings:
         return self.optim.base_lr * self.data.batch_size / 256
 
     @property
+    def save_every(self) -> tuple[int, float]:
+        """(steps, seconds) between checkpoints; at most one of them is not 0."""
+        match = re.fullmatch(r"(\d+)(min)?", self.run.save_every)
+        if match is None:
+            raise SettingsError(f"--save_every must be steps (500) or minutes (10min), got {self.run.save_every!r}")
+        return (0, int(match[1]) * 60.0) if match[2] else (int(match[1]), 0.0)
+
+    @property
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.run.exp_dir or f"output_{self.run.exp_name}")
 
     def check(self) -> None:
         """Raise SettingsError for what can be told without looking at data or model."""
-        _ = self.size
+        _ = self.size, self.save_every
         if not self.run.exp_name and not self.run.exp_dir:
             raise SettingsError("the run needs a name: spark-fast-train <experiment_name> ... (or --exp_dir)")
         if not self.data.data_path and self.data.pipeline != "synthetic":
@@ -225,15 +237,37 @@ class Settings:
         for name in (*positive, "log_every"):
             if not 0 < values[name] < math.inf:
                 raise SettingsError(f"--{name} must be positive, got {values[name]}")
-        not_negative = ("warmup_epochs", "weight_decay", "weight_decay_end", "clip", "threads", "save_every", "seed")
+        not_negative = ("warmup_epochs", "weight_decay", "weight_decay_end", "clip", "threads", "keep_every", "seed")
         for name in (*not_negative, "picture_every", "max_steps"):
             if not values[name] >= 0:
                 raise SettingsError(f"--{name} must not be negative, got {values[name]}")
+        if self.run.keep_last < 2:
+            raise SettingsError(
+                f"--keep_last must be 2 or more, as the last one may be damaged; got {self.run.keep_last}"
+            )
         if not 0 < self.model.mask_ratio < 1:
             raise SettingsError(f"--mask_ratio must be between 0 and 1, got {self.model.mask_ratio}")
         for name, value in (("drop_path", self.model.drop_path), ("beta2", self.optim.beta2)):
             if not 0 <= value < 1:
                 raise SettingsError(f"--{name} must be at least 0 and below 1, got {value}")
+
+    def meaning(self) -> dict:
+        """The same as `to_dict`, each value spelled in one way: two settings that mean one run are equal here."""
+        tree = self.to_dict()
+        tree["data"]["input_size"] = "{}x{}".format(*self.size)
+        tree["model"] |= {"model": self.network, "encoder": self.encoder, "drop_path": self.drop_path}
+        tree["optim"]["beta2"] = self.beta2
+        tree["optim"]["weight_decay_end"] = self.optim.weight_decay_end or self.optim.weight_decay
+        return tree
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, dict[str, Any]]) -> Settings:
+        """What `to_dict` gave; settings that it lacks are the defaults (an older version knew fewer).
+
+        Raises:
+            TypeError: it has a setting that this version does not know.
+        """
+        return cls(**{f.name: type(getattr(cls(), f.name))(**tree.get(f.name, {})) for f in dataclasses.fields(cls)})
 
     def to_dict(self) -> dict:
         """Plain nested dictionaries."""

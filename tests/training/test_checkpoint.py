@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from spark_fast import build_spark
 from spark_fast.training import checkpoint
-from spark_fast.training.checkpoint import CheckpointError, load_weights, read, read_run, restore, write_atomically
+from spark_fast.training.checkpoint import CheckpointError, read, read_run, restore, snapshot, write, write_atomically
 from spark_fast.training.optim import build_optimizer, set_rates
+from spark_fast.training.untrusted import sidecar
 
 
 class Tiny(nn.Module):
@@ -40,7 +40,7 @@ def saved(tmp_path):
     path = tmp_path / "ckpt-last.pth"
     state = {"step": 5, "epoch": 1, "loss": 0.5, "num_samples": 8, "scaler": {}, "settings": {"run": {"seed": 0}}}
     state["random_state"] = checkpoint.random_state()
-    checkpoint.save(path, model, optimizer, **state)
+    checkpoint.write(path, checkpoint.run_state(model, optimizer, **state))
     return path, model, optimizer
 
 
@@ -119,10 +119,10 @@ from torch import nn
 from spark_fast.training import checkpoint
 path, model = Path(sys.argv[1]), nn.Linear(300, 300)
 optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-checkpoint.save(path, model, optimizer, step=1)
+checkpoint.write(path, checkpoint.run_state(model, optimizer, step=1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    checkpoint.save(path, model, optimizer, step=2)
+    checkpoint.write(path, checkpoint.run_state(model, optimizer, step=2))
 except checkpoint.CheckpointError as error:
     print("refused:", error)
 """
@@ -133,8 +133,11 @@ def test_a_file_system_that_takes_no_more_is_a_checkpoint_error_and_the_old_one_
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert f"refused: cannot write {path}" in done.stdout
+    assert "File too large" in done.stdout
+    assert "It needs 0.4 MB, " in done.stdout
+    assert " MB are free there" in done.stdout
     assert read(path)["step"] == 1
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == [path, sidecar(path)]
 
 
 class Evil:
@@ -173,8 +176,11 @@ def test_a_truncated_file_is_damaged_by_name(saved, share):
         read(path)
 
 
-def test_a_flipped_bit_in_a_tensor_is_noticed(saved):
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_flipped_bit_in_a_tensor_is_noticed_by_the_checksum_or_without_one(saved, alone):
     path, model, _ = saved
+    if alone:
+        sidecar(path).unlink()
     content = bytearray(path.read_bytes())
     at = content.index(model.first.weight.detach().numpy().tobytes())
     content[at + 5] ^= 4
@@ -207,7 +213,7 @@ def test_another_object_than_a_dictionary_is_no_checkpoint(tmp_path, content, ki
 @pytest.mark.parametrize("lacking", ["format", "model", "optimizer", "step", "settings"])
 def test_a_checkpoint_without_what_a_run_needs_is_offered_as_weights(saved, lacking):
     path = saved[0]
-    torch.save({k: v for k, v in read(path).items() if k != lacking}, path)
+    write(path, {k: v for k, v in read(path).items() if k != lacking})
     with pytest.raises(CheckpointError, match=f"{path} is no checkpoint that a run can go on from; --init_weight"):
         read_run(path)
 
@@ -215,7 +221,7 @@ def test_a_checkpoint_without_what_a_run_needs_is_offered_as_weights(saved, lack
 @pytest.mark.parametrize("lacking", ["random_state", "loss"])
 def test_a_checkpoint_without_random_state_or_loss_is_offered_as_weights_too(saved, lacking):
     path = saved[0]
-    torch.save({k: v for k, v in read(path).items() if k != lacking}, path)
+    write(path, {k: v for k, v in read(path).items() if k != lacking})
     with pytest.raises(CheckpointError, match=f"{path} is no checkpoint that a run can go on from; --init_weight"):
         read_run(path)
 
@@ -230,42 +236,63 @@ def test_a_checkpoint_of_another_model_is_refused_by_name_and_changes_nothing(sa
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
-def test_weights_of_our_own_checkpoints_are_loaded_whatever_wrapped_the_model(saved, tmp_path, prefix):
-    model = saved[1]
-    path = tmp_path / "weights.pth"
-    torch.save({"model": {prefix + k: v for k, v in model.state_dict().items()}, "epoch": 3}, path)
-    other = trained(seed=1)[0]
-    load_weights(path, other)
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in other.state_dict().items())
+def test_a_checkpoint_of_another_format_says_so(saved):
+    path = saved[0]
+    write(path, {**read(path), "format": 2})
+    with pytest.raises(CheckpointError, match=f"{path} is of format 2, this version reads 1"):
+        read_run(path)
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_weights_of_published_checkpoints_are_loaded(tmp_path, wrapped):
-    source, target = (build_spark("resnet10t", input_size=64, mask_ratio=0.5, decoder_width=32) for _ in range(2))
-    state = {
-        k.replace("encoder.network.", "sparse_encoder.sp_cnn.").replace("decoder.", "dense_decoder.", 1)
-        if k.startswith(("encoder.network.", "decoder.")) and not k.startswith("encoder.network.decoder")
-        else k: v
-        for k, v in source.state_dict().items()
-    }
-    assert any(k.startswith("dense_decoder.dec.0") for k in state)
-    torch.save({"module": state} if wrapped else state, tmp_path / "published.pth")
-    load_weights(tmp_path / "published.pth", target)
-    assert all(torch.equal(v, source.state_dict()[k]) for k, v in target.state_dict().items())
+def test_a_file_copied_alone_is_accepted_and_told(saved, caplog):
+    path = saved[0]
+    caplog.set_level("INFO", "spark_fast")
+    read(path)
+    assert not caplog.messages
+    sidecar(path).unlink()
+    assert read(path)["step"] == 5
+    assert caplog.messages == [f"no checksum lies beside {path} (ckpt-last.pth.sha256): accepted without"]
 
 
-@pytest.mark.parametrize("content", [{"model": {"a": torch.zeros(1)}}, {"a": torch.zeros(1)}, {}])
-def test_weights_that_do_not_fit_are_refused_with_the_file_and_the_tensors(tmp_path, content):
-    torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match=r"other\.pth: the checkpoint does not fit this model.*first\.weight"):
-        load_weights(tmp_path / "other.pth", trained()[0])
+def test_sha256sum_reads_the_checksum(saved):
+    path = saved[0]
+    done = subprocess.run(["sha256sum", "--check", sidecar(path).name], cwd=path.parent, capture_output=True, text=True)
+    assert done.stdout == "ckpt-last.pth: OK\n", done.stderr
 
 
-@pytest.mark.parametrize(
-    "content", [{1: torch.zeros(1)}, {**trained()[0].state_dict(), "first.weight": 3}], ids=["number", "no tensor"]
-)
-def test_a_dictionary_of_other_things_is_refused_as_weights(tmp_path, content):
-    torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match=r"other\.pth"):
-        load_weights(tmp_path / "other.pth", trained()[0])
+def test_a_snapshot_shares_nothing_with_what_the_next_step_changes(saved, tmp_path):
+    _, model, optimizer = saved
+    before = [v.clone() for v in [*model.state_dict().values(), *tensors(optimizer.state_dict())]]
+    content = checkpoint.run_state(model, optimizer, step=5)
+    addresses = {t.data_ptr() for t in tensors(content)}
+    live = {t.data_ptr() for t in [*model.state_dict().values(), *tensors(optimizer.state_dict())]}
+    assert not addresses & live
+    model(torch.randn(8, 3)).square().sum().backward()
+    optimizer.step()
+    after = [*tensors(content["model"]), *tensors(content["optimizer"])]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert not torch.equal(model.first.weight, content["model"]["first.weight"]), "the step did change something"
+
+
+def tensors(state):
+    if isinstance(state, torch.Tensor):
+        return [state]
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return [t for part in parts for t in tensors(part)]
+
+
+def test_a_snapshot_keeps_values_types_and_memory_format():
+    image = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    state = {"a": [image, 1], "b": (0.9, 0.95), "c": {"d": None, "e": "text"}}
+    copy = snapshot(state)
+    assert copy["a"][0].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(copy["a"][0], image)
+    assert (copy["a"][1], copy["b"], copy["c"]) == (1, (0.9, 0.95), {"d": None, "e": "text"})
+
+
+def test_the_size_of_a_checkpoint_is_told_before_it_is_written(saved):
+    path, model, _ = saved
+    size = checkpoint.tensor_bytes(read(path))
+    moments = 2 * sum(p.nbytes for p in model.parameters())
+    assert size >= moments + sum(v.nbytes for v in model.state_dict().values())
+    assert size == sum(t.nbytes for t in tensors(read(path)))
+    assert size < path.stat().st_size

@@ -1,14 +1,14 @@
 """Which checkpoint a run goes on from, and when it is told that this would be another run."""
 
-import copy
 from pathlib import Path
 
 import pytest
 
-from spark_fast.training.checkpoint import CheckpointError
-from spark_fast.training.resume import HARMLESS, check_same_run, checkpoint_to_resume
-from spark_fast.training.run_folder import CHECKPOINT
+from spark_fast.training.checkpoint import FORMAT, RUN_STATE, CheckpointError, write
+from spark_fast.training.resume import HARMLESS, check_same_run, checkpoints_to_resume, read_newest
+from spark_fast.training.run_folder import versions
 from spark_fast.training.settings import parse
+from spark_fast.training.store import CHECKPOINT, FOLDER
 
 
 def settings(*words):
@@ -19,33 +19,71 @@ def saved(*words, num_samples=10):
     return {"settings": settings(*words).to_dict(), "num_samples": num_samples}
 
 
+def checkpoint(path, step=1):
+    content = dict.fromkeys(RUN_STATE, 0) | {"format": FORMAT, "step": step}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, content)
+    return path
+
+
 def test_nothing_asked_is_a_fresh_start(tmp_path):
     (tmp_path / CHECKPOINT).touch()
-    assert checkpoint_to_resume(settings(f"--exp_dir={tmp_path}")) is None
+    assert checkpoints_to_resume(settings(f"--exp_dir={tmp_path}")) == []
 
 
-def test_auto_takes_the_run_folders_checkpoint_or_starts_afresh(tmp_path):
+def test_auto_takes_the_run_folders_checkpoints_the_newest_first_or_starts_afresh(tmp_path):
     asked = settings(f"--exp_dir={tmp_path}", "--resume=auto")
-    assert checkpoint_to_resume(asked) is None
-    (tmp_path / CHECKPOINT).touch()
-    assert checkpoint_to_resume(asked) == tmp_path / CHECKPOINT
+    assert checkpoints_to_resume(asked) == []
+    old = checkpoint(tmp_path / CHECKPOINT)
+    assert checkpoints_to_resume(asked) == [old]
+    one, two = (checkpoint(tmp_path / FOLDER / f"step_{n:08d}.pth", n) for n in (9, 10))
+    assert checkpoints_to_resume(asked) == [two, one, old]
 
 
 def test_a_named_checkpoint_is_taken_and_a_missing_one_is_an_error(tmp_path):
     path = tmp_path / "other.pth"
     asked = settings(f"--resume={path}")
     with pytest.raises(CheckpointError, match=f"there is no checkpoint {path} to resume from"):
-        checkpoint_to_resume(asked)
+        checkpoints_to_resume(asked)
     path.touch()
-    assert checkpoint_to_resume(asked) == path
+    assert checkpoints_to_resume(asked) == [path]
+
+
+def test_the_newest_that_can_be_read_is_used_and_the_others_are_named(tmp_path, caplog):
+    paths = [checkpoint(tmp_path / f"{n}.pth", n) for n in (3, 2, 1)]
+    assert read_newest(paths)[1]["step"] == 3
+    assert not caplog.messages
+    paths[0].write_bytes(paths[0].read_bytes()[:-100])
+    path, state = read_newest(paths)
+    assert (path, state["step"]) == (paths[1], 2)
+    (message,) = caplog.messages
+    assert message.startswith(f"{paths[0]} is damaged")
+    assert message.endswith(f"going on from the one before it, {paths[1]}")
+
+
+def test_where_none_can_be_read_each_is_named(tmp_path):
+    paths = [checkpoint(tmp_path / f"{n}.pth", n) for n in (2, 1)]
+    for path in paths:
+        path.write_bytes(b"noise")
+    with pytest.raises(CheckpointError, match=f"no checkpoint of {tmp_path} can be used: {paths[0]} .*; {paths[1]} "):
+        read_newest(paths)
 
 
 def test_the_same_settings_are_the_same_run():
     check_same_run(Path("x.pth"), saved("--bs=5"), settings("--bs=5"), 10)
 
 
-def other(value):
-    """Another value of the same type."""
+# another valid value of each setting
+OTHER = {
+    "input_size": "64", "model": "resnet18", "encoder": "masked", "optimizer": "sgd", "pipeline": "dali",
+    "verify": "never", "ffcv_resize": "area", "device": "cpu", "precision": "bf16",
+    "mask_ratio": 0.7, "drop_path": 0.3, "beta2": 0.5,
+}  # fmt: skip
+
+
+def other(name, value):
+    if name in OTHER:
+        return OTHER[name]
     if isinstance(value, bool):
         return not value
     return value + ("x" if isinstance(value, str) else 1)
@@ -59,14 +97,32 @@ def changed():
 @pytest.mark.parametrize(("group", "name"), changed())
 def test_each_setting_is_harmless_or_named_as_a_difference(group, name):
     state = saved()
-    then = copy.deepcopy(state["settings"])
-    state["settings"][group][name] = other(then[group][name])
+    state["settings"][group][name] = other(name, state["settings"][group][name])
     if name in HARMLESS[group]:
         check_same_run(Path("x.pth"), state, settings(), 10)
         return
-    with pytest.raises(CheckpointError, match=f"x.pth is of another run: {name} was") as caught:
+    with pytest.raises(CheckpointError, match=rf"x.pth is of another run: (.*; )?{name} was .*, is .*\. Give"):
         check_same_run(Path("x.pth"), state, settings(), 10)
-    assert f"{state['settings'][group][name]!r}, is {then[group][name]!r}. Give" in str(caught.value)
+
+
+def test_another_spelling_of_the_same_is_no_difference():
+    then = saved("--model=res50", "--input_size=224", "--sparse_conv=1")
+    check_same_run(Path("x.pth"), then, settings("--input_size=224x224", "--encoder=sparseconvnet", "--dp=0.05"), 10)
+
+
+def test_settings_of_a_later_version_are_named():
+    state = saved()
+    state["settings"]["model"]["wings"] = 2
+    with pytest.raises(CheckpointError, match=r"x.pth has settings that this version cannot read .*wings"):
+        check_same_run(Path("x.pth"), state, settings(), 10)
+
+
+def test_other_versions_are_told_and_go_on(caplog):
+    check_same_run(Path("x.pth"), {**saved(), "versions": versions()}, settings(), 10)
+    assert not caplog.messages
+    check_same_run(Path("x.pth"), {**saved(), "versions": {**versions(), "torch": "1.0"}}, settings(), 10)
+    (message,) = caplog.messages
+    assert f"torch 1.0 (now {versions()['torch']})" in message
 
 
 MATTERS = {

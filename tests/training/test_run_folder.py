@@ -5,12 +5,14 @@ import logging
 import re
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
 import spark_fast
 from spark_fast.training.checkpoint import CheckpointError
+from spark_fast.training.lock import RunLock
 from spark_fast.training.run_folder import CHECKPOINT, describe, open_run_folder
 from spark_fast.training.settings import SettingsError, parse
 
@@ -18,13 +20,14 @@ from spark_fast.training.settings import SettingsError, parse
 @contextmanager
 def opened(chosen):
     """The run folder, with this process's streams and log handlers as they were afterwards."""
-    root = logging.getLogger()
+    root, lock = logging.getLogger(), RunLock(chosen.folder)
     before = sys.stdout, sys.stderr, root.handlers
     root.handlers = [logging.StreamHandler(sys.stderr)]
     try:
-        yield open_run_folder(chosen)
+        yield open_run_folder(chosen, lock)
     finally:
         sys.stdout, sys.stderr, root.handlers = before
+        lock.release()
 
 
 def settings(folder, *words):
@@ -60,7 +63,7 @@ def test_a_folder_with_a_checkpoint_is_refused_unless_it_is_resumed(tmp_path):
     folder.mkdir()
     (folder / CHECKPOINT).write_bytes(b"earlier")
     with pytest.raises(SettingsError, match=f"{folder} holds a run already: go on with --resume auto"):
-        open_run_folder(settings(folder))
+        open_run_folder(settings(folder), RunLock(folder))
     assert [p.name for p in folder.iterdir()] == [CHECKPOINT], "nothing was written"
     with opened(settings(folder, "--resume=auto")):
         assert (folder / CHECKPOINT).read_bytes() == b"earlier"
@@ -79,7 +82,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, inside):
     (tmp_path / "file").write_text("no folder")
     place = tmp_path / "file" / inside
     with pytest.raises(CheckpointError, match=f"the run folder {place} cannot be written"):
-        open_run_folder(settings(place))
+        open_run_folder(settings(place), RunLock(place))
     assert (tmp_path / "file").read_text() == "no folder"
 
 
@@ -97,3 +100,25 @@ def test_everything_printed_is_copied_and_still_printed(tmp_path, capsys):
 
 def test_a_description_is_plain_json():
     assert json.loads(json.dumps(describe(settings("x"))))["machine"]["cpus"] >= 1
+
+
+def test_a_copy_that_cannot_be_written_is_given_up_and_told_once(tmp_path, capsys):
+    with opened(settings(tmp_path / "run")):
+        sys.stdout._file.close()
+        sys.stdout._file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115
+        print("first")
+        print("second")
+    shown = capsys.readouterr().out
+    assert shown.startswith(
+        f"what is printed is no longer copied to {tmp_path / 'run' / 'stdout_backup.txt'}: [Errno 28]"
+    )
+    assert shown.endswith("first\nsecond\n")
+    assert shown.count("no longer copied") == 1
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path):
+    with opened(settings(tmp_path / "run")) as folder:
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(CheckpointError, match=f"{folder} is in use by another run"):
+            open_run_folder(settings(folder), RunLock(folder))
+        assert sorted(folder.rglob("*")) == before

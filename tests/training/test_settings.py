@@ -17,7 +17,7 @@ workers dataloader_workers prefetch max_bad_fraction
 model stages mask_ratio mask drop_path dp decoder_width encoder verify sparse_conv no_sparse_conv init_weight
 epochs ep warmup_epochs wp_ep base_lr optimizer opt beta2 ada weight_decay wd weight_decay_end wde clip accumulate
 exp_name experiment_name exp_dir resume resume_from seed device precision compile no_compile
-sync_batchnorm no_sync_batchnorm sbn no_sbn threads log_every save_every picture_every max_steps
+sync_batchnorm no_sync_batchnorm sbn no_sbn threads log_every save_every keep_last keep_every picture_every max_steps
 wandb dry_run no_dry_run profile no_profile
 """
 
@@ -245,7 +245,7 @@ def test_a_width_of_zero_is_refused():
 
 
 POSITIVE = ["batch_size", "workers", "prefetch", "decoder_width", "epochs", "base_lr", "accumulate", "log_every"]
-NOT_NEGATIVE = ["warmup_epochs", "weight_decay", "weight_decay_end", "clip", "threads", "save_every"]
+NOT_NEGATIVE = ["warmup_epochs", "weight_decay", "weight_decay_end", "clip", "threads", "keep_every"]
 
 
 @pytest.mark.parametrize("value", [0, -1])
@@ -295,3 +295,49 @@ def test_settings_that_do_not_go_together_are_refused(words, message):
 
 def test_a_folder_stands_for_a_name_and_synthetic_images_need_no_path():
     assert parse(["--exp_dir=here", "--pipeline=synthetic"]).folder == Path("here")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("0", (0, 0)), ("500", (500, 0)), ("10min", (0, 600)), ("0min", (0, 0))]
+)
+def test_saves_are_counted_in_steps_or_minutes(text, expected):
+    assert parse([*NAMED, f"--save_every={text}"]).save_every == expected
+
+
+@pytest.mark.parametrize("text", ["-1", "10s", "min", "1.5", "10 min", ""])
+def test_saves_counted_otherwise_are_refused(text):
+    with pytest.raises(SettingsError, match=rf"--save_every must be steps \(500\) or minutes \(10min\), got '{text}'"):
+        parse([*NAMED, f"--save_every={text}"])
+
+
+@pytest.mark.parametrize("number", [1, 0, -1])
+def test_fewer_than_two_checkpoints_are_never_kept(number):
+    with pytest.raises(SettingsError, match=f"--keep_last must be 2 or more.*got {number}"):
+        parse([*NAMED, f"--keep_last={number}"])
+
+
+def test_settings_become_a_dictionary_and_back():
+    found = parse([*NAMED, "--bs=8", "--save_every=10min"])
+    assert Settings.from_dict(found.to_dict()) == found
+    assert Settings.from_dict({}) == Settings()
+    with pytest.raises(TypeError, match="wings"):
+        Settings.from_dict({"model": {"wings": 2}})
+
+
+SAME = [
+    (["--model=res50"], ["--model=resnet50"]),
+    (["--input_size=224"], ["--input_size=224x224"]),
+    (["--sparse_conv=1"], ["--encoder=sparseconvnet"]),
+    ([], ["--dp=0.05", "--ada=0.95"]),
+    (["--wd=0.3", "--wde=0"], ["--wd=0.3", "--wde=0.3"]),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), SAME)
+def test_two_spellings_of_one_thing_have_one_meaning(one, other):
+    one, other = parse([*NAMED, *one]), parse([*NAMED, *other])
+    assert one != other
+    one, other = one.meaning(), other.meaning()
+    assert one["model"].pop("sparse_conv") is not None
+    assert other["model"].pop("sparse_conv") is not None
+    assert one == other

@@ -1,0 +1,31 @@
+"""What every drill has: a time limit, so that a hang is a failure, and the marker `faults`."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HANG_SECONDS = {False: 120, True: 1800}  # short form, full form
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.faults)
+
+
+@pytest.fixture(autouse=True)
+def _no_hang(request: pytest.FixtureRequest) -> Iterator[None]:
+    seconds = HANG_SECONDS[request.config.getoption("--full")]
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError(f"the drill hangs: not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
