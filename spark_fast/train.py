@@ -1,11 +1,13 @@
 """The command `spark-fast-train`: settings -> pipeline -> model -> loop.
 
-Exit codes: 0 done, 2 settings, 3 data, 4 loss not finite, 6 storage or checkpoint, 75 interrupted and saved.
+Exit codes: 0 done, 2 settings, 3 data, 4 loss not finite, 5 stalled or another rank lost, 6 storage or checkpoint,
+75 interrupted and saved.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +17,19 @@ from torch import Tensor
 
 from pipelines import DataError, Pipeline, build_pipeline
 from spark_fast.spark import SparK, build_spark
+from spark_fast.training.bad_steps import NotFiniteError
 from spark_fast.training.boards import require_wandb
 from spark_fast.training.checkpoint import CheckpointError
 from spark_fast.training.distributed import HostSyncBatchNorm, Ranks, join
 from spark_fast.training.dry_run import print_plan
 from spark_fast.training.heap import keep_heap
 from spark_fast.training.lock import RunLock
-from spark_fast.training.loop import NotFiniteError, PretrainRun
+from spark_fast.training.loop import PretrainRun
 from spark_fast.training.resume import checkpoints_to_resume
 from spark_fast.training.run_folder import open_run_folder, refuse_another_run
 from spark_fast.training.settings import Settings, SettingsError, parse
 from spark_fast.training.store import Store, check_space
+from spark_fast.training.watchdog import STALLED, LostRankError, Watchdog
 from spark_fast.training.weights import load_weights
 
 PICTURED = 8  # images in a reconstruction picture
@@ -37,14 +41,20 @@ def main(argv: list[str] | None = None) -> int:
     ranks = None
     try:
         settings = parse(sys.argv[1:] if argv is None else argv)
-        ranks = join(settings.run.device)
-        return pretrain(settings, ranks)
+        ranks = join(settings.run.device, settings.run.timeout)
+        if ranks.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0) and not settings.run.resume:
+            logging.getLogger("spark_fast").info("torchrun restarted this run: going on as with --resume auto")
+            settings.run.resume = "auto"
+        with Watchdog(settings.run.timeout, ranks.rank, ranks.world_size, ranks.store) as watchdog:
+            return watched(settings, ranks, watchdog)
     except SettingsError as error:
         return _complain(error, 2)
     except DataError as error:
         return _complain(error, 3)
     except NotFiniteError as error:
         return _complain(error, 4)
+    except LostRankError as error:
+        return _complain(error, STALLED)
     except CheckpointError as error:
         return _complain(error, 6)
     except OSError as error:  # metrics, logs or pictures: a full disk, a lost mount
@@ -59,7 +69,19 @@ def _complain(error: Exception, code: int) -> int:
     return code
 
 
-def pretrain(settings: Settings, ranks: Ranks) -> int:
+def watched(settings: Settings, ranks: Ranks, watchdog: Watchdog) -> int:
+    """`pretrain`; where it fails because another rank is gone, LostRankError says so instead of a traceback."""
+    try:
+        return pretrain(settings, ranks, watchdog)
+    except RuntimeError as error:  # of whatever exchange was going on
+        if lost := watchdog.lost():
+            raise LostRankError(
+                f"rank {ranks.rank} leaves, as another is gone: {'; '.join(lost)}. The last checkpoint is kept"
+            ) from error
+        raise
+
+
+def pretrain(settings: Settings, ranks: Ranks, watchdog: Watchdog) -> int:
     """Build everything, train to the end or to an interruption; returns the exit code."""
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
@@ -69,13 +91,13 @@ def pretrain(settings: Settings, ranks: Ranks) -> int:
         require_wandb()
     torch.manual_seed(settings.run.seed)
     lock = RunLock(settings.folder)
-    if ranks.main and settings.run.resume and settings.folder.is_dir():
+    if ranks.main and settings.run.resume and settings.folder.is_dir() and not settings.run.dry_run:
         lock.take()  # before anything is read that another run may be changing
     pipeline = open_pipeline(settings, ranks, batch_size=settings.data.batch_size)
     try:
         model = open_model(settings, ranks)
         resume = checkpoints_to_resume(settings)
-        run = PretrainRun(settings, ranks, pipeline, model)
+        run = PretrainRun(settings, ranks, pipeline, model, watchdog)
         if resume:
             run.restore(resume)
         elif settings.model.init_weight:

@@ -51,8 +51,8 @@ class BadSteps:
             if self._in_a_row >= self._limit:
                 raise NotFiniteError(
                     f"loss or gradient were not finite in {self._limit} steps in a row, the last one step {number}; "
-                    f"their samples are listed above. The weights are those before these steps, and the last checkpoint "
-                    f"is kept: look at the samples, or resume from it with a lower --base_lr"
+                    f"their samples are listed above. The weights are those before these steps, the last checkpoint is "
+                    f"kept: look at the samples, or resume with a lower --base_lr"
                 )
 
     def _tell(self, step: int, ids: Tensor, folder: Path | None) -> None:

@@ -6,6 +6,7 @@ come from a monotonic clock; the wall clock, which may jump, is only shown.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -27,15 +29,17 @@ class Meter:
     """Sums over the steps since the last reading."""
 
     def __init__(self) -> None:
-        self.loss: Tensor | None = None
-        self.grad_norm: Tensor | None = None
+        self.loss, self.finite = torch.zeros(()), torch.zeros(())
+        self.grad_norm = torch.tensor(math.nan)
         self.steps, self.wait = 0, 0.0
         self.since = time.perf_counter()
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
-        """Count one step; nothing is read back from the device."""
-        self.loss = loss if self.loss is None else self.loss + loss
-        self.grad_norm = grad_norm
+        """Count one step; nothing is read back from the device. Steps that are not finite were skipped: not so here."""
+        finite = loss.isfinite() & grad_norm.isfinite()
+        self.loss = self.loss.to(loss.device) + torch.where(finite, loss, 0.0)
+        self.finite = self.finite.to(loss.device) + finite
+        self.grad_norm = torch.where(finite, grad_norm, self.grad_norm.to(loss.device))
         self.steps += 1
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
@@ -52,9 +56,7 @@ class Meter:
 
     def read(self, images_per_step: int, mean_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means since the last reading, and start over. Synchronises host and device."""
-        assert self.loss is not None
-        assert self.grad_norm is not None
-        loss = mean_over_ranks(self.loss / self.steps).item()
+        loss = mean_over_ranks(self.loss / self.finite).item()
         norm = self.grad_norm.item()  # the same on every rank
         seconds = time.perf_counter() - self.since
         means = {
@@ -64,8 +66,10 @@ class Meter:
             "data_wait": self.wait / seconds,
             "seconds": seconds,
             "steps": self.steps,
+            "skipped": self.steps - round(self.finite.item()),
         }
-        self.loss, self.steps, self.wait, self.since = None, 0, 0.0, time.perf_counter()
+        self.loss, self.finite, self.steps = torch.zeros(()), torch.zeros(()), 0
+        self.wait, self.since = 0.0, time.perf_counter()
         return means
 
 
@@ -92,7 +96,7 @@ class Journal:
         self.keep = Harmless("log.txt")
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.rate = 0.0  # seconds per step, smoothed
-        self.epoch_sums = {"loss": 0.0, "seconds": 0.0, "wait": 0.0, "images": 0.0, "steps": 0.0}
+        self.epoch_sums = {"loss": 0.0, "seconds": 0.0, "wait": 0.0, "images": 0.0, "steps": 0.0, "counted": 0.0}
         if folder is None:
             return
         console = Console(file=sys.__stderr__)
@@ -116,8 +120,10 @@ class Journal:
 
     def point(self, step: int, means: dict[str, float], lr: float, weight_decay: float) -> None:
         """A log point after `step` steps, with the means since the last one (`Meter.read`, and what the loop adds)."""
-        for key, value in (("loss", means["loss"] * means["steps"]), ("seconds", means["seconds"])):
-            self.epoch_sums[key] += value
+        counted = means["steps"] - means["skipped"]
+        self.epoch_sums["loss"] += means["loss"] * counted if counted else 0.0
+        self.epoch_sums["counted"] += counted
+        self.epoch_sums["seconds"] += means["seconds"]
         self.epoch_sums["wait"] += means["data_wait"] * means["seconds"]
         self.epoch_sums["images"] += means["images_per_second"] * means["seconds"]
         self.epoch_sums["steps"] += means["steps"]
@@ -154,7 +160,7 @@ class Journal:
         row = {
             "epoch": f"{step // self.steps_per_epoch}/{self.epochs}",
             "step": step,
-            "loss": sums["loss"] / sums["steps"],
+            "loss": sums["loss"] / sums["counted"] if sums["counted"] else math.nan,
             "images_per_second": sums["images"] / sums["seconds"],
             "data_wait": sums["wait"] / sums["seconds"],
             "remaining": str(remaining),

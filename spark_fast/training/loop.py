@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import time
 from contextlib import closing
@@ -13,19 +12,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pipelines import Pipeline
 from spark_fast.export import encoder_state_dict, write_encoder
 from spark_fast.masking import sample_visible
 from spark_fast.spark import SparK
 from spark_fast.training import checkpoint
+from spark_fast.training.bad_steps import BadSteps
 from spark_fast.training.boards import open_boards
 from spark_fast.training.cost import count
 from spark_fast.training.device import Gauge, matmul_rate
 from spark_fast.training.distributed import Ranks
 from spark_fast.training.journal import Journal, Meter
 from spark_fast.training.optim import build_optimizer
+from spark_fast.training.parallel import data_parallel, gather_state
 from spark_fast.training.pictures import reconstruction_grid, save_png
 from spark_fast.training.profiling import Profile
 from spark_fast.training.resume import check_same_run, read_newest
@@ -35,14 +35,11 @@ from spark_fast.training.settings import Settings, SettingsError
 from spark_fast.training.spikes import Spikes
 from spark_fast.training.step import Schedule, TrainStep, resolve_precision
 from spark_fast.training.store import CHECKPOINT, Store
+from spark_fast.training.watchdog import Watchdog
 
 log = logging.getLogger("spark_fast")
 
 INTERRUPTED = 75  # exit code: stopped before the end, everything is saved
-
-
-class NotFiniteError(Exception):
-    """The loss or the gradient is no number any more."""
 
 
 class Interrupt:
@@ -76,8 +73,9 @@ class Interrupt:
 class PretrainRun:
     """A run in progress: its parts, and the one number that says where it is, the step."""
 
-    def __init__(self, settings: Settings, ranks: Ranks, pipeline: Pipeline, model: SparK) -> None:
+    def __init__(self, settings: Settings, ranks: Ranks, pipeline: Pipeline, model: SparK, watchdog: Watchdog) -> None:
         self.settings, self.ranks, self.pipeline, self.model = settings, ranks, pipeline, model
+        self.watchdog = watchdog
         self.store: Store | None = None
         self.pictured: Tensor | None = None
         self.step, self.begun, self.loss = 0, 0, float("nan")
@@ -89,8 +87,10 @@ class PretrainRun:
                 f"--accumulate {settings.optim.accumulate} does not divide the {local} images of a rank's batch"
             )
         self.positions = torch.arange(local, device=ranks.device) + ranks.rank * local
-        self.optimizer = build_optimizer(settings.optim.optimizer, model, settings.beta2)
+        zero = settings.optim.zero and ranks.world_size > 1
+        self.optimizer = build_optimizer(settings.optim.optimizer, model, settings.beta2, zero=zero)
         self.advance = self._train_step()
+        self.bad_steps = BadSteps(self.advance.guard, ranks, settings.optim.max_bad_steps)
         self.spikes, self.profile = Spikes(), Profile(None, ranks.device, 0)
         rate = matmul_rate(ranks.device, self.advance.dtype)  # on every rank, as they all compute at a time
         self.gauge = Gauge(count(model), rate, ranks.device, ranks.world_size)
@@ -131,7 +131,7 @@ class PretrainRun:
             0, or 75 when interrupted (the checkpoint is then written).
 
         Raises:
-            NotFiniteError: loss or gradient are no numbers any more; the last checkpoint is kept.
+            NotFiniteError: loss or gradient are no numbers any more; weights and last checkpoint are good.
             CheckpointError: the last checkpoint could not be written, twice.
         """
         self.store, self.pictured = store, pictured
@@ -180,19 +180,18 @@ class PretrainRun:
             device=self.ranks.device,
             clip=optim.clip,
             accumulate=optim.accumulate,
+            agree=self.ranks.max,
         )
 
     def _wrapped_model(self) -> nn.Module:
         """The model for data parallelism, compiled if asked."""
-        model: nn.Module = self.model.train()
-        if self.ranks.world_size > 1:
-            on_gpu = self.ranks.device.type == "cuda"
-            model = DistributedDataParallel(
-                model,
-                device_ids=[self.ranks.device] if on_gpu else None,
-                broadcast_buffers=False,  # as published: statistics are synchronised or each rank's own
-                gradient_as_bucket_view=True,
-            )
+        optim = self.settings.optim
+        model = data_parallel(
+            self.model.train(),
+            self.ranks,
+            static=optim.accumulate == 1,
+            gradients_in_bf16=optim.allreduce == "bf16",
+        )
         return torch.compile(model) if self.settings.run.compile else model  # type: ignore[return-value]
 
     def _train_epoch(self, journal: Journal) -> bool:
@@ -201,9 +200,11 @@ class PretrainRun:
         run, meter = self.settings.run, Meter()
         with closing(self.pipeline.epoch(epoch, done)) as batches:  # closing stops what is being decoded ahead
             for batch in meter.timed(batches):
+                self.watchdog.at(self.step, "in the step")
                 loss, norm = self._one_step(batch.images)
                 meter.add(loss, norm)
                 self.spikes.add(loss, batch.ids)
+                self.bad_steps.add(batch.ids)
                 self.step += 1
                 journal.advance(self.step)
                 self.profile.advance()
@@ -211,10 +212,14 @@ class PretrainRun:
                 leaving = self.ranks.any(self.interrupt.asked or limit)
                 last = self.step % self.steps_per_epoch == 0
                 every = self.settings.save_every[0]
+                if self.ranks.device.type == "cpu":  # there it costs nothing to look
+                    self.bad_steps.report(self.step, self.folder)
                 if last or leaving or (every and self.step % every == 0) or self.step % run.log_every == 0:
                     self._log(meter, journal)  # on all ranks together, and before a save: nothing broken is kept
-                    if not last and (leaving or self.saver.due(self.step)):
+                    due = self.ranks.any(self.store is not None and self.saver.due(self.step))
+                    if not last and (leaving or due):
                         self._save()
+                self.watchdog.at(self.step, "waiting for data")
                 if leaving or last:
                     break
         return leaving
@@ -224,18 +229,12 @@ class PretrainRun:
         seed = self.settings.run.seed
         torch.manual_seed(hash((seed, self.step, self.ranks.rank)) & (2**63 - 1))
         visible = sample_visible(seed, self.step, self.positions, self.model.grid, self.model.num_visible)
-        return self.advance(self.step, images, visible)[:2]
+        return self.advance(self.step, images, visible)
 
     def _log(self, meter: Meter, journal: Journal) -> None:
         means = meter.read(self.settings.data.batch_size, self.ranks.mean)
         self.loss = means["loss"]
-        # in fp16 a gradient overflows now and then; the scaler skips that step and lowers its scale
-        overflow = self.advance.scaler.is_enabled()
-        if not math.isfinite(means["loss"]) or not (overflow or math.isfinite(means["grad_norm"])):
-            raise NotFiniteError(
-                f"the loss is {means['loss']} and the gradient's norm {means['grad_norm']} at step {self.step}; "
-                f"the last checkpoint is kept: resume from it with a lower --base_lr"
-            )
+        self.bad_steps.report(self.step, self.folder)
         self.spikes.report(self.step, self.ranks.mean)
         journal.point(self.step, means | self._spent(means), *self.advance.schedule.at(self.step - 1))
 
@@ -271,6 +270,8 @@ class PretrainRun:
 
     def _save(self, encoder: bool = False) -> None:
         """Copy the state to the host, and have the checkpoint (and the encoder's weights) written from there."""
+        self.watchdog.at(self.step, "saving")
+        gather_state(self.optimizer)
         if self.store is None:
             return
         self.saver.begin(self.step)

@@ -48,7 +48,7 @@ def build_optimizer(name: str, model: nn.Module, beta2: float, *, zero: bool = F
     kind, settings = kinds[name]
     settings = {"lr": 0.0, "weight_decay": 0.0, **settings}
     groups = parameter_groups(model)
-    return ZeroRedundancyOptimizer(groups, kind, **settings) if zero else kind(groups, **settings)  # type: ignore[arg-type]
+    return ZeroRedundancyOptimizer(groups, kind, **settings) if zero else kind(groups, **settings)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

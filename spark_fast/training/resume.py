@@ -17,10 +17,10 @@ log = logging.getLogger("spark_fast")
 HARMLESS = {
     "data": {"data_path", "pipeline", "decode", "augment", "workers", "prefetch", "max_bad_fraction"},
     "model": {"encoder", "sparse_conv", "init_weight", "verify"},
-    "optim": {"accumulate"},
+    "optim": {"accumulate", "allreduce", "zero", "max_bad_steps"},
     "run": {
         *("exp_name", "exp_dir", "resume", "device", "precision", "compile", "sync_batchnorm", "threads"),
-        *("log_every", "save_every", "keep_last", "keep_every", "picture_every", "max_steps"),
+        *("log_every", "save_every", "keep_last", "keep_every", "picture_every", "max_steps", "timeout"),
         *("wandb", "dry_run", "profile"),
     },
 }

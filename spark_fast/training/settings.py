@@ -121,6 +121,12 @@ class Optim:
     """largest norm of all gradients together; 0: no clipping"""
     accumulate: int = 1
     """backward passes per step; the batch of each rank is cut into so many parts"""
+    allreduce: Literal["fp32", "bf16"] = "fp32"
+    """precision in which the ranks exchange gradients; bf16 halves the bytes"""
+    zero: bool = False
+    """ZeRO-1: the ranks share the optimiser's state, for large networks"""
+    max_bad_steps: int = 3
+    """a step with a loss or gradient that is not finite is skipped; so many in a row end the run"""
 
 
 @dataclass
@@ -155,6 +161,8 @@ class Run:
     """keep every Nth epoch's checkpoint for good; 0: none"""
     picture_every: int = 1
     """epochs between reconstruction pictures; 0: none"""
+    timeout: float = 600.0
+    """seconds without a step after which the run ends, saying where it stands and for which rank it waits"""
     max_steps: int = 0
     """stop after so many steps of this process, as Ctrl-C would; 0: never"""
     wandb: str = ""
@@ -234,7 +242,7 @@ class Settings:
             raise SettingsError("--sparse_conv=1 and --encoder masked contradict each other: choose one of them")
         values = {name: value for group in self.to_dict().values() for name, value in group.items()}
         positive = ("batch_size", "workers", "prefetch", "decoder_width", "epochs", "base_lr", "accumulate")
-        for name in (*positive, "log_every"):
+        for name in (*positive, "log_every", "max_bad_steps", "timeout"):
             if not 0 < values[name] < math.inf:
                 raise SettingsError(f"--{name} must be positive, got {values[name]}")
         not_negative = ("warmup_epochs", "weight_decay", "weight_decay_end", "clip", "threads", "keep_every", "seed")
@@ -343,7 +351,7 @@ def _nearest(word: str, known: set[str]) -> str:
 
 def _plain_switches(argv: list[str]) -> list[str]:
     """--sbn=1, --sbn True and the like become --sbn, and --sbn=0 becomes --no_sbn: old command lines run."""
-    switches = {"sparse_conv", "compile", "sync_batchnorm", "sbn", "dry_run", "profile"}
+    switches = {"sparse_conv", "zero", "compile", "sync_batchnorm", "sbn", "dry_run", "profile"}
     values = {"1": "", "true": "", "0": "no_", "false": "no_"}
     out: list[str] = []
     for word in argv:

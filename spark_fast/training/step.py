@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class TrainStep:
         self.guard = Guard(model, agree, overflow_is_normal=self.scaler.is_enabled())
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def __call__(self, step: int, images: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, step: int, images: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
         """Advance by one batch.
 
         Args:
@@ -75,8 +76,8 @@ class TrainStep:
             images: (B, 3, H, W) channels_last; visible: (B, L) int64, see `masking.sample_visible`.
 
         Returns:
-            the loss, the norm of the gradient before clipping, and 1 where the step was skipped because one of them
-            is not finite, else 0; scalars on the device.
+            the loss and the norm of the gradient before clipping, scalars on the device. Where one of them is not
+            finite nothing was changed, see `Guard`.
         """
         set_rates(self.optimizer, *self.schedule.at(step))
         self.optimizer.zero_grad(set_to_none=True)
@@ -94,12 +95,12 @@ class TrainStep:
         self.clock.mark("optimizer")
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.parameters, self.clip)
-        skip = self.guard.judge(total, norm)
-        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+        updating: Any = getattr(self.optimizer, "optim", self.optimizer)  # with ZeRO it is inside
+        updating.found_inf = self.guard.judge(total, norm)
         self.optimizer.step()  # by hand, not by the scaler: it knows of overflow in gradients alone
         self.scaler.update()
         self.clock.mark(None)
-        return total, norm, skip
+        return total, norm
 
     def _reduce_last(self, last: bool):
         """Data parallelism exchanges gradients once a step, with the last part."""

@@ -21,8 +21,12 @@ STALLED = 5  # exit code
 PULSE = 0.5  # seconds between two pulses
 
 
+class LostRankError(Exception):
+    """Another rank is gone."""
+
+
 class Watchdog:
-    """Call `at` as the run goes on.
+    """Watches while it is entered; call `at` as the run goes on.
 
     Args:
         timeout: seconds without progress after which the process ends.
@@ -34,19 +38,23 @@ class Watchdog:
         self._step, self._doing, self._since = 0, "starting", time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._thread.start()
 
     def at(self, step: int, doing: str) -> None:
         """Progress: `step` steps are done, and this comes now."""
         self._step, self._doing, self._since = step, doing, time.monotonic()
 
-    def close(self) -> None:
-        """Stop watching."""
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._thread.join()
 
     def lost(self) -> list[str]:
         """Other ranks whose pulse stands still, with where they were last seen. Takes three pulses' time."""
+        if self.store is None:
+            return []
         before = self._pulses()
         time.sleep(3 * PULSE)
         after = self._pulses()

@@ -13,6 +13,7 @@ from spark_fast.training.distributed import Ranks
 from spark_fast.training.dry_run import plan, print_plan
 from spark_fast.training.loop import PretrainRun
 from spark_fast.training.settings import parse
+from spark_fast.training.watchdog import Watchdog
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,7 +27,9 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings, ranks = parse(FLAGS), Ranks(0, 1, torch.device("cpu"), None)
     schedule = Schedule(num_samples=8, batch_size=8, seed=0, rank=0, world_size=1)
-    run = PretrainRun(settings, ranks, SyntheticPipeline(schedule, (64, 64)), open_model(settings, ranks))
+    run = PretrainRun(
+        settings, ranks, SyntheticPipeline(schedule, (64, 64)), open_model(settings, ranks), Watchdog(600)
+    )
     yield run
     run.interrupt.release()
 

@@ -53,11 +53,9 @@ def same(a, b):
 def test_a_bad_step_leaves_no_trace(optimizer, spoil):
     advance, clean = stepper(optimizer), stepper(optimizer)
     advance(0, *batch(0)), clean(0, *batch(0))
-    loss, _, skipped = advance(1, *batch(1, spoil))
-    assert not loss.isfinite()
-    assert skipped == 1
+    assert not advance(1, *batch(1, spoil))[0].isfinite()
     assert same(state(advance), state(clean))
-    assert advance(2, *batch(2))[2] == clean(2, *batch(2))[2] == 0
+    advance(2, *batch(2)), clean(2, *batch(2))
     assert same(state(advance), state(clean))
     assert advance.guard.bad_steps() == [False, True, False]
     assert advance.guard.bad_steps() == []
@@ -67,7 +65,7 @@ def test_what_another_rank_met_is_skipped_here():
     advance = stepper("lamb")
     advance.guard._agree = torch.ones_like
     before = [t.clone() for t in state(advance)]
-    assert advance(0, *batch(0))[2] == 1
+    advance(0, *batch(0))
     assert same(state(advance)[: len(before)], before)
     assert advance.guard.bad_steps() == [True]
 
@@ -75,7 +73,9 @@ def test_what_another_rank_met_is_skipped_here():
 def test_an_overflow_of_fp16_is_skipped_but_not_bad():
     advance = stepper("sgd", "fp16")
     advance.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
-    assert advance(0, *batch(0))[2] == 1
+    before = [t.clone() for t in state(advance)]
+    advance(0, *batch(0))
+    assert same(state(advance)[: len(before)], before)
     assert advance.guard.bad_steps() == [False]
-    assert advance(0, *batch(0, float("nan")))[2] == 1
+    advance(0, *batch(0, float("nan")))
     assert advance.guard.bad_steps() == [True]

@@ -1,6 +1,7 @@
 """What a run tells: one line of JSON per log point, means since the last one, and nothing twice after a resume."""
 
 import json
+import math
 import time
 
 import pytest
@@ -14,7 +15,7 @@ from spark_fast.training.metrics_file import MetricsFile
 def means(loss=1.0, steps=2, seconds=4.0, wait=0.25, speed=8.0):
     return {
         "loss": loss, "grad_norm": 3.0, "images_per_second": speed, "data_wait": wait,
-        "seconds": seconds, "steps": steps, "mfu": 0.25, "forward_seconds": 0.5,
+        "seconds": seconds, "steps": steps, "skipped": 0, "mfu": 0.25, "forward_seconds": 0.5,
     }  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def test_every_log_point_is_a_line_of_json(tmp_path, capsys):
     story = journal(tmp_path)
     story.point(2, means(loss=0.75), lr=0.1, weight_decay=0.04)
     expected = {"step": 2, "epoch": 1, "lr": 0.1, "weight_decay": 0.04, "loss": 0.75, "grad_norm": 3.0,
-                "images_per_second": 8.0, "data_wait": 0.25, "mfu": 0.25, "forward_seconds": 0.5}  # fmt: skip
+                "images_per_second": 8.0, "data_wait": 0.25, "skipped": 0, "mfu": 0.25, "forward_seconds": 0.5}  # fmt: skip
     assert rows(tmp_path) == [expected], "readable while the run goes on"
     story.close()
     assert "epoch 1/4  step 2/20  loss 0.7500  8.0 images/s  MFU 25.0%  data wait 25.0%" in capsys.readouterr().out
@@ -96,6 +97,10 @@ def test_a_meter_gives_means_since_its_last_reading():
     meter.add(torch.tensor(5.0), torch.tensor(1.0))
     found = meter.read(4, lambda x: x * 2)
     assert (found["loss"], found["grad_norm"], found["steps"]) == (10.0, 1.0, 1)
+    for loss, norm in ((1.0, 10.0), (math.nan, 20.0), (3.0, math.inf), (5.0, 40.0)):
+        meter.add(torch.tensor(loss), torch.tensor(norm))
+    found = meter.read(4, lambda x: x)
+    assert (found["loss"], found["grad_norm"], found["steps"], found["skipped"]) == (3.0, 40.0, 4, 2)
 
 
 def test_the_share_of_time_spent_waiting_for_data_is_measured():

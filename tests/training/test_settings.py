@@ -16,6 +16,7 @@ data_path pipeline ffcv_resize decode augment input_size batch_size bs
 workers dataloader_workers prefetch max_bad_fraction
 model stages mask_ratio mask drop_path dp decoder_width encoder verify sparse_conv no_sparse_conv init_weight
 epochs ep warmup_epochs wp_ep base_lr optimizer opt beta2 ada weight_decay wd weight_decay_end wde clip accumulate
+allreduce zero no_zero max_bad_steps timeout
 exp_name experiment_name exp_dir resume resume_from seed device precision compile no_compile
 sync_batchnorm no_sync_batchnorm sbn no_sbn threads log_every save_every keep_last keep_every picture_every max_steps
 wandb dry_run no_dry_run profile no_profile
@@ -245,6 +246,7 @@ def test_a_width_of_zero_is_refused():
 
 
 POSITIVE = ["batch_size", "workers", "prefetch", "decoder_width", "epochs", "base_lr", "accumulate", "log_every"]
+POSITIVE += ["max_bad_steps", "timeout"]
 NOT_NEGATIVE = ["warmup_epochs", "weight_decay", "weight_decay_end", "clip", "threads", "keep_every"]
 
 

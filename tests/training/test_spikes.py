@@ -14,6 +14,7 @@ from spark_fast.training.distributed import Ranks
 from spark_fast.training.loop import PretrainRun
 from spark_fast.training.settings import parse
 from spark_fast.training.spikes import ENOUGH, WINDOW, Spikes, limit
+from spark_fast.training.watchdog import Watchdog
 
 
 def noise(n, seed=0):
@@ -102,7 +103,9 @@ def test_in_a_run_the_samples_are_those_of_the_pipelines_batch(caplog):
     settings = parse(["name", "--pipeline=synthetic", "--model=resnet10t", "--input_size=64", "--mask=0.5", "--bs=2",
                       "--decoder_width=32", "--ep=1", "--wp_ep=0", "--log_every=10"])  # fmt: skip
     ranks, schedule = Ranks(0, 1, torch.device("cpu"), None), Schedule(num_samples=60, batch_size=2, seed=0)
-    run = PretrainRun(settings, ranks, SyntheticPipeline(schedule, (64, 64)), open_model(settings, ranks))
+    run = PretrainRun(
+        settings, ranks, SyntheticPipeline(schedule, (64, 64)), open_model(settings, ranks), Watchdog(600)
+    )
     losses, one_step = iter([*noise(24), 7.0, *noise(5, seed=1)]), run._one_step
     run._one_step = lambda images: (torch.tensor(next(losses)), one_step(images)[1])
     assert run._train_epoch(Silent()) is False

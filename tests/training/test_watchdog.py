@@ -11,7 +11,7 @@ from spark_fast.training.watchdog import PULSE, Watchdog
 STUCK = """
 import sys, time, threading
 from spark_fast.training.watchdog import Watchdog
-watchdog = Watchdog(1.0)
+watchdog = Watchdog(1.0).__enter__()
 watchdog.at(3, "waiting for data")
 def read_the_disk():
     time.sleep(60)
@@ -29,12 +29,12 @@ def test_a_process_that_stands_still_ends_and_says_where():
 
 def test_the_rank_that_is_gone_is_named():
     store = dist.HashStore()
-    dogs = [Watchdog(600, rank, 2, store) for rank in range(2)]
+    dogs = [Watchdog(600, rank, 2, store).__enter__() for rank in range(2)]
     dogs[1].at(7, "in the step")
     time.sleep(4 * PULSE)
     assert dogs[0].lost() == []
-    dogs[1].close()
+    dogs[1].__exit__()
     (lost,) = dogs[0].lost()
     assert lost.startswith("rank 1 (")
     assert lost.endswith("last heard of at step 7, in the step")
-    dogs[0].close()
+    dogs[0].__exit__()
