@@ -1,15 +1,19 @@
 """Converted data in FFCV's format: `images.beton`, and `images.beton.npy` beside it.
 
-FFCV checks nothing: a damaged JPEG becomes a black image, a file cut short a crash. So the second file holds
-one CHECKS row per record, its place and its CRC-32, and a `.beton` counts only together with it. Record i is
-sample i of the shards and of the listing, whatever its place in the file. This reads single records, without
-FFCV: for the images that stand in for unreadable ones, for --verify, and for the other backends.
+FFCV checks nothing: a damaged JPEG becomes a black image, a file cut short a crash, and it reads wherever its
+tables point. So the second file holds one CHECKS row per record, its place and its CRC-32, and ends with the
+sha256 of itself and of FFCV's tables; a `.beton` counts only together with it. Record i is sample i of the shards
+and of the listing, whatever its place in the file. This reads single records, without FFCV: for the images that
+stand in for unreadable ones, for --verify, and for the other backends.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +26,29 @@ CHECKS = np.dtype(
      ("mode", "u1")]
 )  # fmt: skip
 JPEG, RAW = 0, 1  # FFCV's modes
+_SEAL = 32  # bytes of a sha256
+_ALLOCATION = 24  # bytes of an entry in FFCV's last table: sample, place, size
 
 
 def checks_path(beton: Path) -> Path:
     """Where the CHECKS rows of a .beton are."""
     return beton.with_name(beton.name + ".npy")
+
+
+def sealed_checks(checks: NDArray[np.void], beton: BinaryIO) -> bytes:
+    """The second file of the open, whole `beton`: CHECKS rows as .npy, then 32 bytes of sha256."""
+    buffer = io.BytesIO()
+    np.save(buffer, checks)
+    return buffer.getvalue() + _seal(buffer.getvalue(), checks, beton)
+
+
+def _seal(content: bytes, checks: NDArray[np.void], beton: BinaryIO) -> bytes:
+    """sha256 of the checks' file, and of FFCV's tables: all before the first record, and the last bytes."""
+    end, last = os.fstat(beton.fileno()).st_size, _ALLOCATION * len(checks)
+    digest = hashlib.sha256(content + b"%d" % end)
+    digest.update(os.pread(beton.fileno(), int(checks["ptr"].min()), 0))
+    digest.update(os.pread(beton.fileno(), last, max(end - last, 0)))
+    return digest.digest()
 
 
 def find_beton(data_path: str | Path) -> Path:
@@ -48,7 +70,7 @@ class BetonSource:
     def __init__(self, path: Path) -> None:
         """Open `path`; DataError when it or its checks are missing, cut short or do not fit each other."""
         self.path = path
-        self.checks = _read_checks(path)
+        self.checks, content, seal = _read_checks(path)
         self.classes: list[str] = []
         self.labels: NDArray[np.int32] | None = None
         if (self.checks["label"] >= 0).all():
@@ -64,6 +86,12 @@ class BetonSource:
             raise DataError(
                 f"{path} has {size} bytes, its last record ends at {end}: it was cut short. Copy it again, or"
                 " delete it and convert again."
+            )
+        if _seal(content, self.checks, self._file) != seal:
+            self.close()
+            raise DataError(
+                f"{path} and {checks_path(path).name} do not belong together, or one is damaged or cut short: copy"
+                " both again, or convert again"
             )
 
     def __len__(self) -> int:
@@ -90,19 +118,22 @@ class BetonSource:
         self._file.close()
 
 
-def _read_checks(beton: Path) -> NDArray[np.void]:
+def _read_checks(beton: Path) -> tuple[NDArray[np.void], bytes, bytes]:
+    """The CHECKS rows, the bytes that hold them, and the seal."""
     path = checks_path(beton)
     if not beton.exists() and beton.with_name(beton.name + PARTIAL).exists():
         raise DataError(f"{beton} was not finished: run tools/convert_imagenet.py again with the same settings")
     try:
-        checks = np.load(path, allow_pickle=False)
+        whole = path.read_bytes()
+        content, seal = whole[:-_SEAL], whole[-_SEAL:]
+        checks = np.load(io.BytesIO(content), allow_pickle=False)
     except FileNotFoundError:
         raise DataError(
             f"{beton} has no {path.name} beside it, without which damage in it would go unnoticed: copy both, or"
             " make them with tools/convert_imagenet.py --format ffcv"
         ) from None
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # on damaged headers numpy raises nearly anything
         raise DataError(f"{path} is damaged ({error}): copy it again, or convert again") from error
     if checks.dtype != CHECKS or checks.ndim != 1 or not len(checks) or checks["mode"].max() > RAW:
         raise DataError(f"{path} is damaged or of another version: convert again")
-    return checks
+    return checks, content, seal
