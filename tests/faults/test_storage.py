@@ -75,7 +75,7 @@ def drill(folder: Path, injections: int, damage: Callable[[Path, np.random.Gener
         path.write_bytes(files[path])
     print(f"{injections} times: {refused} refused, {replaced} with records named, {harmless} that change no image")
     assert found == injections
-    assert refused + replaced > harmless
+    assert refused + replaced > injections // 4
     assert verify(folder) == []
 
 

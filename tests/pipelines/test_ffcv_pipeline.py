@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from pipelines import Batch, DataError, build_pipeline
-from pipelines.beton import CHECKS, checks_path
+from pipelines.beton import CHECKS, checks_path, sealed_checks
 from pipelines.contract import SettingsError
 from pipelines.crops import Augmentation, crops
 from pipelines.open_source import open_source
@@ -32,7 +32,8 @@ def reference(pil: Image.Image, box: tuple[int, int, int, int], mirrored: bool, 
 
 def test_without_ffcv_the_command_that_installs_it_is_given(tmp_path, monkeypatch):
     (tmp_path / BETON).write_bytes(bytes(100))
-    np.save(checks_path(tmp_path / BETON), np.zeros(8, CHECKS))
+    with (tmp_path / BETON).open("rb") as file:
+        checks_path(tmp_path / BETON).write_bytes(sealed_checks(np.zeros(8, CHECKS), file))
     monkeypatch.setitem(sys.modules, "ffcv.loader", None)
     with pytest.raises(DataError, match="--pipeline ffcv needs FFCV, which cannot be imported") as caught:
         build_pipeline(tmp_path, pipeline="ffcv", batch_size=4)
