@@ -20,31 +20,40 @@ import pytest
 
 from pipelines import DataError, processes
 from pipelines.beton import BetonSource
+from pipelines.beton_writer import BetonSettings
 from pipelines.contract import StorageError
 from pipelines.convert import ConvertSettings, Progress, convert
 from pipelines.open_source import open_source
 from pipelines.processes import run_jobs
 from pipelines.shards import BETON, MANIFEST, PARTIAL, read_manifest
+from pipelines.stored import StoredImages
 from pipelines.verify import verify
+from tests.faults import jobs
 from tests.pipelines.comparing import needs_ffcv
 from tests.pipelines.pictures import jpeg
 from tests.pipelines.test_beton import flip
 from tests.pipelines.test_convert import contents
 
 ROOT = Path(__file__).parents[2]
+SHARDS = 12
 
 
-def command(src: Path, dst: Path, form: str, *options: str) -> list[str]:
-    """The converter in two processes, a few images a shard."""
-    fixed = ["--workers", "2", "--images_per_shard", str(max(len(open_source(src)) // 12, 1)), "--format", form]
-    return [sys.executable, "-m", "tools.convert_imagenet", str(src), str(dst), *fixed, *options]
+def settings(src: Path, short_side: int = 256) -> ConvertSettings:
+    return ConvertSettings(StoredImages(short_side=short_side), images_per_shard=-(-len(open_source(src)) // SHARDS))
 
 
-def run(words: list[str], code: int = 0) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False, cwd=ROOT)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
+def convert_here(src: Path, dst: Path, form: str, made: ConvertSettings) -> None:
+    """What the command does, without the seconds that its processes take to start."""
+    beton = None if form == "shards" else BetonSettings(alone=form == "ffcv")
+    ((folder, _),) = convert(src, dst, made, beton=beton)
+    assert verify(folder, workers=2) == []
+
+
+def start(src: Path, dst: Path, form: str, made: ConvertSettings) -> subprocess.Popen[str]:
+    """The converter as a person starts it, with two worker processes."""
+    words = [sys.executable, "-m", "tools.convert_imagenet", str(src), str(dst), "--workers", "2", "--format", form]
+    words += ["--images_per_shard", str(made.images_per_shard), "--short_side", str(made.images.short_side)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 
 
 @pytest.fixture
@@ -61,23 +70,22 @@ def cifar10(tmp_path: Path, imagenet_sample: Path, times: Callable) -> Path:
     return tmp_path / "cifar10"
 
 
-def start_and_kill(words: list[str], dst: Path, pause: float) -> tuple[bool, float]:
-    """Start the converter, and kill it with SIGKILL `pause` seconds after it began to write.
+def progress(folder: Path) -> int:
+    """0 ... SHARDS shards are whole; then there is a manifest; then the .beton is being written."""
+    if (folder / f"{BETON}{PARTIAL}").exists():
+        return SHARDS + 2
+    return SHARDS + 1 if (folder / MANIFEST).exists() else len(list(folder.glob("shard-*.json")))
 
-    Returns whether that came before it was done, and the seconds it wrote.
-    """
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT)
-    while not dst.exists() and process.poll() is None:
-        time.sleep(0.002)
-    start = time.monotonic()
-    try:
-        process.wait(pause)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    seconds = time.monotonic() - start
+
+def killed(process: subprocess.Popen[str], folder: Path, moment: float) -> bool:
+    """Kill with SIGKILL, when `progress` has come to `moment` and a fraction of 0.1 s later; False: it was done."""
+    while progress(folder) < int(moment) and process.poll() is None:
+        time.sleep(0.001)
+    time.sleep(moment % 1 / 10)
+    process.kill()
     said, _ = process.communicate()  # its children hold the pipe: this returns when they are gone, too
     assert process.returncode in (0, -signal.SIGKILL), said
-    return process.returncode != 0, seconds
+    return process.returncode != 0
 
 
 def only_whole_files_count(folder: Path) -> None:
@@ -107,27 +115,26 @@ def test_killed_at_random_moments_and_started_again_it_ends_with_the_same_bytes(
     seed = 21
     print(f"seed {seed}")
     random = np.random.default_rng(seed)
-    src, dst, whole = request.getfixturevalue(source), tmp_path / "out", tmp_path / "whole"
-    _, seconds = start_and_kill(command(src, whole, form), whole, 600)
+    src, dst, whole = request.getfixturevalue(source) / "train", tmp_path / "out", tmp_path / "whole"
+    made = settings(src)
+    convert_here(src, whole, form, made)
     kills = landed = 0
     while landed < times(1, 10):
         kills += 1
         assert kills < 100
-        was_killed, _ = start_and_kill(command(src, dst, form), dst, float(random.uniform(0, seconds)))
-        if was_killed:
+        if killed(start(src, dst, form, made), dst, random.uniform(0, SHARDS + (1 if form == "shards" else 3))):
             landed += 1
-            for folder in dst.iterdir():
-                only_whole_files_count(folder)
+            only_whole_files_count(dst)
         else:
             assert contents(dst) == contents(whole)
             shutil.rmtree(dst)
     print(f"{landed} kills landed in unfinished conversions, {kills - landed} came too late")
-    assert "verified: every shard" in run(command(src, dst, form, "--verify"))
+    convert_here(src, dst, form, made)
     assert contents(dst) == contents(whole)
     assert open_source(dst).labels is not None
-    damaged = next(path for name in (BETON, "shard-000003.tar") if (path := dst / "train" / name).exists())
+    damaged = next(path for name in (BETON, "shard-000003.tar") if (path := dst / name).exists())
     flip(damaged, damaged.stat().st_size // 2)
-    assert any(damaged.name in fault for fault in verify(dst / "train", workers=2))
+    assert any(damaged.name in fault for fault in verify(dst, workers=2))
 
 
 @pytest.fixture
@@ -148,21 +155,24 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", str(place)], check=True)
 
 
-@pytest.mark.parametrize(("form", "size"), [("shards", "512k"), pytest.param("both", "1500k", marks=needs_ffcv)])
+@pytest.mark.parametrize(("form", "size"), [("shards", "512k"), pytest.param("both", "4m", marks=needs_ffcv)])
 def test_a_full_disk_leaves_whole_shards_and_with_room_it_goes_on(tmp_path, small_disk, form, size):
     src, dst = tmp_path / "src", small_disk(size)
     for i in range(48):
         (src / str(i % 3)).mkdir(parents=True, exist_ok=True)
         (src / str(i % 3) / f"{i}.jpg").write_bytes(jpeg(i, 400, 500) + bytes(10_000))
-    settings = ["--short_side", "0"]
-    said = run(command(src, dst, form, *settings), code=6)
+    made = settings(src, short_side=0)
+    process = start(src, dst, form, made)
+    said, _ = process.communicate()
+    assert process.returncode == 6, said
     assert "the disk is full. Whole shards are kept: make room and run the same command again" in said
+    assert "Traceback" not in said
     left = [path.name for path in dst.iterdir()]
     assert any(name.endswith(".tar") for name in left)
     assert not any(name.endswith(PARTIAL) or name.startswith(BETON + ".n") or name == BETON for name in left)
     assert (MANIFEST in left) == (form == "both")  # only the .beton did not fit
     small_disk("64m")
-    run(command(src, dst, form, *settings, "--verify"))
+    convert_here(src, dst, form, made)
 
 
 def a_worker(k: int) -> int:
@@ -173,7 +183,7 @@ def a_worker(k: int) -> int:
     return at_work[k % len(at_work)]
 
 
-def convert_with_signal(root: Path, out: Path, settings: ConvertSettings, number: signal.Signals, k: int) -> None:
+def convert_with_signal(root: Path, out: Path, made: ConvertSettings, number: signal.Signals, k: int) -> None:
     """Convert in two processes, one of which gets a signal after some images; again, should that come too late."""
     for _ in range(20):
         shutil.rmtree(out, ignore_errors=True)
@@ -184,7 +194,7 @@ def convert_with_signal(root: Path, out: Path, settings: ConvertSettings, number
                 sent.append(a_worker(k))
                 os.kill(sent[0], number)
 
-        convert(root, out, settings, workers=2, on_progress=inject)
+        convert(root, out, made, workers=2, on_progress=inject)
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGSTOP])
@@ -193,12 +203,12 @@ def test_a_worker_that_dies_or_is_stopped_is_named_with_its_image(
 ):
     """The signal is sent to a worker process in the middle of its work; the same call then goes on."""
     monkeypatch.setattr(processes, "SILENT_SECONDS", times(1, 10))
-    root, settings = image_folder(), ConvertSettings(images_per_shard=5)
-    convert(root, tmp_path / "whole", settings)
+    root, made = image_folder(), ConvertSettings(images_per_shard=5)
+    convert(root, tmp_path / "whole", made)
     for k in range(times(1, 5)):
         out = tmp_path / str(k)
         with pytest.raises(StorageError) as caught:
-            convert_with_signal(root, out, settings, number, k)
+            convert_with_signal(root, out, made, number, k)
         message = str(caught.value)
         if number == signal.SIGSTOP:
             assert "has said nothing for" in message
@@ -209,19 +219,10 @@ def test_a_worker_that_dies_or_is_stopped_is_named_with_its_image(
         assert "Whole shards are kept: run the same command again" in message
         assert not multiprocessing.active_children()
         assert not list(out.rglob(f"*{PARTIAL}"))
-        convert(root, out, settings)
+        convert(root, out, made)
         assert contents(out) == contents(tmp_path / "whole")
     if number == signal.SIGSEGV:
         assert "Fatal Python error: Segmentation fault" in capfd.readouterr().err  # and where it was
-
-
-def raising(job: str, advance: Callable[[int, int], None]) -> None:
-    advance(2, 0)
-    raise ZeroDivisionError(job)
-
-
-def silent(job: float, advance: Callable[[int, int], None]) -> None:
-    time.sleep(job)
 
 
 def nowhere(images: int, size: int) -> None:
@@ -231,7 +232,7 @@ def nowhere(images: int, size: int) -> None:
 def test_a_worker_that_raises_gives_its_own_traceback_and_image(times):
     for _ in range(times(1, 5)):
         with pytest.raises(RuntimeError, match=r"in a worker process, at photo 2 of a:\nTraceback") as caught:
-            run_jobs(raising, ["a"] * 3, 2, nowhere, lambda job, done: f"photo {done} of {job}")
+            run_jobs(jobs.raising, ["a"] * 3, 2, nowhere, lambda job, done: f"photo {done} of {job}")
         assert "in raising" in str(caught.value)
         assert "ZeroDivisionError: a" in str(caught.value)
         assert not multiprocessing.active_children()
@@ -242,6 +243,6 @@ def test_a_worker_that_hangs_is_reported_and_then_given_up(monkeypatch, caplog):
     monkeypatch.setattr(processes, "STALL_SECONDS", 2.0)
     monkeypatch.setattr(processes, "POLL_SECONDS", 0.1)
     with caplog.at_level(logging.WARNING, "pipelines"), pytest.raises(StorageError, match="at job 600: given up"):
-        run_jobs(silent, [600.0] * 2, 2, nowhere, lambda job, done: f"job {job:.0f}")
+        run_jobs(jobs.silent, [600.0] * 2, 2, nowhere, lambda job, done: f"job {job:.0f}")
     assert "has said nothing for" in caplog.text
     assert not multiprocessing.active_children()
