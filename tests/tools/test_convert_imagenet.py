@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import simplejpeg
 
+from pipelines.contract import DataError
 from pipelines.convert import ConvertSettings, convert
-from pipelines.open_source import TARS
+from pipelines.open_source import TARS, open_source
 from pipelines.stored import StoredImages
 from tests.pipelines.tars import tar_of, tar_of_tars
 
