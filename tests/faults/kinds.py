@@ -14,9 +14,9 @@ from tests.pipelines.test_decode import ODD, PLAIN, bad_huffman_code, with_size
 
 
 def _scan_flipped(data: bytes) -> bytes:
-    """The middle of the scan with all bits turned, but no new markers."""
-    start = (data.index(b"\xff\xda") + len(data)) // 2
-    return data[:start] + bytes((b ^ 0xFF) % 255 for b in data[start : start + 100]) + data[start + 100 :]
+    """The second half of the scan with all bits turned, but no new markers."""
+    start, end = (data.index(b"\xff\xda") + len(data)) // 2, len(data) - 2
+    return data[:start] + bytes((b ^ 0xFF) % 255 for b in data[start:end]) + data[end:]
 
 
 def _bad_huffman_table(data: bytes) -> bytes:
