@@ -1,15 +1,19 @@
 """Converted data in FFCV's format: `images.beton`, and `images.beton.npy` beside it.
 
-FFCV checks nothing: a damaged JPEG becomes a black image, a file cut short a crash. So the second file holds
-one CHECKS row per record, its place and its CRC-32, and a `.beton` counts only together with it. Record i is
-sample i of the shards and of the listing, whatever its place in the file. This reads single records, without
-FFCV: for the images that stand in for unreadable ones, for --verify, and for the other backends.
+FFCV checks nothing: a damaged JPEG becomes a black image, a file cut short a crash, and it reads wherever its
+tables point. So the second file holds one CHECKS row per record, its place and its CRC-32, and ends with the
+sha256 of FFCV's tables and of itself; a `.beton` counts only together with it. Record i is sample i of the shards
+and of the listing, whatever its place in the file. This reads single records, without FFCV: for the images that
+stand in for unreadable ones, for --verify, and for the other backends.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +26,30 @@ CHECKS = np.dtype(
      ("mode", "u1")]
 )  # fmt: skip
 JPEG, RAW = 0, 1  # FFCV's modes
+_SHA256 = 32  # bytes
+_ALLOCATION = 24  # bytes of an entry in FFCV's last table: sample, place, size
 
 
 def checks_path(beton: Path) -> Path:
     """Where the CHECKS rows of a .beton are."""
     return beton.with_name(beton.name + ".npy")
+
+
+def sealed_checks(checks: NDArray[np.void], beton: BinaryIO) -> bytes:
+    """The second file of the open, whole `beton`: CHECKS rows as .npy, sha256 of FFCV's tables, sha256 of all that."""
+    buffer = io.BytesIO()
+    np.save(buffer, checks)
+    content = buffer.getvalue() + _tables_sha256(checks, beton)
+    return content + hashlib.sha256(content).digest()
+
+
+def _tables_sha256(checks: NDArray[np.void], beton: BinaryIO) -> bytes:
+    """Of the size of a .beton and of FFCV's tables: all before the first record, and the last bytes."""
+    size, last = os.fstat(beton.fileno()).st_size, _ALLOCATION * len(checks)
+    digest = hashlib.sha256(b"%d" % size)
+    digest.update(os.pread(beton.fileno(), int(checks["ptr"].min()), 0))
+    digest.update(os.pread(beton.fileno(), last, max(size - last, 0)))
+    return digest.digest()
 
 
 def find_beton(data_path: str | Path) -> Path:
@@ -48,7 +71,7 @@ class BetonSource:
     def __init__(self, path: Path) -> None:
         """Open `path`; DataError when it or its checks are missing, cut short or do not fit each other."""
         self.path = path
-        self.checks = _read_checks(path)
+        self.checks, tables = _read_checks(path)
         self.classes: list[str] = []
         self.labels: NDArray[np.int32] | None = None
         if (self.checks["label"] >= 0).all():
@@ -57,13 +80,12 @@ class BetonSource:
             self._file = path.open("rb", buffering=0)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error}") from error
-        end = int((self.checks["ptr"] + self.checks["size"]).max())
-        if self.size() < end:
-            size = self.size()
+        if _tables_sha256(self.checks, self._file) != tables:
+            size, end = self.size(), int((self.checks["ptr"] + self.checks["size"]).max())
             self.close()
             raise DataError(
-                f"{path} has {size} bytes, its last record ends at {end}: it was cut short. Copy it again, or"
-                " delete it and convert again."
+                f"{path}, {size} bytes with its last record ending at {end}, is damaged or cut short, or"
+                f" {checks_path(path).name} is of another: copy both again, or convert again"
             )
 
     def __len__(self) -> int:
@@ -90,19 +112,24 @@ class BetonSource:
         self._file.close()
 
 
-def _read_checks(beton: Path) -> NDArray[np.void]:
+def _read_checks(beton: Path) -> tuple[NDArray[np.void], bytes]:
+    """The CHECKS rows, and the sha256 of FFCV's tables."""
     path = checks_path(beton)
     if not beton.exists() and beton.with_name(beton.name + PARTIAL).exists():
         raise DataError(f"{beton} was not finished: run tools/convert_imagenet.py again with the same settings")
     try:
-        checks = np.load(path, allow_pickle=False)
+        whole = path.read_bytes()
     except FileNotFoundError:
         raise DataError(
             f"{beton} has no {path.name} beside it, without which damage in it would go unnoticed: copy both, or"
             " make them with tools/convert_imagenet.py --format ffcv"
         ) from None
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is damaged ({error}): copy it again, or convert again") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    content, seal = whole[:-_SHA256], whole[-_SHA256:]
+    if hashlib.sha256(content).digest() != seal:
+        raise DataError(f"{path} is damaged or of another version: copy it again, or convert again")
+    checks = np.load(io.BytesIO(content), allow_pickle=False)
     if checks.dtype != CHECKS or checks.ndim != 1 or not len(checks) or checks["mode"].max() > RAW:
-        raise DataError(f"{path} is damaged or of another version: convert again")
-    return checks
+        raise DataError(f"{path} is of another version: convert again")
+    return checks, content[-_SHA256:]

@@ -23,7 +23,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from pipelines.beton import CHECKS, JPEG, RAW, checks_path
+from pipelines.beton import CHECKS, JPEG, RAW, checks_path, sealed_checks
 from pipelines.contract import DataError, ImageError, SettingsError
 from pipelines.decode import decode
 from pipelines.ffcv_install import require_ffcv
@@ -116,10 +116,8 @@ def _write(folder: Path, settings: BetonSettings, workers: int, on_record: OnRec
         with whole_file(path) as file:
             checks = _write_records(file, source, raw, workers, on_record)
             size, sha256 = file.seek(0, io.SEEK_END), file_sha256(Path(file.name))
-            buffer = io.BytesIO()
-            np.save(buffer, checks)
-            with whole_file(checks_path(path)) as beside:
-                beside.write(buffer.getbuffer())
+            with Path(file.name).open("rb") as written, whole_file(checks_path(path)) as beside:
+                length = beside.write(sealed_checks(checks, written))
             summed = file_sha256(checks_path(path))
     finally:
         source.close()
@@ -127,7 +125,7 @@ def _write(folder: Path, settings: BetonSettings, workers: int, on_record: OnRec
         settings.raw,
         settings.alone,
         ShardFile(path.name, len(checks), size, sha256),
-        ShardFile(checks_path(path).name, 0, buffer.tell(), summed),
+        ShardFile(checks_path(path).name, 0, length, summed),
     )
 
 

@@ -293,7 +293,7 @@ def _write_shards(
     todo = [job for job in jobs if job.path.name not in kept]
     advance(0, 0)
     try:
-        run_jobs(write_job, todo, max(min(workers, len(todo)), 1), advance)
+        run_jobs(write_job, todo, max(min(workers, len(todo)), 1), advance, ShardJob.describe)
     finally:
         for job in todo:  # of processes that were stopped
             _remove_shard(job.path, PARTIAL)

@@ -23,7 +23,7 @@ from pipelines.contract import Batch, DataError, SettingsError
 from pipelines.crops import DRAWS, Augmentation
 from pipelines.ffcv_install import require_ffcv
 from pipelines.order import Schedule, uniform
-from pipelines.samples import Loaded, labels_on, load_sample
+from pipelines.samples import Loaded, labels_on, load_each, load_sample
 
 RESIZES = ("bicubic", "area")  # as the published code does it; FFCV's own
 
@@ -96,9 +96,14 @@ class FfcvPipeline(Backend):
 
     def _finish(self, plan: NDArray[np.void], draws: list[list[float]], pixels: Tensor) -> list[Loaded]:
         """In FFCV's thread: see to what the kernel could not show."""
-        loaded = [Loaded(False, None)] * len(plan)
-        for place in np.flatnonzero(plan["fault"]).tolist():
-            sample = int(plan["sample"][place])
+        loaded, places = [Loaded(False, None)] * len(plan), np.flatnonzero(plan["fault"]).tolist()
+
+        def load(k: int, sample: int) -> Loaded:
+            place = places[k]
             put = partial(cut, out=pixels[place])
-            loaded[place] = load_sample(self._source, sample, draws[place], self._augmentation, put)
+            return load_sample(self._source, sample, draws[place], self._augmentation, put)
+
+        mended = load_each(self._source, plan["sample"][places].astype(np.int64), load, self._closed.is_set)
+        for place, sample in zip(places, mended, strict=True):
+            loaded[place] = sample
         return loaded

@@ -2,59 +2,107 @@
 
 Each process has one pipe: jobs go down, progress and results come up. When the parent is gone (killed,
 too) the pipe is closed, and the child ends at its next message. Nothing is named, so nothing goes stale.
+A process that dies, is stopped or falls silent is named together with the image it was at: each counts what it
+has done in memory that it shares with the parent.
 """
 
 from __future__ import annotations
 
+import ctypes
+import faulthandler
+import logging
 import multiprocessing
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from pipelines.contract import StorageError
+from pipelines.contract import DataError, StorageError
 
 Job = TypeVar("Job")
 REPORT_SECONDS = 0.1
+POLL_SECONDS = 1.0
+SILENT_SECONDS = 10.0  # without a word from a process: then it is looked at, and given up if somebody stopped it
+STALL_SECONDS = 600.0  # then it is given up in any case: a sound one may only be silent while a shard goes to the disk
+
+logger = logging.getLogger("pipelines")
 
 Advance = Callable[[int, int], None]  # images done since the last call, bytes read for them
 
 
-def run_jobs(work: Callable[[Job, Advance], None], jobs: Iterable[Job], workers: int, advance: Advance) -> None:
+@dataclass
+class _Worker:
+    """A process, as the parent sees it."""
+
+    process: Any
+    done: Any  # shared: images done of its job
+    job: Any = None
+    silent: float = 0.0  # seconds, of those in which the parent ran
+
+
+def run_jobs(
+    work: Callable[[Job, Advance], None],
+    jobs: Iterable[Job],
+    workers: int,
+    advance: Advance,
+    describe: Callable[[Job, int], str],
+) -> None:
     """Call `work(job, advance)` for every job, in `workers` processes, or in this one if that is 1.
 
-    The first exception that a job raises is raised here, when all processes have ended.
+    `describe(job, done)` says where a job is when `done` images of it are. The first exception that a job raises is
+    raised here, when all processes have ended; StorageError when a process died, was stopped or stalled.
     """
     if workers == 1:
         for job in jobs:
             work(job, advance)
         return
-    context = multiprocessing.get_context("spawn")  # a forked copy of torch's threads would hang
     remaining = iter(jobs)
-    children: dict[Connection, Any] = {}
+    children: dict[Connection, _Worker] = {}
     try:
         for _ in range(workers):
-            ours, theirs = context.Pipe()
-            child = context.Process(target=_serve, args=(work, theirs), daemon=True)
-            with _ctrl_c_ignored():
-                child.start()
-            theirs.close()  # so that the child's end of the pipe is the only one
-            children[ours] = child
-            ours.send(next(remaining, None))
+            pipe, worker = _start(work)
+            children[pipe] = worker
+            _give(pipe, worker, next(remaining, None))
         while children:
-            for pipe in wait(list(children)):
-                assert isinstance(pipe, Connection)
-                _hear(pipe, children, remaining, advance)
+            before = time.monotonic()
+            heard = wait(list(children), POLL_SECONDS)
+            passed = min(time.monotonic() - before, POLL_SECONDS)  # not the time that the parent itself was stopped
+            for pipe, worker in list(children.items()):
+                if pipe in heard:
+                    worker.silent = 0
+                    _hear(pipe, children, remaining, advance, describe)
+                else:
+                    _look_after(worker, passed, describe)
     finally:
-        for pipe, child in children.items():
-            child.terminate()
-            child.join()
+        for pipe, worker in children.items():
+            worker.process.kill()  # SIGTERM would wait until a stopped one goes on
+            worker.process.join()
             pipe.close()
+
+
+def _start(work: Callable[[Job, Advance], None]) -> tuple[Connection, _Worker]:
+    context = multiprocessing.get_context("spawn")  # a forked copy of torch's threads would hang
+    ours, theirs = context.Pipe()
+    done = context.RawValue(ctypes.c_int64, 0)
+    child = context.Process(target=_serve, args=(work, theirs, done), daemon=True)
+    with _ctrl_c_ignored():
+        child.start()
+    theirs.close()  # so that the child's end of the pipe is the only one
+    return ours, _Worker(child, done)
+
+
+def _give(pipe: Connection, worker: _Worker, job: Any) -> None:
+    worker.job, worker.done.value = job, 0
+    with suppress(BrokenPipeError):  # the child just died: the next look at the pipe will tell
+        pipe.send(job)
 
 
 @contextmanager
@@ -70,34 +118,72 @@ def _ctrl_c_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _hear(pipe: Connection, children: dict[Connection, Any], remaining: Any, advance: Advance) -> None:
+def _hear(
+    pipe: Connection, children: dict[Connection, _Worker], remaining: Any, advance: Advance, describe: Any
+) -> None:
+    worker = children[pipe]
     try:
         message = pipe.recv()
     except (EOFError, ConnectionResetError):
-        child = children.pop(pipe)
-        child.join()
-        if child.exitcode:
+        worker.process.join()
+        if code := worker.process.exitcode:
+            how = f"exit code {code}" if code > 0 else f"{signal.Signals(-code).name}, exit code {code}"
             raise StorageError(
-                f"a worker process died (exit code {child.exitcode}; -9 usually means that memory ran out)."
-                " Whole shards are kept: run the same command again, with fewer --workers."
+                f"a worker process died ({how}; SIGKILL usually means that memory ran out) at"
+                f" {_place(worker, describe)}. Whole shards are kept: run the same command again, with fewer --workers."
             ) from None
+        del children[pipe]
+        pipe.close()
         return
     if isinstance(message, Exception):
         raise message
+    if isinstance(message, str):
+        raise RuntimeError(f"in a worker process, at {_place(worker, describe)}:\n{message}")
     if message is None:  # ready for the next job
-        with suppress(BrokenPipeError):  # the child just died: the next look at the pipe will tell
-            pipe.send(next(remaining, None))
+        _give(pipe, worker, next(remaining, None))
     else:
         advance(*message)
+
+
+def _look_after(worker: _Worker, passed: float, describe: Any) -> None:
+    """Count `passed` seconds of silence; report a process that is silent for long, and give up a lost one."""
+    before, worker.silent = worker.silent, worker.silent + passed
+    if worker.silent < SILENT_SECONDS:
+        return
+    state = _state(worker.process.pid)
+    report = (
+        f"worker process {worker.process.pid} has said nothing for {worker.silent:.0f} s"
+        f" ({_STATES.get(state, f'state {state}')}) at {_place(worker, describe)}"
+    )
+    if state in "Tt" or worker.silent >= STALL_SECONDS:
+        raise StorageError(f"{report}: given up. Whole shards are kept: run the same command again.")
+    if before < SILENT_SECONDS:
+        logger.warning("%s: given up after %.0f s", report, STALL_SECONDS)
+
+
+_STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a disk", "R": "running", "S": "sleeping"}
+
+
+def _state(pid: int) -> str:
+    """The kernel's letter for what a process does; "?" where there is no /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "?"
+
+
+def _place(worker: _Worker, describe: Any) -> str:
+    return "no job" if worker.job is None else describe(worker.job, worker.done.value)
 
 
 class _Reports:
     """Sends progress now and then, and what is left at the end."""
 
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe, self._images, self._bytes, self._sent = pipe, 0, 0, time.monotonic()
+    def __init__(self, pipe: Connection, done: Any) -> None:
+        self._pipe, self._done, self._images, self._bytes, self._sent = pipe, done, 0, 0, time.monotonic()
 
     def __call__(self, images: int, size: int) -> None:
+        self._done.value += images
         self._images, self._bytes = self._images + images, self._bytes + size
         if time.monotonic() - self._sent > REPORT_SECONDS:
             self._send()
@@ -114,18 +200,22 @@ class _Reports:
             self._send()
 
 
-def _serve(work: Callable[[Any, Advance], None], pipe: Connection) -> None:
+def _serve(work: Callable[[Any, Advance], None], pipe: Connection, done: Any) -> None:
     """In the child: jobs until there is none left, or no parent."""
+    faulthandler.enable()  # a crash in a decoder shows where, on stderr
     torch.set_num_threads(1)
     try:
         while (job := pipe.recv()) is not None:
             try:
-                with _Reports(pipe) as advance:
+                with _Reports(pipe, done) as advance:
                     work(job, advance)
             except (EOFError, BrokenPipeError):
                 return
-            except Exception as error:
+            except (DataError, OSError) as error:  # expected: the message says all
                 pipe.send(error)
+                return
+            except Exception:
+                pipe.send(traceback.format_exc())  # as text: not every exception survives the journey
                 return
             pipe.send(None)
     except (EOFError, BrokenPipeError, ConnectionResetError):

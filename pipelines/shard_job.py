@@ -33,6 +33,11 @@ class ShardJob:
     images: StoredImages
     made_from: dict[str, Any]
 
+    def describe(self, done: int) -> str:
+        """Which image is next when `done` are."""
+        where = f"image {self.source.name(done)}" if done < len(self.numbers) else "its end"
+        return f"{self.path}, {where}"
+
 
 def write_job(job: ShardJob, advance: Advance) -> None:
     """Write a shard, its .idx, and last its .json, which makes it count."""

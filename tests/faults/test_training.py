@@ -1,0 +1,47 @@
+"""What the converter makes of real images is trained on by every backend, with the same losses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.pipelines.comparing import ffcv_missing, needs_dali, needs_ffcv
+from tests.test_train import TINY, train
+
+BACKENDS = ["torch", "synthetic", pytest.param("dali", marks=needs_dali), pytest.param("ffcv", marks=needs_ffcv)]
+TOLERANCE = {"torch": 0, "dali": 1e-3, "ffcv": 1e-2}  # relative; resizing rounds otherwise, FFCV's DCT is rougher
+
+
+@pytest.fixture(scope="module")
+def trained(imagenet_sample: Path, tmp_path_factory: pytest.TempPathFactory):
+    """backend -> losses of three steps over the same conversion."""
+    place = tmp_path_factory.mktemp("trained")
+    form = "shards" if ffcv_missing else "both"
+    tool = [sys.executable, "-m", "tools.convert_imagenet", str(imagenet_sample), str(place / "data")]
+    subprocess.run([*tool, "--format", form, "--verify"], check=True, capture_output=True)
+    losses: dict[str, list[float]] = {}
+
+    def run(backend: str) -> list[float]:
+        if backend not in losses:
+            flags = [f"--data_path={place / 'data'}", f"--pipeline={backend}", *TINY, "--model=test_resnet", "--bs=16"]
+            ends = ["--ep=1", "--max_steps=3", "--log_every=1", "--picture_every=0", f"--exp_dir={place / backend}"]
+            train("name", *flags, *ends, code=75)
+            rows = (place / backend / "metrics.jsonl").read_text().splitlines()
+            losses[backend] = [json.loads(row)["loss"] for row in rows]
+        return losses[backend]
+
+    return run
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_trains_on_a_conversion_of_real_images(trained, backend):
+    losses = trained(backend)
+    assert len(losses) == 3
+    assert np.isfinite(losses).all()
+    if backend in TOLERANCE:
+        np.testing.assert_allclose(losses, trained("torch"), rtol=TOLERANCE[backend])
