@@ -30,8 +30,7 @@ class BadSteps:
     def __init__(self, guard: Guard, ranks: Ranks, limit: int) -> None:
         self._guard, self._ranks, self._limit = guard, ranks, limit
         self._ids: list[Tensor] = []
-        self._in_a_row = 0
-        self.count = 0  # in this process
+        self.in_a_row = self.count = 0  # until the last report, in this process
 
     def add(self, ids: Tensor) -> None:
         """The ids, (B,) on the host, of the samples of one step of this rank."""
@@ -44,11 +43,11 @@ class BadSteps:
         """
         ids, self._ids = self._ids, []
         for number, bad in enumerate(self._guard.bad_steps(), step - len(ids) + 1):
-            self._in_a_row = self._in_a_row + 1 if bad else 0
+            self.in_a_row = self.in_a_row + 1 if bad else 0
             if bad:
                 self.count += 1
                 self._tell(number, ids[number - (step - len(ids) + 1)], folder)
-            if self._in_a_row >= self._limit:
+            if self.in_a_row >= self._limit:
                 raise NotFiniteError(
                     f"loss or gradient were not finite in {self._limit} steps in a row, the last one step {number}; "
                     f"their samples are listed above. The weights are those before these steps, the last checkpoint is "

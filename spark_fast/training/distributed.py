@@ -93,7 +93,15 @@ def join(device: str, timeout: float = 600.0) -> Ranks:
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         return Ranks(0, 1, where)
     patience = timedelta(seconds=1.5 * timeout + 10)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
+    except (RuntimeError, ValueError) as error:  # a port in use, a host that does not answer, a variable missing
+        where_to = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).splitlines()[0]
+        raise SettingsError(
+            f"the ranks cannot meet at {where_to} ({reason}): is MASTER_PORT free, and MASTER_ADDR the host of rank 0? "
+            f"torchrun finds a free port with --standalone, or with --rdzv-backend=c10d --rdzv-endpoint=HOST:0"
+        ) from None
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=dist.PrefixStore("group", store),

@@ -217,7 +217,7 @@ class PretrainRun:
                 if last or leaving or (every and self.step % every == 0) or self.step % run.log_every == 0:
                     self._log(meter, journal)  # on all ranks together, and before a save: nothing broken is kept
                     due = self.ranks.any(self.store is not None and self.saver.due(self.step))
-                    if not last and (leaving or due):
+                    if not last and (leaving or (due and not self.bad_steps.in_a_row)):
                         self._save()
                 self.watchdog.at(self.step, "waiting for data")
                 if leaving or last:
@@ -233,7 +233,8 @@ class PretrainRun:
 
     def _log(self, meter: Meter, journal: Journal) -> None:
         means = meter.read(self.settings.data.batch_size, self.ranks.mean)
-        self.loss = means["loss"]
+        if means["skipped"] < means["steps"]:
+            self.loss = means["loss"]
         self.bad_steps.report(self.step, self.folder)
         self.spikes.report(self.step, self.ranks.mean)
         journal.point(self.step, means | self._spent(means), *self.advance.schedule.at(self.step - 1))

@@ -1,0 +1,139 @@
+"""Drills of several ranks: one is killed, stopped or gets a NaN; nodes come and go; the number of ranks changes."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.faults import trainee
+from tests.faults.test_run import flags_of, rows, run, samples
+from tests.test_train import assert_same_weights, pictures, weights  # noqa: F401
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def launcher(*options, ranks=2):
+    where = options or ("--standalone",)
+    return [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc_per_node={ranks}"]
+
+
+def torchrun(ledger, plan, *flags, ranks=2, restarts=0, code=0):
+    """torchrun reports any failure as 1."""
+    words = [*launcher(ranks=ranks), f"--max-restarts={restarts}", trainee.__file__, ledger, plan, *flags]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def whole(pictures, tmp_path_factory):  # noqa: F811
+    """A run of two ranks, 3 epochs of 6 steps, never disturbed."""
+    folder = tmp_path_factory.mktemp("two")
+    flags = flags_of(pictures, 3)
+    torchrun(folder / "ledger", "", *flags, f"--exp_dir={folder / 'run'}")
+    return folder, flags
+
+
+def test_when_a_rank_is_killed_the_other_leaves_and_names_it(whole, tmp_path, times):
+    """Row 3."""
+    _, flags = whole
+    for i in range(times(1, 10)):
+        started = time.monotonic()
+        words = [*flags, f"--exp_dir={tmp_path / str(i)}"]
+        done = torchrun(tmp_path / f"{i}.ledger", f"{i % 2}:4:kill", *words, code=1)
+        (line,) = [text for text in done.stderr.splitlines() if f"rank {1 - i % 2} leaves, as another is gone" in text]
+        assert re.search(rf"rank {i % 2} \(.*, pid \d+\), last heard of at step 4, in the step|waiting for data", line)
+        assert "Traceback" not in done.stderr.split("torch.distributed.elastic")[0], "the story once, in a line"
+        assert weights(tmp_path / str(i))["step"] >= 3
+        assert time.monotonic() - started < 120
+
+
+def test_killed_ranks_come_back_with_torchruns_restarts_to_the_same_bits(whole, tmp_path):
+    """Five kills, of either rank."""
+    folder, flags = whole
+    plan = "1:3:kill,0:5:kill,1:8:kill,0:11:kill,1:15:kill"
+    done = torchrun(tmp_path / "ledger", plan, *flags, f"--exp_dir={tmp_path / 'run'}", restarts=5)
+    assert "torchrun restarted this run: going on as with --resume auto" in done.stderr
+    assert len(list(tmp_path.glob("ledger.*"))) == 5, "all five were killed"
+    assert_same_weights(folder / "run", tmp_path / "run")
+    assert samples(tmp_path / "ledger") == samples(folder / "ledger")
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 19))
+
+
+def test_a_rank_that_is_stopped_is_named_and_given_up(whole, tmp_path):
+    """Row 24: SIGSTOP. The other one waits for it in an exchange."""
+    _, flags = whole
+    words = [*flags, "--timeout=6", f"--exp_dir={tmp_path / 'run'}"]
+    done = torchrun(tmp_path / "ledger", "1:4:stop", *words, code=1)
+    assert re.search(r"rank 0 has made no progress for \d+ s at step \d, (in the step|waiting for data)", done.stderr)
+    assert re.search(r"it may be waiting for rank 1 \(.*, pid \d+\), last heard of at step \d", done.stderr)
+    assert weights(tmp_path / "run")["step"] >= 3
+
+
+def test_a_nan_on_one_rank_skips_the_step_on_all(whole, tmp_path):
+    """Row 13."""
+    folder, flags = whole
+    torchrun(tmp_path / "ledger", "1:4:nan", *flags, f"--exp_dir={tmp_path / 'run'}")
+    (bad,) = [json.loads(line) for line in (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()]
+    assert bad == {"step": 5, "samples": samples(folder / "ledger")[4]}
+    assert [row["skipped"] for row in rows(tmp_path / "run")] == [0] * 4 + [1] + [0] * 13
+    assert all(t.isfinite().all() for t in weights(tmp_path / "run")["model"].values())
+
+
+def test_the_number_of_ranks_may_change(pictures, tmp_path, times):  # noqa: F811
+    """Row 6: 1 -> 2 (-> 4) -> 1, each time with other workers: same samples, same losses."""
+    flags = flags_of(pictures, 3)
+    run(tmp_path / "one.ledger", "", *flags, f"--exp_dir={tmp_path / 'one'}")
+    words = [*flags, f"--exp_dir={tmp_path / 'run'}", "--resume=auto"]
+    run(tmp_path / "ledger", "", *words, "--max_steps=4", code=75)
+    for ranks in times([2], [2, 4]):
+        torchrun(tmp_path / "ledger", "", *words, "--max_steps=4", f"--workers={ranks + 1}", ranks=ranks, code=1)
+    run(tmp_path / "ledger", "", *words, "--workers=1")
+    parts: dict[int, list[int]] = {}
+    for line in (tmp_path / "ledger").read_text().splitlines():
+        row = json.loads(line)
+        parts.setdefault(row["step"], []).append((row["rank"], row["ids"]))
+    joined = {step: [i for _, ids in sorted(some) for i in ids] for step, some in sorted(parts.items())}
+    assert joined == samples(tmp_path / "one.ledger")
+    losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("run", "one")]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_node_that_is_killed_comes_back_and_the_run_completes(whole, tmp_path):
+    """Two nodes on this machine, each a torchrun of its own; all processes of the second one get SIGKILL."""
+    folder, flags = whole
+    words = [*flags, f"--exp_dir={tmp_path / 'run'}"]
+    meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}", "--rdzv-id=drill"]
+    command = [*launcher(*meet, ranks=1), "--max-restarts=3", trainee.__file__, tmp_path / "ledger", "", *words]
+
+    def node(name):
+        out = (tmp_path / name).open("w")
+        return subprocess.Popen(list(map(str, command)), stdout=out, stderr=out, env=ENVIRONMENT,
+                                start_new_session=True)  # fmt: skip
+
+    def told():
+        return "\n".join(path.read_text() for path in tmp_path.glob("node*"))
+
+    nodes = [node("node0"), node("node1")]
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(rows(tmp_path / "run")) < 4:
+        assert all(process.poll() is None for process in nodes), told()
+        time.sleep(0.05)
+    os.killpg(nodes[1].pid, signal.SIGKILL)
+    nodes[1].wait()
+    nodes[1] = node("node1 again")
+    assert [process.wait() for process in nodes] == [0, 0], told()
+    assert_same_weights(folder / "run", tmp_path / "run")
+    assert samples(tmp_path / "ledger") == samples(folder / "ledger")

@@ -1,0 +1,176 @@
+"""Drills of a run in one process: kills at any moment, samples that are no numbers, storage that stumbles."""
+
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import build_pipeline
+from pipelines.open_source import open_source
+from pipelines.tally import JUDGED_AFTER
+from spark_fast import build_spark
+from spark_fast.masking import num_visible, sample_visible
+from tests.faults import trainee
+from tests.pipelines.pictures import jpeg
+from tests.test_train import TINY, assert_same_weights, pictures, weights  # noqa: F401
+
+STEPS = 6  # an epoch
+
+
+def command(ledger, plan, *flags):
+    return [sys.executable, str(trainee.__file__), str(ledger), plan, *map(str, flags)]
+
+
+def run(ledger, plan, *flags, code=0):
+    done = subprocess.run(command(ledger, plan, *flags), capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def samples(ledger):
+    """step -> the samples of all ranks, in the order of the ranks; a step begun again must have had the same."""
+    parts = {}
+    for line in ledger.read_text().splitlines():
+        row = json.loads(line)
+        assert parts.setdefault((row["step"], row["rank"]), row["ids"]) == row["ids"], "another batch when begun again"
+    steps = {}
+    for (step, _), ids in sorted(parts.items()):
+        steps.setdefault(step, []).extend(ids)
+    return steps
+
+
+def flags_of(pictures, epochs, *more):  # noqa: F811
+    return ["name", f"--data_path={pictures}", *TINY, "--bs=8", f"--ep={epochs}", "--base_lr=0.01", "--log_every=1",
+            "--picture_every=0", "--save_every=1", *more]  # fmt: skip
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(pictures, tmp_path, times):  # noqa: F811
+    """Row 1. Moments are drawn over loading, steps and saves alike: from the start of the process on."""
+    kills, rng = times(3, 30), random.Random(1)
+    flags = flags_of(pictures, max(3, kills))
+    started = time.monotonic()
+    run(tmp_path / "whole.ledger", "", *flags, f"--exp_dir={tmp_path / 'whole'}")
+    starting = time.monotonic() - started - sum(row["step_seconds"] for row in rows(tmp_path / "whole"))
+    words = [*flags, f"--exp_dir={tmp_path / 'run'}", "--resume=auto"]
+    for _ in range(kills):
+        process = subprocess.Popen(
+            command(tmp_path / "run.ledger", "", *words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        time.sleep(starting * rng.uniform(0.5, 1.3))
+        process.kill()
+        said = process.communicate()[1]
+        assert process.returncode == -signal.SIGKILL, f"it was not killed, but ended by itself:\n{said}"
+    run(tmp_path / "run.ledger", "", *words)
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+    steps = samples(tmp_path / "run.ledger")
+    assert steps == samples(tmp_path / "whole.ledger")
+    for epoch in range(max(3, kills)):
+        ids = [i for step in range(epoch * STEPS, (epoch + 1) * STEPS) for i in steps[step]]
+        assert sorted(ids) == list(range(48)), "each sample once an epoch"
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, STEPS * max(3, kills) + 1))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_step_that_is_not_finite_is_skipped_and_its_samples_are_listed(pictures, tmp_path, value):  # noqa: F811
+    """Row 13."""
+    flags = flags_of(pictures, 2, f"--exp_dir={tmp_path / 'run'}")
+    done = run(tmp_path / "ledger", f"0:4:{value},0:7:{value},0:8:{value}", *flags)
+    bad = [json.loads(line) for line in (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in bad] == [5, 8, 9]
+    steps = samples(tmp_path / "ledger")
+    assert [row["samples"] for row in bad] == [steps[4], steps[7], steps[8]]
+    assert done.stderr.count("loss or gradient were not finite at step") == 3
+    assert [row["skipped"] for row in rows(tmp_path / "run")] == [0, 0, 0, 0, 1, 0, 0, 1, 1, 0, 0, 0]
+    left = weights(tmp_path / "run")
+    assert all(t.isfinite().all() for t in left["model"].values())
+    assert left["step"] == 12
+    assert math.isfinite(left["loss"])
+
+
+def test_three_in_a_row_end_the_run_with_the_checkpoint_before_them(pictures, tmp_path):  # noqa: F811
+    """Row 13; and the same command goes on where the samples are sound again."""
+    flags = flags_of(pictures, 2)
+    run(tmp_path / "whole.ledger", "", *flags, f"--exp_dir={tmp_path / 'whole'}")
+    words = [*flags, f"--exp_dir={tmp_path / 'run'}"]
+    done = run(tmp_path / "ledger", "0:3:nan,0:4:nan,0:5:inf", *words, code=4)
+    assert "not finite in 3 steps in a row, the last one step 6" in done.stderr
+    assert weights(tmp_path / "run")["step"] == 3
+    run(tmp_path / "ledger", "", *words, "--resume=auto")
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_failure_in_the_pipeline_shows_its_own_traceback(pictures, tmp_path):  # noqa: F811
+    done = run(tmp_path / "ledger", "0:2:raise", *flags_of(pictures, 1, f"--exp_dir={tmp_path / 'run'}"), code=1)
+    assert done.stderr.count("ZeroDivisionError: planned") == 1
+    assert weights(tmp_path / "run")["step"] == 2
+
+
+def test_a_run_that_stands_still_ends_with_5(pictures, tmp_path):  # noqa: F811
+    """Rows 23, 24: the next batch never comes."""
+    done = run(tmp_path / "ledger", "0:2:hang", *flags_of(pictures, 1, "--timeout=8", f"--exp_dir={tmp_path}/run"),
+               code=5)  # fmt: skip
+    assert "rank 0 has made no progress for 8 s at step 2, waiting for data (--timeout 8)" in done.stderr
+    assert "go on with --resume auto" in done.stderr
+    assert weights(tmp_path / "run")["step"] == 2
+
+
+def test_storage_that_stumbles_is_asked_again_and_what_is_lost_is_counted(tmp_path, monkeypatch, times):
+    """Row 12: a hundred faults in ten thousand reads, some of which pass, and files that vanish."""
+    monkeypatch.setattr("pipelines.samples.RETRY_SECONDS", (0.001, 0.002))
+    for i in range(250):
+        (tmp_path / f"{i:03d}.jpg").write_bytes(jpeg(i, 16, 16))
+    source = open_source(tmp_path)
+    pipeline = build_pipeline(tmp_path, batch_size=50, input_size=32, max_bad_fraction=0.5)
+    read, rng, met = type(pipeline._source).read, random.Random(12), Counter()
+    vanished = set(rng.sample(range(250), 2))
+    epochs = times(8, 40)
+    passing = set(rng.sample(range(250 * epochs), 2 * epochs))  # of all reads, in no order: threads take turns
+
+    def stumbling(self, i):
+        met["reads"] += 1
+        if met["reads"] in passing and i not in vanished:
+            met["passing"] += 1
+            raise OSError(5, "Input/output error")
+        return read(self, i)
+
+    monkeypatch.setattr(type(pipeline._source), "read", stumbling)
+    for i in vanished:
+        (tmp_path / source.name(i)).unlink()
+    for epoch in range(epochs):
+        assert len(list(pipeline.epoch(epoch))) == 5
+    pipeline.close()
+    assert met["passing"] >= epochs
+    assert pipeline.problems.read == 250 * epochs
+    assert pipeline.problems.replaced == 2 * epochs, "the vanished ones, each epoch; of the others none"
+    assert pipeline.problems.read > JUDGED_AFTER
+
+
+def test_masks_at_their_edges_and_constant_patches_have_a_finite_loss(one_thread, times):
+    """Row 15: any ratio and any image; the loss normalises each patch by its own spread, which may be nothing."""
+    rng = np.random.default_rng(15)
+    model = build_spark("resnet10t", input_size=64, mask_ratio=0.5, decoder_width=32)
+    for draw in range(times(50, 1000)):
+        images = torch.from_numpy(rng.normal(size=(2, 3, 64, 64)).astype(np.float32))
+        images[:, :, : 32 * rng.integers(0, 3)] = float(rng.normal()) * 10 ** float(rng.integers(-3, 4))
+        ratio = float(rng.uniform(0.001, 0.999))
+        if not 0 < round(4 * (1 - ratio)) < 4:
+            with pytest.raises(ValueError, match=r"no patch (visible|masked) of the 2x2 patches"):
+                num_visible(model.grid, ratio)
+            continue
+        keep = num_visible(model.grid, ratio)
+        loss = model(images, sample_visible(15, draw, torch.arange(2), model.grid, keep))
+        loss.backward()
+        assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

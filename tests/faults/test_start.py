@@ -1,0 +1,58 @@
+"""Row 25: what is wrong with a machine is found at the start, and the message says what to set."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.faults.test_run import flags_of
+from tests.test_train import pictures, train  # noqa: F401
+
+
+def test_no_gpu(pictures, tmp_path):  # noqa: F811
+    done = train(*flags_of(pictures, 1, "--device=cuda", f"--exp_dir={tmp_path / 'run'}"), code=2,
+                 env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+    assert "--device cuda: torch sees no GPU here" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("pipeline", "package"), [("ffcv", "ffcv"), ("dali", "nvidia.dali")])
+def test_a_decoder_that_is_not_installed(pictures, tmp_path, pipeline, package):  # noqa: F811
+    words = flags_of(pictures, 1, f"--pipeline={pipeline}", f"--exp_dir={tmp_path / 'run'}")
+    script = (
+        f"import sys; sys.modules[{package!r}] = None\nfrom spark_fast.train import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3, done.stderr
+    assert "pip install" in done.stderr or "convert_imagenet.py" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_in_use(pictures, tmp_path):  # noqa: F811
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        environment = {
+            **os.environ,
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+        }
+        done = train(*flags_of(pictures, 1, f"--exp_dir={tmp_path / 'run'}"), code=2, env=environment)
+    assert f"the ranks cannot meet at localhost:{port}" in done.stderr
+    assert "--standalone" in done.stderr
+
+
+@pytest.mark.parametrize("limit", ["ulimit -n 128", "mount -t tmpfs -o size=64k tmpfs /dev/shm"])
+def test_what_others_stumble_over_is_not_needed(pictures, tmp_path, limit):  # noqa: F811
+    """Few open files, and next to no shared memory: nothing to be set, as neither is used."""
+    words = [sys.executable, "-m", "spark_fast.train", *flags_of(pictures, 1, f"--exp_dir={tmp_path / 'run'}")]
+    isolated = ["unshare", "--mount", "bash", "-c", f'{limit} && exec "$@"', "limited", *map(str, words)]
+    done = subprocess.run(isolated, capture_output=True, text=True, timeout=120)
+    if "unshare failed" in done.stderr or "permission denied" in done.stderr:
+        pytest.skip(f"this process may not: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
