@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,6 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce as all_reduce_with_gradient
 
 from spark_fast.training.settings import SettingsError
+
+# torch 2.14 warns at every call; what it proposes instead is private
+warnings.filterwarnings("ignore", "torch.distributed.nn.functional.all_reduce", FutureWarning)
 
 T = TypeVar("T")
 
@@ -102,6 +108,7 @@ def join(device: str, timeout: float = 600.0) -> Ranks:
             f"the ranks cannot meet at {where_to} ({reason}): is MASTER_PORT free, and MASTER_ADDR the host of rank 0? "
             f"torchrun finds a free port with --standalone, or with --rdzv-backend=c10d --rdzv-endpoint=HOST:0"
         ) from None
+    store = dist.PrefixStore(_agree_on_a_start(store, rank, world_size, patience), store)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=dist.PrefixStore("group", store),
@@ -112,6 +119,33 @@ def join(device: str, timeout: float = 600.0) -> Ranks:
     )
     control = dist.new_group(backend="gloo", timeout=patience)
     return Ranks(rank, world_size, where, control, dist.PrefixStore("notes", store.clone()))
+
+
+def _agree_on_a_start(store: Any, rank: int, world_size: int, patience: timedelta) -> str:
+    """A name for this start of the ranks, the same on all of them and never used before.
+
+    torchrun's store outlives a restart. Ranks that met under the old names would read the addresses of processes that
+    are gone, and wait for them for ever. So rank 0 names the start. The others ask under a name of their own, to
+    which nothing old can be the answer.
+    """
+    if rank:
+        me = uuid.uuid4().hex
+        store.set(f"hello/{rank}", me)
+        store.wait([f"welcome/{me}"], patience)
+        start = store.get(f"welcome/{me}").decode()
+        store.set(f"{start}/here/{rank}", "")
+        return start
+    start, absent = uuid.uuid4().hex, set(range(1, world_size))
+    deadline = time.monotonic() + patience.total_seconds()
+    while absent:
+        if time.monotonic() > deadline:
+            raise SettingsError(f"ranks {sorted(absent)} have not started within {patience.total_seconds():.0f} s")
+        for other in sorted(absent):
+            if store.check([f"hello/{other}"]):
+                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", start)
+        absent = {other for other in absent if not store.check([f"{start}/here/{other}"])}
+        time.sleep(0.02)
+    return start
 
 
 class HostSyncBatchNorm(nn.BatchNorm2d):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -20,13 +22,16 @@ def data_parallel(model: nn.Module, ranks: Ranks, *, static: bool, gradients_in_
     """
     if ranks.world_size == 1:
         return model
-    wrapped = DistributedDataParallel(
-        model,
-        device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-        broadcast_buffers=False,  # as published: statistics are synchronised or each rank's own
-        gradient_as_bucket_view=True,
-        static_graph=static,
-    )
+    with warnings.catch_warnings():
+        # torch 2.14 calls broadcast_buffers deprecated, 2.11 knows nothing else
+        warnings.simplefilter("ignore", FutureWarning)
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+            broadcast_buffers=False,  # as published: statistics are synchronised or each rank's own
+            gradient_as_bucket_view=True,
+            static_graph=static,
+        )
     if gradients_in_bf16:
         wrapped.register_comm_hook(None, bf16_compress_hook)
     return wrapped
