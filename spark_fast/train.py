@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             logging.getLogger("spark_fast").info("torchrun restarted this run: going on as with --resume auto")
             settings.run.resume = "auto"
         with Watchdog(settings.run.timeout, ranks.rank, ranks.world_size, ranks.store) as watchdog:
-            return watched(settings, ranks, watchdog)
+            return pretrain(settings, ranks, watchdog)
     except SettingsError as error:
         return _complain(error, 2)
     except DataError as error:
@@ -69,20 +69,11 @@ def _complain(error: Exception, code: int) -> int:
     return code
 
 
-def watched(settings: Settings, ranks: Ranks, watchdog: Watchdog) -> int:
-    """`pretrain`; where it fails because another rank is gone, LostRankError says so instead of a traceback."""
-    try:
-        return pretrain(settings, ranks, watchdog)
-    except RuntimeError as error:  # of whatever exchange was going on
-        if lost := watchdog.lost():
-            raise LostRankError(
-                f"rank {ranks.rank} leaves, as another is gone: {'; '.join(lost)}. The last checkpoint is kept"
-            ) from error
-        raise
-
-
 def pretrain(settings: Settings, ranks: Ranks, watchdog: Watchdog) -> int:
-    """Build everything, train to the end or to an interruption; returns the exit code."""
+    """Build everything, train to the end or to an interruption; returns the exit code.
+
+    Raises LostRankError, instead of whatever an exchange fails with, where another rank is gone.
+    """
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     if ranks.device.type == "cpu":
@@ -94,6 +85,7 @@ def pretrain(settings: Settings, ranks: Ranks, watchdog: Watchdog) -> int:
     if ranks.main and settings.run.resume and settings.folder.is_dir() and not settings.run.dry_run:
         lock.take()  # before anything is read that another run may be changing
     pipeline = open_pipeline(settings, ranks, batch_size=settings.data.batch_size)
+    run = None
     try:
         model = open_model(settings, ranks)
         resume = checkpoints_to_resume(settings)
@@ -115,7 +107,14 @@ def pretrain(settings: Settings, ranks: Ranks, watchdog: Watchdog) -> int:
         store = Store(folder, keep_last=settings.run.keep_last, keep_steps=keep_steps)
         store.clean(run.step)
         return run.train(store, pictured)
+    except RuntimeError as error:
+        if lost := watchdog.lost():  # signals are still held back: torchrun sends one when it sees the other end
+            text = f"rank {ranks.rank} leaves, as another is gone: {'; '.join(lost)}. The last checkpoint is kept"
+            raise LostRankError(text) from error
+        raise
     finally:
+        if run is not None:
+            run.interrupt.release()
         pipeline.close()
         lock.release()
 

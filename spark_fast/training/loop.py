@@ -157,7 +157,6 @@ class PretrainRun:
             self.profile.close()
             self.saver.wait()  # whatever the reason for leaving, a write in flight is finished
             journal.close()
-            self.interrupt.release()
         if self.folder is not None:
             write_encoder(self._encoder(), self.settings.network, self.folder)  # also when a finished run is resumed
             print(f"done: {self.step} steps, loss {self.loss:.4f}; everything is in {self.folder}/", flush=True)

@@ -58,6 +58,8 @@ class Watchdog:
         before = self._pulses()
         time.sleep(3 * PULSE)
         after = self._pulses()
+        if not after:
+            return ["the process that kept the ranks' store: rank 0, unless it is torchrun's"]
         return [
             f"rank {rank} ({pulse['host']}, pid {pulse['pid']}), last heard of at step {pulse['step']}, "
             f"{pulse['doing']}"
