@@ -53,7 +53,7 @@ def test_when_a_rank_is_killed_the_other_leaves_and_names_it(whole, tmp_path, ti
         assert re.search(
             rf"rank {i % 2} \(.*, pid \d+\), last heard of at step \d, (in the step|waiting for data)", told[0]
         )
-        assert "Traceback" not in done.stderr.split("torch.distributed.elastic")[0], "the story once, in a line"
+        assert "in pretrain" not in done.stderr, "a line, and no traceback of ours"
         assert weights(tmp_path / str(i))["step"] >= 3
         assert time.monotonic() - started < 120
 
@@ -120,17 +120,18 @@ def test_a_node_that_is_killed_comes_back_and_the_run_completes(whole, tmp_path)
     folder, flags = whole
     words = [*flags, f"--exp_dir={tmp_path / 'run'}"]
     meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}", "--rdzv-id=drill"]
-    command = [*launcher(*meet, ranks=1), "--max-restarts=3", trainee.__file__, tmp_path / "ledger", "", *words]
+    command = ["--max-restarts=3", trainee.__file__, tmp_path / "ledger", "", *words]
 
-    def node(name):
+    def node(name, host):
+        words = [*launcher(*meet, f"--rdzv-conf=is_host={host}", ranks=1), *command]
         out = (tmp_path / name).open("w")
         environment = {**ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see docs/many_devices.md
-        return subprocess.Popen(list(map(str, command)), stdout=out, stderr=out, env=environment)
+        return subprocess.Popen(list(map(str, words)), stdout=out, stderr=out, env=environment)
 
     def told():
         return "\n".join(path.read_text() for path in tmp_path.glob("node*"))
 
-    nodes = [node("node0"), node("node1")]
+    nodes = [node("node0", 1), node("node1", 0)]
     while not (tmp_path / "run" / "metrics.jsonl").exists() or len(rows(tmp_path / "run")) < 4:
         assert all(process.poll() is None for process in nodes), told()
         time.sleep(0.05)
@@ -138,7 +139,7 @@ def test_a_node_that_is_killed_comes_back_and_the_run_completes(whole, tmp_path)
     for pid in (nodes[1].pid, *map(int, ranks)):  # a rank has a session of its own
         os.kill(pid, signal.SIGKILL)
     nodes[1].wait()
-    nodes[1] = node("node1 again")
+    nodes[1] = node("node1 again", 0)
     assert [process.wait() for process in nodes] == [0, 0], told()
     assert_same_weights(folder / "run", tmp_path / "run")
     assert samples(tmp_path / "ledger") == samples(folder / "ledger")
