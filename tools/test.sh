@@ -19,4 +19,4 @@ step() {
 step ruff check .
 step ruff format --check .
 step mypy
-step pytest -n 2 --dist loadfile "$@" # a file stays in one process: its fixtures are made once
+step pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" # a file stays in one process: its fixtures are made once
