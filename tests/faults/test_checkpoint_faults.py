@@ -1,14 +1,12 @@
-"""Drills of the storage side: kills inside a save, damaged and hostile files, full disks, signals. Real ones."""
+"""Drills of the storage side: kills inside a save, damaged files, full disks, signals. Real ones."""
 
 import json
 import os
 import random
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -112,8 +110,19 @@ def sabotaged(point, number, action, *flags, code):
 
 @pytest.fixture(scope="module")
 def unbroken(pictures, tmp_path_factory):  # noqa: F811
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
-    flags = ["name", f"--data_path={pictures}", *TINY, "--bs=8", "--ep=1", "--base_lr=0.01", "--picture_every=0"]
+    return undisturbed(tmp_path_factory.mktemp("unbroken") / "run", pictures, epochs=1)
+
+
+def undisturbed(folder, pictures, epochs):  # noqa: F811
+    flags = [
+        "name",
+        f"--data_path={pictures}",
+        *TINY,
+        "--bs=8",
+        f"--ep={epochs}",
+        "--base_lr=0.01",
+        "--picture_every=0",
+    ]
     flags += ["--save_every=1", "--log_every=1"]
     done = subprocess.run(
         [sys.executable, "-m", "spark_fast.train", *map(str, flags), f"--exp_dir={folder}"],
@@ -152,9 +161,13 @@ def test_killed_inside_a_save_of_a_run_it_ends_with_the_same_bits(unbroken, tmp_
         assert_same_weights(folder, tmp_path / str(i))
 
 
-def test_a_signal_during_a_save_waits_for_it(unbroken, tmp_path, times):
-    """Row 4: the signal comes when a checkpoint is about to get its name."""
-    folder, flags = unbroken
+def test_a_signal_during_a_save_waits_for_it(pictures, tmp_path, times):  # noqa: F811
+    """Row 4: the signal comes when a checkpoint is about to get its name.
+
+    Three epochs: however slow the disk, the second save begins at the end of the first epoch, and the end of the
+    second one waits for it. So the signal never finds a run that has taken its last step.
+    """
+    folder, flags = undisturbed(tmp_path / "whole", pictures, epochs=3)
     for i in range(times(1, 10)):
         run, name = tmp_path / str(i), ("SIGUSR1", "SIGTERM", "SIGINT")[i % 3]
         words = [*flags, f"--exp_dir={run}"]
@@ -318,84 +331,3 @@ def test_another_run_is_not_gone_on_with(copied, pictures, tmp_path, capsys, mon
             checkpoint.write(path, {**read(path), "format": 2})
         edit = "--log_every=2"
     assert difference in refused(capsys, monkeypatch, flags, edit)
-
-
-HOSTILE = """
-import resource, sys
-from pathlib import Path
-from spark_fast.training.checkpoint import CheckpointError
-from spark_fast.training.weights import load_weights
-from torch import nn
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-before = peak()
-for path in sys.argv[1:]:
-    try:
-        load_weights(Path(path), nn.Linear(2, 2))
-    except CheckpointError as error:
-        print(round(peak() - before), error)
-"""
-
-
-def hostile(kind, path):
-    """Write a file that hurts whoever opens it unprepared; what must be said of it."""
-    if kind == "code":
-        torch.save({"model": Trap(path.with_name("touched"))}, path)
-        return "is refused: it is damaged, or contains pickled code"
-    if kind == "bomb":
-        torch.save({"a": torch.zeros(3)}, path)
-        small = path.with_name("small.pth")
-        with zipfile.ZipFile(path) as old, zipfile.ZipFile(small, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new:
-            for name in old.namelist():  # 300 MB of zeros in 1.3 MB
-                new.writestr(name, bytes(300 << 20) if name.endswith("data/0") else old.read(name))
-        small.replace(path)
-        assert path.stat().st_size < 2 << 20
-        return "compressed records"
-    if kind == "header":
-        header = b'{"a":' + b"[" * (300 << 20)
-        path.write_bytes(struct.pack("<Q", len(header)) + header)
-        return "a safetensors header of"
-    if kind == "nested":
-        torch.save({"a": torch.zeros(3)}, path)
-        with zipfile.ZipFile(path, "a") as archive:
-            archive.writestr("archive/more/data.pkl", b"]" * (20 << 20))
-        return "no state dict needs that"
-    count = 0x3FFFFFFF  # "tensor": four GB of float32 over twelve bytes of storage
-    torch.save({"a": torch.zeros(77777)[:3].clone(), "b": torch.zeros(77777)}, path)
-    grown = path.with_name("grown.pth")
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(grown, "w") as new:
-        for name in old.namelist():
-            content = old.read(name)
-            if name.endswith("data.pkl"):
-                content = content.replace(b"J" + struct.pack("<i", 77777), b"J" + struct.pack("<i", count))
-                assert struct.pack("<i", count) in content
-            new.writestr(name, content)
-    grown.replace(path)
-    return "it is damaged (record size"
-
-
-class Trap:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (Path(self.path),))
-
-
-def test_hostile_files_are_refused_cost_no_memory_and_run_nothing(tmp_path):
-    """Row 10: five files, one process, whose peak is the worst of them."""
-    paths, told = [], []
-    for kind in ("code", "bomb", "header", "nested", "tensor"):
-        paths.append(tmp_path / f"{kind}.{'safetensors' if kind == 'header' else 'pth'}")
-        told.append(hostile(kind, paths[-1]))
-    done = subprocess.run([sys.executable, "-c", HOSTILE, *paths], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == len(paths), done.stdout
-    for line, path, reason in zip(lines, paths, told, strict=True):
-        assert str(path) in line
-        assert reason in line
-    assert int(lines[-1].split()[0]) < 200, "MB more at the peak"
-    assert not (tmp_path / "touched").exists()
