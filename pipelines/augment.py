@@ -24,8 +24,13 @@ STD = (0.229, 0.224, 0.225)
 def cut(image: NDArray[np.uint8], box: Box, flip: bool, out: Tensor) -> None:
     """Crop `image` (h, w, 3) to `box`, resize it to the size of `out` (H, W, 3) uint8, flip, store there."""
     height, width, _ = out.shape
-    crop = resize(image[box.top : box.top + box.height, box.left : box.left + box.width], (height, width))
-    out.copy_(crop.flip(1) if flip else crop)
+    resized = resize(crop(image, box), (height, width))
+    out.copy_(resized.flip(1) if flip else resized)
+
+
+def crop(image: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
+    """What of an image, (h, w, 3), lies in a box: a view."""
+    return image[box.top : box.top + box.height, box.left : box.left + box.width]
 
 
 def resize(image: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.augment import MEAN, STD, cut
+from pipelines.augment import MEAN, STD, crop, cut
 from pipelines.crops import Box
 
 CELL = 2  # sides of a cell, in input sizes
@@ -23,7 +23,7 @@ class DeviceAugment:
     """Crops in cells to normalised images of `input_size` (H, W), (B, 3, H, W) of `dtype`, channels_last."""
 
     def __init__(self, input_size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> None:
-        self._input_size, self._dtype = input_size, dtype
+        self.input_size, self._dtype = input_size, dtype
         self.cell = (CELL * input_size[0], CELL * input_size[1])  # height, width
         self._mean = 255 * torch.tensor(MEAN, device=device)[:, None, None]  # (3, 1, 1)
         self._std = 255 * torch.tensor(STD, device=device)[:, None, None]
@@ -31,17 +31,20 @@ class DeviceAugment:
         self._compute = torch.float16 if device.type == "cuda" else torch.float32
         self._run = torch.compile(self._resize, dynamic=False) if device.type == "cuda" else self._resize
 
+    def holds(self, height: int, width: int) -> bool:
+        """Whether a crop of this size fits into a cell."""
+        return height <= self.cell[0] and width <= self.cell[1]
+
     def put(self, image: NDArray[np.uint8], box: Box, flip: bool, cell: Tensor) -> tuple[int, int, int]:
         """On the host: copy the crop `box` of `image` (h, w, 3) into the corner of `cell`, uint8 of size `cell`.
 
         Returns (height, width, flip) of what is there. A crop that does not fit is resized here, to the input's size.
         """
         height, width = box.height, box.width
-        if height <= self.cell[0] and width <= self.cell[1]:
-            crop = image[box.top : box.top + height, box.left : box.left + width]
-            cell.numpy()[:height, :width] = crop
+        if self.holds(height, width):
+            cell.numpy()[:height, :width] = crop(image, box)
             return height, width, flip
-        height, width = self._input_size
+        height, width = self.input_size
         cut(image, box, False, cell[:height, :width])
         return height, width, flip
 
@@ -51,7 +54,7 @@ class DeviceAugment:
 
     def _resize(self, cells: Tensor, crops: Tensor) -> Tensor:
         count, rows, columns, _ = cells.shape
-        height, width = self._input_size
+        height, width = self.input_size
         across = bicubic_weights(crops[:, 1], columns, width)  # (B, W, columns)
         across = torch.where(crops[:, 2, None, None] != 0, across.flip(1), across).to(self._compute)
         down = bicubic_weights(crops[:, 0], rows, height).to(self._compute)  # (B, H, rows)

@@ -24,8 +24,8 @@ class DeviceDecoder:
 
     name = "torchvision's decoder"
 
-    def __init__(self, augment: DeviceAugment, input_size: tuple[int, int], device: torch.device) -> None:
-        self._augment, self._input_size, self._device = augment, input_size, device
+    def __init__(self, augment: DeviceAugment, device: torch.device) -> None:
+        self._augment, self._device = augment, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def decode(self, images: Sequence[Encoded]) -> Tensor:
@@ -64,9 +64,9 @@ class DeviceDecoder:
 
     def _fitting(self, crop: Tensor) -> Tensor:
         """The crop, (3, h, w), resized to the input's size if a cell cannot hold it."""
-        if crop.shape[1] <= self._augment.cell[0] and crop.shape[2] <= self._augment.cell[1]:
+        if self._augment.holds(*crop.shape[1:]):
             return crop
-        resized = interpolate(crop[None].float(), self._input_size, mode="bicubic", antialias=True)
+        resized = interpolate(crop[None].float(), self._augment.input_size, mode="bicubic", antialias=True)
         return resized[0].clamp(0, 255).round().byte()
 
 
@@ -74,8 +74,7 @@ class DeviceDecodePipeline(EncodedPipeline):
     """Batches of `source` on `device`; see `build_pipeline` for the settings."""
 
     def _make_decoder(self) -> BatchDecoder:
-        size = self._augmentation.input_size
-        return DeviceDecoder(DeviceAugment(size, self.device, self._dtype), size, self.device)
+        return DeviceDecoder(DeviceAugment(self._augmentation.input_size, self.device, self._dtype), self.device)
 
     def _finished(self, decoded: Tensor) -> Tensor:
         return decoded

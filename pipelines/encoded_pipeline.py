@@ -29,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.augment import crop
 from pipelines.backend import Backend
 from pipelines.contract import Batch
 from pipelines.crops import DRAWS, Augmentation, Box
@@ -181,7 +182,7 @@ class EncodedPipeline(Backend):
                 return Encoded(np.frombuffer(data, np.uint8), box, flip), converted
             if not plain:
                 self._tell(i)
-            return Encoded(_crop(pixels, box), Box(0, 0, box.height, box.width), flip), converted
+            return Encoded(crop(pixels, box), Box(0, 0, box.height, box.width), flip), converted
 
         (encoded, converted), replaced = first_readable(self._source, sample, examine)
         return encoded, Loaded(converted, replaced)
@@ -230,10 +231,6 @@ class EncodedPipeline(Backend):
             name = self._source.name(i)
             text = "image %d (%s) and others that are no colour or grey JPEG are decoded without %s"
             logger.info(text, i, name, self._decoders[0].name)
-
-
-def _crop(pixels: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
-    return pixels[box.top : box.top + box.height, box.left : box.left + box.width]
 
 
 def _jpeg_header(data: bytes | memoryview) -> tuple[int, int, str]:

@@ -5,12 +5,9 @@ The first step warms up (allocation, algorithms, compilation), the second is mea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
 
-from torch import Tensor
-
+from spark_fast.training.checkpoint import tensor_bytes
 from spark_fast.training.device import peak_memory
 from spark_fast.training.loop import PretrainRun
 from spark_fast.training.run_folder import CHECKPOINT
@@ -38,8 +35,7 @@ def plan(run: PretrainRun, figures: dict[str, float], to_go: int) -> str:
     everything = sum(p.numel() for p in model.parameters())
     phases = ", ".join(f"{name} {figures[name + '_seconds']:.3g}" for name in ("data", "forward", "backward"))
     where = "of the device" if run.ranks.device.type == "cuda" else "of the process"
-    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    checkpoint = weights + sum(t.numel() * t.element_size() for t in _tensors(run.optimizer.state_dict()))
+    checkpoint = tensor_bytes([model.state_dict(), run.optimizer.state_dict()])
     rows = {
         "encoder": f"{encoder / 1e6:.1f} M parameters, {cost.encoder / 1e9:.3g} GMACs per image on its visible patches "
         f"({cost.whole / 1e9:.3g} on a whole one)",
@@ -52,12 +48,3 @@ def plan(run: PretrainRun, figures: dict[str, float], to_go: int) -> str:
         "checkpoint": f"{checkpoint / 2**20:.0f} MiB each, {run.settings.folder / CHECKPOINT}",
     }
     return "\n".join(["dry run: nothing was written", *(f"  {name:<11} {text}" for name, text in rows.items())])
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors in nested dictionaries and lists."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (dict, list, tuple)):
-        for value in tree.values() if isinstance(tree, dict) else tree:
-            yield from _tensors(value)

@@ -211,9 +211,10 @@ class PretrainRun:
                 leaving = self.ranks.any(self.interrupt.asked or limit)
                 last = self.step % self.steps_per_epoch == 0
                 every = self.settings.save_every[0]
-                if self.ranks.device.type == "cpu":  # there it costs nothing to look
+                log_point = last or leaving or (every and self.step % every == 0) or self.step % run.log_every == 0
+                if log_point or self.ranks.device.type == "cpu":  # there it costs nothing to look
                     self.bad_steps.report(self.step, self.folder)
-                if last or leaving or (every and self.step % every == 0) or self.step % run.log_every == 0:
+                if log_point:
                     self._log(meter, journal)  # on all ranks together, and before a save: nothing broken is kept
                     due = self.ranks.any(self.store is not None and self.saver.due(self.step))
                     if not last and (leaving or (due and not self.bad_steps.in_a_row)):
@@ -234,7 +235,6 @@ class PretrainRun:
         means = meter.read(self.settings.data.batch_size, self.ranks.mean)
         if means["skipped"] < means["steps"]:
             self.loss = means["loss"]
-        self.bad_steps.report(self.step, self.folder)
         self.spikes.report(self.step, self.ranks.mean)
         journal.point(self.step, means | self._spent(means), *self.advance.schedule.at(self.step - 1))
 

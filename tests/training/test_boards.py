@@ -168,20 +168,14 @@ def test_what_is_no_number_reaches_tensorboard_and_leaves_the_json_valid(tmp_pat
     assert not caplog.records
 
 
+MEANS = {"loss": 1.0, "images_per_second": 8.0, "data_wait": 0.5, "mfu": 0.1, "seconds": 10.0, "steps": 5, "skipped": 0}
+
+
 def test_a_clock_that_jumps_changes_no_figure(tmp_path, monkeypatch):
     now = iter([2e9, 1e9, 3e9, 0.0, 1.0] * 20)
     monkeypatch.setattr(time, "time", lambda: next(now))
     story = Journal(tmp_path, total_steps=20, steps_per_epoch=5, epochs=4, step=0, boards=opened(tmp_path))
-    means = {
-        "loss": 1.0,
-        "images_per_second": 8.0,
-        "data_wait": 0.5,
-        "mfu": 0.1,
-        "seconds": 10.0,
-        "steps": 5,
-        "skipped": 0,
-    }
-    story.point(5, means, 0.1, 0.04)
+    story.point(5, MEANS, 0.1, 0.04)
     story.epoch(5)
     story.close()
     (row,) = rows(tmp_path)
@@ -192,17 +186,8 @@ def test_a_clock_that_jumps_changes_no_figure(tmp_path, monkeypatch):
 def test_log_txt_that_cannot_be_written_is_one_warning_too(tmp_path, caplog):
     (tmp_path / "log.txt").mkdir()
     story = Journal(tmp_path, total_steps=20, steps_per_epoch=5, epochs=4, step=0)
-    means = {
-        "loss": 1.0,
-        "images_per_second": 8.0,
-        "data_wait": 0.5,
-        "mfu": 0.1,
-        "seconds": 10.0,
-        "steps": 5,
-        "skipped": 0,
-    }
     for step in (5, 10):
-        story.point(step, means, 0.1, 0.04)
+        story.point(step, MEANS, 0.1, 0.04)
         story.epoch(step)
     story.close()
     (record,) = caplog.records
