@@ -9,9 +9,16 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from spark_fast import upsample
+
 
 class UNetBlock(nn.Module):
-    """Twice the resolution: (B, cin, h, w) -> (B, cout, 2h, 2w)."""
+    """Twice the resolution: (B, cin, h, w) -> (B, cout, 2h, 2w).
+
+    `merge` says whether the first two layers are computed as one; None, the default: where that pays.
+    """
+
+    merge: bool | None = None
 
     def __init__(self, cin: int, cout: int) -> None:
         super().__init__()
@@ -26,7 +33,14 @@ class UNetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, cin, h, w) -> (B, cout, 2h, 2w)."""
-        return self.conv(self.up_sample(x))
+        up, convolve = self.up_sample, self.conv[0]
+        assert isinstance(convolve, nn.Conv2d)
+        assert up.bias is not None
+        if upsample.pays(x, up.out_channels) if self.merge is None else self.merge:
+            x = upsample.upsample_and_convolve(x, up.weight, up.bias, convolve.weight)
+        else:
+            x = convolve(up(x))
+        return self.conv[1:](x)
 
 
 class Decoder(nn.Module):

@@ -1,0 +1,105 @@
+"""ConvTranspose2d(4, stride 2, pad 1) and the 3x3 convolution after it, as one linear map.
+
+Nothing stands between the two in a block of the decoder, so together they are one transposed convolution with a 6x6
+kernel, stride 2 and padding 2: 9 products per output pixel and channel pair instead of 4 + 9, and the widest tensor
+of the network is never stored. Per axis, with z the output, y the tensor between and x the input,
+
+    z[i] = sum_d w[d] y[i + d - 1],   y[j] = sum_n x[n] t[j - 2n + 1]   =>   kernel[r] = sum_d w[d] t[r + d - 2],
+
+the correlation of the two kernels. It is exact but for the outermost ring of pixels: there the 3x3 convolution sees
+zeros, while the merged map sees the ring of y just outside the image, as the transposed convolution would continue it.
+What that ring adds is computed (a line of pixels on each side) and taken off again.
+
+The merge costs 144 C^2 C' multiplications whatever the batch, the two-step form 4 B H W C C' more than the merged one:
+it pays from B H W = 36 C upwards, see `pays`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ADVANTAGE = 3  # the saving must be so many times the merge: below, it was measured equal or slower
+
+
+def pays(x: Tensor, channels: int) -> bool:
+    """Whether the merged form is the faster one for an input (B, C, h, w) and `channels` between the two."""
+    pixels = 4 * len(x) * x.shape[2] * x.shape[3]
+    return 4 * pixels >= ADVANTAGE * 144 * channels
+
+
+def upsample_and_convolve(x: Tensor, transposed: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
+    """F.conv2d(F.conv_transpose2d(x, transposed, bias, stride=2, padding=1), weight, padding=1) in one step.
+
+    Args:
+        x: (B, C, h, w).
+        transposed: (C, M, 4, 4), with `bias` (M,).
+        weight: (N, M, 3, 3).
+
+    Returns:
+        (B, N, 2h, 2w).
+    """
+    kernel = F.conv2d(transposed, weight, padding=2)  # (C, N, 6, 6)
+    inside = torch.einsum("nmrs,m->n", weight, bias)  # what the bias adds where all nine taps are inside
+    z = F.conv_transpose2d(x, kernel, inside.detach(), stride=2, padding=2)
+    return _TakeOffEdges.apply(z, inside, *_ring(x, transposed, bias, weight))
+
+
+def _ring(x: Tensor, transposed: Tensor, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the continued y adds to the first and last row, (B, N, 2w), and column, (B, N, 2h), of the output.
+
+    The rows have the corners of the ring, the columns do not.
+    """
+    row0, row1, column0, column1 = _Edges.apply(x)
+    top, bottom = (
+        F.conv1d(F.conv_transpose1d(line, transposed[:, :, i], bias, stride=2), weight[:, :, j])
+        for line, i, j in ((row0, 0, 0), (row1, 3, 2))
+    )
+    left, right = (
+        F.conv1d(F.conv_transpose1d(line, transposed[..., i], bias, stride=2, padding=1), weight[..., j], padding=1)
+        for line, i, j in ((column0, 0, 0), (column1, 3, 2))
+    )
+    return top, bottom, left, right
+
+
+class _Edges(torch.autograd.Function):
+    """First and last row, first and last column of (B, C, h, w).
+
+    Its own function because autograd makes a gradient of full size for each slice, and then adds them up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x)
+        return x[:, :, 0].clone(), x[:, :, -1].clone(), x[..., 0].clone(), x[..., -1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        g = torch.zeros_like(x)
+        for edge, grad in zip((g[:, :, 0], g[:, :, -1], g[..., 0], g[..., -1]), grads, strict=True):
+            edge += grad
+        return g
+
+
+class _TakeOffEdges(torch.autograd.Function):
+    """z with four lines subtracted at its edges, in place; passes on the gradient of the bias that z was given.
+
+    Its own function because autograd's answer to writing into a slice copies the whole gradient, once for each, and
+    because oneDNN takes ten times as long for the bias of a transposed convolution as a sum does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, inside: Tensor, *edges: Tensor) -> Tensor:
+        for line, edge in zip((z[:, :, 0], z[:, :, -1], z[..., 0], z[..., -1]), edges, strict=True):
+            line -= edge
+        ctx.mark_dirty(z)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        (g,) = grads
+        return g, g.sum(dim=(0, 2, 3)), -g[:, :, 0], -g[:, :, -1], -g[..., 0], -g[..., -1]
