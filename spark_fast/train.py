@@ -20,9 +20,10 @@ from spark_fast.spark import SparK, build_spark
 from spark_fast.training.bad_steps import NotFiniteError
 from spark_fast.training.boards import require_wandb
 from spark_fast.training.checkpoint import CheckpointError
-from spark_fast.training.distributed import HostSyncBatchNorm, Ranks, join
+from spark_fast.training.distributed import Ranks, join
 from spark_fast.training.dry_run import print_plan
 from spark_fast.training.heap import keep_heap
+from spark_fast.training.host_sync_norm import HostSyncBatchNorm
 from spark_fast.training.lock import RunLock
 from spark_fast.training.loop import PretrainRun
 from spark_fast.training.resume import checkpoints_to_resume

@@ -5,20 +5,15 @@ from __future__ import annotations
 import os
 import time
 import uuid
-import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce as all_reduce_with_gradient
+from torch import Tensor
 
 from spark_fast.training.settings import SettingsError
-
-# torch 2.14 warns at every call; what it proposes instead is private
-warnings.filterwarnings("ignore", "torch.distributed.nn.functional.all_reduce", FutureWarning)
 
 T = TypeVar("T")
 
@@ -146,40 +141,3 @@ def _agree_on_a_start(store: Any, rank: int, world_size: int, patience: timedelt
         absent = {other for other in absent if not store.check([f"{start}/here/{other}"])}
         time.sleep(0.02)
     return start
-
-
-class HostSyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d with statistics over all ranks, on the CPU (`nn.SyncBatchNorm` runs on GPUs only)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W); every rank brings the same N*H*W. Returns the same shape."""
-        if not self.training:
-            return super().forward(x)
-        count = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = all_reduce_with_gradient(x.sum((0, 2, 3))) / count
-        centred = x - mean[:, None, None]
-        var = all_reduce_with_gradient(centred.square().sum((0, 2, 3))) / count
-        self._track(mean.detach(), var.detach() * (count / (count - 1)))
-        scale = self.weight * (var + self.eps).rsqrt()
-        return centred * scale[:, None, None] + self.bias[:, None, None]
-
-    def _track(self, mean: Tensor, unbiased_var: Tensor) -> None:
-        """Running statistics as BatchNorm2d keeps them."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        assert self.momentum is not None
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-        self.running_var.lerp_(unbiased_var.to(self.running_var), self.momentum)
-
-    @classmethod
-    def replace_in(cls, module: nn.Module) -> None:
-        """Turn every plain BatchNorm2d below `module` into one of these, parameters shared."""
-        for name, child in module.named_children():
-            if type(child) is nn.BatchNorm2d:
-                synced = cls(child.num_features, child.eps, child.momentum)
-                synced.__dict__.update(child.__dict__)
-                setattr(module, name, synced)
-            else:
-                cls.replace_in(child)
