@@ -25,10 +25,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 if INSTALLED:
-    from spark_fast.encoder.kernels.depthwise import depthwise
+    from spark_fast.encoder.kernels.depthwise import depthwise_convolution
     from spark_fast.encoder.kernels.halo import gather_windows, sum_windows
 
-__all__ = ["depthwise", "gather_windows", "sum_windows", "use_kernels"]
+__all__ = ["depthwise_convolution", "gather_windows", "sum_windows", "use_kernels"]
 
 
 def use_kernels(wanted: bool | None, like: Tensor) -> bool:

@@ -35,7 +35,7 @@ from spark_fast.encoder.geometry import Axis
 from spark_fast.encoder.kernels.tile import WAVES, channel_tile, on_device, row_tile, rows_of
 
 TAPS = 8  # of the weight, per program of its gradient
-CELLS = 16  # that such a program multiplies at a time
+CELLS = 32  # that such a program multiplies at a time
 
 
 @triton.jit
@@ -116,8 +116,8 @@ def _weight_gradient_kernel(
     tl.store(at, tl.sum(total, 1), mask=(tap <= K_Y * K_X)[:, None] & in_c[None, :])
 
 
-@torch.library.custom_op("spark_fast::depthwise", mutates_args=())
-def depthwise(
+@torch.library.custom_op("spark_fast::depthwise_convolution", mutates_args=())
+def depthwise_convolution(
     cells: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, y: Sequence[int], x: Sequence[int]
 ) -> Tensor:
     """Convolve each channel with its own kernel.
@@ -147,7 +147,7 @@ def depthwise(
 def input_gradient(
     grad: Tensor, weight: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]
 ) -> Tensor:  # fmt: skip
-    """The gradient of `depthwise` with respect to its cells: (V, b/stride, b/stride, C) -> (V, b, b, C)."""
+    """The gradient of `depthwise_convolution` with respect to its cells: (V, b/stride, b/stride, C) -> (V, b, b, C)."""
     out = _cells_like(grad, weight, neighbours, y, x)
     axes = Axis(*y), Axis(*x)
     taps = weight.flatten(1).flip(1).t().contiguous()
@@ -160,7 +160,7 @@ def input_gradient(
 def weight_gradient(
     grad: Tensor, cells: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of `depthwise` with respect to its weight (C, 1, ky, kx) and bias (C,), fp32."""
+    """The gradients of `depthwise_convolution` with respect to its weight (C, 1, ky, kx) and bias (C,), fp32."""
     axes = Axis(*y), Axis(*x)
     (count, b, _, channels), rows = cells.shape, grad.shape[:-1].numel()
     reach = _reach(neighbours, axes, b)
@@ -215,7 +215,7 @@ def _reach(neighbours: Tensor, axes: tuple[Axis, Axis], b: int) -> int:
     return reach
 
 
-@depthwise.register_fake
+@depthwise_convolution.register_fake
 def _outputs_like(
     cells: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, y: Sequence[int], x: Sequence[int]
 ) -> Tensor:
@@ -257,4 +257,4 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple:
     return grad_cells, grad_weight, grad_bias, None, None, None
 
 
-depthwise.register_autograd(_gradients, setup_context=_keep)
+depthwise_convolution.register_autograd(_gradients, setup_context=_keep)

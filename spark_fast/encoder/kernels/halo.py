@@ -47,8 +47,7 @@ def _gather_kernel(
     patch = tl.load(neighbours + v * 9 + y // B * 3 + x // B, mask=inside, other=V).to(tl.int32)
     row = patch * (B * B) + y % B * B + x % B
     in_c = (c < C)[None, :]
-    values = tl.load(cells + row.to(tl.int64)[:, None] * C + c[None, :], mask=(patch < V)[:, None] & in_c, other=0.0)
-    values = tl.where((patch < V)[:, None], values, fill.to(values.dtype))
+    values = tl.load(cells + row.to(tl.int64)[:, None] * C + c[None, :], mask=(patch < V)[:, None] & in_c, other=fill)
     tl.store(out + place.to(tl.int64)[:, None] * C + c[None, :], values, mask=inside[:, None] & in_c)
 
 
@@ -118,7 +117,7 @@ def _launch(kernel: Any, out: Tensor, arguments: tuple, cells: Tensor, lo: Seque
         )
     rows_of(arguments[0], out)
     tile = channel_tile(channels)
-    rows = 4096 // tile if tile >= 64 else 2048 // tile
+    rows = 4096 // max(tile, 64)
     programs = -(-out.shape[:-1].numel() // rows) * -(-channels // tile)
     if programs:
         with on_device(out):
