@@ -47,7 +47,7 @@ def use_kernels(wanted: bool | None, like: Tensor) -> bool:
     if obstacle and wanted:
         raise RuntimeError(f"the GPU kernels were asked for but cannot run: {obstacle}")
     if obstacle:
-        _say_once(obstacle)
+        _say(obstacle)
     return not obstacle
 
 
@@ -63,6 +63,10 @@ def _obstacle(device: str, dtype: torch.dtype) -> str:
 
 
 @torch.compiler.assume_constant_result  # run by the compiler while it traces: a log call in a graph would break it
+def _say(obstacle: str) -> None:
+    _say_once(obstacle)
+
+
 @cache
 def _say_once(obstacle: str) -> None:
     log.warning("layers that look across patches run by PyTorch, not by the GPU kernels: %s", obstacle)
