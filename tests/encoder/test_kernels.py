@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def run_cases(**environment):
     """The cases in a process of their own, for Triton reads TRITON_INTERPRET when it is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"]
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
     done = subprocess.run(
         [*command, "tests/encoder/kernel_cases.py"], cwd=ROOT, env=kept | environment, capture_output=True, text=True

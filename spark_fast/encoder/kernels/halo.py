@@ -4,10 +4,10 @@ Packed cells (V, b, b, C) -> windows (V, n, m, C), n = b + lo + hi. Both kernels
 is computed from the table of neighbours, so no index is stored (the PyTorch way keeps 8 bytes per window cell and 8*K
 per cell, and copies the cells once to append a row of zeros).
 
-e bytes per element, k visible share (masked cells are not read):
+With e bytes per element (cells of masked patches are not read, a cell that is read again comes from L2):
 
-    gather   bytes = e*C*V*(b^2 * r + n*m),   r <= n*m / b^2 reads of a cell, all but the first from L2
-    sum      bytes = e*C*V*(n*m + b^2)        FLOPs = C*V*n*m additions, in fp32
+    gather   bytes = e*C*V*(b^2 + n*m)    FLOPs = 0
+    sum      bytes = e*C*V*(b^2 + n*m)    FLOPs = C*V*n*m additions at most, in fp32
 
 Each cell lies in at most 9 windows (the patch's own and its neighbours'), which are read and added in a fixed order:
 no atomics, the same bits every time.
