@@ -88,7 +88,9 @@ def convolve(
         return F.linear(rows, weight.flatten(1), bias).permute(0, 3, 1, 2)
     if way == "direct":
         around = visible.neighbourhood(max(axis.patches(b) for axis in axes))
-        return gpu.depthwise_convolution(x.permute(0, 2, 3, 1), weight, bias, around, y_axis, x_axis).permute(0, 3, 1, 2)
+        return gpu.depthwise_convolution(x.permute(0, 2, 3, 1), weight, bias, around, y_axis, x_axis).permute(
+            0, 3, 1, 2
+        )
     tables: tuple[Tensor, Tensor | None]
     if way == "canvas":
         # one tensor may not be passed twice to a compiled autograd function

@@ -52,7 +52,13 @@ def launches(c, b, k, reach):
         depthwise._convolve_kernel,
         layer | {"UP": 1, "DOWN": 1, "BIAS": True, "ROWS": 64, "CHANNELS": depthwise.channel_tile(c, 64)},
     )
-    sizes = {"STRIDE": 1, "TAPS": depthwise.TAPS, "CELLS": depthwise.CELLS, "CHANNELS": depthwise.channel_tile(c, 32)}
+    sizes = {
+        "STRIDE": 1,
+        "RUN": 50,
+        "TAPS": depthwise.TAPS,
+        "CELLS": depthwise.CELLS,
+        "CHANNELS": depthwise.channel_tile(c, 32),
+    }
     yield depthwise._weight_gradient_kernel, layer | sizes
 
 
@@ -60,7 +66,7 @@ def launches(c, b, k, reach):
 def test_they_compile_for_a_gpu_that_is_not_there_and_read_16_bytes_at_a_time(c, b, k, reach, tmp_path, monkeypatch):
     """Compute capability 9.0 (H100, H200). A row of channels is read in vectors, and nothing spills to memory."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    types = {"neighbours": "*i32", "partial": "*fp32", "V": "i32", "tiles": "i32", "fill": "fp32"}
+    types = {"neighbours": "*i32", "partial": "*fp32", "V": "i32", "fill": "fp32"}
     for kernel, constants in launches(c, b, k, reach):
         names = kernel.arg_names
         signature = {n: "constexpr" if n in constants else types.get(n, "*bf16") for n in names}

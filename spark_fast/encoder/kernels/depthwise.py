@@ -85,12 +85,12 @@ def _convolve_kernel(
 
 @triton.jit
 def _weight_gradient_kernel(
-    grad, cells, neighbours, partial, V, tiles,
+    grad, cells, neighbours, partial, V,
     C: tl.constexpr, B: tl.constexpr, B_OUT: tl.constexpr, K_Y: tl.constexpr, K_X: tl.constexpr,
     LO_Y: tl.constexpr, LO_X: tl.constexpr, D_Y: tl.constexpr, D_X: tl.constexpr, STRIDE: tl.constexpr,
-    REACH: tl.constexpr, TAPS: tl.constexpr, CELLS: tl.constexpr, CHANNELS: tl.constexpr,
+    REACH: tl.constexpr, RUN: tl.constexpr, TAPS: tl.constexpr, CELLS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """TAPS of the weight by CHANNELS, over a run of `tiles` tiles of outputs; tap K_Y*K_X is the bias."""
+    """TAPS of the weight by CHANNELS, over a run of RUN tiles of outputs; tap K_Y*K_X is the bias."""
     channel_tiles: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
     tap_tiles: tl.constexpr = K_Y * K_X // TAPS + 1
     pid = tl.program_id(0)
@@ -100,8 +100,8 @@ def _weight_gradient_kernel(
     down, along = tap // K_X * D_Y - LO_Y + REACH * B, tap % K_X * D_X - LO_X + REACH * B
     in_c = c < C
     total = tl.zeros((TAPS, CELLS, CHANNELS), tl.float32)
-    for tile in range(tiles):
-        cell = (run * tiles + tile) * CELLS + tl.arange(0, CELLS)
+    for tile in range(RUN):
+        cell = (run * RUN + tile) * CELLS + tl.arange(0, CELLS)
         v, y, x = cell // (B_OUT * B_OUT), cell // B_OUT % B_OUT * STRIDE, cell % B_OUT * STRIDE
         at_y, at_x = y[None, :] + down[:, None], x[None, :] + along[:, None]
         wanted = (v < V)[None, :] & (tap < K_Y * K_X)[:, None]
@@ -175,9 +175,9 @@ def weight_gradient(
     if runs:
         with on_device(cells):
             _weight_gradient_kernel[(runs * programs,)](
-                grad.contiguous(), cells.contiguous(), neighbours.contiguous(), partial, count, tiles,
+                grad.contiguous(), cells.contiguous(), neighbours.contiguous(), partial, count,
                 channels, b, grad.shape[1], axes[0].kernel, axes[1].kernel, axes[0].lo, axes[1].lo,
-                axes[0].dilation, axes[1].dilation, axes[0].stride, reach, TAPS, CELLS, tile, num_warps=4,
+                axes[0].dilation, axes[1].dilation, axes[0].stride, reach, tiles, TAPS, CELLS, tile, num_warps=4,
             )  # fmt: skip
     total = partial.sum(0)
     kernel = total[:-1].t().reshape(channels, 1, axes[0].kernel, axes[1].kernel)
@@ -211,7 +211,9 @@ def _reach(neighbours: Tensor, axes: tuple[Axis, Axis], b: int) -> int:
     reach = neighbours.shape[1] // 2
     furthest = max(max(axis.lo, axis.hi) for axis in axes)
     if furthest > reach * b:
-        raise ValueError(f"the layer looks {furthest} cells beyond patches of {b}, the neighbours reach {reach} patches")
+        raise ValueError(
+            f"the layer looks {furthest} cells beyond patches of {b}, the neighbours reach {reach} patches"
+        )
     return reach
 
 
