@@ -7,7 +7,8 @@
     canvas   scatter to the dense map, run the layer there, gather back (halo much larger than the patch)
     direct   depthwise, reading the neighbours' cells where they lie (`kernels`, on a GPU)
 
-With the GPU kernels windows need no index table either. What is saved for the backward pass is the packed input alone: windows, columns and canvases are gathered again.
+With the GPU kernels windows need no index table either. What is saved for the backward pass is the packed input
+alone: windows, columns and canvases are gathered again.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spark_fast.encoder.depthwise import depthwise_gradients
 from spark_fast.encoder import kernels as gpu
+from spark_fast.encoder.depthwise import depthwise_gradients
 from spark_fast.encoder.geometry import Axis
 from spark_fast.encoder.visible import Places, Visible, collect_segments, lay_segments
 
@@ -54,9 +55,7 @@ def costs(b: int, axes: tuple[Axis, Axis], weight: Tensor, groups: int, keep: fl
     return {**found, "window": 0.45 * window * (1 + 8 / outputs), "columns": columns}
 
 
-def plan(
-    b: int, axes: tuple[Axis, Axis], weight: Tensor, groups: int, keep: float, kernels: bool = False
-) -> str:  # fmt: skip
+def plan(b: int, axes: tuple[Axis, Axis], weight: Tensor, groups: int, keep: float, kernels: bool = False) -> str:
     """The way of least `costs`, direct where the GPU kernels can; static, so that compiled code never changes."""
     if kernels and groups == weight.shape[0] > 1 and weight.shape[1] == 1:
         return "direct"
@@ -123,7 +122,7 @@ def gather_sum(rows: Tensor, table: Tensor) -> Tensor:
 
 def gather_windows(
     x: Tensor, axes: tuple[Axis, Axis], visible: Visible, fill: float = 0.0, kernels: bool = False
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """(V, C, b, b) -> (V, C, n, m), the window of every patch, `fill` where nothing is visible; with a gradient."""
     (y, x_), (c, b), cells = axes, x.shape[1:3], x.permute(0, 2, 3, 1)
     places = Places(y.window(b), x_.window(b))

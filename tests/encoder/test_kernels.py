@@ -83,7 +83,7 @@ def test_pytorch_computes_on_the_cpu_and_forced_kernels_say_what_they_lack():
     assert not gpu.use_kernels(None, like)
     assert not gpu.use_kernels(False, like)
     assert not gpu.use_kernels(True, torch.zeros(1, device="meta"))
-    with pytest.raises(RuntimeError, match="asked for but cannot run: the tensors are on cpu.*TRITON_INTERPRET=1"):
+    with pytest.raises(RuntimeError, match=r"asked for but cannot run: the tensors are on cpu.*TRITON_INTERPRET=1"):
         gpu.use_kernels(True, like)
 
 

@@ -2,8 +2,8 @@
 
 Each is registered as a `torch.library` operator with a fake and a gradient, so that `torch.compile(fullgraph=True)` and
 CUDA graphs take it. The PyTorch way in `spark_fast.encoder.convolve` computes the same: it serves every other
-device and dtype, and is the oracle in tests. With TRITON_INTERPRET=1 in the environment (Triton's own variable, read when
-it is imported) the kernels run on the CPU, slowly.
+device and dtype, and is the oracle in tests. With TRITON_INTERPRET=1 in the environment (Triton's own variable, read
+when it is imported) the kernels run on the CPU, slowly.
 
 docs/gpu.md has the bytes and FLOPs of each.
 """

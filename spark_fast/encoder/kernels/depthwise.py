@@ -2,23 +2,23 @@
 
     out[v, y, x, c] = bias[c] + sum over taps (i, j) of weight[c, i, j] * cell(v, y*s + i*d - lo, x*s + j*d - lo)[c]
 
-where a coordinate outside patch v's own b cells is a cell of a neighbour, found in a (V, 2R+1, 2R+1) table that reaches
-R = ceil(max(lo, hi) / b) patches: 1 for a 7x7 at b = 8 and 4, 2 at b = 2, 3 at b = 1. A missing patch is zero and is not
-read. The gradient of the input is the same kernel with its taps turned round: a cell's coordinate among the outputs is
-(y + i*d - lo') / s, lo' = d*(k-1) - lo, for the taps that divide. The gradient of the weight sums products over all cells,
-in fp32, in two fixed steps (each program a run of cells, then over programs): no atomics, the same bits every time;
-that of the bias is one more tap, which reads ones.
+where a coordinate outside patch v's own b cells is a cell of a neighbour, found in a (V, 2R+1, 2R+1) table that
+reaches R = ceil(max(lo, hi) / b) patches: 1 for a 7x7 at b = 8 and 4, 2 at b = 2, 3 at b = 1. A missing patch is zero
+and is not read. The gradient of the input is the same kernel with its taps turned round: a cell's coordinate among the
+outputs is (y + i*d - lo') / s, lo' = d*(k-1) - lo, for the taps that divide. The gradient of the weight sums products
+over all cells, in fp32, in two fixed steps (each program a run of cells, then over programs): no atomics, the same bits
+every time; that of the bias is one more tap, which reads ones.
 
 For stride 1 (e bytes per element, u <= 1 the share of taps that fall on a visible cell):
 
     forward, input gradient   bytes = 2*e*V*b^2*C    FLOPs = 2*k^2*V*b^2*C    read from L1: u*e*k^2*V*b^2*C
     weight gradient           bytes = 2*e*V*b^2*C    FLOPs = 2*k^2*V*b^2*C    read from L2: ceil((k^2+1)/8) * bytes
 
-Worked example: ConvNeXt-S, 7x7, 224 px, batch 128, mask 0.6 (V = 128*20 = 2560), bf16. Stages 1-4 have b = 8, 4, 2, 1 and
-C = 96, 192, 384, 768: 15.7, 7.9, 3.9 and 2.0 M elements. Stage 1: 63 MB (19 us at the 3.35 TB/s of an H100) and 1.54 GFLOP
-(23 us at its 67 TFLOP/s in fp32, 49 multiply-adds per element read and written), forward and each gradient, so it
-is bound by arithmetic and instructions, not by memory; the window tensor it does not write would have 14^2/8^2 = 3.1
-times the cells. On the canvas all 49 patches are computed instead of 20, and laid out and collected besides.
+Worked example: ConvNeXt-S, 7x7, 224 px, batch 128, mask 0.6 (V = 128*20 = 2560), bf16. Stages 1-4 have b = 8, 4, 2, 1
+and C = 96, 192, 384, 768: 15.7, 7.9, 3.9 and 2.0 M elements. Stage 1: 63 MB (19 us at the 3.35 TB/s of an H100) and
+1.54 GFLOP (23 us at its 67 TFLOP/s in fp32), forward and each gradient, so arithmetic and instructions bound it, not
+memory; the window tensor that it does not write would have 14^2/8^2 = 3.1 times the cells. On the canvas all 49 patches
+are computed instead of 20, and laid out and collected besides.
 """
 
 from __future__ import annotations
@@ -144,9 +144,7 @@ def depthwise_convolution(
 
 
 @torch.library.custom_op("spark_fast::depthwise_input_gradient", mutates_args=())
-def input_gradient(
-    grad: Tensor, weight: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]
-) -> Tensor:  # fmt: skip
+def input_gradient(grad: Tensor, weight: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]) -> Tensor:
     """The gradient of `depthwise_convolution` with respect to its cells: (V, b/stride, b/stride, C) -> (V, b, b, C)."""
     out = _cells_like(grad, weight, neighbours, y, x)
     axes = Axis(*y), Axis(*x)
@@ -159,7 +157,7 @@ def input_gradient(
 @torch.library.custom_op("spark_fast::depthwise_weight_gradient", mutates_args=())
 def weight_gradient(
     grad: Tensor, cells: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """The gradients of `depthwise_convolution` with respect to its weight (C, 1, ky, kx) and bias (C,), fp32."""
     axes = Axis(*y), Axis(*x)
     (count, b, _, channels), rows = cells.shape, grad.shape[:-1].numel()
@@ -226,9 +224,7 @@ def _outputs_like(
 
 
 @input_gradient.register_fake
-def _cells_like(
-    grad: Tensor, weight: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]
-) -> Tensor:  # fmt: skip
+def _cells_like(grad: Tensor, weight: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]) -> Tensor:
     b = grad.shape[1] * Axis(*y).stride
     return grad.new_empty(grad.shape[0], b, b, grad.shape[3])
 
@@ -236,7 +232,7 @@ def _cells_like(
 @weight_gradient.register_fake
 def _weights_like(
     grad: Tensor, cells: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     channels = cells.shape[3]
     kernel = cells.new_empty(channels, 1, Axis(*y).kernel, Axis(*x).kernel, dtype=torch.float32)
     return kernel, cells.new_empty(channels, dtype=torch.float32)

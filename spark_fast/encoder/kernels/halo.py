@@ -1,8 +1,8 @@
 """The window of every patch, its halo taken from the neighbours, and the sum of windows that is its gradient.
 
-Packed cells (V, b, b, C) -> windows (V, n, m, C), n = b + lo + hi. Both kernels only move memory; where a cell comes from
-is computed from the table of neighbours, so no index is stored (the PyTorch way keeps 8 bytes per window cell and 8*K
-per cell, and copies the cells once to append a row of zeros).
+Packed cells (V, b, b, C) -> windows (V, n, m, C), n = b + lo + hi. Both kernels only move memory; where a cell comes
+from is computed from the table of neighbours, so no index is stored (the PyTorch way keeps 8 bytes per window cell and
+8*K per cell, and copies the cells once to append a row of zeros).
 
 With e bytes per element (cells of masked patches are not read, a cell that is read again comes from L2):
 
@@ -12,8 +12,8 @@ With e bytes per element (cells of masked patches are not read, a cell that is r
 Each cell lies in at most 9 windows (the patch's own and its neighbours'), which are read and added in a fixed order:
 no atomics, the same bits every time.
 
-Worked example: ConvNeXt-S's size at stage 1, 224 px, batch 128, mask 0.6 (V = 128*20 = 2560, b = 8, C = 96, bf16) with a
-3x3 kernel (n = 10): gather 31 + 49 = 81 MB, sum the same, 24 us each at the 3.35 TB/s of an H100.
+Worked example: the size of ConvNeXt-S's stage 1, 224 px, batch 128, mask 0.6 (V = 128*20 = 2560, b = 8, C = 96, bf16)
+with a 3x3 kernel (n = 10): gather 31 + 49 = 81 MB, sum the same, 24 us each at the 3.35 TB/s of an H100.
 """
 
 from __future__ import annotations
