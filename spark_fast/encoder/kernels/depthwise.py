@@ -116,7 +116,11 @@ def _weight_gradient_kernel(
     tl.store(at, tl.sum(total, 1), mask=(tap <= K_Y * K_X)[:, None] & in_c[None, :])
 
 
-@torch.library.custom_op("spark_fast::depthwise_convolution", mutates_args=())
+@torch.library.custom_op(
+    "spark_fast::depthwise_convolution",
+    mutates_args=(),
+    schema="(Tensor cells, Tensor weight, Tensor? bias, Tensor neighbours, int[] y, int[] x) -> Tensor",
+)
 def depthwise_convolution(
     cells: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, y: Sequence[int], x: Sequence[int]
 ) -> Tensor:
@@ -143,7 +147,11 @@ def depthwise_convolution(
     return out
 
 
-@torch.library.custom_op("spark_fast::depthwise_input_gradient", mutates_args=())
+@torch.library.custom_op(
+    "spark_fast::depthwise_input_gradient",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor weight, Tensor neighbours, int[] y, int[] x) -> Tensor",
+)
 def input_gradient(grad: Tensor, weight: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]) -> Tensor:
     """The gradient of `depthwise_convolution` with respect to its cells: (V, b/stride, b/stride, C) -> (V, b, b, C)."""
     out = _cells_like(grad, weight, neighbours, y, x)
@@ -154,7 +162,11 @@ def input_gradient(grad: Tensor, weight: Tensor, neighbours: Tensor, y: Sequence
     return out
 
 
-@torch.library.custom_op("spark_fast::depthwise_weight_gradient", mutates_args=())
+@torch.library.custom_op(
+    "spark_fast::depthwise_weight_gradient",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor cells, Tensor neighbours, int[] y, int[] x) -> (Tensor, Tensor)",
+)
 def weight_gradient(
     grad: Tensor, cells: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]
 ) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,11 @@ def _sum_kernel(
     tl.store(out + cell.to(tl.int64)[:, None] * C + c[None, :], total, mask=inside[:, None] & in_c)
 
 
-@torch.library.custom_op("spark_fast::gather_windows", mutates_args=())
+@torch.library.custom_op(
+    "spark_fast::gather_windows",
+    mutates_args=(),
+    schema="(Tensor cells, Tensor neighbours, int[] lo, int[] size, float fill=0.0) -> Tensor",
+)
 def gather_windows(
     cells: Tensor, neighbours: Tensor, lo: Sequence[int], size: Sequence[int], fill: float = 0.0
 ) -> Tensor:
@@ -101,7 +105,11 @@ def gather_windows(
     return out
 
 
-@torch.library.custom_op("spark_fast::sum_windows", mutates_args=())
+@torch.library.custom_op(
+    "spark_fast::sum_windows",
+    mutates_args=(),
+    schema="(Tensor windows, Tensor neighbours, int[] lo, int b) -> Tensor",
+)
 def sum_windows(windows: Tensor, neighbours: Tensor, lo: Sequence[int], b: int) -> Tensor:
     """The transpose of `gather_windows`: (V, n, m, C) -> (V, b, b, C), the sum over the windows that show each cell."""
     windows, out = windows.contiguous(), _cells_like(windows, neighbours, lo, b)
