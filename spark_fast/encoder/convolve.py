@@ -1,12 +1,14 @@
-"""Convolutions of packed patches: four ways to the same numbers, and which is cheapest.
+"""Convolutions of packed patches: five ways to the same numbers, and which is cheapest.
 
     rows     1x1: nothing to exchange, a matrix product over the rows
     window   gather the window of each patch, then the layer without padding (2x2 stride 2: the patch is the window)
     columns  gather the inputs of each output cell, then a matrix product (few cells per patch: a window
              convolution with 1x1 or 2x2 outputs runs at a tenth of the speed of a matrix product)
     canvas   scatter to the dense map, run the layer there, gather back (halo much larger than the patch)
+    direct   depthwise, reading the neighbours' cells where they lie (`kernels`, on a GPU)
 
-What is saved for the backward pass is the packed input alone: windows, columns and canvases are gathered again.
+With the GPU kernels windows need no index table either. What is saved for the backward pass is the packed input
+alone: windows, columns and canvases are gathered again.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spark_fast.encoder import kernels as gpu
 from spark_fast.encoder.depthwise import depthwise_gradients
 from spark_fast.encoder.geometry import Axis
 from spark_fast.encoder.visible import Places, Visible, collect_segments, lay_segments
@@ -52,16 +55,28 @@ def costs(b: int, axes: tuple[Axis, Axis], weight: Tensor, groups: int, keep: fl
     return {**found, "window": 0.45 * window * (1 + 8 / outputs), "columns": columns}
 
 
-def plan(b: int, axes: tuple[Axis, Axis], weight: Tensor, groups: int, keep: float) -> str:
-    """The way of least `costs`; static, so that compiled code never changes."""
+def plan(b: int, axes: tuple[Axis, Axis], weight: Tensor, groups: int, keep: float, kernels: bool = False) -> str:
+    """The way of least `costs`, direct where the GPU kernels can; static, so that compiled code never changes."""
+    if kernels and groups == weight.shape[0] > 1 and weight.shape[1] == 1:
+        return "direct"
     estimated = costs(b, axes, weight, groups, keep)
     return min(estimated, key=estimated.__getitem__)
 
 
 def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, axes: tuple[Axis, Axis], groups: int, visible: Visible, way: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    axes: tuple[Axis, Axis],
+    groups: int,
+    visible: Visible,
+    way: str,
+    kernels: bool = False,
 ) -> Tensor:
-    """(V, C, b, b) -> (V, O, b/stride, b/stride): the convolution of the dense map, its holes zero."""
+    """(V, C, b, b) -> (V, O, b/stride, b/stride): the convolution of the dense map, its holes zero.
+
+    `kernels`: windows by the GPU kernels, from the table of neighbours alone.
+    """
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -70,9 +85,17 @@ def convolve(
     if way == "rows":
         rows = x[:, :, :: y_axis.stride, :: x_axis.stride].permute(0, 2, 3, 1)
         return F.linear(rows, weight.flatten(1), bias).permute(0, 3, 1, 2)
+    if way == "direct":
+        around = visible.neighbourhood(max(axis.patches(b) for axis in axes))
+        return gpu.depthwise_convolution(x.permute(0, 2, 3, 1), weight, bias, around, y_axis, x_axis).permute(
+            0, 3, 1, 2
+        )
+    tables: tuple[Tensor, Tensor | None]
     if way == "canvas":
         # one tensor may not be passed twice to a compiled autograd function
         tables = (visible.segments(b), None if y_axis.stride == 1 else visible.segments(b // y_axis.stride))
+    elif way == "window" and kernels:
+        tables = (visible.neighbourhood(1), None)
     else:
         shape = (y_axis.window(b), x_axis.window(b))
         if way == "columns":
@@ -97,9 +120,18 @@ def gather_sum(rows: Tensor, table: Tensor) -> Tensor:
     return F.embedding_bag(table, torch.cat([rows, rows.new_zeros(1, rows.shape[1])]), mode="sum")
 
 
-def gather_rows(rows: Tensor, table: Tensor, transposed: Tensor, fill: float) -> Tensor:
-    """`gather` with a gradient, by the transposed table."""
-    return _Gather.apply(rows, table, transposed, fill)
+def gather_windows(
+    x: Tensor, axes: tuple[Axis, Axis], visible: Visible, fill: float = 0.0, kernels: bool = False
+) -> Tensor:
+    """(V, C, b, b) -> (V, C, n, m), the window of every patch, `fill` where nothing is visible; with a gradient."""
+    (y, x_), (c, b), cells = axes, x.shape[1:3], x.permute(0, 2, 3, 1)
+    places = Places(y.window(b), x_.window(b))
+    if kernels:
+        size = (len(places.ys), len(places.xs))
+        return gpu.gather_windows(cells, visible.neighbourhood(1), (y.lo, x_.lo), size, fill).permute(0, 3, 1, 2)
+    tables = visible.window_table(b, places), visible.cell_table(b, places)
+    rows = _Gather.apply(cells.reshape(-1, c), *tables, fill)
+    return rows.view(-1, len(places.ys), len(places.xs), c).permute(0, 3, 1, 2)
 
 
 class _Gather(torch.autograd.Function):
@@ -140,7 +172,7 @@ class _Convolve(torch.autograd.Function):
         other: Tensor | None,
     ) -> Tensor:
         axes = Axis(*y), Axis(*x_)
-        seen = _spread(x, way, axes, grid, table)
+        seen = _spread(x, way, axes, grid, table, other)
         if way == "columns":
             return F.linear(seen, _matrix(weight), bias)
         result = F.conv2d(seen, weight, bias, _strides(axes), 0, _dilations(axes), groups)
@@ -160,7 +192,7 @@ class _Convolve(torch.autograd.Function):
         x, weight, table, other = ctx.saved_tensors
         axes, b = (Axis(*ctx.y), Axis(*ctx.x)), x.shape[2]
         wanted = ctx.needs_input_grad[:2]
-        seen = _spread(x, ctx.way, axes, ctx.grid, table)
+        seen = _spread(x, ctx.way, axes, ctx.grid, table, other)
         grad_bias = None
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2, 3)) if ctx.way == "window" else grad.view(-1, len(weight)).sum(0)
@@ -176,13 +208,21 @@ class _Convolve(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None, None, None, None, None
 
 
-def _spread(x: Tensor, way: str, axes: tuple[Axis, Axis], grid: tuple[int, int, int], table: Tensor) -> Tensor:
-    """What the convolution reads: windows (V, C, n, m), columns (V*out*out, ky*kx*C), or the padded dense map."""
+def _spread(
+    x: Tensor, way: str, axes: tuple[Axis, Axis], grid: tuple[int, int, int], table: Tensor, other: Tensor | None
+) -> Tensor:
+    """What the convolution reads: windows (V, C, n, m), columns (V*out*out, ky*kx*C), or the padded dense map.
+
+    Windows without an `other` table are those of the GPU kernels, `table` the neighbours.
+    """
     y, x_ = axes
     c, b = x.shape[1], x.shape[2]
     cells = x.permute(0, 2, 3, 1)
     if way == "canvas":
         return F.pad(lay_segments(cells.reshape(-1, b * c), c, b, grid, table), (x_.lo, x_.hi, y.lo, y.hi))
+    if way == "window" and other is None:
+        size = (len(y.window(b)), len(x_.window(b)))
+        return gpu.gather_windows(cells, table, (y.lo, x_.lo), size).permute(0, 3, 1, 2)
     rows = gather(cells.reshape(-1, c), table)
     if way == "columns":
         return rows.view(-1, y.kernel * x_.kernel * c)
@@ -196,7 +236,7 @@ def _unspread(
     axes: tuple[Axis, Axis],
     grid: tuple[int, int, int],
     table: Tensor,
-    transposed: Tensor,
+    transposed: Tensor | None,
 ) -> Tensor:
     """The transpose of `_spread`: the gradient of what the convolution read -> that of x."""
     (y, x_), (c, b) = axes, x.shape[1:3]
@@ -206,6 +246,8 @@ def _unspread(
         # cells that a strided layer never looks at have no gradient
         inner = F.pad(inner, (0, max(0, width - inner.shape[3]), 0, max(0, height - inner.shape[2])))
         rows = collect_segments(inner[:, :, :height, :width], b, table)
+    elif transposed is None:
+        return gpu.sum_windows(grad.permute(0, 2, 3, 1), table, (y.lo, x_.lo), b).permute(0, 3, 1, 2)
     elif way == "window":
         rows = gather_sum(grad.permute(0, 2, 3, 1).reshape(-1, c), transposed)
     else:

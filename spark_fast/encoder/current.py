@@ -17,10 +17,15 @@ class Current:
 
     Args:
         dense: the layers run on dense maps with holes (the masked encoder), not on packed patches.
+
+    Attributes:
+        kernels: whether layers that look across patches run by the GPU kernels; None: wherever those can run
+            (`spark_fast.encoder.kernels.use_kernels`). Tests and benchmarks force it.
     """
 
     def __init__(self, dense: bool) -> None:
         self.dense = dense
+        self.kernels: bool | None = None
         self.visible: Visible | None = None
 
     def image_mean(self, x: Tensor) -> Tensor:

@@ -38,6 +38,10 @@ class Axis(NamedTuple):
         """Cells needed after the patch; negative where the layer does not look at the last ones."""
         return self.reach - self.stride - self.lo
 
+    def patches(self, b: int) -> int:
+        """How many patches of b cells the layer looks beyond its own, on the side where it looks further."""
+        return -(-max(self.lo, self.hi, 0) // b)
+
     def window(self, b: int) -> tuple[int, ...]:
         """The cells seen by a patch of b cells."""
         return tuple(range(-self.lo, b + self.hi))

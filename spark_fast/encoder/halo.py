@@ -12,10 +12,10 @@ import timm.layers as tl
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spark_fast.encoder.convolve import convolve, gather_rows, plan
+from spark_fast.encoder.convolve import convolve, gather_windows, plan
 from spark_fast.encoder.current import Current
 from spark_fast.encoder.geometry import Axis, axes
-from spark_fast.encoder.visible import Places
+from spark_fast.encoder.kernels import use_kernels
 
 
 class Halo:
@@ -66,8 +66,8 @@ class HaloConv(Halo):
     bias: Tensor | None
 
     def way(self, b: int, keep: float) -> str:
-        """rows, window, columns or canvas: see `spark_fast.encoder.convolve`."""
-        return plan(b, self.axes(b), self.weight, self.groups, keep)
+        """rows, direct, window, columns or canvas: see `spark_fast.encoder.convolve`."""
+        return plan(b, self.axes(b), self.weight, self.groups, keep, use_kernels(self.current.kernels, self.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """(V, C, b, b) -> (V, O, b/stride, b/stride); a dense map when no patches are current."""
@@ -75,8 +75,9 @@ class HaloConv(Halo):
         if seen is None:
             return super().forward(x)  # type: ignore[misc]
         b = x.shape[2]
-        way = self.way(b, seen.keep)
-        return convolve(x, self.kernel(), self.bias, self.axes(b), self.groups, seen, way)
+        kernels = use_kernels(self.current.kernels, self.weight)
+        way = plan(b, self.axes(b), self.weight, self.groups, seen.keep, kernels)
+        return convolve(x, self.kernel(), self.bias, self.axes(b), self.groups, seen, way, kernels)
 
     def kernel(self) -> Tensor:
         """The weight (O, C/groups, ky, kx) that the layer convolves with: standardised where the layer does that."""
@@ -118,10 +119,7 @@ class HaloPool(Halo):
             dense = seen.unpack(x, x.new_full((c,), hole))
             return seen.pack(super().forward(F.pad(dense, self.absorbed, value=self.fill)))  # type: ignore[misc]
         if way == "window":
-            places = Places(y_axis.window(b), x_axis.window(b))
-            tables = seen.window_table(b, places), seen.cell_table(b, places)
-            rows = gather_rows(x.permute(0, 2, 3, 1).reshape(-1, c), *tables, hole)
-            x = rows.view(-1, len(places.ys), len(places.xs), c).permute(0, 3, 1, 2)
+            x = gather_windows(x, (y_axis, x_axis), seen, hole, use_kernels(self.current.kernels, x))
         pool: Any = self
         if largest:
             return F.max_pool2d(x, pool.kernel_size, pool.stride, 0, pool.dilation)

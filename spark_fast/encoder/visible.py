@@ -56,7 +56,6 @@ class Visible:
         self.keep = self.per_image / (grid[0] * grid[1])  # the visible share
         images = torch.arange(self.batch, device=index.device)[:, None]
         self.patches = (images * (grid[0] * grid[1]) + index).flatten()  # (V,) in the B*h*w patches of the batch
-        self._neighbours: Tensor | None = None
         self._tables: dict[tuple, Tensor] = {}
 
     @classmethod
@@ -97,16 +96,21 @@ class Visible:
 
     @property
     def neighbours(self) -> Tensor:
-        """(V, 3, 3) int64: the packed row of each patch's neighbours, V where masked or outside the image."""
-        if self._neighbours is None:
-            h, w = self.grid
-            numbers = torch.arange(self.count, device=self.index.device).view(self.batch, self.per_image)
-            full = torch.full((self.batch, h * w), self.count, device=self.index.device)
+        """(V, 3, 3) int64: the packed number of each patch's neighbours, V where masked or outside the image."""
+        return self.neighbourhood(1, torch.int64)
+
+    def neighbourhood(self, reach: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        """(V, 2*reach+1, 2*reach+1): as `neighbours`, further."""
+        key = ("neighbourhood", reach, dtype)
+        if key not in self._tables:
+            (h, w), side = self.grid, 2 * reach + 1
+            numbers = torch.arange(self.count, device=self.index.device, dtype=dtype).view(self.batch, self.per_image)
+            full = torch.full((self.batch, h * w), self.count, device=self.index.device, dtype=dtype)
             full = full.scatter(1, self.index, numbers).view(self.batch, h, w)
-            lookup = torch.nn.functional.pad(full, (1, 1, 1, 1), value=self.count)  # (B, h+2, w+2)
-            around = lookup.unfold(1, 3, 1).unfold(2, 3, 1).reshape(-1, 3, 3)  # (B*h*w, 3, 3)
-            self._neighbours = around.index_select(0, self.patches)
-        return self._neighbours
+            lookup = torch.nn.functional.pad(full, (reach,) * 4, value=self.count)  # (B, h + 2*reach, w + 2*reach)
+            around = lookup.unfold(1, side, 1).unfold(2, side, 1).reshape(-1, side, side)  # (B*h*w, side, side)
+            self._tables[key] = around.index_select(0, self.patches)
+        return self._tables[key]
 
     def segments(self, b: int) -> Tensor:
         """(V*b,) int64: patch rows of b cells, in a dense map seen as (B*h*b*w, b*C).
