@@ -16,10 +16,7 @@ from __future__ import annotations
 import re
 
 import timm
-import torch
 import torchvision
-from torchvision.models.convnext import ConvNeXt
-from torchvision.models.resnet import ResNet
 
 LAYERS = {"conv_dw": "block.0", "norm": "block.2", "mlp.fc1": "block.3", "mlp.fc2": "block.5", "gamma": "layer_scale"}
 
@@ -40,9 +37,9 @@ def torchvision_names(network: str, keys: list[str]) -> dict[str, str]:
 
 def shared_networks() -> list[str]:
     """The ResNets and ConvNeXts that both have under one name."""
-    both = set(torchvision.models.list_models(module=torchvision.models)) & set(timm.list_models())
-    with torch.device("meta"):
-        return sorted(n for n in both if isinstance(torchvision.models.get_model(n), (ResNet, ConvNeXt)))
+    models = torchvision.models
+    theirs = {n for module in (models.resnet, models.convnext) for n in models.list_models(module=module)}
+    return sorted(theirs & set(timm.list_models()))
 
 
 def _convnext_name(key: str) -> str:
