@@ -27,10 +27,8 @@ def model_card(source: Pretrained, form: str, new: list[str], usage: str) -> str
     settings = source.settings
     parts = [
         f"# {settings.network}, pre-trained by SparK",
-        "Masked image modelling with a ConvNet ([SparK](https://arxiv.org/abs/2301.03580)): patches of "
-        f"{source.model.patch} px, {settings.model.mask_ratio:.0%} of them hidden, input "
-        "{}x{} px, normalised by ImageNet's mean and deviation.".format(*settings.size)
-        + " The features are made for fine-tuning, not for linear probing.",
+        "Masked image modelling with a ConvNet ([SparK](https://arxiv.org/abs/2301.03580)): "
+        f"{_task(source)} The features are meant for fine-tuning, not for linear probing.",
         f"## Use\n\n```python\n{usage}\n```",
         _new_tensors(new),
         _made(source, form),
@@ -39,6 +37,17 @@ def model_card(source: Pretrained, form: str, new: list[str], usage: str) -> str
     ]
     front = FRONT if form == "hf_folder" else ""
     return front + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _task(source: Pretrained) -> str:
+    """What was learned, where it is known."""
+    if not source.record:
+        return f"patches of {source.model.patch} px."
+    height, width = source.settings.size
+    return (
+        f"patches of {source.model.patch} px, {source.settings.model.mask_ratio:.0%} of them hidden, input "
+        f"{height}x{width} px, normalised by ImageNet's mean and deviation."
+    )
 
 
 def _new_tensors(new: list[str]) -> str:

@@ -38,8 +38,9 @@ def torchvision_names(network: str, keys: list[str]) -> dict[str, str]:
 def shared_networks() -> list[str]:
     """The ResNets and ConvNeXts that both have under one name."""
     models = torchvision.models
-    theirs = {n for module in (models.resnet, models.convnext) for n in models.list_models(module=module)}
-    return sorted(theirs & set(timm.list_models()))
+    families = (models.resnet.__name__, models.convnext.__name__)
+    theirs = [n for n in models.list_models(module=models) if models.get_model_builder(n).__module__ in families]
+    return sorted(set(theirs) & set(timm.list_models()))
 
 
 def _convnext_name(key: str) -> str:
