@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -16,6 +17,8 @@ from spark_fast import build_spark, load_spark_state_dict
 from spark_fast.published import spark_state_dict
 from spark_fast.training.weights import load_weights
 from tools import export, reconstruct
+
+TOOLS = Path(export.__file__).parent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,6 +53,18 @@ def published(request, golden, tmp_path_factory):
     return request.param, state, folder
 
 
+@pytest.fixture(scope="module")
+def exported(published):
+    """For timm, from the file with a decoder; and what the command printed."""
+    folder = published[2]
+    source, out = folder / "x_withdecoder_1kpretrained_spark_style.pth", folder / "exported" / "timm.safetensors"
+    out.parent.mkdir()
+    words = [sys.executable, TOOLS / "export.py", source, "--to", "timm", "--out", out]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
 def weights_of(run):
     return torch.load(run / "ckpt-last.pth", weights_only=True)["model"]
 
@@ -62,44 +77,46 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
-def test_a_published_checkpoint_is_imported_reconstructed_exported_and_strictly_loaded(published, tmp_path, capsys):
-    name, state, folder = published
-    source = folder / "x_withdecoder_1kpretrained_spark_style.pth"
+def test_a_published_checkpoint_is_imported_exported_and_strictly_loaded(published, exported):
+    name, state, _ = published
+    file, printed = exported
+    loaded = timm.create_model(name, num_classes=0, checkpoint_path=str(file)).state_dict()
+    trained = [v for k, v in state.items() if k.startswith("sparse_encoder.")]
+    convnext = name.startswith("convnext")
+    first, official = ("stem.0", "downsample_layers.0.0") if convnext else ("conv1", "conv1")
+    assert torch.equal(loaded[f"{first}.weight"], state[f"sparse_encoder.sp_cnn.{official}.weight"])
+    new = ["head.norm.weight", "head.norm.bias"] if convnext else []
+    assert len(loaded) == len(trained) + len(new)
+    assert sum(v.double().sum() for k, v in loaded.items() if k not in new) == sum(v.double().sum() for v in trained)
+    assert ("not pre-trained, at their initial values: head.norm.weight, head.norm.bias" in printed) == convnext
+
+
+def test_a_published_checkpoint_is_reconstructed(published, tmp_path):
     Image.new("RGB", (150, 120), (200, 30, 90)).save(tmp_path / "image.png")
+    source = published[2] / "x_withdecoder_1kpretrained_spark_style.pth"
     words = [source, tmp_path / "image.png", "--out", tmp_path / "grid.png", "--seed", "1"]
     assert reconstruct.main([str(w) for w in words]) == 0
     assert Image.open(tmp_path / "grid.png").size == (3 * 132 + 4, 132 + 4)
-    run_export(source, "--to", "timm", "--out", tmp_path / "a.safetensors")
-    network = timm.create_model(name, num_classes=0, checkpoint_path=str(tmp_path / "a.safetensors"))
-    first = "stem.0.weight" if name.startswith("convnext") else "conv1.weight"
-    official = "downsample_layers.0.0.weight" if name.startswith("convnext") else "conv1.weight"
-    assert torch.equal(network.state_dict()[first], state["sparse_encoder.sp_cnn." + official])
-    untrained = "head.norm.weight, head.norm.bias" if name.startswith("convnext") else ""
-    assert ("not pre-trained, at their initial values: " + untrained in capsys.readouterr().out) == bool(untrained)
 
 
-def test_both_published_files_give_the_same_encoder_and_the_one_with_a_decoder_comes_back_as_it_was(published, tmp_path):
+def test_the_file_with_a_decoder_comes_back_as_it_was(published, tmp_path):
     _, state, folder = published
-    with_decoder, without = (folder / f"x_{n}.pth" for n in ("withdecoder_1kpretrained_spark_style", "1kpretrained_timm_style"))  # fmt: skip
-    run_export(with_decoder, "--to", "spark", "--out", tmp_path / "back.pth")
+    run_export(folder / "x_withdecoder_1kpretrained_spark_style.pth", "--to", "spark", "--out", tmp_path / "back.pth")
     assert equal(torch.load(tmp_path / "back.pth", weights_only=True)["module"], state)
-    for source, out in ((with_decoder, "a"), (without, "b")):
-        run_export(source, "--to", "safetensors", "--out", tmp_path / f"{out}.safetensors")
-    assert equal(*(load_file(tmp_path / f"{out}.safetensors") for out in "ab"))
 
 
-def test_torchvision_computes_what_timm_computes(published, tmp_path):
+def test_both_published_files_hold_the_same_encoder_and_torchvision_computes_what_timm_computes(
+    published, exported, tmp_path
+):
     name, _, folder = published
-    source = folder / "x_1kpretrained_timm_style.pth"
-    run_export(source, "--to", "torchvision", "--out", tmp_path / "tv.pth")
-    run_export(source, "--to", "timm", "--out", tmp_path / "timm.pth")
+    run_export(folder / "x_1kpretrained_timm_style.pth", "--to", "torchvision", "--out", tmp_path / "tv.pth")
     theirs = torchvision.models.get_model(name).eval()
     theirs.load_state_dict(torch.load(tmp_path / "tv.pth", weights_only=True))
-    network = timm.create_model(name, num_classes=0, checkpoint_path=str(tmp_path / "timm.pth")).eval()
     if name.startswith("convnext"):
         theirs.classifier[-1] = torch.nn.Identity()
     else:
         theirs.fc = torch.nn.Identity()
+    network = timm.create_model(name, num_classes=0, checkpoint_path=str(exported[0])).eval()
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(theirs(images), network(images), rtol=1e-4, atol=1e-4)
@@ -107,7 +124,7 @@ def test_torchvision_computes_what_timm_computes(published, tmp_path):
 
 def test_training_begins_from_either_published_file(published):
     name, state, folder = published
-    for file in folder.iterdir():
+    for file in folder.glob("*.pth"):
         model = build_spark(name, input_size=64, mask_ratio=0.5, decoder_width=64, check=False)
         load_weights(file, model)
         found = spark_state_dict(model)
