@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +142,11 @@ def recognise(state: Mapping[str, Tensor]) -> str:
     The largest one whose every tensor is there: the layers of resnet50 are also in resnet101.
     """
     shapes = {encoder_name(k.removeprefix("sparse_encoder.sp_cnn.")): tuple(v.shape) for k, v in state.items()}
-    sizes = {"": 0}
-    for name in RECOGNISED:
-        with torch.device("meta"):
-            wanted = build_network(name).state_dict()
-        if all(shapes.get(encoder_name(k)) == tuple(v.shape) for k, v in wanted.items()):
-            sizes[name] = len(wanted)
-    return max(sizes, key=sizes.__getitem__)
+    sizes = {name: len(wanted) for name in RECOGNISED if (wanted := _shapes(name)).items() <= shapes.items()}
+    return max(sizes, key=sizes.__getitem__, default="")
+
+
+@cache
+def _shapes(network: str) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {encoder_name(k): tuple(v.shape) for k, v in build_network(network).state_dict().items()}

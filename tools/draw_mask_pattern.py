@@ -20,7 +20,6 @@ import tyro
 from torch import Tensor, nn
 
 from spark_fast.encoder import PackedEncoder, Visible
-from spark_fast.encoder.kinds import kind
 from spark_fast.masking import num_visible, sample_visible
 from spark_fast.networks import build_network
 from spark_fast.training.checkpoint import write_atomically
@@ -50,7 +49,7 @@ def averaging(model: str) -> nn.Module:
     network = build_network(model).double().eval()
     for parent in list(network.modules()):
         for name, module in list(parent.named_children()):
-            if kind(module) == "norm":
+            if "Norm" in type(module).__name__ and all(p.dim() == 1 for p in module.parameters()):
                 setattr(parent, name, nn.Identity())
     with torch.no_grad():
         for name, weight in network.named_parameters():
