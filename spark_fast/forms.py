@@ -1,7 +1,7 @@
 """The forms in which pre-trained weights leave: for timm, torchvision, a Hugging Face folder, SparK's own code.
 
-Nothing is believed: a file is written beside its place, loaded strictly into a new network by the reader's own function,
-compared tensor by tensor, and only then moved to its place.
+Nothing is believed: a file is written beside its place, loaded strictly into a new network by the reader's own
+function, compared tensor by tensor, and only then moved to its place.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Form:
         endings: of the file, the first by preference; () for a folder.
         load: reads what was written, strictly, into a new network, and returns its state under the names of `state`.
         usage: Python that loads it, with PATH for the place.
+        wrapped: what lies beside the state in a .pth, and the state then under "module"; None for a plain state dict.
     """
 
     state: State
@@ -50,7 +51,7 @@ class Form:
     endings: tuple[str, ...]
     load: Callable[[Path], State]
     usage: str
-    wrapped: dict[str, Any] | None = None  # beside the state in a .pth
+    wrapped: dict[str, Any] | None = None
 
 
 def export(source: Pretrained, form: str, out: Path) -> Form:
@@ -60,7 +61,7 @@ def export(source: Pretrained, form: str, out: Path) -> Form:
         form: one of FORMS.
 
     Raises:
-        SettingsError: an unknown form, a place that is taken or does not suit the form, a network that the form has not.
+        SettingsError: an unknown form, a place that is taken or does not suit it, a network that the form has not.
         CheckpointError: the file system refuses, or what was written does not load as it should.
     """
     if form not in FORMS:
@@ -137,7 +138,9 @@ def _hf_folder(source: Pretrained) -> Form:
     def load(path: Path) -> State:
         return timm.create_model(f"local-dir:{path}", pretrained=True).state_dict()
 
-    usage = 'import timm\n\nnetwork = timm.create_model("local-dir:PATH", pretrained=True)  # num_classes=1000 adds a head'
+    usage = (
+        'import timm\n\nnetwork = timm.create_model("local-dir:PATH", pretrained=True)  # num_classes=1000 adds a head'
+    )
     return Form(made.state, made.new, (), load, usage)
 
 
@@ -174,7 +177,9 @@ def _safetensors(source: Pretrained) -> Form:
         load_strictly(network, {k: found[names[k]] for k in keys if names[k] in found})
         return {names[k]: v for k, v in network.state_dict().items()}
 
-    usage = 'from safetensors.torch import load_file\n\nstate = load_file("PATH")  # the encoder\'s tensors and no others'
+    usage = (
+        'from safetensors.torch import load_file\n\nstate = load_file("PATH")  # the encoder\'s tensors and no others'
+    )
     return Form(state, [], (".safetensors",), load, usage)
 
 
@@ -200,7 +205,9 @@ def _spark(source: Pretrained) -> Form:
         load_spark_state_dict(model, read(path))
         return spark_state_dict(model)
 
-    usage = 'import torch\n\nstate = torch.load("PATH", weights_only=True)["module"]  # the published code: --init_weight'
+    usage = (
+        'import torch\n\nstate = torch.load("PATH", weights_only=True)["module"]  # the published code: --init_weight'
+    )
     return Form(spark_state_dict(source.model), [], (".pth",), load, usage, wrapped)
 
 

@@ -1,4 +1,4 @@
-"""The model card beside exported weights: what they are of, how they load, how they were made, and how the loss fell."""
+"""The model card beside exported weights: what they are of, how they load and were made, and how the loss fell."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 from spark_fast.pretrained import Pretrained
 from spark_fast.training.metrics_file import read_metrics
 from spark_fast.training.run_folder import versions
-from spark_fast.training.settings import Settings
 
 CURVE_ROWS = 12  # epochs in the table of losses
 FRONT = "---\nlibrary_name: timm\ntags:\n- image-feature-extraction\n- timm\n- spark\n---\n\n"  # the Hub's
@@ -94,7 +93,6 @@ def _curve(source: Pretrained) -> str:
 def _settings(source: Pretrained) -> str:
     """The run's settings as TOML; only ours are known."""
     return f"## Settings\n\n```toml\n{source.settings.to_toml()}```" if source.record else ""
-
 
 
 def _head_of_log(folder: Path | None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from spark_fast.training.weights import fit
 
 # what a file without a name may be of, by shapes: networks that were published pre-trained, and their small relatives
 RECOGNISED = ("resnet18", "resnet34", "convnext_tiny", *PUBLISHED_MODELS.values())
+RECORD = ("step", "epoch", "loss", "versions")
 UNUSED_WIDTH = 128  # of the decoder that a model gets where the file has none
 
 
@@ -85,7 +86,7 @@ def open_pretrained(source: Path, network: str = "", input_size: str = "") -> Pr
     except ValueError as error:
         raise SettingsError(f"{path}: {error}") from error
     has_decoder = fit(path, content, model)
-    record = {k: content[k] for k in ("step", "epoch", "loss", "versions") if ours and k in content}
+    record: dict[str, Any] = {k: content[k] for k in RECORD if ours and k in content}
     return Pretrained(path, settings, model.eval(), has_decoder, record, _run_folder(path))
 
 

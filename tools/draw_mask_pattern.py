@@ -2,8 +2,8 @@
 
     python tools/draw_mask_pattern.py                 # docs/mask_pattern.png, and the table of docs/why_sparse.md
 
-Both rows are computed by the real network, with its weights replaced: every filter averages what it sees, norms do nothing,
-so that a cell is positive exactly where a visible pixel lies in its receptive field. Needs matplotlib.
+Both rows are computed by the real network, with its weights replaced: every filter averages what it sees, norms do
+nothing, so that a cell is positive exactly where a visible pixel lies in its receptive field. Needs matplotlib.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python tools/export.py output_my_run --to timm --out resnet50.safetensors
 
-The source is a run folder (its newest checkpoint), a checkpoint, or a file of the published code, with decoder or without.
+The source is a run folder (its newest checkpoint), a checkpoint, or a published file, with decoder or without.
 Exit codes: 0 done, 2 settings, 6 storage or checkpoint.
 """
 
@@ -32,14 +32,16 @@ def export_weights(
 
     Args:
         source: Run folder, or .pth or .safetensors file.
-        to: timm and hf_folder: all of timm's network but the classifier. torchvision: all of its network. safetensors: the
-            encoder's tensors and no others. spark: encoder and decoder in the published code's names.
+        to: timm and hf_folder: all of timm's network but the classifier. torchvision: all of its network. safetensors:
+            the encoder's tensors and no others. spark: encoder and decoder in the published code's names.
         out: File to write (.safetensors or .pth), or folder for hf_folder.
         model: The network, where the file does not tell (timm name), or if it is your own (package.module:function).
     """
     pretrained = open_pretrained(source, model)
     made = export(pretrained, to, out)
-    print(f"{out}: {len(made.state)} tensors of {pretrained.settings.network} from {pretrained.path}, loaded and compared")
+    print(
+        f"{out}: {len(made.state)} tensors of {pretrained.settings.network} from {pretrained.path}, loaded and compared"
+    )
     if made.new:
         print(f"not pre-trained, at their initial values: {', '.join(made.new)}")
     print(made.usage.replace("PATH", str(out)))

@@ -2,13 +2,14 @@
 
     python tools/plot_run.py output_my_run output_other --out runs.png
 
-Reads metrics.jsonl of each run folder, also while it is training. Needs matplotlib. Exit codes: 0 done, 2 settings, 6 storage.
+Reads metrics.jsonl of each run folder, also while it is training. Needs matplotlib. Exit codes: 0 done, 2 settings,
+6 storage.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,7 +52,7 @@ def plot_run(
     return 0
 
 
-def draw(curves: dict[str, Sequence[dict[str, Any]]]) -> bytes:
+def draw(curves: Mapping[str, Sequence[dict[str, Any]]]) -> bytes:
     """A PNG with a panel for each of PANELS and a line for each run, over the steps."""
     try:
         from matplotlib.figure import Figure

@@ -1,7 +1,7 @@
 """Draw what a pre-trained model makes of images: input, visible part, reconstruction, a row per image.
 
     python tools/reconstruct.py output_my_run photo.jpg other.png --out grid.png
-    python tools/reconstruct.py res50_withdecoder_1kpretrained_spark_style.pth photo.jpg --out grid.png --mask_ratio 0.75
+    python tools/reconstruct.py res50_withdecoder_1kpretrained_spark_style.pth photo.jpg --out grid.png --seed 3
     python tools/reconstruct.py output_my_run photo.jpg --out grid.png --mask mask.txt
 
 Exit codes: 0 done, 2 settings, 3 images, 6 storage or checkpoint.

@@ -54,8 +54,8 @@ def test_an_image_a_row_half_of_the_patches_hidden_as_in_training(folder, tmp_pa
 
 def test_ratio_and_seed_choose_the_mask(folder, tmp_path):
     found = []
-    for i, words in enumerate((["--mask_ratio", "0.75"], ["--mask_ratio=0.75", "--seed=0"], ["--mask_ratio=0.75", "--seed=5"])):  # fmt: skip
-        draw(folder, folder / "ckpt.pth", folder / "a.png", "--out", tmp_path / f"{i}.png", *words)
+    for i, words in enumerate(([], ["--seed=0"], ["--seed=5"])):
+        draw(folder, folder / "ckpt.pth", folder / "a.png", "--out", tmp_path / f"{i}.png", "--mask_ratio=0.75", *words)
         found.append(hidden(tmp_path / f"{i}.png"))
     assert all(mask.sum() == 12 for mask in found)
     assert (found[0] == found[1]).all()
@@ -86,7 +86,11 @@ def test_another_input_size_gives_another_grid(folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["ckpt.pth", "a.png", "--mask", "##..", "..##"], 2, "must have 4 rows of 4 characters, one per patch; it has 2"),
+        (
+            ["ckpt.pth", "a.png", "--mask", "##..", "..##"],
+            2,
+            "must have 4 rows of 4 characters, one per patch; it has 2",
+        ),
         (["ckpt.pth", "a.png", "--mask", "##..", "..##", "....", "..x."], 2, "not x"),
         (["ckpt.pth", "a.png", "--mask", "....", "....", "....", "...."], 2, "the mask hides no patch"),
         (["ckpt.pth", "a.png", "--mask", "####", "####", "####", "####"], 2, "the mask hides every patch"),
