@@ -78,6 +78,9 @@ def export(source: Pretrained, form: str, out: Path) -> Form:
             raise SettingsError(f"{place} exists already: remove it, or choose another place")
     if not out.parent.is_dir():
         raise SettingsError(f"there is no folder {out.parent} to write {out.name} into")
+    odd = [name for name, value in made.state.items() if not value.isfinite().all()]
+    if odd:
+        raise CheckpointError(f"{source.path} holds numbers that are not finite, as in {odd[0]}: nothing is written")
     try:
         with TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
             _write(source, form, made, Path(folder) / out.name, Path(folder) / card.relative_to(out.parent))
