@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from spark_fast.encoder import PackedEncoder, Visible
 from spark_fast.masking import num_visible, sample_visible
 from spark_fast.networks import build_network
-from spark_fast.training.checkpoint import write_atomically
+from spark_fast.training.checkpoint import CheckpointError, write_atomically
 
 PICTURE = Path(__file__).parents[1] / "docs" / "mask_pattern.png"
 
@@ -64,12 +64,12 @@ def patterns(options: Options) -> dict[str, tuple[Tensor, Tensor]]:
     """layer -> (dense, packed), bool (H_i, W_i) each: which cells a visible pixel has reached; "input" first.
 
     Raises:
-        SystemExit: the network has no such layer.
+        ValueError: the network is unknown, cannot be packed or has no such layer, or size and ratio do not fit.
     """
     network = averaging(options.model)
     unknown = [name for name in options.layers if name not in dict(network.named_modules())]
     if unknown:
-        raise SystemExit(f"draw_mask_pattern: {options.model} has no layer {', '.join(unknown)}")
+        raise ValueError(f"{options.model} has no layer {', '.join(unknown)}")
     size = (options.input_size, options.input_size)
     packed = PackedEncoder(copy.deepcopy(network), size)
     grid = (size[0] // packed.patch, size[1] // packed.patch)
@@ -117,7 +117,7 @@ def draw(found: dict[str, tuple[Tensor, Tensor]]) -> bytes:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise SystemExit("draw_mask_pattern needs matplotlib: pip install matplotlib") from None
+        raise ValueError("drawing needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(1.5 * len(found), 3.6), layout="constrained")
     axes = figure.subplots(2, len(found), squeeze=False)
     for column, (name, rows) in enumerate(found.items()):
@@ -137,9 +137,13 @@ def draw(found: dict[str, tuple[Tensor, Tensor]]) -> bytes:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     options = tyro.cli(Options, args=argv, use_underscores=True, prog="draw_mask_pattern.py", description=__doc__)
-    found = patterns(options)
-    picture = draw(found)
-    write_atomically(options.out, lambda file: file.write(picture))
+    try:
+        found = patterns(options)
+        picture = draw(found)
+        write_atomically(options.out, lambda file: file.write(picture))
+    except (ValueError, CheckpointError) as error:
+        print(f"draw_mask_pattern: {error}", file=sys.stderr)
+        return 6 if isinstance(error, CheckpointError) else 2
     print(table(found))
     return 0
 

@@ -52,5 +52,17 @@ def test_the_command_draws_and_prints(tmp_path, capsys):
     assert draw_mask_pattern.main([*words, "--out", str(tmp_path / "a.png")]) == 0
     assert "| layer1.0 | 32 x 32 |" in capsys.readouterr().out
     assert Image.open(tmp_path / "a.png").size[0] > 300
-    with pytest.raises(SystemExit, match="resnet10t has no layer stage9"):
-        draw_mask_pattern.main(["--model", "resnet10t", "--layers", "stage9"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--layers", "stage9"], "resnet10t has no layer stage9"),
+        (["--layers", "conv1", "--input_size", "100"], "not a multiple of the patch"),
+        (["--layers", "conv1", "--mask_ratio", "2"], "mask ratio must be between 0 and 1"),
+    ],
+)
+def test_wrong_input_is_named_and_leaves_nothing(tmp_path, capsys, words, message):
+    assert draw_mask_pattern.main(["--model", "resnet10t", *words, "--out", str(tmp_path / "a.png")]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -3,7 +3,8 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
 import timm
@@ -17,8 +18,6 @@ from spark_fast import build_spark, load_spark_state_dict
 from spark_fast.published import spark_state_dict
 from spark_fast.training.weights import load_weights
 from tools import export, reconstruct
-
-TOOLS = Path(export.__file__).parent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,10 +58,9 @@ def exported(published):
     folder = published[2]
     source, out = folder / "x_withdecoder_1kpretrained_spark_style.pth", folder / "exported" / "timm.safetensors"
     out.parent.mkdir()
-    words = [sys.executable, TOOLS / "export.py", source, "--to", "timm", "--out", out]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    with redirect_stdout(StringIO()) as printed:
+        run_export(source, "--to", "timm", "--out", out)
+    return out, printed.getvalue()
 
 
 def weights_of(run):
