@@ -1,4 +1,4 @@
-"""Checkpoints in the published SparK naming.
+"""Checkpoints in the published SparK naming, in and out.
 
     published                                 here
     sparse_encoder.sp_cnn.<network>           encoder.network.<network>
@@ -29,19 +29,41 @@ CONVNEXT = [
     (r"\.grn\.gamma$", ".mlp.grn.weight"),
     (r"\.grn\.beta$", ".mlp.grn.bias"),
 ]
+# a ConvNeXt of timm's `features_only` -> official
+OFFICIAL = [
+    (r"^stem_", "downsample_layers.0."),
+    (r"^stages_(\d+)\.downsample\.", r"downsample_layers.\1."),
+    (r"^stages_(\d+)\.blocks\.", r"stages.\1."),
+    (r"\.conv_dw\.", ".dwconv."),
+    (r"\.mlp\.fc(\d)\.", r".pwconv\1."),
+    (r"\.mlp\.grn\.weight$", ".grn.gamma"),
+    (r"\.mlp\.grn\.bias$", ".grn.beta"),
+]
+
+
+def tensors_of(content: Mapping) -> Mapping:
+    """The state dict in a checkpoint: under "model", "module" or "state_dict", or the whole of it."""
+    return next((content[k] for k in ("model", "module", "state_dict") if isinstance(content.get(k), Mapping)), content)
+
+
+def spark_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model from `build_spark` under their published names: what `load_spark_state_dict` reads."""
+    state = model.state_dict()
+    convnext = any(name.startswith("encoder.network.stages_0.blocks.0.conv_dw.") for name in state)
+    return {_publish(name, convnext): value.detach().cpu().contiguous() for name, value in state.items()}
 
 
 def load_spark_state_dict(model: nn.Module, state: Mapping) -> None:
     """Load a checkpoint of the published code into a model from `build_spark`.
 
     Args:
-        state: the state dict itself, or the whole checkpoint with the state under "module"; ResNets in timm's
-            names, ConvNeXts in the official ones. The three deprecated buffers and "config" are ignored.
+        state: the state dict itself, or the whole checkpoint (see `tensors_of`); ResNets in timm's names, ConvNeXts
+            in the official ones. The three deprecated buffers and "config" are ignored.
 
     Raises:
         ValueError: tensors missing, unknown, or of another shape, by name. The model is then unchanged.
     """
-    state = state["module"] if isinstance(state.get("module"), Mapping) else state
+    state = tensors_of(state)
     own = {_plain(name): name for name in model.state_dict()}
     found: dict[str, Tensor] = {}
     unknown = []
@@ -98,6 +120,15 @@ def encoder_name(name: str) -> str:
     """The name of an encoder's tensor without prefix, dots as underscores, ConvNeXts as timm has them."""
     inner = name.removeprefix("encoder.network.")
     return _plain(_translate("sparse_encoder.sp_cnn." + inner).removeprefix("encoder.network."))
+
+
+def _publish(name: str, convnext: bool) -> str:
+    if not name.startswith("encoder.network."):
+        return re.sub(r"^decoder\.", "dense_decoder.", name)
+    inner = name.removeprefix("encoder.network.")
+    for pattern, replacement in OFFICIAL if convnext else []:
+        inner = re.sub(pattern, replacement, inner)
+    return "sparse_encoder.sp_cnn." + inner
 
 
 def _translate(name: str) -> str:

@@ -54,6 +54,16 @@ def line_of(row: dict[str, Any]) -> str:
     return json.dumps(plain, allow_nan=False) + "\n"
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, in order; a line still being written is left out. null becomes NaN again.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    whole = [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if _step_of(line) < math.inf]
+    return [{k: math.nan if v is None else v for k, v in row.items()} for row in whole]
+
+
 def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,24 +10,31 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from pipelines.augment import MEAN, STD, Normalise, cut
+from pipelines.contract import DataError, ImageError
+from pipelines.crops import centre_box
+from pipelines.decode import decode
 from spark_fast.encoder import Visible
 from spark_fast.masking import sample_visible
 from spark_fast.spark import SparK
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the pipelines normalise
 
-
-def reconstruction_grid(model: SparK, images: Tensor, seed: int) -> Tensor:
-    """One row per image: input, visible part, reconstruction.
+def reconstruction_grid(model: SparK, images: Tensor, seed: int, keep: int | None = None) -> Tensor:
+    """One row per image: input, visible part, reconstruction. The masks depend on `seed` alone.
 
     Args:
-        images: (N, 3, H, W) normalised. The masks depend on `seed` alone.
+        images: (N, 3, H, W) normalised.
+        keep: visible patches per image, None for as many as in training.
 
     Returns:
         (3, H', W') uint8 on the host.
     """
     positions = torch.arange(len(images), device=images.device)
-    visible = sample_visible(seed, 0, positions, model.grid, model.num_visible)
+    return filled_grid(model, images, sample_visible(seed, 0, positions, model.grid, keep or model.num_visible))
+
+
+def filled_grid(model: SparK, images: Tensor, visible: Tensor) -> Tensor:
+    """The same with masks of your choice: (N, L) int64, the visible patches of each image, ascending."""
     training = model.training
     model.eval()  # running statistics, and they are not changed
     filled = model.reconstruct(images, visible)
@@ -37,9 +45,31 @@ def reconstruction_grid(model: SparK, images: Tensor, seed: int) -> Tensor:
     return (make_grid(rows, nrow=3, padding=4, pad_value=1.0) * 255).round().to(torch.uint8).cpu()
 
 
+def open_images(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:
+    """Images as the network sees them in evaluation: centrally cropped, resized, normalised, (N, 3, *size).
+
+    Raises:
+        DataError: one cannot be read, by name.
+    """
+    pixels = torch.empty(len(paths), *size, 3, dtype=torch.uint8)
+    for path, out in zip(paths, pixels, strict=True):
+        try:
+            image, _ = decode(path.read_bytes())
+        except (OSError, ImageError) as error:
+            raise DataError(f"{path} cannot be read: {error}") from None
+        cut(image, centre_box(image.shape[0], image.shape[1], size), flip=False, out=out)
+    return Normalise(size[1], torch.device("cpu"), torch.float32)(pixels)
+
+
 def save_png(grid: Tensor, path: Path) -> None:
-    """Write (3, H, W) uint8."""
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+    """Write (3, H, W) uint8, whole or not at all. Raises OSError."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(partial, format="PNG")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _pixels(images: Tensor) -> Tensor:

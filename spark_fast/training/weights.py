@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from spark_fast.published import encoder_name, load_spark_state_dict, load_strictly, strip_prefixes
+from spark_fast.published import encoder_name, load_spark_state_dict, load_strictly, strip_prefixes, tensors_of
 from spark_fast.training.checkpoint import CheckpointError, read
 
 log = logging.getLogger("spark_fast")
@@ -20,14 +20,23 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         CheckpointError: unreadable, refused, or it does not fit, by name. The model is then unchanged.
     """
-    content = read(path)
+    fit(path, read(path), model)
+
+
+def fit(path: Path, content: Mapping, model: nn.Module) -> bool:
+    """Load what `read(path)` returned; True when decoder and all came with it, False for an encoder alone.
+
+    Raises:
+        CheckpointError: as `load_weights`.
+    """
+    state = tensors_of(content)
     try:
-        if isinstance(content.get("model"), Mapping):
-            load_strictly(model, {strip_prefixes(str(k)): v for k, v in content["model"].items()})
-        elif not _load_encoder(path, content, model):
-            load_spark_state_dict(model, content)
+        if _load_encoder(path, state, model):
+            return False
+        load_spark_state_dict(model, state)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    return True
 
 
 def _load_encoder(path: Path, state: Mapping[str, Tensor], model: nn.Module) -> bool:
