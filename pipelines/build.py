@@ -50,6 +50,10 @@ def build_pipeline(
     max_bad_fraction: float = 0.01,
     synthetic_samples: int = 1_281_167,
     ffcv_resize: str = "bicubic",
+    split: str = "train",
+    in_order: bool = False,
+    repeats: int = 1,
+    centre: float = 1.0,
 ) -> Pipeline:
     """A pipeline over the images at `data_path`, anything that `open_source` knows, for one rank.
 
@@ -58,6 +62,9 @@ def build_pipeline(
     largest central crop is taken and nothing is drawn. "synthetic" ignores the path and has `synthetic_samples`
     samples (ImageNet's number). "auto" is the fastest installed one for these data, and is told to the log. "ffcv"
     reads a .beton and resizes as `ffcv_resize` says, bicubic as all others, or area, FFCV's own.
+    `split` is which images of the path are meant (see `open_source`). With `in_order` an epoch is every sample once, as
+    they are listed, its last batch perhaps smaller; with `repeats` it shows so many random views of a sample, and so
+    many times fewer samples. `centre` is the central crop's share of the largest one's side.
     With `augment_on="device"` "torch" leaves resize, flip and the rest to the device (see `device_augment`), with
     `decode_on="device"` decoding, too (see `device_decode`); the others know "host" alone.
 
@@ -66,19 +73,24 @@ def build_pipeline(
     if pipeline not in PIPELINES:
         raise DataError(f"pipeline {pipeline!r} is unknown; there are: {', '.join(PIPELINES)}")
     _check_shared(batch_size, world_size)
+    if repeats < 1 or not 0 < centre <= 1:
+        raise DataError(f"repeats must be 1 or more and centre above 0 and at most 1, got {repeats} and {centre}")
+    scheduled = partial(Schedule, rank=rank, world_size=world_size, repeats=repeats, in_order=in_order)
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     if pipeline == "synthetic":
-        _check_enough(synthetic_samples, batch_size, "synthetic_samples")
-        return SyntheticPipeline(Schedule(synthetic_samples, batch_size, seed, rank, world_size), size, device, dtype)
+        if not in_order:
+            _check_enough(synthetic_samples, batch_size, "synthetic_samples")
+        return SyntheticPipeline(scheduled(synthetic_samples, batch_size, seed), size, device, dtype)
     if data_path is None:
         raise DataError("no data_path: name a folder of images, of class folders or of shards, or a file list")
-    source = BetonSource(find_beton(data_path)) if pipeline == "ffcv" else open_source(data_path)
+    source = BetonSource(find_beton(data_path, split)) if pipeline == "ffcv" else open_source(data_path, split)
     try:
-        _check_enough(len(source), batch_size, str(data_path))
+        if not in_order:
+            _check_enough(len(source), batch_size, str(data_path))
         return _decoding(pipeline, source, ffcv_resize, augment_on, decode_on)(
             source,
-            Schedule(len(source), batch_size, seed, rank, world_size),
-            Augmentation(size, scale, ratio, flip, random=augment),
+            scheduled(len(source), batch_size, seed),
+            Augmentation(size, scale, ratio, flip, random=augment, centre=centre),
             device=device,
             dtype=dtype,
             workers=workers,
