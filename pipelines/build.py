@@ -58,13 +58,11 @@ def build_pipeline(
     """A pipeline over the images at `data_path`, anything that `open_source` knows, for one rank.
 
     `batch_size` is the *global* batch, over all ranks; `input_size` a side or (height, width);
-    `workers` the decoder threads of this rank, `prefetch` the batches they may be ahead. With `augment=False` the
-    largest central crop is taken and nothing is drawn. "synthetic" ignores the path and has `synthetic_samples`
+    `workers` the decoder threads of this rank, `prefetch` the batches they may be ahead. With `augment=False` a central
+    crop is taken, of `centre` times the largest one's side, and nothing is drawn. "synthetic" ignores the path and has `synthetic_samples`
     samples (ImageNet's number). "auto" is the fastest installed one for these data, and is told to the log. "ffcv"
     reads a .beton and resizes as `ffcv_resize` says, bicubic as all others, or area, FFCV's own.
-    `split` is which images of the path are meant (see `open_source`). With `in_order` an epoch is every sample once, as
-    they are listed, its last batch perhaps smaller; with `repeats` it shows so many random views of a sample, and so
-    many times fewer samples. `centre` is the central crop's share of the largest one's side.
+    `split`: which images of the path (see `open_source`); `in_order`, `repeats`: see `Schedule`.
     With `augment_on="device"` "torch" leaves resize, flip and the rest to the device (see `device_augment`), with
     `decode_on="device"` decoding, too (see `device_decode`); the others know "host" alone.
 
@@ -73,20 +71,17 @@ def build_pipeline(
     if pipeline not in PIPELINES:
         raise DataError(f"pipeline {pipeline!r} is unknown; there are: {', '.join(PIPELINES)}")
     _check_shared(batch_size, world_size)
-    if repeats < 1 or not 0 < centre <= 1:
-        raise DataError(f"repeats must be 1 or more and centre above 0 and at most 1, got {repeats} and {centre}")
+    _check_views(repeats, centre)
     scheduled = partial(Schedule, rank=rank, world_size=world_size, repeats=repeats, in_order=in_order)
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     if pipeline == "synthetic":
-        if not in_order:
-            _check_enough(synthetic_samples, batch_size, "synthetic_samples")
+        _check_enough(synthetic_samples, 1 if in_order else batch_size, "synthetic_samples")
         return SyntheticPipeline(scheduled(synthetic_samples, batch_size, seed), size, device, dtype)
     if data_path is None:
         raise DataError("no data_path: name a folder of images, of class folders or of shards, or a file list")
     source = BetonSource(find_beton(data_path, split)) if pipeline == "ffcv" else open_source(data_path, split)
     try:
-        if not in_order:
-            _check_enough(len(source), batch_size, str(data_path))
+        _check_enough(len(source), 1 if in_order else batch_size, str(data_path))
         return _decoding(pipeline, source, ffcv_resize, augment_on, decode_on)(
             source,
             scheduled(len(source), batch_size, seed),
@@ -128,6 +123,11 @@ def _decoding(
     if on_device:
         raise DataError(f"pipeline {pipeline} cannot leave its work to the device as asked: take torch, or the host")
     return partial(FfcvPipeline, resize=ffcv_resize) if pipeline == "ffcv" else DaliPipeline
+
+
+def _check_views(repeats: int, centre: float) -> None:
+    if repeats < 1 or not 0 < centre <= 1:
+        raise DataError(f"repeats must be 1 or more and centre above 0 and at most 1, got {repeats} and {centre}")
 
 
 def _check_enough(num_samples: int, batch_size: int, where: str) -> None:
