@@ -57,12 +57,12 @@ def build_pipeline(
 ) -> Pipeline:
     """A pipeline over the images at `data_path`, anything that `open_source` knows, for one rank.
 
-    `batch_size` is the *global* batch, over all ranks; `input_size` a side or (height, width);
-    `workers` the decoder threads of this rank, `prefetch` the batches they may be ahead. With `augment=False` a central
-    crop is taken, of `centre` times the largest one's side, and nothing is drawn. "synthetic" ignores the path and has `synthetic_samples`
-    samples (ImageNet's number). "auto" is the fastest installed one for these data, and is told to the log. "ffcv"
-    reads a .beton and resizes as `ffcv_resize` says, bicubic as all others, or area, FFCV's own.
-    `split`: which images of the path (see `open_source`); `in_order`, `repeats`: see `Schedule`.
+    `batch_size` is the *global* batch, over all ranks; `input_size` a side or (height, width); `workers` the decoder
+    threads of this rank, `prefetch` the batches they may be ahead. With `augment=False` nothing is drawn: the crop
+    is central, of `centre` times the largest one's side. For `split` see `open_source`, for `in_order` and `repeats`
+    `Schedule`. "synthetic" ignores the path and has `synthetic_samples` samples (ImageNet's number). "auto" is the
+    fastest installed one for these data, and is told to the log. "ffcv" reads a .beton and resizes as `ffcv_resize`
+    says, bicubic as all others, or area, FFCV's own.
     With `augment_on="device"` "torch" leaves resize, flip and the rest to the device (see `device_augment`), with
     `decode_on="device"` decoding, too (see `device_decode`); the others know "host" alone.
 
@@ -75,16 +75,18 @@ def build_pipeline(
     scheduled = partial(Schedule, rank=rank, world_size=world_size, repeats=repeats, in_order=in_order)
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     if pipeline == "synthetic":
-        _check_enough(synthetic_samples, 1 if in_order else batch_size, "synthetic_samples")
-        return SyntheticPipeline(scheduled(synthetic_samples, batch_size, seed), size, device, dtype)
+        schedule = scheduled(synthetic_samples, batch_size, seed)
+        _check_enough(schedule, "synthetic_samples")
+        return SyntheticPipeline(schedule, size, device, dtype)
     if data_path is None:
         raise DataError("no data_path: name a folder of images, of class folders or of shards, or a file list")
     source = BetonSource(find_beton(data_path, split)) if pipeline == "ffcv" else open_source(data_path, split)
     try:
-        _check_enough(len(source), 1 if in_order else batch_size, str(data_path))
+        schedule = scheduled(len(source), batch_size, seed)
+        _check_enough(schedule, str(data_path))
         return _decoding(pipeline, source, ffcv_resize, augment_on, decode_on)(
             source,
-            scheduled(len(source), batch_size, seed),
+            schedule,
             Augmentation(size, scale, ratio, flip, random=augment, centre=centre),
             device=device,
             dtype=dtype,
@@ -130,11 +132,11 @@ def _check_views(repeats: int, centre: float) -> None:
         raise DataError(f"repeats must be 1 or more and centre above 0 and at most 1, got {repeats} and {centre}")
 
 
-def _check_enough(num_samples: int, batch_size: int, where: str) -> None:
-    if batch_size > num_samples:
+def _check_enough(schedule: Schedule, where: str) -> None:
+    if not len(schedule):
         raise DataError(
-            f"a global batch of {batch_size} is larger than the {num_samples} images of {where}:"
-            f" an epoch would have no step. Take a batch_size of {num_samples} or less, or more data."
+            f"a global batch of {schedule.batch_size} is larger than the {schedule.num_samples} images of {where}:"
+            f" an epoch would have no step. Take a batch_size of {schedule.num_samples} or less, or more data."
         )
 
 

@@ -52,7 +52,9 @@ def open_train(settings: Evaluation, ranks: Ranks, **view: Any) -> Pipeline:
     pipeline = _open(settings, ranks, settings.data.data_path, split="train", **view)
     if pipeline.num_classes == 0:
         pipeline.close()
-        raise DataError(f"{settings.data.data_path} has no labels: images must lie in class folders, or be listed with them")
+        raise DataError(
+            f"{settings.data.data_path} has no labels: images must lie in class folders, or be listed with them"
+        )
     return pipeline
 
 
@@ -65,7 +67,9 @@ def open_val(settings: Evaluation, ranks: Ranks, train: Pipeline, alive: Callabl
     path = settings.data.val_path or settings.data.data_path
     split = "all" if settings.data.val_path else "val"
     try:
-        pipeline = _open(settings, ranks, path, split=split, augment=False, in_order=True, centre=settings.data.crop_pct)
+        pipeline = _open(
+            settings, ranks, path, split=split, augment=False, in_order=True, centre=settings.data.crop_pct
+        )
     except DataError as error:
         more = "" if settings.data.val_path else ". (--val_path names the images to judge by, if they lie elsewhere)"
         raise DataError(f"{error}{more}") from error

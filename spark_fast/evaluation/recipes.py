@@ -1,7 +1,7 @@
 """The published recipes of fine-tuning on ImageNet, per network (SparK, downstream_imagenet/arg.py, data.py, util.py).
 
-What they share is `SHARED`: random crops of 8 to 100 % of the area, TrivialAugment, random erasing, mixup or cutmix on every
-batch, label smoothing 0.1; LAMB with binary cross-entropy for ResNets, AdamW with cross-entropy for ConvNeXts.
+What they share is `SHARED`: random crops of 8 to 100 % of the area, TrivialAugment, random erasing, mixup or cutmix on
+every batch, label smoothing 0.1; LAMB with binary cross-entropy for ResNets, AdamW with cross-entropy for ConvNeXts.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ LARGE = 384  # pixels from which on images are augmented by AutoAugment and judg
 
 
 def recipe_for(network: str, size: tuple[int, int]) -> tuple[int, float, Recipe]:
-    """Batch size, share of the central crop, and recipe, every field of it set; for a network without one that of its kin.
+    """Batch size, share of the central crop, and the recipe, every field of it set; without one, that of its kin.
 
     Args:
         size: (H, W) of the input.

@@ -16,7 +16,9 @@ class Scores:
 
     def __init__(self, classes: int, device: torch.device) -> None:
         self.classes = classes
-        self.confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)  # true class * classes + guess
+        self.confusion = torch.zeros(
+            classes * classes, dtype=torch.int64, device=device
+        )  # true class * classes + guess
         self.in_top5 = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, scores: Tensor, labels: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Every setting of an evaluation, a tree a mode, in the manner of `training.settings`: defaults < --config < flags.
 
-A setting of fine-tuning that is not given is the published recipe's for the network (`recipes`), so 0 is a value like any
-other: `--mixup 0` switches it off.
+A setting of fine-tuning that is not given is the published recipe's for the network (`recipes`), so 0 is a value like
+any other: `--mixup 0` switches it off.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Model:
     """The network and its weights."""
 
     weights: str = ""
-    """a run folder, a checkpoint (published ones too), an exported encoder (.pth, .safetensors), or none: from scratch"""
+    """a run folder, a checkpoint (published ones too), an exported encoder (.pth, .safetensors); none: from scratch"""
     model: str = ""
     """a timm name, res50 ... cnxL, or your own as package.module:function; default: as the weights say"""
     stages: int = 0

@@ -44,7 +44,9 @@ def read_weights(where: str) -> Weights:
         path = found[0]
     content = read(path)
     network, stages = _origin(path, content)
-    state = next((content[k] for k in ("model", "module", "state_dict") if isinstance(content.get(k), Mapping)), content)
+    state = next(
+        (content[k] for k in ("model", "module", "state_dict") if isinstance(content.get(k), Mapping)), content
+    )
     plain = {strip_prefixes(str(name)): value for name, value in state.items() if isinstance(value, Tensor)}
     within = [part for part in PARTS if any(name.startswith(part) for name in plain)]
     tensors = {}
