@@ -1,4 +1,4 @@
-"""The command `spark-fast-eval`: what a pre-trained encoder is worth, by nearest neighbours, a linear probe, fine-tuning.
+"""The command `spark-fast-eval`: what an encoder is worth, by nearest neighbours, a linear probe, or fine-tuning.
 
     spark-fast-eval finetune NAME --data_path imagenet --weights output_my_run
     torchrun --nproc_per_node=8 -m spark_fast.evaluate knn NAME --data_path imagenet --weights resnet50_timm.safetensors
@@ -109,14 +109,11 @@ def _probe(
     """Train a linear layer, and judge it after every epoch; the scores of the last one."""
     batch_size, images = settings.batch_size, train.pipeline.num_samples
     steps = images // batch_size
-    if fresh:
-
-        def batches(epoch: int) -> Any:
-            return ((features(images), labels) for images, labels in train.epoch(epoch))
-
-    else:
-        bank = extract(features, train)
-        batches = shuffled(*bank, batch_size // ranks.world_size, steps, settings.run.seed)
+    batches = (
+        train.seen_through(features)
+        if fresh
+        else shuffled(*extract(features, train), batch_size // ranks.world_size, steps, settings.run.seed)
+    )
     channels = max(ranks.gather(queries[0].shape[1]))
     probe = LinearProbe(channels, train.num_classes).to(ranks.device)
     scores = Scores(train.num_classes, ranks.device)
@@ -197,7 +194,7 @@ def _check_sizes(settings: Evaluation, train: Pipeline) -> None:
         raise SettingsError(f"--k {settings.knn.k} neighbours are more than the {train.num_samples} training images")
     if isinstance(settings, Linear) and settings.batch_size > train.num_samples:
         raise SettingsError(
-            f"--batch_size {settings.batch_size} is more than the {train.num_samples} training images: take a smaller one"
+            f"--batch_size {settings.batch_size} is more than the {train.num_samples} training images: take less"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 import torch
 from torch import Tensor, nn
@@ -68,7 +70,7 @@ def build_classifier(
         SettingsError: there is no such network, or it takes no such rate.
         CheckpointError: the weights do not fit it.
     """
-    kwargs = {"drop_path_rate": drop_path} if drop_path else {}
+    kwargs: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     if ":" in name:
         network = _features(name, stages, kwargs)
         network.eval()

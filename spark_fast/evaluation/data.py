@@ -14,6 +14,7 @@ from spark_fast.evaluation.settings import Evaluation
 from spark_fast.training.distributed import Ranks
 
 SYNTHETIC_IMAGES = 1024
+NO_LABELS = "has no labels: images must lie in class folders, or be listed with them"
 
 
 class Labelled:
@@ -37,6 +38,10 @@ class Labelled:
                 assert batch.labels is not None
                 labels = batch.labels if self._numbers is None else self._numbers[batch.labels]
                 yield batch.images, labels
+
+    def seen_through(self, features: Callable[[Tensor], Tensor]) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
+        """What gives the batches of an epoch with `features` of the images in their place."""
+        return lambda epoch: ((features(images), labels) for images, labels in self.epoch(epoch))
 
     def close(self) -> None:
         """Let go of threads and files."""
@@ -101,7 +106,7 @@ def _open(settings: Evaluation, ranks: Ranks, path: str, **view: Any) -> Pipelin
 def _numbers(path: str, train: Pipeline, val: Pipeline, device: torch.device) -> Tensor | None:
     """The training images' number of each class of the others, by name where both have names."""
     if val.num_classes == 0:
-        raise DataError(f"{path} has no labels: images must lie in class folders, or be listed with them")
+        raise DataError(f"{path} {NO_LABELS}")
     if train.classes and val.classes:
         unknown = sorted(set(val.classes) - set(train.classes))
         if unknown:

@@ -1,7 +1,7 @@
 """Fine-tuning: the loop around `TrainStep`, judged after every epoch, saved and resumed as pre-training is.
 
-Whatever is random in a step depends on (seed, step, rank) alone, so a run that was interrupted ends with the bits of one
-that was not (fp32 on a CPU).
+Whatever is random in a step depends on (seed, step, rank) alone, so a run that was interrupted ends with the bits of
+one that was not (fp32 on a CPU).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import random
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ class FinetuneRun:
     ) -> None:
         self.settings, self.ranks, self.train_images, self.val, self.watchdog = settings, ranks, train, val, watchdog
         self.network = self._on_device(network).train()
-        self.recipe: Any = settings.recipe  # resolved: nothing in it is None
+        self.recipe: Any = cast(Any, settings.recipe)  # resolved: nothing in it is None
         self.steps_per_epoch = len(train)
         self.total_steps = self.recipe.epochs * self.steps_per_epoch
         self.step = self.begun = 0
@@ -178,7 +178,7 @@ class FinetuneRun:
         groups = parameter_groups(self.network, self.recipe.layer_decay)
         if self.recipe.optimizer == "lamb":  # as published (downstream_imagenet/util.py)
             return Lamb(groups, always_adapt=True, bias_correction=False)
-        return create_optimizer_v2(groups, opt=self.recipe.optimizer, lr=0.0, weight_decay=0.0, fused=True)  # type: ignore[arg-type]
+        return create_optimizer_v2(groups, opt=self.recipe.optimizer, lr=0.0, weight_decay=0.0, fused=True)
 
     def _epoch(self, report: Report) -> bool:
         """The steps of this epoch that are still to do; True when the run is to be left."""
@@ -276,7 +276,11 @@ class FinetuneRun:
             ema=self.ema.module.state_dict() if self.ema is not None else {},
             best=self.best,
         )  # fmt: skip
-        self.saver.submit(lambda: store.write(step, content) and None)
+
+        def write() -> None:
+            store.write(step, content)
+
+        self.saver.submit(write)
 
     def _leave(self, store: Store | None) -> int:
         self.saver.finish()

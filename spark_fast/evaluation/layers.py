@@ -1,7 +1,7 @@
 """Layer-wise learning rates: the nearer to the input, the smaller (ELECTRA, BEiT), in the layers that SparK counts.
 
-The published code counts a ResNet-50 as 7 layers and a ConvNeXt-S as 13 (downstream_imagenet/models/__init__.py), timm as
-18 and more, so the same decay would leave the stem a tenth of its rate. Other networks are counted as timm does.
+The published code counts a ResNet-50 as 7 layers and a ConvNeXt-S as 13 (downstream_imagenet/models/__init__.py), timm
+as 18 and more, so the same decay would leave the stem a tenth of its rate. Other networks are counted as timm does.
 """
 
 from __future__ import annotations
@@ -39,16 +39,18 @@ def parameter_groups(model: nn.Module, layer_decay: float) -> list[dict[str, Any
     ]
 
 
-def _published_layers(model: nn.Module) -> tuple[int, Any]:
-    """The number of the classifier's layer, and what gives that of a parameter by its name; 0 where none is published."""
+def _published_layers(model: Any) -> tuple[int, Any]:
+    """The number of the classifier's layer, and what gives a parameter's by its name; 0 where none is published."""
     if isinstance(model, ResNet):
-        depths = (len(model.layer2), len(model.layer3))
+        levels: Any = (model.layer2, model.layer3)
+        depths = (len(levels[0]), len(levels[1]))
         if depths in RESNET_BLOCKS:
             of_2, of_3 = RESNET_BLOCKS[depths]
             begin_3 = 2 + ceil(depths[0] / of_2)
             return _layers(begin_3 + ceil(depths[1] / of_3), of_2, begin_3, of_3, r"layer(\d)\.(\d+)\.", r"fc\.")
-    if isinstance(model, ConvNeXt) and len(model.stages) == 4:
-        last = 12 if len(model.stages[2].blocks) > 9 else 6
+    if isinstance(model, ConvNeXt):
+        stages: Any = model.stages
+        last = 12 if len(stages[2].blocks) > 9 else 6
         return last + 1, lambda name: _convnext_layer(name, last)
     return 0, None
 

@@ -1,11 +1,12 @@
-"""A linear layer on frozen features, with MAE's choices (He et al., CVPR 2022, appendix A.1; main_linprobe.py of its code).
+"""A linear layer on frozen features, with MAE's choices (He et al., CVPR 2022, appendix A.1; main_linprobe.py).
 
-BatchNorm without scale and shift comes before the layer, so that features of any size are learned from at one rate; LARS,
-no weight decay. Features are computed once, of central crops; or, as MAE does, of new random crops every epoch.
+BatchNorm without scale and shift comes before the layer, so that features of any size are learned from at one rate;
+LARS, no weight decay. Features are computed once, of central crops; or, as MAE does, of new random crops every epoch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -83,7 +84,7 @@ def train_probe(
             losses.append(loss.detach())
             step += 1
         mean = ranks.mean(torch.stack(losses).mean()).item()
-        if mean != mean or mean == float("inf"):
+        if not math.isfinite(mean):
             raise NotFiniteError(
                 f"the probe's loss is no number after epoch {epoch + 1}: lower --base_lr ({rate:g} now)"
             )

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: result.json, the confusion picture, a line of metrics and of print for each epoch."""
+"""What an evaluation leaves behind: result.json, the confusion picture, lines of metrics, and what is printed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Report:
 
 
 def draw_confusion(matrix: Tensor, classes: list[str], path: Path) -> None:
-    """Each row as shares of the images of that class; names where there are few, an image alone where there are many."""
+    """Each row as shares of that class's images; with names where there are few classes, an image alone otherwise."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -44,7 +44,7 @@ class Scores:
         return {"top1": 100 * right / images, "top5": 100 * int(self.in_top5) / images, "images": images}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def judge(classify: Callable[[Tensor], Tensor], data: Labelled, ranks: Ranks) -> Scores:
     """Scores of a classifier, images (B, 3, H, W) -> (B, classes), over the images of all ranks, each once."""
     scores = Scores(data.num_classes, ranks.device)
