@@ -68,22 +68,15 @@ def build_pipeline(
 
     Raises DataError when the data cannot be used, or not with these settings, or the pipeline is not installed.
     """
-    if pipeline not in PIPELINES:
-        raise DataError(f"pipeline {pipeline!r} is unknown; there are: {', '.join(PIPELINES)}")
-    _check_shared(batch_size, world_size)
-    _check_views(repeats, centre)
-    scheduled = partial(Schedule, rank=rank, world_size=world_size, repeats=repeats, in_order=in_order)
+    _check_settings(pipeline, batch_size, world_size, repeats, centre)
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
-    if pipeline == "synthetic":
-        schedule = scheduled(synthetic_samples, batch_size, seed)
-        _check_enough(schedule, "synthetic_samples")
-        return SyntheticPipeline(schedule, size, device, dtype)
-    if data_path is None:
-        raise DataError("no data_path: name a folder of images, of class folders or of shards, or a file list")
-    source = BetonSource(find_beton(data_path, split)) if pipeline == "ffcv" else open_source(data_path, split)
+    source = None if pipeline == "synthetic" else _source(data_path, split, pipeline)
+    count, where = (synthetic_samples, "synthetic_samples") if source is None else (len(source), str(data_path))
     try:
-        schedule = scheduled(len(source), batch_size, seed)
-        _check_enough(schedule, str(data_path))
+        schedule = Schedule(count, batch_size, seed, rank, world_size, repeats, in_order)
+        _check_enough(schedule, where)
+        if source is None:
+            return SyntheticPipeline(schedule, size, device, dtype)
         return _decoding(pipeline, source, ffcv_resize, augment_on, decode_on)(
             source,
             schedule,
@@ -95,8 +88,15 @@ def build_pipeline(
             max_bad_fraction=max_bad_fraction,
         )
     except BaseException:
-        source.close()
+        if source is not None:
+            source.close()
         raise
+
+
+def _source(data_path: str | Path | None, split: str, pipeline: str) -> Source:
+    if data_path is None:
+        raise DataError("no data_path: name a folder of images, of class folders or of shards, or a file list")
+    return BetonSource(find_beton(data_path, split)) if pipeline == "ffcv" else open_source(data_path, split)
 
 
 def choose_pipeline(source: Source) -> tuple[str, str]:
@@ -127,7 +127,10 @@ def _decoding(
     return partial(FfcvPipeline, resize=ffcv_resize) if pipeline == "ffcv" else DaliPipeline
 
 
-def _check_views(repeats: int, centre: float) -> None:
+def _check_settings(pipeline: str, batch_size: int, world_size: int, repeats: int, centre: float) -> None:
+    if pipeline not in PIPELINES:
+        raise DataError(f"pipeline {pipeline!r} is unknown; there are: {', '.join(PIPELINES)}")
+    _check_shared(batch_size, world_size)
     if repeats < 1 or not 0 < centre <= 1:
         raise DataError(f"repeats must be 1 or more and centre above 0 and at most 1, got {repeats} and {centre}")
 

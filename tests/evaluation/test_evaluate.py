@@ -148,9 +148,9 @@ WRONG = [
     (["linear", "a", "--data_path={pictures}", *TINY, FRESH, "--bs=50"], 2, "50 is more than the 48 training images"),
     (["finetune", "a", "--data_path={pictures}", *TINY, FRESH, "--bs=50"], 3, "batch of 50 is larger than the 48"),
     (["finetune", "a", "--data_path={pictures}", *TINY, FRESH, "--bs=15"], 2, "--mixup 0 --cutmix 0"),
-    (["finetune", "a", "--data_path={pictures}", *TINY, FRESH, "--accumulate=3"], 2, "does not divide the 16 images"),
+    (["finetune", "a", "--data_path={pictures}", *TINY, FRESH, "--accumulate=3"], 2, "does not divide the 16"),
     (["finetune", "a", "--data_path={pictures}", *TINY, FRESH, "--resume={tmp}/no.pth"], 6, "to resume from"),
-    (["finetune", "a", "--data_path={pictures}", *TINY, FRESH, "--layer_decay=2"], 2, "--layer_decay must be at most 1"),
+    (["finetune", "a", "--data_path={pictures}", *TINY, FRESH, "--layer_decay=2"], 2, "_decay must be at most 1"),
     (["finetune", "a", "--config={tmp}/typo.toml"], 2, "did you mean mixup"),
 ]  # fmt: skip
 
