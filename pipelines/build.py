@@ -70,16 +70,14 @@ def build_pipeline(
     """
     _check_settings(pipeline, batch_size, world_size, repeats, centre)
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
-    source = None if pipeline == "synthetic" else _source(data_path, split, pipeline)
-    count, where = (synthetic_samples, "synthetic_samples") if source is None else (len(source), str(data_path))
+    scheduled = partial(_schedule, batch_size, seed, rank, world_size, repeats, in_order)
+    if pipeline == "synthetic":
+        return SyntheticPipeline(scheduled(synthetic_samples, "synthetic_samples"), size, device, dtype)
+    source = _source(data_path, split, pipeline)
     try:
-        schedule = Schedule(count, batch_size, seed, rank, world_size, repeats, in_order)
-        _check_enough(schedule, where)
-        if source is None:
-            return SyntheticPipeline(schedule, size, device, dtype)
         return _decoding(pipeline, source, ffcv_resize, augment_on, decode_on)(
             source,
-            schedule,
+            scheduled(len(source), str(data_path)),
             Augmentation(size, scale, ratio, flip, random=augment, centre=centre),
             device=device,
             dtype=dtype,
@@ -88,8 +86,7 @@ def build_pipeline(
             max_bad_fraction=max_bad_fraction,
         )
     except BaseException:
-        if source is not None:
-            source.close()
+        source.close()
         raise
 
 
@@ -135,12 +132,16 @@ def _check_settings(pipeline: str, batch_size: int, world_size: int, repeats: in
         raise DataError(f"repeats must be 1 or more and centre above 0 and at most 1, got {repeats} and {centre}")
 
 
-def _check_enough(schedule: Schedule, where: str) -> None:
+def _schedule(
+    batch_size: int, seed: int, rank: int, world_size: int, repeats: int, in_order: bool, num_samples: int, where: str
+) -> Schedule:
+    schedule = Schedule(num_samples, batch_size, seed, rank, world_size, repeats, in_order)
     if not len(schedule):
         raise DataError(
-            f"a global batch of {schedule.batch_size} is larger than the {schedule.num_samples} images of {where}:"
-            f" an epoch would have no step. Take a batch_size of {schedule.num_samples} or less, or more data."
+            f"a global batch of {batch_size} is larger than the {num_samples} images of {where}:"
+            f" an epoch would have no step. Take a batch_size of {num_samples} or less, or more data."
         )
+    return schedule
 
 
 def _check_shared(batch_size: int, world_size: int) -> None:
