@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -47,8 +46,14 @@ def batch_ids(
     permutation: NDArray[np.int64], step: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> NDArray[np.int64]:
     """A rank's contiguous share of the global batch at `step`; (batch_size / world_size,) of a whole batch."""
-    batch = permutation[step * batch_size : (step + 1) * batch_size]
-    return batch[rank * len(batch) // world_size : (rank + 1) * len(batch) // world_size]
+    return permutation[_positions(len(permutation), step, batch_size, rank, world_size)]
+
+
+def _positions(num_samples: int, step: int, batch_size: int, rank: int, world_size: int) -> NDArray[np.int64]:
+    """Where in an epoch's sequence that share lies."""
+    start = step * batch_size
+    batch = min(batch_size, num_samples - start)
+    return np.arange(start + rank * batch // world_size, start + (rank + 1) * batch // world_size)
 
 
 def uniform(seed: int, views: ArrayLike, sample_ids: ArrayLike, n: int) -> NDArray[np.float64]:
@@ -93,10 +98,11 @@ class Schedule:
         """
         if not 0 <= start_step <= len(self):
             raise ValueError(f"start_step {start_step} lies outside an epoch of {len(self)} steps")
-        positions = np.arange(self.num_samples)
-        ids = positions if self.in_order else order(self.num_samples, self.seed, epoch)[positions // self.repeats]
-        views = epoch * self.repeats + positions % self.repeats
+        permutation = None if self.in_order else order(self.num_samples, self.seed, epoch)
         steps = range(start_step, len(self))
-        mine = partial(batch_ids, batch_size=self.batch_size, rank=self.rank, world_size=self.world_size)
-        shares = (Share(mine(ids, k), mine(views, k)) for k in steps)
-        return (share for share in shares if len(share.ids))
+        shares = (_positions(self.num_samples, k, self.batch_size, self.rank, self.world_size) for k in steps)
+        return (self._share(permutation, epoch, positions) for positions in shares if len(positions))
+
+    def _share(self, permutation: NDArray[np.int64] | None, epoch: int, positions: NDArray[np.int64]) -> Share:
+        ids = positions if permutation is None else permutation[positions // self.repeats]
+        return Share(ids, epoch * self.repeats + positions % self.repeats)
