@@ -6,17 +6,15 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.augment import Normalise
 from pipelines.buffers import Buffers
 from pipelines.contract import Batch
 from pipelines.crops import Augmentation
-from pipelines.order import Schedule
-from pipelines.sources import Source
+from pipelines.order import Schedule, Share
+from pipelines.sources import Source, num_classes
 from pipelines.tally import Tally
 
 
@@ -36,6 +34,8 @@ class Backend(ABC):
         max_bad_fraction: float = 0.01,
     ) -> None:
         self.num_samples = len(source)
+        self.classes = source.classes
+        self.num_classes = num_classes(source)
         self._tally = Tally(source, max_bad_fraction)
         self.problems = self._tally.problems
         self.device = _numbered(torch.device(device))
@@ -63,13 +63,13 @@ class Backend(ABC):
         """
         if self._closed.is_set():
             raise RuntimeError("this pipeline was closed")
-        return self._batches(self._schedule.epoch(epoch, start_step), epoch)
+        return self._batches(self._schedule.epoch(epoch, start_step))
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 -> (B, 3, H, W) on the device, channels_last; from the host in memory used again."""
         if self._on_cuda:
             return self._normalise(pixels.to(self.device))
-        batch = self._buffers.take()
+        batch = self._buffers.take()[: len(pixels)]
         for place, image in zip(batch, pixels, strict=True):
             self._normalise.into(place, image)
         return self._from_host(batch)
@@ -83,8 +83,8 @@ class Backend(ABC):
         """Stop the threads and close the source."""
 
     @abstractmethod
-    def _batches(self, steps: Iterator[NDArray[np.int64]], epoch: int) -> Generator[Batch, None, None]:
-        """The batches of these steps' sample ids, (share,) each."""
+    def _batches(self, steps: Iterator[Share]) -> Generator[Batch, None, None]:
+        """The batches of these steps."""
 
 
 def _numbered(device: torch.device) -> torch.device:

@@ -52,11 +52,14 @@ def _tables_sha256(checks: NDArray[np.void], beton: BinaryIO) -> bytes:
     return digest.digest()
 
 
-def find_beton(data_path: str | Path) -> Path:
-    """The .beton at `data_path`: itself, or images.beton in the folder or its train/; DataError when there is none."""
+def find_beton(data_path: str | Path, split: str = "train") -> Path:
+    """The .beton of a split at `data_path`: images.beton in the split's folder, for "train" and "all" also the one in
+    the folder, or the file itself; DataError when there is none.
+    """
     path = Path(data_path).expanduser()
-    found = [path] if path.is_file() and path.suffix == ".beton" else []
-    found += [p for p in (path / "train" / BETON, path / BETON) if p.is_file()]
+    places = [path / split / BETON] if split != "all" else []
+    places += [path / BETON, *([path] if path.suffix == ".beton" else [])] if split in ("train", "all") else []
+    found = [p for p in places if p.is_file()]
     if not found:
         raise DataError(
             f"--pipeline ffcv reads a .beton, and there is none at {path}: make one with"

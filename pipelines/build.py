@@ -50,35 +50,35 @@ def build_pipeline(
     max_bad_fraction: float = 0.01,
     synthetic_samples: int = 1_281_167,
     ffcv_resize: str = "bicubic",
+    split: str = "train",
+    in_order: bool = False,
+    repeats: int = 1,
+    centre: float = 1.0,
 ) -> Pipeline:
     """A pipeline over the images at `data_path`, anything that `open_source` knows, for one rank.
 
-    `batch_size` is the *global* batch, over all ranks; `input_size` a side or (height, width);
-    `workers` the decoder threads of this rank, `prefetch` the batches they may be ahead. With `augment=False` the
-    largest central crop is taken and nothing is drawn. "synthetic" ignores the path and has `synthetic_samples`
-    samples (ImageNet's number). "auto" is the fastest installed one for these data, and is told to the log. "ffcv"
-    reads a .beton and resizes as `ffcv_resize` says, bicubic as all others, or area, FFCV's own.
+    `batch_size` is the *global* batch, over all ranks; `input_size` a side or (height, width); `workers` the decoder
+    threads of this rank, `prefetch` the batches they may be ahead. With `augment=False` nothing is drawn: the crop
+    is central, of `centre` times the largest one's side. For `split` see `open_source`, for `in_order` and `repeats`
+    `Schedule`. "synthetic" ignores the path and has `synthetic_samples` samples (ImageNet's number). "auto" is the
+    fastest installed one for these data, and is told to the log. "ffcv" reads a .beton and resizes as `ffcv_resize`
+    says, bicubic as all others, or area, FFCV's own.
     With `augment_on="device"` "torch" leaves resize, flip and the rest to the device (see `device_augment`), with
     `decode_on="device"` decoding, too (see `device_decode`); the others know "host" alone.
 
     Raises DataError when the data cannot be used, or not with these settings, or the pipeline is not installed.
     """
-    if pipeline not in PIPELINES:
-        raise DataError(f"pipeline {pipeline!r} is unknown; there are: {', '.join(PIPELINES)}")
-    _check_shared(batch_size, world_size)
+    _check_settings(pipeline, batch_size, world_size, repeats, centre)
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
+    scheduled = partial(_schedule, batch_size, seed, rank, world_size, repeats, in_order)
     if pipeline == "synthetic":
-        _check_enough(synthetic_samples, batch_size, "synthetic_samples")
-        return SyntheticPipeline(Schedule(synthetic_samples, batch_size, seed, rank, world_size), size, device, dtype)
-    if data_path is None:
-        raise DataError("no data_path: name a folder of images, of class folders or of shards, or a file list")
-    source = BetonSource(find_beton(data_path)) if pipeline == "ffcv" else open_source(data_path)
+        return SyntheticPipeline(scheduled(synthetic_samples, "synthetic_samples"), size, device, dtype)
+    source = _source(data_path, split, pipeline)
     try:
-        _check_enough(len(source), batch_size, str(data_path))
         return _decoding(pipeline, source, ffcv_resize, augment_on, decode_on)(
             source,
-            Schedule(len(source), batch_size, seed, rank, world_size),
-            Augmentation(size, scale, ratio, flip, random=augment),
+            scheduled(len(source), str(data_path)),
+            Augmentation(size, scale, ratio, flip, random=augment, centre=centre),
             device=device,
             dtype=dtype,
             workers=workers,
@@ -88,6 +88,12 @@ def build_pipeline(
     except BaseException:
         source.close()
         raise
+
+
+def _source(data_path: str | Path | None, split: str, pipeline: str) -> Source:
+    if data_path is None:
+        raise DataError("no data_path: name a folder of images, of class folders or of shards, or a file list")
+    return BetonSource(find_beton(data_path, split)) if pipeline == "ffcv" else open_source(data_path, split)
 
 
 def choose_pipeline(source: Source) -> tuple[str, str]:
@@ -118,12 +124,24 @@ def _decoding(
     return partial(FfcvPipeline, resize=ffcv_resize) if pipeline == "ffcv" else DaliPipeline
 
 
-def _check_enough(num_samples: int, batch_size: int, where: str) -> None:
-    if batch_size > num_samples:
+def _check_settings(pipeline: str, batch_size: int, world_size: int, repeats: int, centre: float) -> None:
+    if pipeline not in PIPELINES:
+        raise DataError(f"pipeline {pipeline!r} is unknown; there are: {', '.join(PIPELINES)}")
+    _check_shared(batch_size, world_size)
+    if repeats < 1 or not 0 < centre <= 1:
+        raise DataError(f"repeats must be 1 or more and centre above 0 and at most 1, got {repeats} and {centre}")
+
+
+def _schedule(
+    batch_size: int, seed: int, rank: int, world_size: int, repeats: int, in_order: bool, num_samples: int, where: str
+) -> Schedule:
+    schedule = Schedule(num_samples, batch_size, seed, rank, world_size, repeats, in_order)
+    if not len(schedule):
         raise DataError(
             f"a global batch of {batch_size} is larger than the {num_samples} images of {where}:"
             f" an epoch would have no step. Take a batch_size of {num_samples} or less, or more data."
         )
+    return schedule
 
 
 def _check_shared(batch_size: int, world_size: int) -> None:

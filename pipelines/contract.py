@@ -36,10 +36,12 @@ class Pipeline(Protocol):
     """Batches of one data set on one device, in the order that (seed, epoch) gives."""
 
     num_samples: int
+    num_classes: int  # 0 for unlabelled data
+    classes: list[str]  # name of each label, empty when not known
     problems: Problems
 
     def __len__(self) -> int:
-        """Steps per epoch; an incomplete last batch is dropped."""
+        """Steps per epoch; an incomplete last batch is dropped, unless the samples are read in order."""
         ...
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:

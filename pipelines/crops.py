@@ -39,11 +39,12 @@ class Augmentation:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, drawn uniformly in its logarithm
     flip: bool = True  # with probability 1/2
     random: bool = True
+    centre: float = 1.0  # side of the central crop, of the largest one's; timm's crop_pct
 
     def box(self, draws: Sequence[float], height: int, width: int) -> Box:
         """The crop of an image of this size, given the sample's DRAWS numbers in [0, 1)."""
         if not self.random:
-            return centre_box(height, width, self.input_size)
+            return centre_box(height, width, self.input_size, self.centre)
         return random_box(draws, height, width, self.scale, self.ratio)
 
     def flips(self, draws: Sequence[float]) -> bool:
@@ -77,12 +78,12 @@ def _largest_box(height: int, width: int, ratio: tuple[float, float]) -> Box:
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
-def centre_box(height: int, width: int, input_size: tuple[int, int]) -> Box:
-    """The largest central box with the input's aspect.
+def centre_box(height: int, width: int, input_size: tuple[int, int], share: float = 1.0) -> Box:
+    """The largest central box with the input's aspect, or one whose sides are a `share` of that one's.
 
-    Resizing it gives what resizing the shorter side and cropping the centre would.
+    Resizing it gives what resizing the shorter side to 1 / share of the input's and cropping the centre would.
     """
-    scale = min(height / input_size[0], width / input_size[1])
+    scale = share * min(height / input_size[0], width / input_size[1])
     h = min(max(round(input_size[0] * scale), 1), height)
     w = min(max(round(input_size[1] * scale), 1), width)
     return Box((height - h) // 2, (width - w) // 2, h, w)

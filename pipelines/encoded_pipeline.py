@@ -34,7 +34,7 @@ from pipelines.backend import Backend
 from pipelines.contract import Batch
 from pipelines.crops import DRAWS, Augmentation, Box
 from pipelines.decode import decode
-from pipelines.order import Schedule, uniform
+from pipelines.order import Schedule, Share, uniform
 from pipelines.samples import Loaded, first_readable, labels_on, load_each, thread_parts
 from pipelines.sources import Source
 
@@ -122,14 +122,14 @@ class EncodedPipeline(Backend):
             decoder.close()
         self._source.close()
 
-    def _batches(self, steps: Iterator[NDArray[np.int64]], epoch: int) -> Generator[Batch, None, None]:
+    def _batches(self, steps: Iterator[Share]) -> Generator[Batch, None, None]:
         left = threading.Event()
         pending: deque[_Pending] = deque()
 
         def submit_next() -> None:
-            if (ids := next(steps, None)) is not None:
-                draws = uniform(self._schedule.seed, epoch, ids, DRAWS)
-                pending.append(self._submit(_Wanted(ids, draws, left)))
+            if (share := next(steps, None)) is not None:
+                draws = uniform(self._schedule.seed, share.views, share.ids, DRAWS)
+                pending.append(self._submit(_Wanted(share.ids, draws, left)))
 
         try:
             for _ in range(self._prefetch):

@@ -22,7 +22,7 @@ from pipelines.beton import BetonSource
 from pipelines.contract import Batch, DataError, SettingsError
 from pipelines.crops import DRAWS, Augmentation
 from pipelines.ffcv_install import require_ffcv
-from pipelines.order import Schedule, uniform
+from pipelines.order import Schedule, Share, uniform
 from pipelines.samples import Loaded, labels_on, load_each, load_sample
 
 RESIZES = ("bicubic", "area")  # as the published code does it; FFCV's own
@@ -63,13 +63,14 @@ class FfcvPipeline(Backend):
             epoch.close()
         self._source.close()
 
-    def _batches(self, steps: Iterator[NDArray[np.int64]], epoch: int) -> Generator[Batch, None, None]:
-        ids = np.concatenate([np.empty(0, np.int64), *steps])
-        if not len(ids):
+    def _batches(self, steps: Iterator[Share]) -> Generator[Batch, None, None]:
+        shares = list(steps)
+        if not shares:
             return
+        ids, views = (np.concatenate(column) for column in zip(*shares, strict=True))
         plan = np.zeros(len(ids), self._plan_type)
-        plan["sample"], plan["crc"] = ids, self._beton.checks["crc"][ids]
-        decoded = self._loader.planned(plan, partial(self._prepare, epoch), self._finish)
+        plan["sample"], plan["view"], plan["crc"] = ids, views, self._beton.checks["crc"][ids]
+        decoded = self._loader.planned(plan, self._prepare, self._finish)
         self._open.add(decoded)
         try:
             for rows, pixels, loaded in decoded:
@@ -81,12 +82,12 @@ class FfcvPipeline(Backend):
             decoded.close()
             self._open.discard(decoded)
 
-    def _prepare(self, epoch: int, plan: NDArray[np.void]) -> list[list[float]]:
+    def _prepare(self, plan: NDArray[np.void]) -> list[list[float]]:
         """In FFCV's thread: boxes and flips of a batch; returns the samples' random numbers."""
         if self._beton.size() != self._bytes:  # a memory map of it would end the process
             raise DataError(f"{self._beton.path} has changed its size while in use: copy it again")
         ids, augmentation = plan["sample"], self._augmentation
-        draws = uniform(self._schedule.seed, epoch, ids, DRAWS).tolist()
+        draws = uniform(self._schedule.seed, plan["view"], ids, DRAWS).tolist()
         heights, widths = self._heights[ids].tolist(), self._widths[ids].tolist()
         boxes = [augmentation.box(row, h, w) for row, h, w in zip(draws, heights, widths, strict=True)]
         for side, values in zip(("top", "left", "height", "width"), zip(*boxes, strict=True), strict=True):

@@ -20,22 +20,27 @@ TARS = {  # as downloaded from image-net.org
 _OF_CONVERSION = re.compile(rf"shard-\d{{6}}\.tar|.*{re.escape(PARTIAL)}")  # an unfinished one, without a manifest
 
 
-def open_source(data_path: str | Path) -> Source:
-    """The training images at `data_path`; a folder train/ in it is meant, as in the published code.
+def open_source(data_path: str | Path, split: str = "train") -> Source:
+    """The images of a split at `data_path`.
+
+    A folder of the split's name in it is meant, as in the published code. Without one, the training images are those of
+    the path itself; others must have one. "all": the path itself, whatever it holds.
 
     Raises DataError when there are none, saying what was looked for.
     """
     path = Path(data_path).expanduser()
     if not path.exists():
         raise DataError(f"data_path {path} does not exist{_nearest_existing(path)}")
+    if split not in ("train", "all") and not (path / split).is_dir():
+        raise DataError(f"{path} holds no folder {split}/, which should lie beside train/")
     if path.is_file() and path.suffix == ".beton":
         return BetonSource(path)
     if path.is_file():
         if path.suffix == ".tar":
             raise _no_tars(path, [path.name])
         return list_source(path)
-    if (path / "train").is_dir() and not (path / MANIFEST).exists():
-        path = path / "train"
+    if split != "all" and (path / split).is_dir() and not (path / MANIFEST).exists():
+        path = path / split
     if (path / MANIFEST).exists():
         beton = read_manifest(path).beton
         if beton is not None and beton.alone:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -44,18 +45,33 @@ def order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
 def batch_ids(
     permutation: NDArray[np.int64], step: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> NDArray[np.int64]:
-    """A rank's contiguous share, (batch_size / world_size,), of the global batch at `step`."""
-    share = batch_size // world_size
-    start = step * batch_size + rank * share
-    return permutation[start : start + share]
+    """A rank's contiguous share of the global batch at `step`; (batch_size / world_size,) of a whole batch."""
+    return permutation[_positions(len(permutation), step, batch_size, rank, world_size)]
 
 
-def uniform(seed: int, epoch: int, sample_ids: ArrayLike, n: int) -> NDArray[np.float64]:
-    """n numbers in [0, 1) per sample, a function of (seed, epoch, sample) alone; (len(sample_ids), n)."""
-    keys = _hash(_SAMPLE, seed, epoch, sample_ids)
+def _positions(num_samples: int, step: int, batch_size: int, rank: int, world_size: int) -> NDArray[np.int64]:
+    """Where in an epoch's sequence that share lies."""
+    start = step * batch_size
+    batch = min(batch_size, num_samples - start)
+    return np.arange(start + rank * batch // world_size, start + (rank + 1) * batch // world_size)
+
+
+def uniform(seed: int, views: ArrayLike, sample_ids: ArrayLike, n: int) -> NDArray[np.float64]:
+    """n numbers in [0, 1) per sample, a function of (seed, view, sample) alone; (len(sample_ids), n).
+
+    `views`, one for all or one a sample, are the epoch where no sample is repeated in it, see `Share`.
+    """
+    keys = _hash(_SAMPLE, seed, views, sample_ids)
     counters = np.arange(n, dtype=np.uint64) * _GOLDEN
     words = _mix(keys[:, None] + counters)  # (samples, 1) + (n,) -> (samples, n)
     return (words >> np.uint64(11)) * 2.0**-53  # the upper 53 bits: every double of that spacing, never 1
+
+
+class Share(NamedTuple):
+    """What one rank reads at one step."""
+
+    ids: NDArray[np.int64]  # (n,) samples
+    views: NDArray[np.int64]  # (n,) which random view of each: epoch * repeats + copy
 
 
 @dataclass(frozen=True)
@@ -67,15 +83,26 @@ class Schedule:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    repeats: int = 1  # views of a sample in an epoch (repeated augmentation), which then has so many fewer samples
+    in_order: bool = False  # every sample once, as they are listed: no batch is dropped
 
     def __len__(self) -> int:
-        """Steps per epoch; an incomplete last batch is dropped."""
-        return self.num_samples // self.batch_size
+        """Steps per epoch; an incomplete last batch is dropped, unless `in_order`."""
+        whole, rest = divmod(self.num_samples, self.batch_size)
+        return whole + (self.in_order and rest > 0)
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[NDArray[np.int64]]:
-        """The rank's sample ids, (batch_size / world_size,), of the steps from start_step on."""
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Share]:
+        """The rank's shares, batch_size / world_size samples each, of the steps from start_step on.
+
+        An incomplete batch is shared as equally as it can be; a rank that gets nothing of it ends a step earlier.
+        """
         if not 0 <= start_step <= len(self):
             raise ValueError(f"start_step {start_step} lies outside an epoch of {len(self)} steps")
-        permutation = order(self.num_samples, self.seed, epoch)
+        permutation = None if self.in_order else order(self.num_samples, self.seed, epoch)
         steps = range(start_step, len(self))
-        return (batch_ids(permutation, k, self.batch_size, self.rank, self.world_size) for k in steps)
+        shares = (_positions(self.num_samples, k, self.batch_size, self.rank, self.world_size) for k in steps)
+        return (self._share(permutation, epoch, positions) for positions in shares if len(positions))
+
+    def _share(self, permutation: NDArray[np.int64] | None, epoch: int, positions: NDArray[np.int64]) -> Share:
+        ids = positions if permutation is None else permutation[positions // self.repeats]
+        return Share(ids, epoch * self.repeats + positions % self.repeats)

@@ -50,6 +50,13 @@ class Source(Protocol):
         ...
 
 
+def num_classes(source: Source) -> int:
+    """How many classes the labels tell apart; 0 for unlabelled data."""
+    if source.labels is None:
+        return 0
+    return len(source.classes) or int(source.labels.max()) + 1
+
+
 class FileSource:
     """Images in files of their own, listed by their paths below `root`."""
 

@@ -26,7 +26,8 @@ class SyntheticPipeline:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.num_samples = schedule.num_samples
+        self.num_samples, self.num_classes = schedule.num_samples, IMAGES
+        self.classes: list[str] = []
         self.problems = Problems()
         self.device = torch.device(device)
         self._schedule = schedule
@@ -42,7 +43,7 @@ class SyntheticPipeline:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
         """Batches start_step ... len(self) - 1 of this epoch; the labels are the numbers of the images."""
-        return (self._batch(ids) for ids in self._schedule.epoch(epoch, start_step))
+        return (self._batch(share.ids) for share in self._schedule.epoch(epoch, start_step))
 
     def close(self) -> None:
         """Nothing to let go of."""

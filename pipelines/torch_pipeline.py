@@ -31,7 +31,7 @@ from pipelines.buffers import Buffers
 from pipelines.contract import Batch
 from pipelines.crops import DRAWS, Augmentation, Box
 from pipelines.device_augment import DeviceAugment
-from pipelines.order import Schedule, uniform
+from pipelines.order import Schedule, Share, uniform
 from pipelines.samples import Loaded, labels_on, load_each, load_sample, thread_parts
 from pipelines.sources import Source
 
@@ -85,13 +85,13 @@ class TorchPipeline(Backend):
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._source.close()
 
-    def _batches(self, steps: Iterator[NDArray[np.int64]], epoch: int) -> Generator[Batch, None, None]:
+    def _batches(self, steps: Iterator[Share]) -> Generator[Batch, None, None]:
         left = threading.Event()  # set when the consumer is gone
         pending: deque[_Pending] = deque()
 
         def submit_next() -> None:
-            if (ids := next(steps, None)) is not None:
-                pending.append(self._submit(ids, epoch, left))
+            if (share := next(steps, None)) is not None:
+                pending.append(self._submit(share, left))
 
         try:
             for _ in range(self._prefetch):
@@ -109,12 +109,13 @@ class TorchPipeline(Backend):
             wait(chunks)  # each stops after the image it is at; then nobody writes to the slots
             self._slots.extend(batch.slot for batch in pending if batch.slot)
 
-    def _submit(self, ids: NDArray[np.int64], epoch: int, left: threading.Event) -> _Pending:
-        """Have the threads fill a slot with these samples."""
+    def _submit(self, share: Share, left: threading.Event) -> _Pending:
+        """Have the threads fill a slot, or its beginning, with these samples."""
+        ids = share.ids
         slot = self._idle_slot() if self._stream is not None else None
-        draws = uniform(self._schedule.seed, epoch, ids, DRAWS)
-        pixels = slot.pixels if slot else self._buffers.take()
-        crops = slot.crops if slot else torch.empty(len(ids), 3, dtype=torch.int64)
+        draws = uniform(self._schedule.seed, share.views, ids, DRAWS)
+        pixels = (slot.pixels if slot else self._buffers.take())[: len(ids)]
+        crops = slot.crops[: len(ids)] if slot else torch.empty(len(ids), 3, dtype=torch.int64)
         batch = _Pending(ids, pixels, crops, slot)
         for part in thread_parts(len(ids), self._workers):
             batch.chunks.append(self._pool.submit(self._load, batch, part, draws[part], left))
@@ -166,8 +167,8 @@ class TorchPipeline(Backend):
         if slot is None or self._stream is None:
             return self._on_device(batch.pixels, batch.crops) if self._on_device else self._from_host(batch.pixels)
         with torch.cuda.stream(self._stream):
-            pixels = slot.pixels.to(self.device, non_blocking=True)
-            crops = slot.crops.to(self.device, non_blocking=True)
+            pixels = batch.pixels.to(self.device, non_blocking=True)
+            crops = batch.crops.to(self.device, non_blocking=True)
             slot.copied.record()
             images = self._on_device(pixels, crops) if self._on_device else self._normalise(pixels)
         self._slots.append(slot)

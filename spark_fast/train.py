@@ -6,8 +6,6 @@ Exit codes: 0 done, 2 settings, 3 data, 4 loss not finite, 5 stalled or another 
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipelines import DataError, Pipeline, build_pipeline
+from pipelines import Pipeline, build_pipeline
 from spark_fast.spark import SparK, build_spark
-from spark_fast.training.bad_steps import NotFiniteError
 from spark_fast.training.boards import require_wandb
-from spark_fast.training.checkpoint import CheckpointError
-from spark_fast.training.distributed import Ranks, join
+from spark_fast.training.command import run_command
+from spark_fast.training.distributed import Ranks
 from spark_fast.training.dry_run import print_plan
 from spark_fast.training.heap import keep_heap
 from spark_fast.training.host_sync_norm import HostSyncBatchNorm
@@ -30,7 +27,7 @@ from spark_fast.training.resume import checkpoints_to_resume
 from spark_fast.training.run_folder import open_run_folder, refuse_another_run
 from spark_fast.training.settings import Settings, SettingsError, parse
 from spark_fast.training.store import Store, check_space
-from spark_fast.training.watchdog import STALLED, LostRankError, Watchdog
+from spark_fast.training.watchdog import LostRankError, Watchdog
 from spark_fast.training.weights import load_weights
 
 PICTURED = 8  # images in a reconstruction picture
@@ -38,36 +35,7 @@ PICTURED = 8  # images in a reconstruction picture
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    ranks = None
-    try:
-        settings = parse(sys.argv[1:] if argv is None else argv)
-        ranks = join(settings.run.device, settings.run.timeout)
-        if ranks.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0) and not settings.run.resume:
-            logging.getLogger("spark_fast").info("torchrun restarted this run: going on as with --resume auto")
-            settings.run.resume = "auto"
-        with Watchdog(settings.run.timeout, ranks.rank, ranks.world_size, ranks.store) as watchdog:
-            return pretrain(settings, ranks, watchdog)
-    except SettingsError as error:
-        return _complain(error, 2)
-    except DataError as error:
-        return _complain(error, 3)
-    except NotFiniteError as error:
-        return _complain(error, 4)
-    except LostRankError as error:
-        return _complain(error, STALLED)
-    except CheckpointError as error:
-        return _complain(error, 6)
-    except OSError as error:  # metrics, logs or pictures: a full disk, a lost mount
-        return _complain(RuntimeError(f"{error}; the last checkpoint is kept, go on with --resume auto"), 6)
-    finally:
-        if ranks is not None:
-            ranks.close()
-
-
-def _complain(error: Exception, code: int) -> int:
-    print(f"spark-fast-train: {error}", file=sys.stderr, flush=True)
-    return code
+    return run_command("spark-fast-train", sys.argv[1:] if argv is None else argv, parse, pretrain)
 
 
 def pretrain(settings: Settings, ranks: Ranks, watchdog: Watchdog) -> int:

@@ -57,10 +57,13 @@ class Ranks:
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over the ranks, on the device."""
+        return self.sum(value) / self.world_size if self.world_size > 1 else value
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks, on the device."""
         if self.world_size > 1:
             value = value.clone()
             dist.all_reduce(value)
-            value /= self.world_size
         return value
 
     def close(self) -> None:

@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LONG = 1e9  # steps after which no correction is left in any precision
+
 
 class Lamb(torch.optim.Optimizer):
-    """As timm.optim.Lamb with its defaults (trust ratio for groups with weight decay alone, no clipping in it).
+    """As timm.optim.Lamb without its clipping.
 
     Args:
         params: as for any optimiser; groups may have their own `lr` and `weight_decay`.
         betas: decay of the first and the second moment; `eps` is added to the root of the second.
+        always_adapt: scale by the trust ratio also in groups without weight decay.
+        bias_correction: divide the moments by what their decay has not let them gather yet.
     """
 
     _step_supports_amp_scaling = True  # to torch.amp.GradScaler: hand over found_inf, do not look at it
@@ -34,8 +38,11 @@ class Lamb(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
+        always_adapt: bool = False,
+        bias_correction: bool = True,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._always_adapt, self._bias_correction = always_adapt, bias_correction
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -54,13 +61,14 @@ class Lamb(torch.optim.Optimizer):
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         moved = [p.clone() for p in params]
+        step = group["step"] if self._bias_correction else torch.full_like(group["step"], LONG)
         torch._fused_adamw_(
             moved,
             [_laid_out_as(p, p.grad) for p in params],  # type: ignore[arg-type]
             [self.state[p]["exp_avg"] for p in params],
             [self.state[p]["exp_avg_sq"] for p in params],
             [],
-            [group["step"]] * len(params),
+            [step] * len(params),
             lr=1.0,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -72,7 +80,7 @@ class Lamb(torch.optim.Optimizer):
             found_inf=self.found_inf,
         )
         torch._foreach_sub_(moved, params)  # the directions, negative
-        if group["weight_decay"]:
+        if group["weight_decay"] or self._always_adapt:
             weights, directions = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(moved))
             trust = torch.where((weights > 0) & (directions > 0), weights / directions, 1.0)
             torch._foreach_mul_(moved, trust.unbind())

@@ -74,9 +74,9 @@ def weight_decay(step: int, start: float, end: float, total: int) -> float:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, decay: float) -> None:
-    """Write this step's rates into the groups."""
+    """Write this step's rates into the groups; one with an `lr_scale` (layer-wise decay) gets that much of `lr`."""
     for group in optimizer.param_groups:
-        group["lr"], group["weight_decay"] = lr, decay if group["decays"] else 0.0
+        group["lr"], group["weight_decay"] = lr * group.get("lr_scale", 1.0), decay if group["decays"] else 0.0
 
 
 def _half_cosine(step: int, last: int) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spark_fast.training.checkpoint import CheckpointError, read_run
-from spark_fast.training.run_folder import versions
+from spark_fast.training.run_folder import RunSettings, versions
 from spark_fast.training.settings import Settings
 from spark_fast.training.store import candidates
 
@@ -26,7 +26,7 @@ HARMLESS = {
 }
 
 
-def checkpoints_to_resume(settings: Settings) -> list[Path]:
+def checkpoints_to_resume(settings: RunSettings) -> list[Path]:
     """The checkpoints that --resume means, the newest first; none for a fresh start.
 
     Raises:
@@ -77,18 +77,30 @@ def check_same_run(path: Path, state: dict[str, Any], settings: Settings, num_sa
         before = Settings.from_dict(state["settings"]).meaning()
     except (TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path} has settings that this version cannot read ({error})") from None
-    differences = [
-        f"{name} was {before[group][name]!r}, is {value!r}"
-        for group, values in settings.meaning().items()
+    differences = differing(before, settings.meaning(), HARMLESS)
+    refuse_differences(path, state, differences, num_samples, "--init_weight to begin a new run from its weights")
+
+
+def differing(before: dict, now: dict, harmless: dict[str, set[str]]) -> list[str]:
+    """The settings that are others now, but for the harmless ones, in words."""
+    return [
+        f"{name} was {before[group].get(name)!r}, is {value!r}"
+        for group, values in now.items()
         for name, value in values.items()
-        if name not in HARMLESS[group] and before[group][name] != value
+        if name not in harmless[group] and before[group].get(name) != value
     ]
+
+
+def refuse_differences(path: Path, state: dict[str, Any], differences: list[str], num_samples: int, else_: str) -> None:
+    """Raise CheckpointError if there are differences between the run of a checkpoint and this one, or in the data.
+
+    `else_`: what to give where another run is meant. Other versions are only warned of.
+    """
     if state["num_samples"] != num_samples:
         differences.append(f"the data had {state['num_samples']} images, now {num_samples}")
     if differences:
         raise CheckpointError(
-            f"{path} is of another run: {'; '.join(differences)}. Give the same settings to go on with it, "
-            f"or --init_weight to begin a new run from its weights"
+            f"{path} is of another run: {'; '.join(differences)}. Give the same settings to go on with it, or {else_}"
         )
     now = versions()
     changed = [f"{k} {v} (now {now.get(k)})" for k, v in state.get("versions", {}).items() if now.get(k) != v]

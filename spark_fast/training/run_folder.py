@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, Protocol, TextIO
 
 import numpy
 import timm
@@ -20,12 +20,38 @@ import torchvision
 import spark_fast
 from spark_fast.training.checkpoint import CheckpointError
 from spark_fast.training.lock import RunLock
-from spark_fast.training.settings import Settings, SettingsError
+from spark_fast.training.settings import SettingsError
 from spark_fast.training.store import CHECKPOINT, RECORD, published
 
+RESULT = "result.json"  # of an evaluation
 
-def open_run_folder(settings: Settings, lock: RunLock) -> Path:
+
+class RunSettings(Protocol):
+    """What a command's settings have in common."""
+
+    @property
+    def run(self) -> Any:
+        """With `exp_name` and `resume`."""
+        ...
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        ...
+
+    def to_dict(self) -> dict:
+        """Plain nested dictionaries."""
+        ...
+
+    def to_toml(self) -> str:
+        """What --config reads back."""
+        ...
+
+
+def open_run_folder(settings: RunSettings, lock: RunLock, pictures: str = "reconstruction") -> Path:
     """Make the run folder; lock it; write config.toml and the head of log.txt; copy stdout and stderr into it.
+
+    `pictures`: a folder in it that is wanted, too; "": none.
 
     Raises:
         SettingsError: it holds another run and this one does not resume it.
@@ -34,7 +60,7 @@ def open_run_folder(settings: Settings, lock: RunLock) -> Path:
     folder = settings.folder
     refuse_another_run(settings)
     try:
-        (folder / "reconstruction").mkdir(parents=True, exist_ok=True)
+        (folder / pictures).mkdir(parents=True, exist_ok=True)
         lock.take()
         (folder / "config.toml").write_text(settings.to_toml())
         with (folder / "log.txt").open("a") as log:
@@ -49,16 +75,17 @@ def open_run_folder(settings: Settings, lock: RunLock) -> Path:
     return folder
 
 
-def refuse_another_run(settings: Settings) -> None:
-    """Raise SettingsError if the run folder holds a run that this one does not resume."""
-    held = any(os.path.lexists(settings.folder / name) for name in (CHECKPOINT, RECORD)) or published(settings.folder)
+def refuse_another_run(settings: RunSettings) -> None:
+    """Raise SettingsError if the run folder holds a run, or its result, that this one does not resume."""
+    left = (CHECKPOINT, RECORD, RESULT)
+    held = any(os.path.lexists(settings.folder / name) for name in left) or published(settings.folder)
     if held and not settings.run.resume:
         raise SettingsError(
             f"{settings.folder} holds a run already: go on with --resume auto, or choose another <experiment_name>"
         )
 
 
-def describe(settings: Settings) -> dict:
+def describe(settings: RunSettings) -> dict:
     """What a reader needs to repeat the run: commit, versions, machine, command, settings."""
     return {
         "name": settings.run.exp_name,

@@ -296,13 +296,13 @@ def parse(argv: list[str]) -> Settings:
     argv = list(argv)
     if argv and not argv[0].startswith("-"):
         argv[0] = f"--exp_name={argv[0]}"
-    config, argv = _take_option(argv, "--config")
+    config, argv = take_option(argv, "--config")
     show = "--print_config" in argv
     argv = [a for a in argv if a != "--print_config"]
-    flags = _flags_of(Path(config)) if config is not None else []
+    flags = flags_of(Path(config), Settings()) if config is not None else []
     settings = tyro.cli(
         Settings,
-        args=flags + _plain_switches(argv),
+        args=plain_switches(flags + argv),
         prog="spark-fast-train",
         description=f"{Settings.__doc__}\n\nBesides: --config FILE.toml reads settings, --print_config prints them.",
         use_underscores=True,
@@ -314,7 +314,8 @@ def parse(argv: list[str]) -> Settings:
     return settings
 
 
-def _take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
+def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of an option (None: it is not there), and the words without it."""
     for i, word in enumerate(argv):
         if word == name and i + 1 < len(argv):
             return argv[i + 1], argv[:i] + argv[i + 2 :]
@@ -323,8 +324,8 @@ def _take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
     return None, argv
 
 
-def _flags_of(path: Path) -> list[str]:
-    """The flags that a TOML file stands for."""
+def flags_of(path: Path, known_settings: Any) -> list[str]:
+    """The flags that a TOML file stands for, of a settings tree of dataclasses."""
     try:
         tree: dict[str, Any] = tomllib.loads(path.read_text())
     except FileNotFoundError:
@@ -333,25 +334,28 @@ def _flags_of(path: Path) -> list[str]:
         raise SettingsError(f"configuration file {path} cannot be read: {error}") from None
     flags = []
     for section, values in tree.items():
-        names = {f.name for f in dataclasses.fields(Settings)}
+        names = {f.name for f in dataclasses.fields(known_settings)}
         if section not in names or not isinstance(values, dict):
             raise SettingsError(f"{path}: [{section}] is no section; there are {', '.join(sorted(names))}")
-        known = {f.name for f in dataclasses.fields(getattr(Settings(), section))}
+        known = {f.name for f in dataclasses.fields(getattr(known_settings, section))}
         for key, value in values.items():
             if key not in known:
-                raise SettingsError(f"{path}: [{section}] has no setting {key!r}{_nearest(key, known)}")
+                raise SettingsError(f"{path}: [{section}] has no setting {key!r}{nearest(key, known)}")
             flags.append(f"--{key}={value}")
-    return _plain_switches(flags)
+    return flags
 
 
-def _nearest(word: str, known: set[str]) -> str:
+def nearest(word: str, known: set[str]) -> str:
+    """What may have been meant, as the end of an error's message."""
     near = get_close_matches(word, known, n=3, cutoff=0.5)
     return f"; did you mean {', '.join(near)}?" if near else f"; there are {', '.join(sorted(known))}"
 
 
-def _plain_switches(argv: list[str]) -> list[str]:
+SWITCHES = frozenset({"sparse_conv", "zero", "compile", "sync_batchnorm", "sbn", "dry_run", "profile"})
+
+
+def plain_switches(argv: list[str], switches: frozenset[str] = SWITCHES) -> list[str]:
     """--sbn=1, --sbn True and the like become --sbn, and --sbn=0 becomes --no_sbn: old command lines run."""
-    switches = {"sparse_conv", "zero", "compile", "sync_batchnorm", "sbn", "dry_run", "profile"}
     values = {"1": "", "true": "", "0": "no_", "false": "no_"}
     out: list[str] = []
     for word in argv:

@@ -41,7 +41,8 @@ class TrainStep:
     """A model with its optimiser, advanced one batch at a time.
 
     Args:
-        model: called as model(images, visible) -> loss; may be compiled or wrapped for data parallelism.
+        model: called as model(images, visible) -> loss; may be compiled or wrapped for data parallelism. What goes
+            with the images is for it to know: patches in pre-training, targets in fine-tuning.
         precision: bf16, fp16 or fp32.
         clip: largest norm of all gradients together, 0 for no clipping.
         accumulate: the batch is cut into so many parts, whose gradients are averaged.

@@ -94,3 +94,9 @@ def test_without_augmentation_nothing_is_drawn():
     first, second = crops(augmentation, 0, 0, [1, 2], [100, 100], [100, 100])
     assert first == second == (Box(25, 0, 50, 100), False)
     assert not any(flip for _, flip in crops(Augmentation(flip=False), 0, 0, range(50), [9] * 50, [9] * 50))
+
+
+def test_a_smaller_central_crop_is_that_of_resizing_the_shorter_side_and_cropping():
+    # torchvision: Resize(256), CenterCrop(224) of 512 x 640 is 448 x 448 of the original's pixels
+    assert centre_box(512, 640, (224, 224), 224 / 256) == Box(32, 96, 448, 448)
+    assert Augmentation(random=False, centre=0.5).box([0.0] * DRAWS, 100, 200) == Box(25, 75, 50, 50)

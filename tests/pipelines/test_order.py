@@ -44,13 +44,39 @@ def test_ranks_partition_the_global_batch(data, world_size, share, seed):
 @given(st.integers(1, 200), st.integers(1, 20), st.integers(0, 20))
 def test_a_schedule_started_at_a_step_is_the_tail_of_the_epoch(n, batch, start):
     schedule = Schedule(n, batch, seed=3)
-    whole = [ids.tolist() for ids in schedule.epoch(1)]
+    whole = [share.ids.tolist() for share in schedule.epoch(1)]
     assert len(whole) == len(schedule) == n // batch
     if start <= len(schedule):
-        assert [ids.tolist() for ids in schedule.epoch(1, start)] == whole[start:]
+        assert [share.ids.tolist() for share in schedule.epoch(1, start)] == whole[start:]
     else:
         with pytest.raises(ValueError, match=f"start_step {start} lies outside an epoch of {len(schedule)}"):
             schedule.epoch(1, start)
+
+
+@given(st.integers(1, 200), st.integers(1, 5), st.integers(1, 5))
+def test_in_order_every_sample_is_read_once_by_one_rank_the_last_batch_perhaps_smaller(n, share, world_size):
+    schedules = [Schedule(n, share * world_size, 3, rank, world_size, in_order=True) for rank in range(world_size)]
+    read = [[s.ids.tolist() for s in schedule.epoch(2)] for schedule in schedules]
+    assert sorted(i for rank in read for ids in rank for i in ids) == list(range(n))
+    assert len(schedules[0]) == -(-n // (share * world_size))
+    whole = n // (share * world_size)
+    for k in range(whole):
+        start = k * share * world_size
+        assert [i for rank in read for i in rank[k]] == list(range(start, start + share * world_size))
+    assert all(ids for rank in read for ids in rank), "no rank is given an empty batch"
+    assert max(map(len, read)) == len(schedules[0])
+
+
+@given(st.integers(1, 200), st.integers(1, 20), st.integers(1, 5), st.integers(0, 5))
+def test_with_repeats_an_epoch_is_as_long_and_shows_so_many_views_of_fewer_samples(n, batch, repeats, epoch):
+    schedule = Schedule(n, batch, 3, repeats=repeats)
+    shares = list(schedule.epoch(epoch))
+    assert len(shares) == len(schedule) == n // batch
+    seen = [pair for ids, views in shares for pair in zip(ids.tolist(), views.tolist(), strict=True)]
+    assert len(set(seen)) == len(seen) == n // batch * batch
+    firsts = order(n, 3, epoch)[: -(-len(seen) // repeats)]
+    assert [i for i, _ in seen] == np.repeat(firsts, repeats)[: len(seen)].tolist()
+    assert all(epoch * repeats <= view < (epoch + 1) * repeats for _, view in seen), "and no other epoch's"
 
 
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=20), seeds)
@@ -62,7 +88,7 @@ def test_the_numbers_of_a_sample_depend_on_no_other_sample(ids, seed):
 
 
 def test_the_numbers_are_uniform_and_uncorrelated():
-    numbers = uniform(seed=1, epoch=2, sample_ids=np.arange(20_000), n=3)
+    numbers = uniform(seed=1, views=2, sample_ids=np.arange(20_000), n=3)
     assert numbers.min() >= 0
     assert numbers.max() < 1
     counts = [np.histogram(column, bins=20, range=(0, 1))[0] for column in numbers.T]

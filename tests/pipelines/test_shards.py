@@ -245,7 +245,7 @@ def test_five_million_images_need_at_most_64_bytes_each(tmp_path):
     tracemalloc.start()
     source = ShardSource(tmp_path)
     steps = Schedule(count, 4096).epoch(0)
-    ids = next(steps)
+    ids = next(steps).ids
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(ids) == 4096

@@ -31,11 +31,12 @@ def gradients(params, step, scale=1.0, layout=torch.contiguous_format):
 @settings(deadline=None, max_examples=30)
 @given(
     st.floats(1e-4, 0.1), st.floats(0.5, 0.95), st.floats(0.9, 0.9999), st.sampled_from([0.0, 0.04, 0.5]),
-    st.sampled_from([1e-8, 1.0, 1e4]),
+    st.sampled_from([1e-8, 1.0, 1e4]), st.booleans(), st.booleans(),
 )  # fmt: skip
-def test_it_is_timms(lr, beta1, beta2, decay, scale):
+def test_it_is_timms(lr, beta1, beta2, decay, scale, always_adapt, bias_correction):
     ours, theirs = weights(torch.float64), weights(torch.float64)
     settings_ = {"lr": lr, "betas": (beta1, beta2), "weight_decay": decay}
+    settings_ |= {"always_adapt": always_adapt, "bias_correction": bias_correction}
     mine, other = Lamb(ours, **settings_), TimmLamb(theirs, **settings_, max_grad_norm=None)
     for step in range(5):
         gradients(ours, step, scale), gradients(theirs, step, scale)

@@ -1,0 +1,202 @@
+"""The command `spark-fast-eval`: what an encoder is worth, by nearest neighbours, a linear probe, or fine-tuning.
+
+    spark-fast-eval finetune NAME --data_path imagenet --weights output_my_run
+    torchrun --nproc_per_node=8 -m spark_fast.evaluate knn NAME --data_path imagenet --weights resnet50_timm.safetensors
+
+Exit codes: see `training.command`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines import Pipeline
+from spark_fast.evaluation.backbone import build_backbone, build_classifier
+from spark_fast.evaluation.data import Labelled, open_train, open_val
+from spark_fast.evaluation.features import extract, frozen
+from spark_fast.evaluation.finetune import FinetuneRun
+from spark_fast.evaluation.neighbours import classify_by_neighbours
+from spark_fast.evaluation.probe import LinearProbe, shuffled, train_probe
+from spark_fast.evaluation.report import Report
+from spark_fast.evaluation.scores import Scores
+from spark_fast.evaluation.settings import Evaluation, Finetune, Knn, Linear, parse
+from spark_fast.evaluation.weights import Weights, read_weights
+from spark_fast.training.checkpoint import CheckpointError
+from spark_fast.training.command import run_command
+from spark_fast.training.distributed import Ranks
+from spark_fast.training.lock import RunLock
+from spark_fast.training.resume import checkpoints_to_resume, read_newest
+from spark_fast.training.run_folder import open_run_folder, refuse_another_run
+from spark_fast.training.settings import SettingsError
+from spark_fast.training.step import resolve_precision
+from spark_fast.training.store import Store, check_space
+from spark_fast.training.watchdog import LostRankError, Watchdog
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    return run_command("spark-fast-eval", sys.argv[1:] if argv is None else argv, parse, evaluate)
+
+
+def evaluate(settings: Evaluation, ranks: Ranks, watchdog: Watchdog) -> int:
+    """Evaluate in the mode of the settings; returns the exit code.
+
+    Raises LostRankError, instead of whatever an exchange fails with, where another rank is gone.
+    """
+    if settings.run.threads:
+        torch.set_num_threads(settings.run.threads)
+    torch.manual_seed(settings.run.seed)
+    lock = RunLock(settings.folder)
+    try:
+        if isinstance(settings, Finetune):
+            return finetune(settings, ranks, watchdog, lock)
+        return on_features(settings, ranks, watchdog, lock)
+    except RuntimeError as error:
+        if lost := watchdog.lost():
+            raise LostRankError(f"rank {ranks.rank} leaves, as another is gone: {'; '.join(lost)}") from error
+        raise
+    finally:
+        lock.release()
+
+
+def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLock) -> int:
+    """k-NN or a linear probe: the network is frozen."""
+    refuse_another_run(asked)
+    weights = _weights(asked)
+    settings: Any = asked.resolved(*_network(asked, weights))
+    backbone = build_backbone(settings.network, settings.model.stages, weights)
+    features = frozen(backbone, ranks.device, resolve_precision(settings.run.precision, ranks.device))
+    fresh = isinstance(settings, Linear) and settings.probe.augment
+    view = {"scale": (0.08, 1.0)} if fresh else {"augment": False, "in_order": True, "centre": settings.data.crop_pct}
+    train = open_train(settings, ranks, **view)
+    learned = Labelled(train, train.num_classes, None, lambda step: watchdog.at(step, "reading the training images"))
+    report, val = Report(None), None
+    try:
+        val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "reading the images to judge by"))
+        _check_sizes(settings, train)
+        if ranks.main:
+            report = Report(open_run_folder(settings, lock, pictures=""))
+        queries = extract(features, val)
+        if isinstance(settings, Knn):
+            scores = classify_by_neighbours(
+                extract(features, learned),
+                queries,
+                k=settings.knn.k,
+                temperature=settings.knn.temperature,
+                classes=train.num_classes,
+                ranks=ranks,
+            )
+        else:
+            scores = _probe(settings, ranks, learned, features, queries, fresh, report)
+        seen = {"train_images": train.num_samples, "replaced": val.pipeline.problems.replaced}
+        found = {"mode": settings.mode, **scores.accuracy(), **seen, "settings": settings.to_dict()}
+        report.result(scores.matrix, train.classes, **found)
+    finally:
+        report.close()
+        learned.close()
+        if val is not None:
+            val.close()
+    return 0
+
+
+def _probe(
+    settings: Linear, ranks: Ranks, train: Labelled, features: Any, queries: Any, fresh: bool, report: Report
+) -> Scores:
+    """Train a linear layer, and judge it after every epoch; the scores of the last one."""
+    batch_size, images = settings.batch_size, train.pipeline.num_samples
+    steps = images // batch_size
+    batches = (
+        train.seen_through(features)
+        if fresh
+        else shuffled(*extract(features, train), batch_size // ranks.world_size, steps, settings.run.seed)
+    )
+    channels = max(ranks.gather(queries[0].shape[1]))
+    probe = LinearProbe(channels, train.num_classes).to(ranks.device)
+    scores = Scores(train.num_classes, ranks.device)
+
+    def tell(epoch: int, loss: float, rate: float) -> None:
+        nonlocal scores
+        probe.eval()
+        scores = Scores(train.num_classes, ranks.device)
+        if len(queries[1]):
+            with torch.no_grad():
+                scores.add(probe(queries[0]), queries[1])
+        found = scores.reduce(ranks).accuracy()
+        text = f"epoch {epoch}/{settings.probe.epochs}  loss {loss:.4f}  top-1 {found['top1']:.2f} %"
+        report.epoch(epoch * steps, text, epoch=epoch, loss=loss, lr=rate, top1=found["top1"], top5=found["top5"])
+
+    train_probe(probe, batches, steps, settings.probe, batch_size, ranks, tell)
+    return scores
+
+
+def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock) -> int:
+    """Train the whole network."""
+    if ranks.main and asked.run.resume and asked.folder.is_dir():
+        lock.take()  # before anything is read that another run may be changing
+    if not asked.run.resume:
+        refuse_another_run(asked)
+    checkpoints = checkpoints_to_resume(asked)
+    path, state = read_newest(checkpoints) if checkpoints else (Path(), {})
+    weights = None if state else _weights(asked)
+    network, stages = _network(asked, weights) if not state else _resumed(asked, path, state)
+    settings = asked.resolved(network, stages)
+    recipe: Any = settings.recipe
+    train = open_train(settings, ranks, scale=(recipe.min_scale, 1.0), repeats=recipe.repeats)
+    run, val = None, None
+    try:
+        val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "judging"))
+        model = build_classifier(network, stages, weights, train.num_classes, recipe.drop_path, settings.size)
+        run = FinetuneRun(settings, ranks, train, val, model, watchdog)
+        if state:
+            run.restore(path, state)
+        store = None
+        if ranks.main:
+            check_space(settings.folder, run.checkpoint_bytes, settings.run.keep_last)
+            folder = open_run_folder(settings, lock, pictures="")  # last: nothing is left behind by a mistake
+            store = Store(folder, keep_last=settings.run.keep_last, keep_steps=0)
+            store.clean(run.step)
+        return run.train(store)
+    finally:
+        if run is not None:
+            run.interrupt.release()
+        train.close()
+        if val is not None:
+            val.close()
+
+
+def _weights(settings: Evaluation) -> Weights | None:
+    return None if settings.model.weights == "none" else read_weights(settings.model.weights)
+
+
+def _network(settings: Evaluation, weights: Weights | None) -> tuple[str, int]:
+    """Name and stages: as asked, or as the weights say."""
+    name = settings.network or (weights.network if weights else "")
+    if not name:
+        raise SettingsError(f"--model is missing: {settings.model.weights} does not say of which network it is")
+    return name, settings.model.stages or (weights.stages if weights else 0)
+
+
+def _resumed(settings: Finetune, path: Path, state: dict[str, Any]) -> tuple[str, int]:
+    """Name and stages: as asked, or as the checkpoint says, so that --weights need not be there any more."""
+    try:
+        before = state["settings"]["model"]
+        return settings.network or before["model"], settings.model.stages or before["stages"]
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{path} is no checkpoint of a fine-tuning run") from None
+
+
+def _check_sizes(settings: Evaluation, train: Pipeline) -> None:
+    if isinstance(settings, Knn) and settings.knn.k > train.num_samples:
+        raise SettingsError(f"--k {settings.knn.k} neighbours are more than the {train.num_samples} training images")
+    if isinstance(settings, Linear) and settings.batch_size > train.num_samples:
+        raise SettingsError(
+            f"--batch_size {settings.batch_size} is more than the {train.num_samples} training images: take less"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""The plain network, without anything of SparK: as a feature extractor, and as a classifier."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from spark_fast.evaluation.weights import Weights, load_into
+from spark_fast.export import timm_names
+from spark_fast.networks import build_network
+from spark_fast.training.settings import SettingsError
+
+
+class Backbone(nn.Module):
+    """Globally pooled features of the last level that was pre-trained: (B, 3, H, W) -> (B, C) fp32.
+
+    Args:
+        network: returns a list of feature maps.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The mean over all positions."""
+        return self.network(images)[-1].float().mean((2, 3))  # (B, C, h, w) -> (B, C)
+
+
+class PooledClassifier(nn.Module):
+    """Your own network with a linear layer on its pooled features: (B, 3, H, W) -> (B, classes)."""
+
+    def __init__(self, network: nn.Module, channels: int, classes: int) -> None:
+        super().__init__()
+        self.network = network
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits."""
+        return self.head(self.network(images)[-1].mean((2, 3)))
+
+
+def build_backbone(name: str, stages: int, weights: Weights | None) -> Backbone:
+    """The network of feature maps with these weights (None: as it is initialised), in eval mode and frozen.
+
+    Raises:
+        SettingsError: there is no such network.
+        CheckpointError: the weights do not fit it.
+    """
+    network = _features(name, stages)
+    if weights is not None:
+        load_into(network, weights, new=set())
+    return Backbone(network).eval().requires_grad_(False)
+
+
+def build_classifier(
+    name: str, stages: int, weights: Weights | None, classes: int, drop_path: float, size: tuple[int, int]
+) -> nn.Module:
+    """timm's own classifier, or your network with a linear layer; its new parts begin as it initialises them.
+
+    Args:
+        stages: levels that the weights must hold; 0: all.
+        drop_path: rate of stochastic depth; 0: as the network has it.
+        size: (H, W) of the input.
+
+    Raises:
+        SettingsError: there is no such network, or it takes no such rate.
+        CheckpointError: the weights do not fit it.
+    """
+    kwargs: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    if ":" in name:
+        network = _features(name, stages, kwargs)
+        network.eval()
+        with torch.no_grad():
+            channels = network(torch.zeros(1, 3, *size))[-1].shape[1]
+        network.train()
+        model: nn.Module = PooledClassifier(network, channels, classes)
+        if weights is not None:
+            load_into(network, weights, new=set())
+        return model
+    with torch.device("meta"):
+        encoder = timm_names(list(_features(name, stages).state_dict()), name)
+    try:
+        model = timm.create_model(name, num_classes=classes, **kwargs)
+    except TypeError as error:
+        raise SettingsError(f"timm cannot build {name} with {kwargs}: {error}; try --drop_path 0") from error
+    if weights is not None:
+        load_into(model, weights, new=set(model.state_dict()) - set(encoder.values()))
+    return model
+
+
+def _features(name: str, stages: int, kwargs: dict | None = None) -> nn.Module:
+    try:
+        return build_network(name, kwargs, stages or None)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error

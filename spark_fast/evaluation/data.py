@@ -1,0 +1,119 @@
+"""The labelled images of an evaluation: those to learn from, those to judge by, and that both number classes alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines import DataError, Pipeline, build_pipeline
+from spark_fast.evaluation.settings import Evaluation
+from spark_fast.training.distributed import Ranks
+
+SYNTHETIC_IMAGES = 1024
+NO_LABELS = "has no labels: images must lie in class folders, or be listed with them"
+
+
+class Labelled:
+    """Batches of images and labels, with a pulse for the watchdog.
+
+    Args:
+        numbers: (classes of the pipeline,) int64, the label that each of its own stands for; None: itself.
+        alive: called with the step before each batch.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, num_classes: int, numbers: Tensor | None, alive: Callable[[int], None]
+    ) -> None:
+        self.pipeline, self.num_classes, self._numbers, self._alive = pipeline, num_classes, numbers, alive
+
+    def epoch(self, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(B, 3, H, W) and (B,) int64, on the device."""
+        with closing(self.pipeline.epoch(epoch)) as batches:
+            for step, batch in enumerate(batches):
+                self._alive(step)
+                assert batch.labels is not None
+                labels = batch.labels if self._numbers is None else self._numbers[batch.labels]
+                yield batch.images, labels
+
+    def seen_through(self, features: Callable[[Tensor], Tensor]) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
+        """What gives the batches of an epoch with `features` of the images in their place."""
+        return lambda epoch: ((features(images), labels) for images, labels in self.epoch(epoch))
+
+    def close(self) -> None:
+        """Let go of threads and files."""
+        self.pipeline.close()
+
+
+def open_train(settings: Evaluation, ranks: Ranks, **view: Any) -> Pipeline:
+    """The training images of this rank; `view`: what is seen of them, for `build_pipeline`.
+
+    Raises:
+        DataError: they cannot be used, or have no labels.
+    """
+    pipeline = _open(settings, ranks, settings.data.data_path, split="train", **view)
+    if pipeline.num_classes == 0:
+        pipeline.close()
+        raise DataError(
+            f"{settings.data.data_path} has no labels: images must lie in class folders, or be listed with them"
+        )
+    return pipeline
+
+
+def open_val(settings: Evaluation, ranks: Ranks, train: Pipeline, alive: Callable[[int], None]) -> Labelled:
+    """The images to judge by, centrally cropped, in order, each once.
+
+    Raises:
+        DataError: they cannot be used, have no labels, or classes that the training images have not.
+    """
+    path = settings.data.val_path or settings.data.data_path
+    split = "all" if settings.data.val_path else "val"
+    try:
+        pipeline = _open(
+            settings, ranks, path, split=split, augment=False, in_order=True, centre=settings.data.crop_pct
+        )
+    except DataError as error:
+        more = "" if settings.data.val_path else ". (--val_path names the images to judge by, if they lie elsewhere)"
+        raise DataError(f"{error}{more}") from error
+    try:
+        return Labelled(pipeline, train.num_classes, _numbers(path, train, pipeline, ranks.device), alive)
+    except DataError:
+        pipeline.close()
+        raise
+
+
+def _open(settings: Evaluation, ranks: Ranks, path: str, **view: Any) -> Pipeline:
+    return build_pipeline(
+        path or None,
+        pipeline=settings.data.pipeline,
+        batch_size=settings.batch_size,
+        input_size=settings.size,
+        seed=settings.run.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=ranks.device,
+        workers=settings.data.workers,
+        prefetch=settings.data.prefetch,
+        max_bad_fraction=settings.data.max_bad_fraction,
+        synthetic_samples=SYNTHETIC_IMAGES,
+        **view,
+    )
+
+
+def _numbers(path: str, train: Pipeline, val: Pipeline, device: torch.device) -> Tensor | None:
+    """The training images' number of each class of the others, by name where both have names."""
+    if val.num_classes == 0:
+        raise DataError(f"{path} {NO_LABELS}")
+    if train.classes and val.classes:
+        unknown = sorted(set(val.classes) - set(train.classes))
+        if unknown:
+            raise DataError(
+                f"{path} has {len(unknown)} classes that the training images have not: {', '.join(unknown[:5])}"
+            )
+        return torch.tensor([train.classes.index(name) for name in val.classes], device=device)
+    if val.num_classes > train.num_classes:
+        raise DataError(f"{path} has {val.num_classes} classes, the training images {train.num_classes}")
+    return None

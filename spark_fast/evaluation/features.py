@@ -1,0 +1,34 @@
+"""Features of all images, from one pass through the frozen network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from spark_fast.evaluation.backbone import Backbone
+from spark_fast.evaluation.data import Labelled
+from spark_fast.training.step import DTYPES
+
+
+def frozen(backbone: Backbone, device: torch.device, precision: str) -> Callable[[Tensor], Tensor]:
+    """The backbone on its device, (B, 3, H, W) -> (B, C) fp32, computing in `precision`."""
+    backbone = backbone.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    dtype = DTYPES[precision]
+
+    @torch.no_grad()
+    def features(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return backbone(images)
+
+    return features
+
+
+def extract(features: Callable[[Tensor], Tensor], data: Labelled) -> tuple[Tensor, Tensor]:
+    """(N, C) and (N,): this rank's images, in their order; none where the rank has none."""
+    found = [(features(images), labels) for images, labels in data.epoch()]
+    if not found:
+        return torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
+    feature_rows, labels = zip(*found, strict=True)
+    return torch.cat(feature_rows), torch.cat(labels)

@@ -1,0 +1,88 @@
+"""What an evaluation leaves behind: result.json, the confusion picture, lines of metrics, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from spark_fast.training.checkpoint import write_atomically
+from spark_fast.training.metrics_file import MetricsFile, line_of
+from spark_fast.training.run_folder import RESULT, versions
+
+log = logging.getLogger("spark_fast")
+
+PICTURE = "confusion.png"
+NAMED = 40  # classes up to which the picture names them
+
+
+class Report:
+    """Writes into a folder; on ranks other than the first (folder None) it does nothing.
+
+    Args:
+        step: where this process begins.
+    """
+
+    def __init__(self, folder: Path | None, step: int = 0) -> None:
+        self.folder = folder
+        self._metrics = None if folder is None else MetricsFile(folder / "metrics.jsonl", step)
+
+    def point(self, step: int, text: str, **row: Any) -> None:
+        """A row of metrics, and what is printed of it."""
+        if self._metrics is not None:
+            self._metrics.point({"step": step, **row}, step)
+            print(text, flush=True)
+
+    def epoch(self, step: int, text: str, **row: Any) -> None:
+        """The same at the end of an epoch; log.txt has a line of it, too."""
+        self.point(step, text, **row)
+        if self.folder is not None:
+            with (self.folder / "log.txt").open("a") as file:
+                file.write(line_of({"step": step, **row}))
+
+    def result(self, matrix: Tensor, classes: list[str], **row: Any) -> None:
+        """Write result.json and the picture.
+
+        Args:
+            matrix: (true classes, guesses) counts; classes: their names, [] when not known.
+            row: what was measured, and how.
+        """
+        if self.folder is None:
+            return
+        counts = matrix.sum(1)
+        of_class = [100 * int(matrix[i, i]) / int(n) if n else None for i, n in enumerate(counts)]
+        content = {**row, "accuracy_of_class": of_class, "classes": classes, "versions": versions()}
+        text = json.dumps(content, indent=1) + "\n"
+        write_atomically(self.folder / RESULT, lambda file: file.write(text.encode()))
+        draw_confusion(matrix, classes, self.folder / PICTURE)
+        print(f"top-1 {row['top1']:.2f} %, top-5 {row['top5']:.2f} %; everything is in {self.folder}/", flush=True)
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._metrics is not None:
+            self._metrics.close()
+
+
+def draw_confusion(matrix: Tensor, classes: list[str], path: Path) -> None:
+    """Each row as shares of that class's images; with names where there are few classes, an image alone otherwise."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        log.warning("no %s, as matplotlib is not installed: pip install 'spark-fast[plots]'", path.name)
+        return
+    shares = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
+    few = len(matrix) <= NAMED
+    side = max(4.0, 0.3 * len(matrix)) if few else 8.0
+    figure = Figure(figsize=(side + 1.5, side), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="magma", interpolation="nearest")
+    axes.set(xlabel="taken for", ylabel="is")
+    if few:
+        names = classes or [str(i) for i in range(len(matrix))]
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+    figure.colorbar(image, label="share of the class's images", shrink=0.8)
+    figure.savefig(path, dpi=max(100, len(matrix) // 6))

@@ -1,0 +1,317 @@
+"""Every setting of an evaluation, a tree a mode, in the manner of `training.settings`: defaults < --config < flags.
+
+A setting of fine-tuning that is not given is the published recipe's for the network (`recipes`), so 0 is a value like
+any other: `--mixup 0` switches it off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, TypeVar
+
+import tomli_w
+import tyro
+from tyro.conf import OmitArgPrefixes, arg
+
+from spark_fast.evaluation.recipes import RECIPES, Recipe, recipe_for
+from spark_fast.training.settings import (
+    PUBLISHED_MODELS,
+    SettingsError,
+    flags_of,
+    nearest,
+    plain_switches,
+    take_option,
+)
+
+E = TypeVar("E", bound="Evaluation")
+
+
+@dataclass
+class Data:
+    """The images and how they reach the device."""
+
+    data_path: str = ""
+    """labelled training images: class folders (with train/ and val/), a file list with labels, shards or a .beton"""
+    val_path: str = ""
+    """the images to judge by, if they are not in the folder val/ of data_path"""
+    pipeline: str = "auto"
+    """auto (the fastest for the data), torch, dali, ffcv (both extras), or synthetic (generated: no data's speed)"""
+    input_size: str = "224"
+    """pixels, N or HxW"""
+    batch_size: Annotated[int | None, arg(aliases=["--bs"])] = None
+    """images per step over all ranks; default: 256, or the recipe's"""
+    crop_pct: float | None = None
+    """share of the shorter side that a central crop has; default: 0.875 (224 of 256), fine-tuning: the recipe's"""
+    workers: Annotated[int, arg(aliases=["--dataloader_workers"])] = 8
+    """decoding threads per rank"""
+    prefetch: int = 2
+    """batches decoded ahead"""
+    max_bad_fraction: float = 0.01
+    """stop when more than this share of the images is unreadable (judged after 1000)"""
+
+
+@dataclass
+class Model:
+    """The network and its weights."""
+
+    weights: str = ""
+    """a run folder, a checkpoint (published ones too), an exported encoder (.pth, .safetensors); none: from scratch"""
+    model: str = ""
+    """a timm name, res50 ... cnxL, or your own as package.module:function; default: as the weights say"""
+    stages: int = 0
+    """levels of the pyramid that were pre-trained; 0: as the weights say, or all"""
+
+
+@dataclass
+class Run:
+    """Where the result goes and how it is computed."""
+
+    exp_name: Annotated[str, arg(aliases=["--experiment_name"])] = ""
+    """name of the evaluation; may also be given first, without a flag"""
+    exp_dir: str = ""
+    """its folder; default output_<exp_name>_<mode>"""
+    seed: int = 0
+    """decides order, crops and initial weights"""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: a GPU if there is one"""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on the CPU"""
+    threads: int = 0
+    """CPU threads of the model; 0: as torch chooses"""
+    timeout: float = 600.0
+    """seconds without a step after which the run ends, saying where it stands and for which rank it waits"""
+    resume: ClassVar[str] = ""
+
+
+@dataclass
+class FinetuneRun(Run):
+    """Where the run lives and how it computes."""
+
+    resume: Annotated[str, arg(aliases=["--resume_from"])] = ""  # type: ignore[misc]
+    """go on from this checkpoint; auto: the folder's newest that is whole, if it has any"""
+    sync_batchnorm: Annotated[bool, arg(aliases=["--sbn"])] = True
+    """batch statistics over all ranks"""
+    log_every: int = 50
+    """steps between log lines"""
+    keep_last: int = 2
+    """checkpoints kept, the newest; 2 or more"""
+    max_bad_steps: int = 3
+    """a step with a loss or gradient that is not finite is skipped; so many in a row end the run"""
+    max_steps: int = 0
+    """stop after so many steps of this process, as Ctrl-C would; 0: never"""
+
+
+@dataclass
+class Neighbours:
+    """How neighbours vote."""
+
+    k: int = 20
+    """neighbours that vote"""
+    temperature: float = 0.07
+    """a vote weighs exp(cosine similarity / temperature)"""
+
+
+@dataclass
+class Probe:
+    """How the linear layer is trained."""
+
+    epochs: Annotated[int, arg(aliases=["--ep"])] = 90
+    """passes over the training images"""
+    warmup_epochs: Annotated[int, arg(aliases=["--wp_ep"])] = 10
+    """epochs of linear warm-up"""
+    optimizer: Annotated[Literal["lars", "sgd", "adamw"], arg(aliases=["--opt"])] = "lars"
+    """lars (as MAE), sgd (momentum 0.9), adamw"""
+    base_lr: float = 0.1
+    """learning rate per 256 images: lr = base_lr * batch_size / 256"""
+    weight_decay: Annotated[float, arg(aliases=["--wd"])] = 0.0
+    """weight decay"""
+    augment: bool = False
+    """new random crops every epoch (as MAE; each is a pass through the network) instead of central crops, seen once"""
+
+
+@dataclass
+class Evaluation:
+    """What all modes have."""
+
+    mode: ClassVar[str]
+    data: OmitArgPrefixes[Data] = field(default_factory=Data)
+    model: OmitArgPrefixes[Model] = field(default_factory=Model)
+    run: OmitArgPrefixes[Run] = field(default_factory=Run)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the input in pixels."""
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", self.data.input_size)
+        size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if min(size) == 0:
+            raise SettingsError(f"--input_size must be N or HxW in pixels, got {self.data.input_size!r}")
+        return size
+
+    @property
+    def network(self) -> str:
+        """The timm name, or "" where the weights are to say."""
+        return PUBLISHED_MODELS.get(self.model.model, self.model.model)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the result."""
+        return Path(self.run.exp_dir or f"output_{self.run.exp_name}_{self.mode}")
+
+    def resolved(self: E, network: str, stages: int) -> E:
+        """With every value that was left open, now that the network is known."""
+        whole = deepcopy(self)
+        whole.model.model, whole.model.stages = network, stages
+        if whole.data.batch_size is None:
+            whole.data.batch_size = 256
+        if whole.data.crop_pct is None:
+            whole.data.crop_pct = 0.875
+        return whole
+
+    @property
+    def batch_size(self) -> int:
+        """Of a resolved tree."""
+        assert self.data.batch_size is not None
+        return self.data.batch_size
+
+    def to_dict(self) -> dict:
+        """Plain nested dictionaries."""
+        return dataclasses.asdict(self)
+
+    def to_toml(self) -> str:
+        """The tree as a TOML file that `--config` reads back; what is left open is left out."""
+        given = {g: {k: v for k, v in values.items() if v is not None} for g, values in self.to_dict().items()}
+        return tomli_w.dumps(given)
+
+    def check(self) -> None:
+        """Raise SettingsError for what can be told without looking at data or weights."""
+        _ = self.size
+        if not self.run.exp_name and not self.run.exp_dir:
+            raise SettingsError(f"the run needs a name: spark-fast-eval {self.mode} <name> ... (or --exp_dir)")
+        if not self.data.data_path and self.data.pipeline != "synthetic":
+            raise SettingsError("--data_path is missing: class folders, a file list with labels, or shards")
+        if not self.model.weights:
+            raise SettingsError("--weights is missing: a run folder, a checkpoint, an exported encoder, or none")
+        if self.model.weights == "none" and not self.model.model:
+            raise SettingsError("--model is missing: with --weights none nothing else names the network")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        values = {name: value for group in self.to_dict().values() for name, value in group.items()}
+        positive = {"batch_size", "workers", "prefetch", "timeout", "k", "temperature", "epochs", "base_lr", "repeats"}
+        positive |= {"log_every", "max_bad_steps", "accumulate", "crop_pct", "min_scale"}
+        up_to_one = {"crop_pct", "min_scale", "layer_decay", "smoothing", "erase", "ema", "drop_path"}
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            if not 0 <= value < math.inf or (name in positive and value == 0):
+                raise SettingsError(
+                    f"--{name} must {'be positive' if name in positive else 'not be negative'}, got {value}"
+                )
+            if name in up_to_one and value > 1:
+                raise SettingsError(f"--{name} must be at most 1, got {value}")
+
+
+@dataclass
+class Knn(Evaluation):
+    """Classify each image as its nearest neighbours are (frozen features; nothing is trained)."""
+
+    mode: ClassVar[str] = "knn"
+    knn: OmitArgPrefixes[Neighbours] = field(default_factory=Neighbours)
+
+
+@dataclass
+class Linear(Evaluation):
+    """Train one linear layer on frozen features."""
+
+    mode: ClassVar[str] = "linear"
+    probe: OmitArgPrefixes[Probe] = field(default_factory=Probe)
+
+
+@dataclass
+class Finetune(Evaluation):
+    """Train the whole network on labels, by the recipe published for it."""
+
+    mode: ClassVar[str] = "finetune"
+    run: OmitArgPrefixes[FinetuneRun] = field(default_factory=FinetuneRun)
+    recipe: OmitArgPrefixes[Recipe] = field(default_factory=Recipe)
+
+    HARMLESS: ClassVar[dict[str, set[str]]] = {  # what changes nothing that is computed, or only its rounding
+        "data": {"data_path", "val_path", "pipeline", "workers", "prefetch", "max_bad_fraction"},
+        "model": {"weights"},
+        "run": {f.name for f in dataclasses.fields(FinetuneRun)} - {"seed"},
+        "recipe": {"accumulate"},
+    }
+
+    def resolved(self, network: str, stages: int) -> Finetune:
+        """With the recipe of the network."""
+        whole = super().resolved(network, stages)
+        batch_size, crop_pct, recipe = recipe_for(network, self.size)
+        whole.data.batch_size = self.data.batch_size or batch_size
+        whole.data.crop_pct = self.data.crop_pct or crop_pct
+        given = {k: v for k, v in dataclasses.asdict(self.recipe).items() if v is not None}
+        whole.recipe = dataclasses.replace(recipe, **given)
+        return whole
+
+    def meaning(self) -> dict:
+        """The same as `to_dict`, each value spelled in one way."""
+        tree = self.to_dict()
+        tree["data"]["input_size"] = "{}x{}".format(*self.size)
+        return tree
+
+    def check(self) -> None:
+        """Also what concerns training."""
+        super().check()
+        if self.run.keep_last < 2:
+            raise SettingsError(
+                f"--keep_last must be 2 or more, as the last one may be damaged; got {self.run.keep_last}"
+            )
+
+
+MODES: dict[str, type[Evaluation]] = {"knn": Knn, "linear": Linear, "finetune": Finetune}
+SWITCHES = frozenset({"augment", "sync_batchnorm", "sbn"})
+
+
+def parse(argv: list[str]) -> Evaluation:
+    """Settings from a command line, MODE [NAME] --flag ...
+
+    Raises:
+        SettingsError: no mode, or a value that cannot be used.
+        SystemExit: after --help or --print_config (0), or for an unknown flag (2; tyro names the nearest ones).
+    """
+    if not argv or argv[0] in ("--help", "-h"):
+        print(
+            "usage: spark-fast-eval MODE NAME --data_path ... --weights ...   (--help after a mode lists its settings)"
+        )
+        for name, kind in MODES.items():
+            print(f"  {name:10}{(kind.__doc__ or '').strip()}")
+        print(f"  recipes are known for {', '.join(RECIPES)}")
+        raise SystemExit(0 if argv else 2)
+    mode, argv = argv[0], list(argv[1:])
+    if mode not in MODES:
+        raise SettingsError(f"the first word must be a mode, got {mode!r}{nearest(mode, set(MODES))}")
+    if argv and not argv[0].startswith("-"):
+        argv[0] = f"--exp_name={argv[0]}"
+    config, argv = take_option(argv, "--config")
+    show = "--print_config" in argv
+    argv = [a for a in argv if a != "--print_config"]
+    flags = flags_of(Path(config), MODES[mode]()) if config is not None else []
+    settings = tyro.cli(
+        MODES[mode],
+        args=plain_switches(flags + argv, SWITCHES),
+        prog=f"spark-fast-eval {mode}",
+        description=f"{MODES[mode].__doc__}\n\nBesides: --config FILE.toml reads settings, --print_config prints them.",
+        use_underscores=True,
+    )
+    if show:
+        print(
+            (settings.resolved(settings.network, settings.model.stages) if settings.network else settings).to_toml(),
+            end="",
+        )
+        raise SystemExit(0)
+    settings.check()
+    return settings

@@ -1,0 +1,188 @@
+"""The command in each of its modes: what it leaves behind, killed and resumed, on two ranks, and given wrong things."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from spark_fast.evaluate import main
+from tests.evaluation.conftest import CLASSES, TINY, write_pictures
+
+FRESH = "--weights=none"
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_neighbours_tell_colours_apart_even_through_random_weights(run, tmp_path, capsys):
+    assert run("knn", FRESH, f"--exp_dir={tmp_path / 'a'}", "--k=5") == 0
+    found = result(tmp_path / "a")
+    assert found["mode"] == "knn"
+    assert found["top1"] > 90
+    assert found["top5"] == 100
+    assert found["images"] == 13
+    assert found["train_images"] == 48
+    assert found["classes"] == list(CLASSES)
+    assert len(found["accuracy_of_class"]) == 4
+    assert found["settings"]["data"]["crop_pct"] == 0.875
+    assert Image.open(tmp_path / "a" / "confusion.png").size[0] > 300
+    assert f"top-1 {found['top1']:.2f} %" in capsys.readouterr().out
+    assert run("knn", FRESH, f"--exp_dir={tmp_path / 'a'}", "--k=5") == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--opt=sgd"], ["--opt=adamw", "--base_lr=0.05"], ["--opt=lars", "--augment"]])
+def test_a_linear_probe_learns(run, tmp_path, words):
+    epochs = 3 if "--augment" in words else 12
+    assert run("linear", FRESH, f"--exp_dir={tmp_path / 'a'}", f"--ep={epochs}", "--wp_ep=1", *words) == 0
+    found = result(tmp_path / "a")
+    told = rows(tmp_path / "a")
+    assert [row["epoch"] for row in told] == list(range(1, epochs + 1))
+    assert told[-1]["top1"] == found["top1"]
+    assert told[-1]["loss"] < told[0]["loss"]
+    assert found["images"] == 13
+    if "--augment" not in words:
+        assert found["top1"] > 75
+
+
+def finetuned(run, folder, *words):
+    recipe = ["--ep=3", "--wp_ep=1", "--ema=0.5", "--log_every=1", "--augment=trivial", "--erase=0.5", "--repeats=2"]
+    return run("finetune", FRESH, f"--exp_dir={folder}", *recipe, *words)
+
+
+def assert_same_bits(a, b):
+    state, other = (torch.load(folder / "ckpt-last.pth", weights_only=True) for folder in (a, b))
+    for part in ("model", "ema", "optimizer", "best"):
+        one, two = io.BytesIO(), io.BytesIO()
+        torch.save(state[part], one), torch.save(other[part], two)
+        assert one.getvalue() == two.getvalue(), f"{part} differs to the bit"
+
+
+def test_a_run_of_fine_tuning_killed_in_the_middle_of_an_epoch_ends_with_the_same_bits(run, tmp_path, capsys):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert finetuned(run, whole) == 0
+    assert finetuned(run, broken, "--max_steps=4") == 75
+    assert "stopped at step 4 of 9" in capsys.readouterr().out
+    assert not (broken / "result.json").exists()
+    assert finetuned(run, broken) == 2, "only with --resume"
+    assert finetuned(run, broken, "--resume=auto", "--max_steps=2") == 75
+    assert finetuned(run, broken, "--resume=auto") == 0
+    assert_same_bits(whole, broken)
+    kept = ("top1", "top5", "epoch", "weights", "last", "accuracy_of_class")
+    assert [result(whole)[k] for k in kept] == [result(broken)[k] for k in kept]
+    steps = [row["step"] for row in rows(broken) if "grad_norm" in row]
+    assert steps == list(range(1, 10))
+    capsys.readouterr()
+    assert finetuned(run, broken, "--resume=auto", "--mixup=0.9") == 6
+    assert "mixup was 0.1, is 0.9" in capsys.readouterr().err
+
+
+def test_the_best_weights_are_timms(run, tmp_path):
+    assert finetuned(run, tmp_path / "a", "--opt=adamw", "--base_lr=0.02", "--loss=ce", "--layer_decay=1") == 0
+    state = load_file(tmp_path / "a" / "resnet10t_timm.safetensors")
+    timm.create_model("resnet10t", num_classes=4).load_state_dict(state, strict=True)
+    found = result(tmp_path / "a")
+    every = [row for row in rows(tmp_path / "a") if "raw_top1" in row]
+    assert found["top1"] == max(max(row["raw_top1"], row["ema_top1"]) for row in every)
+    assert run("knn", f"--weights={tmp_path / 'a'}", f"--exp_dir={tmp_path / 'b'}", "--k=3") == 0, "weights of a folder"
+    path = tmp_path / "a" / "resnet10t_timm.safetensors"
+    words = ["finetune", f"--weights={path}", f"--exp_dir={tmp_path / 'c'}", "--ep=1", "--wp_ep=0", *TINY[1:]]
+    assert run("", *words, f"--data_path={found['settings']['data']['data_path']}") == 0, "the file names its network"
+
+
+def ranks(number, folder, pictures, mode, *words):
+    command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={number}", "-m", "spark_fast.evaluate"]
+    given = [mode, *TINY, f"--data_path={pictures}", FRESH, f"--exp_dir={folder}", *words]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command, *given], capture_output=True, text=True, timeout=200, env=env, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_two_ranks_give_the_neighbours_of_one(run, pictures, tmp_path):
+    assert run("knn", FRESH, f"--exp_dir={tmp_path / 'one'}", "--k=9") == 0
+    ranks(2, tmp_path / "two", pictures, "knn", "--k=9")
+    kept = ("top1", "top5", "images", "accuracy_of_class")
+    assert [result(tmp_path / "one")[k] for k in kept] == [result(tmp_path / "two")[k] for k in kept]
+
+
+def test_two_ranks_fine_tune_and_count_every_image_once(pictures, tmp_path):
+    ranks(2, tmp_path / "two", pictures, "finetune", "--ep=1", "--wp_ep=0")
+    found = result(tmp_path / "two")
+    assert found["images"] == 13
+    assert {"raw_top1", "ema_top1"} <= set(found["last"])
+
+
+WRONG = [
+    (["kn"], 2, "did you mean knn"),
+    (["knn", "a", FRESH], 2, "--data_path is missing"),
+    (["knn", "a", "--data_path={pictures}"], 2, "--weights is missing"),
+    (["knn", "a", "--data_path={pictures}", FRESH], 2, "--model is missing"),
+    (["knn", "--data_path={pictures}", *TINY, FRESH], 2, "needs a name"),
+    (["knn", "a", "--data_path={pictures}", *TINY, FRESH, "--k=49"], 2, "49 neighbours are more than the 48"),
+    (["knn", "a", "--data_path={pictures}", *TINY, FRESH, "--k=0"], 2, "--k must be positive, got 0"),
+    (["knn", "a", "--data_path={pictures}", *TINY, FRESH, "--crop_pct=1.5"], 2, "--crop_pct must be at most 1"),
+    (["knn", "a", "--data_path={pictures}", *TINY, FRESH, "--model=resnet51"], 2, "did you mean resnet51q"),
+    (["knn", "a", "--data_path={pictures}", *TINY, "--weights={tmp}/no.pth"], 6, "no.pth"),
+    (["knn", "a", "--data_path={pictures}", *TINY, "--weights={tmp}"], 6, "holds no checkpoint of a run"),
+    (["knn", "a", "--data_path={pictures}", *TINY, "--weights={other}"], 6, "missing: "),
+    (["knn", "a", "--data_path={pictures}/train", *TINY, FRESH], 3, "(--val_path names the images to judge by"),
+    (["knn", "a", "--data_path={pictures}/train/red", *TINY, FRESH], 3, "red has no labels"),
+    (["knn", "a", "--data_path={pictures}", *TINY, FRESH, "--val_path={pictures}/val/red"], 3, "red has no labels"),
+    (["knn", "a", "--data_path={pictures}", *TINY, FRESH, "--val_path={tmp}/more"], 3, "1 classes that the training"),
+    (["linear", "a", "--data_path={pictures}", *TINY, FRESH, "--bs=50"], 2, "50 is more than the 48 training images"),
+    (["finetune", "a", "--data_path={pictures}", *TINY, FRESH, "--bs=50"], 3, "batch of 50 is larger than the 48"),
+    (["finetune", "a", "--data_path={pictures}", *TINY, FRESH, "--bs=15"], 2, "--mixup 0 --cutmix 0"),
+    (["finetune", "a", "--data_path={pictures}", *TINY, FRESH, "--accumulate=3"], 2, "does not divide the 16"),
+    (["finetune", "a", "--data_path={pictures}", *TINY, FRESH, "--resume={tmp}/no.pth"], 6, "to resume from"),
+    (["finetune", "a", "--data_path={pictures}", *TINY, FRESH, "--layer_decay=2"], 2, "_decay must be at most 1"),
+    (["finetune", "a", "--config={tmp}/typo.toml"], 2, "did you mean mixup"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "code", "message"), WRONG, ids=[" ".join(w[0]) for w in WRONG])
+def test_wrong_things_are_named_and_leave_nothing(run, pictures, tmp_path, monkeypatch, capsys, words, code, message):
+    state = timm.create_model("resnet14t").state_dict()
+    torch.save({k: v for k, v in state.items() if not k.startswith("layer4")}, tmp_path / "other.pth")
+    write_pictures(tmp_path / "more", 4, 0)
+    (tmp_path / "more" / "red").rename(tmp_path / "more" / "violet")
+    (tmp_path / "typo.toml").write_text("[recipe]\nmixpu = 0.1\n")
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    places = {"pictures": pictures, "tmp": tmp_path, "other": tmp_path / "other.pth"}
+    assert run("", *[word.format(**places) for word in words]) == code
+    assert message in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == before, "something was left behind"
+
+
+def test_unknown_flags_are_refused_with_the_nearest(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["finetune", "a", "--layer_dekay=0.5"])
+    assert caught.value.code == 2
+    assert "--layer_decay" in capsys.readouterr().err
+
+
+def test_classes_are_matched_by_name_where_some_are_not_among_those_to_judge_by(run, tmp_path):
+    write_pictures(tmp_path / "some", 12, 3)
+    for path in (tmp_path / "some" / "blue").iterdir():
+        path.unlink()
+    (tmp_path / "some" / "blue").rmdir()
+    assert run("knn", FRESH, f"--exp_dir={tmp_path / 'a'}", "--k=5", f"--val_path={tmp_path / 'some'}") == 0
+    found = result(tmp_path / "a")
+    assert (found["images"], found["accuracy_of_class"][0]) == (9, None)
+    assert np.mean(found["accuracy_of_class"][1:]) > 80
