@@ -1,0 +1,73 @@
+"""tools/doctor.py says what is there, what is missing, and what to do."""
+
+import importlib
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+import tyro
+
+from pipelines.ffcv_install import COMMAND
+from tools import doctor
+
+
+def run(capsys, *flags):
+    code = tyro.cli(doctor.doctor, args=[*map(str, flags)])
+    return code, " ".join(capsys.readouterr().out.split())
+
+
+def test_a_machine_that_can_train(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(bytes(1000))
+    code, told = run(capsys, "--data_path", tmp_path, "--exp_dir", tmp_path / "not" / "yet")
+    assert code == 0
+    for expected in ("torch", "timm", "GPU", "open files", "GiB free", "many small files", "training can run here"):
+        assert expected in told
+    assert [path.name for path in tmp_path.iterdir()] == ["images"], "the probe of the disk is gone"
+
+
+def test_a_missing_and_an_old_package_are_needed(monkeypatch, capsys, tmp_path):
+    def version(name):
+        if name == "timm":
+            raise PackageNotFoundError(name)
+        return "2.1.0" if name == "torch" else "99.0"
+
+    monkeypatch.setattr(doctor, "version", version)
+    code, told = run(capsys, "--exp_dir", tmp_path)
+    assert code == 1
+    assert "missing: torch, timm" in told
+    assert "pip install 'timm>=" in told
+
+
+def test_an_optional_part_that_is_broken_is_told_from_one_that_is_absent(monkeypatch):
+    def load(name):
+        if name == "ffcv":
+            raise OSError("libturbojpeg.so.0: cannot open shared object file")
+        raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+    monkeypatch.setattr(importlib, "import_module", load)
+    found = {finding.what: finding for finding in doctor.optional_parts()}
+    assert found["ffcv"].found.startswith("does not load: libturbojpeg")
+    assert found["wandb"].found == "not installed"
+    assert not any(finding.needed for finding in found.values())
+    assert "spark-fast[wandb]" in found["wandb"].advice
+
+
+@pytest.mark.parametrize("folder", ["nothing", "gone"])
+def test_no_images_is_a_fault(tmp_path, folder):
+    (tmp_path / "nothing").mkdir()
+    assert doctor.read_from(tmp_path / folder).needed
+
+
+def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    finding = doctor.written_to(tmp_path)
+    assert finding.needed
+    assert "Permission denied" in finding.found
+
+
+def test_the_command_for_ffcv_is_the_pipelines_own():
+    assert doctor.OPTIONAL["ffcv"][1] == COMMAND
