@@ -23,6 +23,7 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 FFCV = (
@@ -70,7 +71,7 @@ def doctor(
         table.add_column(title, overflow="fold")
     for finding in findings:
         style = "red" if finding.needed else "yellow" if finding.advice else ""
-        table.add_row(finding.what, finding.found, finding.advice, style=style)
+        table.add_row(*map(escape, (finding.what, finding.found, finding.advice)), style=style)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     missing = [finding.what for finding in findings if finding.needed]
     print(f"missing: {', '.join(missing)}" if missing else "training can run here")
