@@ -53,13 +53,13 @@ def test_an_optional_part_that_is_broken_is_told_from_one_that_is_absent(monkeyp
     assert "spark-fast[wandb]" in found["wandb"].advice
 
 
-@pytest.mark.parametrize("folder", ["nothing", "gone"])
 def test_the_table_keeps_what_stands_in_brackets(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(doctor, "OPTIONAL", {"no_such_module": ("nothing", "pip install 'spark-fast[nothing]'")})
     _, told = run(capsys, "--exp_dir", tmp_path)
     assert "spark-fast[nothing]" in told
 
 
+@pytest.mark.parametrize("folder", ["nothing", "gone"])
 def test_no_images_is_a_fault(tmp_path, folder):
     (tmp_path / "nothing").mkdir()
     assert doctor.read_from(tmp_path / folder).needed
