@@ -1,0 +1,29 @@
+"""docs/settings.md is what the settings say."""
+
+import dataclasses
+
+import pytest
+
+from spark_fast.training.settings import Settings, parse
+from tools import write_reference
+
+
+def test_the_page_is_up_to_date():
+    assert write_reference.PAGE.read_text() == write_reference.reference(), "run python tools/write_reference.py"
+
+
+@pytest.mark.parametrize("tree", write_reference.COMMANDS.values(), ids=write_reference.COMMANDS)
+def test_every_setting_says_what_it_does(tree):
+    for group in dataclasses.fields(tree()):
+        rows = write_reference.rows(type(getattr(tree(), group.name)))
+        assert rows
+        assert all(what for _, _, what in rows)
+
+
+def test_the_flags_it_names_are_those_of_the_command():
+    settings = parse(["name", "--data_path=x", "--bs=8", "--ep=3", "--optimizer=adamw"])
+    assert isinstance(settings, Settings)
+    assert (settings.data.batch_size, settings.optim.epochs, settings.optim.optimizer) == (8, 3, "adamw")
+    text = write_reference.reference()
+    for row in ("`--batch_size`, `--bs`", "`--epochs`, `--ep`", "`--optimizer`, `--opt` (lamb, adamw, sgd) | `lamb`"):
+        assert row in text
