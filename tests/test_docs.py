@@ -32,3 +32,11 @@ def test_every_flag_of_the_published_script_is_in_the_table_of_old_flags():
     published += "base_lr wd wde ep wp_ep clip opt ada"
     missing = [flag for flag in published.split() if f"`--{flag}`" not in page]
     assert not missing
+
+
+def test_the_messages_that_troubleshooting_explains_are_still_given():
+    packages = ("spark_fast", "pipelines", "tools")
+    source = "\n".join(path.read_text() for package in packages for path in (ROOT / package).rglob("*.py"))
+    explained = re.findall(r"^### `(.+)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(explained) > 10
+    assert not [message for message in explained if message not in source]
