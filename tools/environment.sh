@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the checkout's own environment, .venv, with the project installed in it; quick when there is nothing to do.
 #
-#     bash tools/environment.sh [extra]        extra: test, dev, ffcv, dali; none for what training needs
+#     bash tools/environment.sh [extra]        extra: docs, test, dev, ffcv, dali; none for what training needs
 #
 # Installs again only when pyproject.toml changed (or the checkout moved): a stamp in .venv is written after
 # success, so an interrupted installation is repaired by the next call. PYTHON=/path/to/python chooses the
@@ -78,10 +78,10 @@ usable() { new_enough "$venv/bin/python" && "$venv/bin/python" -c 'import pip' 2
 usable || make_venv
 
 installed="$root $(cksum <"$root/pyproject.toml")"
-# Every extra brings the base along, and dev brings test: such a stamp will do as well.
+# Every extra brings the base along, and dev brings docs and test: such a stamp will do as well.
 case "$extra" in
-    "") enough=("" test dev ffcv dali) ;;
-    test) enough=(test dev) ;;
+    "") enough=("" docs test dev ffcv dali) ;;
+    docs | test) enough=("$extra" dev) ;;
     *) enough=("$extra") ;;
 esac
 for found in "${enough[@]}"; do

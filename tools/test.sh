@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that is checked before a change is taken: lint, format, types, tests. Arguments go to pytest.
+# Everything that is checked before a change is taken: lint, format, types, docs, tests. Arguments go to pytest.
 #
 #     bash tools/test.sh [-k name ...]
 set -euo pipefail
@@ -19,4 +19,7 @@ step() {
 step ruff check .
 step ruff format --check .
 step mypy
+site="$(mktemp -d)"
+trap 'rm -rf "$site"' EXIT
+NO_MKDOCS_2_WARNING=1 step mkdocs build --quiet --strict --site-dir "$site" # the variable spares a page of advertising
 step pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" # a file stays in one process: its fixtures are made once
