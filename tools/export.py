@@ -8,7 +8,6 @@ Exit codes: 0 done, 2 settings, 6 storage or checkpoint.
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,8 +16,7 @@ import tyro
 
 from spark_fast.forms import export
 from spark_fast.pretrained import open_pretrained
-from spark_fast.training.checkpoint import CheckpointError
-from spark_fast.training.settings import SettingsError
+from spark_fast.training.command import run_tool
 
 
 def export_weights(
@@ -50,15 +48,7 @@ def export_weights(
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    try:
-        return tyro.cli(export_weights, args=argv, use_underscores=True, prog="export.py", description=__doc__)
-    except SettingsError as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 2
-    except CheckpointError as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 6
+    return run_tool(export_weights, argv)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from spark_fast.training.checkpoint import CheckpointError, write_atomically
+from spark_fast.training.checkpoint import write_atomically
+from spark_fast.training.command import run_tool
 from spark_fast.training.metrics_file import read_metrics
 from spark_fast.training.settings import SettingsError
 
@@ -90,14 +91,7 @@ def _rows(run: Path) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    try:
-        return tyro.cli(plot_run, args=argv, use_underscores=True, prog="plot_run.py", description=__doc__)
-    except SettingsError as error:
-        print(f"plot_run: {error}", file=sys.stderr)
-        return 2
-    except CheckpointError as error:
-        print(f"plot_run: {error}", file=sys.stderr)
-        return 6
+    return run_tool(plot_run, argv)
 
 
 if __name__ == "__main__":

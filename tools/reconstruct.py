@@ -9,18 +9,17 @@ Exit codes: 0 done, 2 settings, 3 images, 6 storage or checkpoint.
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from pipelines.contract import DataError
 from spark_fast.chosen_mask import chosen_mask
 from spark_fast.masking import num_visible
 from spark_fast.pretrained import Pretrained, open_pretrained
 from spark_fast.training.checkpoint import CheckpointError
+from spark_fast.training.command import run_tool
 from spark_fast.training.pictures import filled_grid, open_images, reconstruction_grid, save_png
 from spark_fast.training.settings import SettingsError
 
@@ -84,13 +83,7 @@ def _about(pretrained: Pretrained) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    codes = {SettingsError: 2, DataError: 3, CheckpointError: 6, OSError: 6}
-    try:
-        return tyro.cli(reconstruct, args=argv, use_underscores=True, prog="reconstruct.py", description=__doc__)
-    except tuple(codes) as error:
-        print(f"reconstruct: {error}", file=sys.stderr)
-        return next(code for kind, code in codes.items() if isinstance(error, kind))
+    return run_tool(reconstruct, argv)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from spark_fast.training.settings import (
     SettingsError,
     flags_of,
     nearest,
+    pixels,
     plain_switches,
     take_option,
 )
@@ -146,11 +146,7 @@ class Evaluation:
     @property
     def size(self) -> tuple[int, int]:
         """(H, W) of the input in pixels."""
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?", self.data.input_size)
-        size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if min(size) == 0:
-            raise SettingsError(f"--input_size must be N or HxW in pixels, got {self.data.input_size!r}")
-        return size
+        return pixels(self.data.input_size)
 
     @property
     def network(self) -> str:

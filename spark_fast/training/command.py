@@ -6,11 +6,15 @@ and saved.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
+
+import tyro
 
 from pipelines import DataError
 from spark_fast.training.bad_steps import NotFiniteError
@@ -52,6 +56,18 @@ def run_command(
     finally:
         if ranks is not None:
             ranks.close()
+
+
+def run_tool(tool: Callable[..., int], argv: list[str] | None = None) -> int:
+    """Run a function of tools/ on a command line, which tyro reads by its signature; returns the exit code."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    file = Path(inspect.getfile(tool))
+    codes = {SettingsError: 2, DataError: 3, CheckpointError: 6, OSError: 6}
+    try:
+        about = inspect.getdoc(inspect.getmodule(tool))
+        return tyro.cli(tool, args=argv, use_underscores=True, prog=file.name, description=about)
+    except tuple(codes) as error:
+        return _complain(file.stem, error, next(code for kind, code in codes.items() if isinstance(error, kind)))
 
 
 def _complain(name: str, error: Exception, code: int) -> int:

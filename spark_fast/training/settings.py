@@ -49,6 +49,15 @@ class SettingsError(ValueError):
     """A setting that cannot be used, in words for the person who chose it."""
 
 
+def pixels(text: str) -> tuple[int, int]:
+    """(H, W) of "N" or "HxW"."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if min(size) == 0:
+        raise SettingsError(f"--input_size must be N or HxW in pixels, got {text!r}")
+    return size
+
+
 @dataclass
 class Data:
     """The images and how they reach the device."""
@@ -185,11 +194,7 @@ class Settings:
     @property
     def size(self) -> tuple[int, int]:
         """(H, W) of the input in pixels."""
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?", self.data.input_size)
-        size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if min(size) == 0:
-            raise SettingsError(f"--input_size must be N or HxW in pixels, got {self.data.input_size!r}")
-        return size
+        return pixels(self.data.input_size)
 
     @property
     def network(self) -> str:
