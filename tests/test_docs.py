@@ -1,12 +1,27 @@
-"""What README and docs show can be run."""
+"""What README and docs show can be run: Python, TOML, and command lines, which the commands' own parsers read."""
 
+import argparse
+import ast
+import functools
 import re
+import runpy
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
+import tyro
+from torch.distributed.run import get_args_parser
+
+import spark_fast.evaluation.settings as evaluation
+import spark_fast.training.settings as training
+from spark_fast.training.settings import tomllib
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OURS = re.compile(r"spark-fast-|torchrun |\S*python -m |(\S*python|bash) (tools|benchmarks)/|pip install |pytest ")
+IN_PROSE = re.compile(r"spark-fast-\w+ .*--\w+ |(\S*python|bash) (tools|benchmarks)/")  # others there are but names
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
 def blocks(language):
@@ -15,9 +30,170 @@ def blocks(language):
             yield pytest.param(code, id=f"{page.name}-{i}")
 
 
+def commands():
+    """Every command line of ours: in blocks without a language, indented ones, and between backticks in the text."""
+    for page in PAGES:
+        text = re.sub(r"```\w+\n.*?```", "", page.read_text(), flags=re.DOTALL)
+        shown = re.findall(r"^```\n(.*?)```", text, re.DOTALL | re.MULTILINE)
+        shown += re.findall(r"^ {4}.*", text, re.MULTILINE)
+        lines = re.sub(r" *\\\n *", " ", "\n".join(shown)).splitlines()
+        lines = [line.strip() for joined in lines for line in joined.split(" && ")]
+        found = [line for line in lines if OURS.match(line)]
+        found += [line for line in re.findall(r"`([^`\n]+)`", text) if IN_PROSE.match(line)]
+        yield from (pytest.param(line, id=f"{page.name}: {line}") for line in found)
+
+
+COMMANDS = list({param.id: param for param in commands()}.values())
+
+
+class ReadError(Exception):
+    """A command's words were read to the end; it must not go on and do its work."""
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """read(script, words): have a script's own parser read the words, and nothing more."""
+    cli, parse_known = tyro.cli, argparse.ArgumentParser.parse_known_args
+
+    def only_read(tool, **how):
+        done = object()
+        stub = tool if isinstance(tool, type) else functools.wraps(tool)(lambda *a, **k: done)
+        cli(stub, **how)
+        raise ReadError
+
+    def only_parse(*words, **how):
+        _, left = parse_known(*words, **how)
+        if left and "demo" not in sys.argv[0]:  # the demonstration hands what is left to training
+            raise SystemExit(f"{sys.argv[0]} has no {left}")
+        training.parse([*left, "--exp_name=x", "--data_path=x"])
+        raise ReadError
+
+    def run(script, words):
+        assert script.exists(), f"there is no {script}"
+        if not words:
+            return
+        monkeypatch.setattr(tyro, "cli", only_read)
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", only_parse)
+        monkeypatch.setattr(sys, "argv", [str(script), *words])
+        monkeypatch.syspath_prepend(str(script.parent))
+        with pytest.raises(ReadError):
+            runpy.run_path(str(script), run_name="__main__")
+
+    return run
+
+
+def check(line, read):
+    """Raise if a command line would be refused."""
+    words = shlex.split(line, comments=True)
+    program, words = words[0], words[1:]
+    if program == "torchrun":
+        at = words.index("-m")
+        get_args_parser().parse_args([*words[:at], "-m", "x"])
+        program, words = "python", words[at:]
+    if program.endswith("python") and words[0] == "-m":
+        module, words = words[1], words[2:]
+        program = {"spark_fast.train": "spark-fast-train", "spark_fast.evaluate": "spark-fast-eval"}.get(module, module)
+    if "..." in line:  # stands for what the reader adds
+        words = [word for word in words if word != "..."] + ["--data_path=x"] * ("--data_path" not in line)
+    if program == "spark-fast-train":
+        training.parse(words)
+    elif program == "spark-fast-eval":
+        evaluation.parse(words)
+    elif program.endswith("python"):
+        read(ROOT / words[0], words[1:])
+    elif program == "bash":
+        check_script(ROOT / words[0], words[1:], read)
+    elif program == "pytest":
+        assert all((ROOT / word).exists() for word in words if not word.startswith("-"))
+    else:
+        extras = [e for found in re.findall(r"spark.fast\[(.*?)\]", line) for e in found.split(",")]
+        assert not set(extras) - set(EXTRAS)
+
+
+def check_script(script, words, read):
+    if script.name == "pt.sh":
+        assert not words[0].startswith("-")
+        pattern = r"^  *if .*--\((.*?)\)"
+        own = re.search(pattern, script.read_text(), re.MULTILINE)[1]
+        training.parse([word for word in words if not re.match(rf"--({own})=", word)])
+    elif script.name == "demo.sh":
+        read(ROOT / "tools" / "demo.py", words)
+    else:
+        assert script.exists(), f"there is no {script}"
+
+
 @pytest.mark.parametrize("code", list(blocks("python")))
 def test_python_examples_run(code):
     exec(compile(code, "example", "exec"), {})
+
+
+@pytest.mark.parametrize("code", list(blocks("toml")))
+def test_toml_examples_are_settings(code, tmp_path):
+    (tmp_path / "example.toml").write_text(code)
+    settings = training.parse(["example", "--config", str(tmp_path / "example.toml")])
+    given = tomllib.loads(code)
+    assert given
+    assert all(settings.to_dict()[group] | values == settings.to_dict()[group] for group, values in given.items())
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_lines_are_understood(line, read):
+    check(line, read)
+
+
+def test_the_command_lines_are_found():
+    found = [param.values[0] for param in COMMANDS]
+    for start in ("spark-fast-train", "spark-fast-eval knn", "torchrun", "python tools/export.py", "bash tools/pt.sh"):
+        assert any(line.startswith(start) for line in found), start
+    assert any("--rdzv-endpoint" in line and "--resume auto" in line for line in found), "lines that go on are joined"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "spark-fast-train my_run --data_path x --no_such_flag 1",
+        "spark-fast-eval knn my_eval --data_path x --weights x --epochs 3",
+        "torchrun --no_such=2 -m spark_fast.train my_run --data_path x",
+        "torchrun --nnodes=2 -m spark_fast.train my_run --data_path x --bs many",
+        "python tools/export.py run --to nowhere --out x",
+        "python tools/no_such_tool.py",
+        "python benchmarks/train_step.py --no_such_flag 1",
+        "bash tools/demo.sh --no_such_flag 1",
+        "bash tools/pt.sh my_run --num_node=2 --data_path x",
+        "pytest tests/no_such_folder",
+        "pip install 'spark-fast[nothing]'",
+    ],
+)
+def test_a_wrong_command_line_would_be_found(line, read):
+    with pytest.raises((SystemExit, AssertionError, ValueError)):
+        check(line, read)
+
+
+def flags_of_a_script(path):
+    """Names of a script's flags: parameters, fields of dataclasses, and what stands after -- in a text."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id
+        elif isinstance(node, ast.keyword) and node.arg == "name" and isinstance(node.value, ast.Constant):
+            yield node.value.value
+        elif isinstance(node, ast.Constant) and re.match(r"--\w", str(node.value)):
+            yield node.value[2:]
+
+
+def test_every_flag_in_the_text_is_one_of_a_command():
+    known = {"help", "config", "print_config", "full"}
+    known |= set(re.findall(r"`--(\w+)`", (ROOT / "docs" / "settings.md").read_text()))  # written from the settings
+    known |= {flag.lstrip("-") for action in get_args_parser()._actions for flag in action.option_strings}
+    known |= set("|".join(re.findall(r"--\((.*?)\)", (ROOT / "tools" / "pt.sh").read_text())).split("|"))
+    for folder in ("tools", "benchmarks"):
+        known |= {flag for path in (ROOT / folder).glob("*.py") for flag in flags_of_a_script(path)}
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        spans = [s for s in re.findall(r"`([^`\n]+)`", text) if s.startswith("--") or OURS.match(s)]
+        named = {name.replace("-", "_") for s in spans for name in re.findall(r"--([A-Za-z][\w-]*)", s)}
+        assert not named - {name.replace("-", "_") for name in known}, page.name
 
 
 def test_links_between_pages_lead_somewhere():
