@@ -40,6 +40,7 @@ OPTIONAL = {  # module: (what it is for, how to get it)
 }
 SAMPLE = 256 * 2**20  # bytes read or written to tell a disk's speed
 OPEN_FILES = 1024
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 ABSENT, BROKEN = "not installed", "does not load"
 
 
@@ -63,7 +64,12 @@ def doctor(
         data_path: Also measure how fast the images there are read.
         exp_dir: Where runs will be written: free space and speed.
     """
-    findings = [*packages(), *devices(), *optional_parts(), *limits(), written_to(exp_dir)]
+    findings = [*packages()]
+    if _is_missing(found := _load("torch")):
+        findings.append(Finding("importing torch", found, "https://pytorch.org/get-started/locally", needed=True))
+    else:
+        findings += [*devices(), *decoders()]
+    findings += [*optional_parts(), *limits(), written_to(exp_dir)]
     if data_path is not None:
         findings.append(read_from(data_path))
     table = Table(show_lines=False)
@@ -99,7 +105,7 @@ def packages() -> Iterator[Finding]:
 
 
 def devices() -> Iterator[Finding]:
-    """GPUs, JPEG decoders, and the compiler of torch.compile."""
+    """GPUs, and the compiler of torch.compile."""
     import torch
 
     if torch.cuda.is_available():
@@ -115,12 +121,38 @@ def devices() -> Iterator[Finding]:
     yield Finding("C++ compiler", compiler or "none", "" if compiler else "apt-get install g++, for --compile on a CPU")
 
 
+def decoders() -> Iterator[Finding]:
+    """JPEG decoders, tried on a small picture: libjpeg-turbo (simplejpeg), which all need, and nvJPEG (torchvision)."""
+    import numpy as np
+    import torch
+
+    jpeg = b""
+    try:
+        import simplejpeg
+
+        jpeg = simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))
+        simplejpeg.decode_jpeg(jpeg)
+        yield Finding("libjpeg-turbo", "decodes")
+    except (ImportError, OSError, ValueError) as error:
+        yield Finding("libjpeg-turbo", f"{BROKEN}: {error}", "pip install --force-reinstall simplejpeg", needed=True)
+    if not torch.cuda.is_available():
+        yield Finding("nvJPEG", "no GPU")
+        return
+    try:
+        from torchvision.io import decode_jpeg
+
+        decode_jpeg(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), device="cuda")
+        yield Finding("nvJPEG", "decodes")
+    except (ImportError, RuntimeError, ValueError) as error:
+        told = str(error).splitlines()[0]
+        yield Finding("nvJPEG", told, "for --decode device: a torchvision built for torch's version of CUDA")
+
+
 def optional_parts() -> Iterator[Finding]:
     """What not everybody needs."""
     for module, (purpose, remedy) in OPTIONAL.items():
         found = _load(module)
-        missing = found == ABSENT or found.startswith(BROKEN)
-        yield Finding(module, found, f"for {purpose}: {remedy}" if missing else "")
+        yield Finding(module, found, f"for {purpose}: {remedy}" if _is_missing(found) else "")
 
 
 def _load(module: str) -> str:
@@ -132,10 +164,18 @@ def _load(module: str) -> str:
         return ABSENT if absent else f"{BROKEN}: {error}"
 
 
+def _is_missing(found: str) -> bool:
+    return found == ABSENT or found.startswith(BROKEN)
+
+
 def limits() -> Iterator[Finding]:
-    """Open files: every shard is one, and so is every connection between ranks."""
+    """Open files (every shard is one, and every connection between ranks), and shared memory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield Finding("open files", f"{soft} of at most {hard}", f"ulimit -n {hard}" if soft < OPEN_FILES else "")
+    if SHARED_MEMORY.exists():
+        size = shutil.disk_usage(SHARED_MEMORY).total
+        advice = "several GPUs (NCCL) want 1 GiB; docker run --shm-size=1g" if size < 2**30 else ""
+        yield Finding("shared memory", f"{size / 2**20:.0f} MiB", advice)
 
 
 def written_to(folder: Path) -> Finding:

@@ -1,10 +1,14 @@
 """tools/doctor.py says what is there, what is missing, and what to do."""
 
 import importlib
+import shutil
+from collections import namedtuple
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+import simplejpeg
+import torch
 import tyro
 
 from pipelines.ffcv_install import COMMAND
@@ -57,6 +61,57 @@ def test_the_table_keeps_what_stands_in_brackets(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(doctor, "OPTIONAL", {"no_such_module": ("nothing", "pip install 'spark-fast[nothing]'")})
     _, told = run(capsys, "--exp_dir", tmp_path)
     assert "spark-fast[nothing]" in told
+
+
+@pytest.mark.parametrize(
+    "error", [ModuleNotFoundError("No module named 'torch'", name="torch"), OSError("libcudart.so")]
+)
+def test_without_torch_the_table_is_shown_all_the_same(monkeypatch, capsys, tmp_path, error):
+    load = importlib.import_module
+
+    def without_torch(name):
+        if name == "torch":
+            raise error
+        return load(name)
+
+    monkeypatch.setattr(importlib, "import_module", without_torch)
+    code, told = run(capsys, "--exp_dir", tmp_path)
+    assert code == 1
+    assert "missing: importing torch" in told
+    assert "shared memory" in told
+
+
+def test_decoders_are_tried(monkeypatch):
+    found = {finding.what: finding for finding in doctor.decoders()}
+    assert found["libjpeg-turbo"].found == "decodes"
+
+    def refuse(*_):
+        raise ValueError("no such codec")
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", refuse)
+    found = {finding.what: finding for finding in doctor.decoders()}
+    assert found["libjpeg-turbo"].needed
+    assert "no such codec" in found["libjpeg-turbo"].found
+
+
+def test_a_gpu_whose_torchvision_lacks_nvjpeg_can_still_train(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("this GPU may have nvJPEG")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    nvjpeg = {finding.what: finding for finding in doctor.decoders()}["nvJPEG"]
+    assert "--decode device" in nvjpeg.advice
+    assert not nvjpeg.needed
+
+
+def test_little_shared_memory_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "SHARED_MEMORY", tmp_path)
+    sizes = [64 * 2**20, 2**30]
+    usage = namedtuple("usage", "total")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(sizes.pop(0)))
+    small, enough = ({finding.what: finding for finding in doctor.limits()}["shared memory"] for _ in range(2))
+    assert (small.found, enough.found) == ("64 MiB", "1024 MiB")
+    assert "--shm-size" in small.advice
+    assert not enough.advice
 
 
 @pytest.mark.parametrize("folder", ["nothing", "gone"])
