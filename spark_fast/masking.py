@@ -41,7 +41,7 @@ def sample_visible(seed: int, step: int | Tensor, positions: Tensor, grid: tuple
         every subset is equally likely.
     """
     patches = torch.arange(grid[0] * grid[1], device=positions.device)
-    stream = _mix(_mix(torch.as_tensor(seed, device=positions.device)) + step)
+    stream = _mix(_mix(torch.full((), seed, dtype=torch.int64, device=positions.device)) + step)
     keys = _mix(_mix(stream + positions)[:, None] + patches)  # (B, h*w)
     return keys.argsort(dim=1)[:, :keep].sort(dim=1).values
 

@@ -16,6 +16,7 @@ C channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -163,7 +164,7 @@ class Visible:
         key = ("window", b, places)
         if key not in self._tables:
             device, (ky, kx) = self.index.device, places.taps
-            ys, xs = (torch.tensor(axis, device=device) for axis in places[:2])
+            ys, xs = (_numbers(axis, device) for axis in places[:2])
             down, along = (axis.div(b, rounding_mode="floor") for axis in (ys, xs))  # which neighbour: -1, 0, 1
             patch = self.neighbours[:, down + 1][:, :, along + 1]  # (V, ny, nx)
             table = patch * (b * b) + (ys - down * b)[:, None] * b + (xs - along * b)
@@ -181,7 +182,8 @@ class Visible:
         if key not in self._tables:
             device, (ky, kx) = self.index.device, places.taps
             (steps_y, at_y), (steps_x, at_x) = (
-                [torch.tensor(t, device=device) for t in _shown(b, axis)] for axis in places[:2]
+                [_numbers([n for row in t for n in row], device).view(b, -1) for t in _shown(b, axis)]
+                for axis in places[:2]
             )  # (b, Sy) and (b, Sx) each
             patch = self.neighbours[:, steps_y + 1][:, :, :, steps_x + 1]  # (V, b, Sy, b, Sx)
             down = (at_y.div(ky, rounding_mode="floor") * len(places.xs) * ky) + at_y % ky * kx
@@ -223,6 +225,19 @@ def _shown(b: int, coords: tuple[int, ...]) -> tuple[list[list[int]], list[list[
     width = max(len(s) for s in shown)
     padded = [s + [(0, -1)] * (width - len(s)) for s in shown]
     return [[d for d, _ in s] for s in padded], [[i for _, i in s] for s in padded]
+
+
+def _numbers(values: Sequence[int], device: torch.device) -> Tensor:
+    """(n,) int64, made in runs of even steps: a tensor made of a list would be copied to a GPU while the host waits."""
+    runs, begin = [], 0
+    while begin < len(values):
+        step = values[begin + 1] - values[begin] if begin + 1 < len(values) else 0
+        end = begin + 1
+        while end < len(values) and values[end] - values[end - 1] == step:
+            end += 1
+        runs.append(torch.arange(end - begin, device=device) * step + values[begin])
+        begin = end
+    return torch.cat(runs)
 
 
 def _first_true(flat: Tensor) -> Tensor:

@@ -31,15 +31,21 @@ class Guard:
         """Remember the buffers."""
         self._before = [buffer.clone() for buffer in self._buffers]
 
-    def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Whether this step is to be skipped, () float32 on the device, 1 or 0; if so, the buffers are put back."""
+    def judge(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether this step is to be skipped, and whether it was bad: () float32 on the device, 1 or 0.
+
+        Where it is skipped, the buffers are put back.
+        """
         no_loss, no_norm = ~loss.isfinite(), ~norm.isfinite()
         flags = torch.stack([no_loss | no_norm, no_loss if self._overflow_is_normal else no_loss | no_norm])
         skip, bad = self._agree(flags.float()).unbind()
-        self._bad.append(bad)
         for buffer, before in zip(self._buffers, self._before, strict=True):
             buffer.copy_(torch.where(skip > 0, before, buffer))
-        return skip
+        return skip, bad
+
+    def note(self, bad: Tensor) -> None:
+        """Keep a step's second flag until it is read."""
+        self._bad.append(bad)
 
     def bad_steps(self) -> list[bool]:
         """Which steps since the last call were bad, in order. Synchronises host and device."""

@@ -3,7 +3,9 @@
 LAMB is Adam's direction, scaled per tensor by |weights| / |direction|. The direction comes from torch's fused AdamW
 kernel, which moves a copy of the weights by one whole direction, p - u; u is then the difference. Two things come with
 that kernel: it runs on CPU and CUDA over all tensors at once, and it obeys `found_inf`, the convention of torch's own
-fused optimisers: where that device scalar is 1, nothing changes, and the host never asks.
+fused optimisers: where that device scalar is 1, nothing changes, and the host never asks. Weight decay is applied to
+the copy beforehand, and the learning rate goes into the factors of the end, so that both may be device scalars: a
+captured step (`step_graph`) then follows the schedule.
 """
 
 from __future__ import annotations
@@ -43,24 +45,36 @@ class Lamb(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._always_adapt, self._bias_correction = always_adapt, bias_correction
+        self._rates: list[Tensor] = []  # (lr, weight decay) of each group on the device, after `put_rates`
+
+    def put_rates(self) -> None:
+        """Write the groups' rates to the device, from where every later step takes them; nothing waits."""
+        if not self._rates:
+            first = [group["params"][0] for group in self.param_groups]
+            self._rates = [torch.empty(2, dtype=p.dtype, device=p.device) for p in first]
+        for group, rates in zip(self.param_groups, self._rates, strict=True):
+            rates[0].fill_(group["lr"])
+            rates[1].fill_(group["weight_decay"])
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Advance all parameters that have a gradient."""
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
             for p in params:
                 state = self.state[p] or {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
                 self.state[p] = {name: _laid_out_as(p, moment) for name, moment in state.items()}
-            group["step"] = torch.as_tensor(group.get("step", 0.0), dtype=torch.float32, device=params[0].device) + 1
-            self._update(params, group)
+            group["step"] = torch.as_tensor(group.get("step", 0.0), dtype=torch.float32, device=params[0].device)
+            group["step"] += 1  # in place, as all that a captured step counts
+            on_device = self._rates[number].unbind() if self._rates else (group["lr"], group["weight_decay"])
+            self._update(params, group, *on_device)
             if self.found_inf is not None:
                 group["step"] -= self.found_inf
 
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        moved = [p.clone() for p in params]
+    def _update(self, params: list[Tensor], group: dict[str, Any], lr: Any, decay: Any) -> None:
+        moved = torch._foreach_mul(params, 1 - decay)
         step = group["step"] if self._bias_correction else torch.full_like(group["step"], LONG)
         torch._fused_adamw_(
             moved,
@@ -72,7 +86,7 @@ class Lamb(torch.optim.Optimizer):
             lr=1.0,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
+            weight_decay=0.0,
             eps=group["eps"],
             amsgrad=False,
             maximize=False,
@@ -80,11 +94,13 @@ class Lamb(torch.optim.Optimizer):
             found_inf=self.found_inf,
         )
         torch._foreach_sub_(moved, params)  # the directions, negative
+        factor = lr if self.found_inf is None else lr * (1 - self.found_inf).to(params[0].dtype)
         if group["weight_decay"] or self._always_adapt:
             weights, directions = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(moved))
             trust = torch.where((weights > 0) & (directions > 0), weights / directions, 1.0)
-            torch._foreach_mul_(moved, trust.unbind())
-        torch._foreach_add_(params, moved, alpha=group["lr"])
+            factor = (trust * factor).unbind()
+        torch._foreach_mul_(moved, factor)
+        torch._foreach_add_(params, moved)
 
 
 def _laid_out_as(weights: Tensor, other: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from spark_fast.training.run_folder import versions
 from spark_fast.training.saver import Saver
 from spark_fast.training.settings import Settings, SettingsError
 from spark_fast.training.spikes import Spikes
-from spark_fast.training.step import Schedule, TrainStep, resolve_precision
+from spark_fast.training.step import Schedule, TrainStep, compiled, resolve_precision
 from spark_fast.training.store import CHECKPOINT, Store
 from spark_fast.training.watchdog import Watchdog
 
@@ -171,16 +171,20 @@ class PretrainRun:
             optim.weight_decay,
             optim.weight_decay_end or optim.weight_decay,
         )
-        return TrainStep(
-            self._wrapped_model(),
-            self.optimizer,
-            schedule,
-            precision=resolve_precision(settings.run.precision, self.ranks.device),
-            device=self.ranks.device,
-            clip=optim.clip,
-            accumulate=optim.accumulate,
-            agree=self.ranks.max,
-        )
+        try:
+            return TrainStep(
+                self._wrapped_model(),
+                self.optimizer,
+                schedule,
+                precision=resolve_precision(settings.run.precision, self.ranks.device),
+                device=self.ranks.device,
+                clip=optim.clip,
+                accumulate=optim.accumulate,
+                agree=self.ranks.max,
+                cuda_graph=settings.run.cuda_graph,
+            )
+        except ValueError as error:
+            raise SettingsError(f"--cuda_graph: {error}") from error
 
     def _wrapped_model(self) -> nn.Module:
         """The model for data parallelism, compiled if asked."""
@@ -191,7 +195,7 @@ class PretrainRun:
             static=optim.accumulate == 1,
             gradients_in_bf16=optim.allreduce == "bf16",
         )
-        return torch.compile(model) if self.settings.run.compile else model  # type: ignore[return-value]
+        return compiled(model, self.settings.run.compile)
 
     def _train_epoch(self, journal: Journal) -> bool:
         """The steps of this epoch that are still to do; True when the run is to be left."""

@@ -19,7 +19,7 @@ HARMLESS = {
     "model": {"encoder", "sparse_conv", "init_weight", "verify"},
     "optim": {"accumulate", "allreduce", "zero", "max_bad_steps"},
     "run": {
-        *("exp_name", "exp_dir", "resume", "device", "precision", "compile", "sync_batchnorm", "threads"),
+        *("exp_name", "exp_dir", "resume", "device", "precision", "compile", "cuda_graph", "sync_batchnorm", "threads"),
         *("log_every", "save_every", "keep_last", "keep_every", "picture_every", "max_steps", "timeout"),
         *("wandb", "dry_run", "profile"),
     },

@@ -154,8 +154,10 @@ class Run:
     """auto: a GPU if there is one"""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on the CPU"""
-    compile: bool = False
-    """torch.compile the model (the first step takes a minute)"""
+    compile: Literal["off", "default", "max-autotune", "reduce-overhead"] = "off"
+    """torch.compile the model (the first step takes a minute), in this mode; without a value: default"""
+    cuda_graph: bool = False
+    """replay the whole step as one CUDA graph: one GPU, LAMB, no accumulation"""
     sync_batchnorm: Annotated[bool, arg(aliases=["--sbn"])] = True
     """batch statistics over all ranks"""
     threads: int = 0
@@ -180,6 +182,10 @@ class Run:
     """build everything, take two steps, print what the run would cost, and end; nothing is written"""
     profile: bool = False
     """record steps 5 to 8 of this process with torch's profiler, into the run folder; training goes on"""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.compile, bool):  # as checkpoints of earlier versions have it
+            self.compile = "default" if self.compile else "off"
 
 
 @dataclass
@@ -245,6 +251,11 @@ class Settings:
             raise SettingsError("--resume continues a run, --init_weight begins one: choose one of them")
         if self.model.sparse_conv and self.model.encoder == "masked":
             raise SettingsError("--sparse_conv=1 and --encoder masked contradict each other: choose one of them")
+        if self.run.compile == "reduce-overhead" and (self.run.cuda_graph or self.optim.accumulate > 1):
+            raise SettingsError(
+                "--compile reduce-overhead makes CUDA graphs of its own, which go neither with --cuda_graph nor with "
+                "--accumulate: take --compile or --compile max-autotune"
+            )
         values = {name: value for group in self.to_dict().values() for name, value in group.items()}
         positive = ("batch_size", "workers", "prefetch", "decoder_width", "epochs", "base_lr", "accumulate")
         for name in (*positive, "log_every", "max_bad_steps", "timeout"):
@@ -307,7 +318,7 @@ def parse(argv: list[str]) -> Settings:
     flags = flags_of(Path(config), Settings()) if config is not None else []
     settings = tyro.cli(
         Settings,
-        args=plain_switches(flags + argv),
+        args=plain_switches(plain_compile(flags + argv)),
         prog="spark-fast-train",
         description=f"{Settings.__doc__}\n\nBesides: --config FILE.toml reads settings, --print_config prints them.",
         use_underscores=True,
@@ -356,7 +367,9 @@ def nearest(word: str, known: set[str]) -> str:
     return f"; did you mean {', '.join(near)}?" if near else f"; there are {', '.join(sorted(known))}"
 
 
-SWITCHES = frozenset({"sparse_conv", "zero", "compile", "sync_batchnorm", "sbn", "dry_run", "profile"})
+SWITCHES = frozenset({"sparse_conv", "zero", "cuda_graph", "sync_batchnorm", "sbn", "dry_run", "profile"})
+COMPILE = {"1": "default", "true": "default", "0": "off", "false": "off"}
+COMPILE |= {mode: mode for mode in ("off", "default", "max-autotune", "reduce-overhead")}
 
 
 def plain_switches(argv: list[str], switches: frozenset[str] = SWITCHES) -> list[str]:
@@ -372,3 +385,16 @@ def plain_switches(argv: list[str], switches: frozenset[str] = SWITCHES) -> list
         else:
             out.append(word)
     return out
+
+
+def plain_compile(argv: list[str]) -> list[str]:
+    """--compile was a switch and may still be one: alone it becomes --compile=default, --no_compile --compile=off."""
+    out: list[str] = []
+    for word in argv:
+        if out[-1:] == ["--compile="] and COMPILE.get(word.lower()):
+            word = out.pop() + word
+        name, has_value, value = word.partition("=")
+        if name == "--compile":
+            word = f"--compile={COMPILE.get(value.lower(), value)}" if has_value else "--compile="
+        out.append("--compile=off" if word in ("--no_compile", "--no-compile") else word)
+    return ["--compile=default" if word == "--compile=" else word for word in out]

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spark_fast.training.guard import Guard
+from spark_fast.training.lamb import Lamb
 from spark_fast.training.optim import clip_gradients, learning_rate, set_rates, weight_decay
+from spark_fast.training.step_graph import StepGraph
 from spark_fast.training.timing import StepClock
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -47,6 +49,10 @@ class TrainStep:
         clip: largest norm of all gradients together, 0 for no clipping.
         accumulate: the batch is cut into so many parts, whose gradients are averaged.
         agree: the maximum of a tensor over all ranks.
+        cuda_graph: replay the whole step as one CUDA graph, after a few ordinary steps; see `StepGraph`.
+
+    Raises:
+        ValueError: a graph was asked for where there can be none.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class TrainStep:
         clip: float,
         accumulate: int = 1,
         agree: Callable[[Tensor], Tensor] = torch.clone,
+        cuda_graph: bool = False,
     ) -> None:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.clip, self.accumulate, self.device = clip, accumulate, device
@@ -68,6 +75,10 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.guard = Guard(model, agree, overflow_is_normal=self.scaler.is_enabled())
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.graph: StepGraph | None = None
+        if cuda_graph:
+            self._check_graph()
+            self.graph = StepGraph(self._advance, device, self.clock)
 
     def __call__(self, step: int, images: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
         """Advance by one batch.
@@ -81,6 +92,16 @@ class TrainStep:
             finite nothing was changed, see `Guard`.
         """
         set_rates(self.optimizer, *self.schedule.at(step))
+        if self.graph is None:
+            loss, norm, bad = self._advance(images, visible)
+        else:
+            self.optimizer.put_rates()  # type: ignore[attr-defined]
+            loss, norm, bad = self.graph(images, visible)
+        self.guard.note(bad)
+        return loss, norm
+
+    def _advance(self, images: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The device's work of a step: its loss, the norm of its gradient, and the flag of `Guard.note`."""
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.before_step()
         parts = list(zip(images.chunk(self.accumulate), visible.chunk(self.accumulate), strict=True))
@@ -97,11 +118,23 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.parameters, self.clip)
         updating: Any = getattr(self.optimizer, "optim", self.optimizer)  # with ZeRO it is inside
-        updating.found_inf = self.guard.judge(total, norm)
+        updating.found_inf, bad = self.guard.judge(total, norm)
         self.optimizer.step()  # by hand, not by the scaler: it knows of overflow in gradients alone
         self.scaler.update()
         self.clock.mark(None)
-        return total, norm
+        return total, norm, bad
+
+    def _check_graph(self) -> None:
+        obstacles = {
+            f"the device is {self.device.type}, not cuda": self.device.type != "cuda",
+            f"the batch is cut into {self.accumulate} parts (accumulate)": self.accumulate > 1,
+            "fp16 scales the loss by a number that the host keeps; take bf16": self.scaler.is_enabled(),
+            "only LAMB takes its rates from the device": not isinstance(self.optimizer, Lamb),
+            "ranks that exchange gradients are not supported": isinstance(self.model, DistributedDataParallel)
+            or isinstance(getattr(self.model, "_orig_mod", None), DistributedDataParallel),
+        }
+        if found := [obstacle for obstacle, is_there in obstacles.items() if is_there]:
+            raise ValueError(f"the step cannot be one CUDA graph: {'; '.join(found)}")
 
     def _reduce_last(self, last: bool):
         """Data parallelism exchanges gradients once a step, with the last part."""
@@ -116,3 +149,14 @@ def resolve_precision(asked: str, device: torch.device) -> str:
     if device.type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def compiled(model: nn.Module, mode: str) -> nn.Module:
+    """The model by torch.compile in this mode, or itself for "off".
+
+    "max-autotune" times more kernels; the CUDA graphs that it would make besides are left to `TrainStep`.
+    """
+    if mode == "off":
+        return model
+    mode = "max-autotune-no-cudagraphs" if mode == "max-autotune" else mode
+    return torch.compile(model, mode=mode)  # type: ignore[return-value]

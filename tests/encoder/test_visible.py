@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark_fast.encoder.visible import Places, Visible
+from spark_fast.encoder.visible import Places, Visible, _numbers
 
 
 @st.composite
@@ -110,3 +110,10 @@ def test_unequal_or_empty_masks_are_refused_with_the_numbers():
         Visible.from_mask(mask)
     with pytest.raises(ValueError, match="bool tensor"):
         Visible.from_mask(torch.ones(2, 2, 2))
+
+
+@given(st.lists(st.integers(-9, 9), min_size=1, max_size=20))
+def test_numbers_are_made_on_the_device_in_runs_of_even_steps(values):
+    made = _numbers(values, torch.device("cpu"))
+    assert made.tolist() == values
+    assert made.dtype == torch.int64

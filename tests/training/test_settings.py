@@ -17,7 +17,7 @@ workers dataloader_workers prefetch max_bad_fraction
 model stages mask_ratio mask drop_path dp decoder_width encoder verify sparse_conv no_sparse_conv init_weight
 epochs ep warmup_epochs wp_ep base_lr optimizer opt beta2 ada weight_decay wd weight_decay_end wde clip accumulate
 allreduce zero no_zero max_bad_steps timeout
-exp_name experiment_name exp_dir resume resume_from seed device precision compile no_compile
+exp_name experiment_name exp_dir resume resume_from seed device precision compile cuda_graph no_cuda_graph
 sync_batchnorm no_sync_batchnorm sbn no_sbn threads log_every save_every keep_last keep_every picture_every max_steps
 wandb dry_run no_dry_run profile no_profile
 """
@@ -115,12 +115,42 @@ def test_the_name_may_stand_first_without_a_flag():
 def test_a_switch_is_turned_off_in_every_spelling(words):
     found = parse([*NAMED, *words, "--compile", "--ep=3"])
     assert found.run.sync_batchnorm is False
-    assert (found.run.compile, found.optim.epochs) == (True, 3)
+    assert (found.run.compile, found.optim.epochs) == ("default", 3)
 
 
-@pytest.mark.parametrize("words", [["--compile"], ["--compile=1"], ["--compile", "True"], ["--compile=true"]])
+@pytest.mark.parametrize("words", [["--zero"], ["--zero=1"], ["--zero", "True"], ["--zero=true"]])
 def test_a_switch_is_turned_on_in_every_spelling(words):
-    assert parse([*NAMED, *words, "--ep=3"]).run.compile is True
+    assert parse([*NAMED, *words, "--ep=3"]).optim.zero is True
+
+
+@pytest.mark.parametrize(
+    ("words", "mode"),
+    [("", "off"), ("--compile", "default"), ("--compile=1", "default"), ("--compile True", "default"),
+     ("--compile=true", "default"), ("--compile default", "default"), ("--compile=max-autotune", "max-autotune"),
+     ("--compile reduce-overhead", "reduce-overhead"), ("--compile --no_compile", "off"), ("--no-compile", "off"),
+     ("--compile=0", "off"), ("--compile False", "off"), ("--compile=off --compile", "default")],
+)  # fmt: skip
+def test_compile_was_a_switch_and_now_names_a_mode(words, mode):
+    for there in ([*words.split(), "--ep=3"], ["--ep=3", *words.split()]):
+        found = parse([*NAMED, *there])
+        assert (found.run.compile, found.optim.epochs) == (mode, 3)
+
+
+def test_an_unknown_way_to_compile_is_refused_and_the_ways_are_told(capsys):
+    assert "max-autotune" in refused(capsys, "--compile=fast")
+    assert "fast" in refused(capsys, "--compile", "fast")
+
+
+def test_a_checkpoint_from_when_compile_was_a_switch_is_understood():
+    for before, mode in ((True, "default"), (False, "off")):
+        assert Settings.from_dict({"run": {"compile": before}}).run.compile == mode
+
+
+@pytest.mark.parametrize("word", ["--cuda_graph", "--accumulate=2"])
+def test_a_compiler_that_makes_graphs_goes_with_no_other_and_no_accumulation(word):
+    assert parse([*NAMED, "--compile=max-autotune", word]).run.compile == "max-autotune"
+    with pytest.raises(SettingsError, match="take --compile or --compile max-autotune"):
+        parse([*NAMED, "--compile=reduce-overhead", word])
 
 
 def test_values_keep_their_dashes_and_underscores():
@@ -157,9 +187,9 @@ def test_a_file_overrides_defaults_and_flags_override_the_file(tmp_path):
 def test_switches_of_a_file_are_overridden_both_ways(tmp_path):
     config = configured(tmp_path, "[run]\ncompile = true\nsync_batchnorm = false\n")
     found = parse([*NAMED, config])
-    assert (found.run.compile, found.run.sync_batchnorm) == (True, False)
+    assert (found.run.compile, found.run.sync_batchnorm) == ("default", False)
     found = parse([*NAMED, config, "--compile=0", "--sbn=1"])
-    assert (found.run.compile, found.run.sync_batchnorm) == (False, True)
+    assert (found.run.compile, found.run.sync_batchnorm) == ("off", True)
 
 
 def test_print_config_prints_what_config_reads_back(tmp_path, capsys):

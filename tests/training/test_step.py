@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from timm.layers import LayerNorm2d
 from torch import nn
 
 from spark_fast import build_spark
@@ -131,3 +132,38 @@ def test_an_overflow_under_fp16_skips_the_update_and_lowers_the_scale():
     advance(2, *batch())
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert advance.scaler.get_scale() == 2.0**99
+
+
+@pytest.mark.parametrize(("name", "kind"), [("resnet10t", nn.BatchNorm2d), ("convnext_atto", nn.LayerNorm)])
+def test_under_bf16_norms_take_their_statistics_in_fp32(name, kind):
+    """In bf16 the mean of numbers near 64 is off by up to 1/4."""
+    model = build_spark(name, input_size=64, mask_ratio=0.5, decoder_width=32, check=False).train()
+    norms = [m for m in model.modules() if isinstance(m, kind)]
+    assert len(norms) > 4
+    for norm in norms:
+        nn.init.ones_(norm.weight), nn.init.zeros_(norm.bias)
+        x = 64 + 4 * torch.randn(4, norm.weight.numel(), 8, 8, generator=torch.Generator().manual_seed(0))
+        x, channels = x.bfloat16(), 1
+        if kind is nn.LayerNorm and not isinstance(norm, LayerNorm2d):
+            x, channels = x.permute(0, 2, 3, 1), 3
+        with torch.autocast("cpu", torch.bfloat16):
+            out = norm(x)
+        dims = (0, 2, 3) if kind is nn.BatchNorm2d else channels
+        var, mean = torch.var_mean(x.double(), dims, correction=0, keepdim=True)
+        torch.testing.assert_close(out.double(), (x - mean) / (var + norm.eps).sqrt(), rtol=8e-3, atol=8e-3)
+
+
+def test_under_bf16_the_loss_is_taken_in_fp32():
+    torch.manual_seed(0)
+    model = build_spark("resnet10t", input_size=64, mask_ratio=0.5, decoder_width=32, check=False).train()
+    predicted = []
+    model.decoder.register_forward_hook(lambda module, args, out: predicted.append(out))
+    images, visible = torch.randn(2, 3, 64, 64), sample_visible(0, 0, torch.arange(2), (2, 2), 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(images, visible)
+    assert predicted[0].dtype == torch.bfloat16
+    wide = iter([predicted[0].double()])
+    model._decode = lambda *_: next(wide)
+    exact = model(images.double(), visible)  # float64 from the same prediction on
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
