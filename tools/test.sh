@@ -21,5 +21,5 @@ step ruff format --check .
 step mypy
 site="$(mktemp -d)"
 trap 'rm -rf "$site"' EXIT
-NO_MKDOCS_2_WARNING=1 step mkdocs build --quiet --strict --site-dir "$site" # the variable spares a page of advertising
+NO_MKDOCS_2_WARNING=1 step mkdocs build --strict --site-dir "$site" # not --quiet, which makes --strict blind
 step pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" # a file stays in one process: its fixtures are made once
