@@ -3,12 +3,14 @@
 Convolutions and matrix products are counted by `torch.utils.flop_counter` on the meta device, where nothing is
 computed; norms, activations and the optimiser are not counted. The encoder's count is that of the ordinary network
 on a whole image times the visible share, which is exact for every layer that works cell by cell. It is what the task
-needs, whichever way it is computed: the same for `--encoder packed` and `masked`, and without the halo's or the
-canvas's extra work.
+needs, whichever way it is computed: the same for `--encoder packed` and `masked`, without the halo's or the canvas's
+extra work, and with each layer of the decoder by itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from spark_fast.decoder import UNetBlock
 from spark_fast.encoder.pyramid import meta_images, run_on_meta
 from spark_fast.spark import SparK
 
@@ -45,8 +48,23 @@ def count(model: SparK) -> Cost:
     ]
     projections = list(zip(model.densify_projs, reversed(maps), strict=True))
     levels = [run_on_meta(project, features) for project, features in projections]
-    decoder = _multiply_adds([*projections, (model.decoder, levels)])
+    with _layer_by_layer(model.decoder):
+        decoder = _multiply_adds([*projections, (model.decoder, levels)])
     return Cost(whole, whole * model.num_visible / (model.grid[0] * model.grid[1]), decoder)
+
+
+@contextmanager
+def _layer_by_layer(decoder: nn.Module) -> Iterator[None]:
+    """Count the layers as they are published, not merged where that is faster."""
+    blocks = [module for module in decoder.modules() if isinstance(module, UNetBlock)]
+    before = [block.merge for block in blocks]
+    try:
+        for block in blocks:
+            block.merge = False
+        yield
+    finally:
+        for block, merge in zip(blocks, before, strict=True):
+            block.merge = merge
 
 
 def _multiply_adds(calls: list[tuple[nn.Module, Any]]) -> float:
