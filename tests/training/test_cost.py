@@ -36,12 +36,23 @@ def test_resnet50_costs_what_is_known_of_it():
 def test_it_is_what_the_packed_encoder_computes_and_the_masked_one_computes_the_whole():
     packed, masked = (build_spark("resnet10t", input_size=96, decoder_width=32, encoder=e, check=False)
                       for e in ("packed", "masked"))  # fmt: skip
+    for block in (*packed.decoder.dec, *masked.decoder.dec):
+        block.merge = False
     cost = count(packed)
     assert count(masked) == cost
     encoder, everything = computed(packed)
     assert (encoder, everything - encoder) == pytest.approx((cost.encoder, cost.decoder))
     encoder, everything = computed(masked)
     assert (encoder, everything - encoder) == pytest.approx((cost.whole, cost.decoder))
+
+
+def test_a_decoder_whose_layers_are_merged_costs_the_same_and_stays_merged():
+    model = build_spark("resnet10t", input_size=96, decoder_width=32, check=False)
+    cost = count(model)
+    for block in model.decoder.dec:
+        block.merge = True
+    assert count(model) == cost
+    assert all(block.merge for block in model.decoder.dec)
 
 
 def test_halos_and_canvases_are_no_part_of_the_task():
