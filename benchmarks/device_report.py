@@ -2,10 +2,10 @@
 
     PYTHONPATH=. python benchmarks/device_report.py
 
-It needs torch, torchvision, timm and triton; what else is missing is told and done without. The parts are done in order
-of importance, each in a process of its own, so that none can take the others with it. Whatever no longer fits
-into the time is listed as skipped, whatever fails is listed with its error. A table is printed; JSON and a plot are kept
-as benchmarks/results/device_report_<device>_<date>. On a CPU it is a smoke test of itself with tiny networks,
+It needs torch, torchvision, timm and triton; what else is missing is told and done without. The parts are done in
+order of importance, each in a process of its own, so that none can take the others with it. Whatever no longer fits
+into the time is listed as skipped, whatever fails is listed with its error. A table is printed; JSON and a plot are
+kept as benchmarks/results/device_report_<device>_<date>. On a CPU it is a smoke test of itself with tiny networks,
 whose figures mean nothing.
 
 MFU here: needed FLOPs alone (`spark_fast.training.cost`), over the rate of a bf16 matrix product on this device.
@@ -40,9 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns 0 where all was measured or skipped, 1 where a part failed."""
     options = _options(argv)
     device = torch.device(options.device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, for the published way too
-    else:
+    if device.type != "cuda":
         torch.set_num_threads(options.threads)
     parts = all_parts(FULL if device.type == "cuda" else TINY, device)
     unknown = [name for name in options.only if name not in parts]

@@ -25,6 +25,11 @@ def put_in_place() -> None:
     sys.modules["simplejpeg"] = module
 
 
+def is_in_place() -> bool:
+    """Whether `put_in_place` was called."""
+    return getattr(sys.modules.get("simplejpeg"), "decode_jpeg", None) is decode_jpeg
+
+
 def decode_jpeg_header(data: bytes, strict: bool = True) -> tuple[int, int, str, str]:
     """(height, width, colour space, subsampling)."""
     with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import torch
 from measuring import clock
@@ -112,7 +115,21 @@ def median_seconds(run: Callable[[], object], device: torch.device, repeats: int
         run()
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) / 1000 for a, b in zip(events, events[1:], strict=False))
+    return statistics.median(a.elapsed_time(b) / 1000 for a, b in pairwise(events))
+
+
+@contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """fp32 products and convolutions in TF32, or not at all; without it torch gives it to convolutions alone."""
+    places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "tf32" if on else "ieee"
+        yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
 
 
 def _norm_by_nonzero(norm: nn.Module, x: Tensor) -> Tensor:
