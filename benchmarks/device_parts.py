@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 GPU_TESTS = ("tests/encoder/test_kernels.py", "tests/training/test_step_graph.py", "tests/training/test_timing.py")
 
 
-class Skip(Exception):
+class NotHereError(Exception):
     """This job cannot be done here, and why."""
 
 
@@ -166,18 +166,17 @@ def _step_jobs(shape: Shape, scale: Scale, device: torch.device) -> Iterator[Job
 def _step(shape: Shape, way: Way, scale: Scale, device: torch.device) -> dict[str, Any]:
     """Images/s, MFU and peak memory; where the batch does not fit, of half of it, and so on."""
     if way.needs_gpu and device.type != "cuda":
-        raise Skip("takes a GPU")
+        raise NotHereError("takes a GPU")
     if way.compile != "off" and not scale.compile:
-        raise Skip("the smoke test does not compile")
-    half, why = shape, ""
-    while True:
-        try:
-            row = _measured_step(half, way, scale, device)
-            return row | ({"note": why} if why else {})
-        except torch.cuda.OutOfMemoryError:
-            if half.batch < 32:
-                raise
-            why, half = f"out of memory with {half.batch} images", replace(half, batch=half.batch // 2)
+        raise NotHereError("the smoke test does not compile")
+    try:
+        return _measured_step(shape, way, scale, device)
+    except torch.cuda.OutOfMemoryError:
+        if shape.batch < 32:
+            raise
+    # here the exception is gone, and what it held
+    half = replace(shape, batch=shape.batch // 2)
+    return {"note": f"out of memory with {shape.batch} images"} | _step(half, way, scale, device)
 
 
 def _measured_step(shape: Shape, way: Way, scale: Scale, device: torch.device) -> dict[str, Any]:
@@ -224,9 +223,9 @@ def _encoder(mask: float, scale: Scale, device: torch.device) -> dict[str, Any]:
 
 def _gpu_tests(path: str, device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
-        raise Skip("takes a GPU")
+        raise NotHereError("takes a GPU")
     if find_spec("pytest") is None:
-        raise Skip("pytest is not installed")
+        raise NotHereError("pytest is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     last = (done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]])[-1]
@@ -251,11 +250,11 @@ def _optional(scale: Scale, device: torch.device, name: str, package: str) -> di
     try:
         import_module(package)
     except ImportError as error:
-        raise Skip(f"{name} is not installed ({error})") from None
+        raise NotHereError(f"{name} is not installed ({error})") from None
     return _loader(scale, device, {"pipeline": name}, None)
 
 
-def _loader(scale: Scale, device: torch.device, asked: dict[str, str], way: Way | None) -> dict[str, Any]:
+def _loader(scale: Scale, device: torch.device, asked: dict[str, Any], way: Way | None) -> dict[str, Any]:
     """Images/s of the loader from generated shards; with a way, of the step that it feeds, and the wait for data."""
     row: dict[str, Any] = {}
     try:
@@ -277,7 +276,7 @@ def _loader(scale: Scale, device: torch.device, asked: dict[str, str], way: Way 
             workers=scale.workers,
             prefetch=4,
             **asked,
-        )  # type: ignore[arg-type]
+        )
         try:
             batches = chain.from_iterable(pipeline.epoch(epoch) for epoch in count())
             return row | _consume(batches, shape, way, scale, device)

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # as it is: nothing need be installed
 
 import torch  # noqa: E402
-from device_parts import FULL, TINY, Job, Skip, all_parts  # noqa: E402
+from device_parts import FULL, TINY, Job, NotHereError, all_parts  # noqa: E402
 from measuring import RESULTS, machine, save, versions  # noqa: E402
 
 PACKAGES = ("torch", "torchvision", "timm", "triton", "simplejpeg", "numpy", "nvidia-dali-cuda130", "ffcv")
@@ -51,8 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     deadline = time.monotonic() + options.seconds
     if options.rows:  # the process of one part
         with options.rows.open("a") as file:
-            for jobs in parts.items():
-                for row in do(*jobs, deadline):
+            for name, jobs in parts.items():
+                for row in do(name, jobs, deadline):
                     file.write(json.dumps(row) + "\n")
                     file.flush()
         return 0
@@ -77,7 +77,7 @@ def do(part: str, jobs: list[Job], deadline: float) -> Iterator[Row]:
         else:
             try:
                 row |= job.run()
-            except Skip as reason:
+            except NotHereError as reason:
                 row["skipped"] = str(reason)
             except Exception as error:  # whatever it is: the other rows are still wanted
                 row["error"] = f"{type(error).__name__}: {error}"

@@ -134,10 +134,10 @@ def tf32(on: bool) -> Iterator[None]:
 
 def _norm_by_nonzero(norm: nn.Module, x: Tensor) -> Tensor:
     """As the published encoder.py: the visible cells are looked up in every norm, for which the host waits."""
-    visible = norm.current.visible  # type: ignore[union-attr]
+    visible: Any = norm.current.visible  # type: ignore[union-attr]
     if visible is None:
         return type(norm).forward(norm, x)
-    at = visible.cells(x.shape[2])[:, 0].nonzero(as_tuple=True)  # type: ignore[operator]
+    at = visible.cells(x.shape[2])[:, 0].nonzero(as_tuple=True)
     last = x.permute(0, 2, 3, 1)  # (B, H, W, C)
     rows = super(MaskedNorm, norm).forward(last[at][:, :, None, None])  # type: ignore[misc]  # (n, C, 1, 1)
     out = torch.zeros_like(last, dtype=rows.dtype)

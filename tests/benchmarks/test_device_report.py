@@ -43,7 +43,7 @@ def test_every_part_runs_without_a_gpu_or_says_why_not(tmp_path):
         assert all(v > 0 for k, v in row.items() if k in ("images/s", "MFU", "GB/s", "TFLOP/s", "seconds", "peak GiB"))
     equal = [row for (part, _), row in rows.items() if part == "packed = masked"]
     assert len(equal) == 4
-    assert all(0 < row["packed gradient off by"] < 0.1 for row in equal)
+    assert all(0 < row["packed gradient off by"] < 1e-4 for row in equal if "fp32" in row["name"])
     assert 0 <= rows["loader", "end to end, decode on host"]["data wait"] < 1
     assert "no simplejpeg" in rows["loader", "decode on host, augment on host"]["note"]
     assert "no plot: matplotlib is not installed" in done.stdout
@@ -66,7 +66,7 @@ def test_what_does_not_fit_into_the_time_is_listed_and_a_failure_is_its_own(meas
         raise RuntimeError("out of luck")
 
     def skip():
-        raise device_parts.Skip("not here")
+        raise device_parts.NotHereError("not here")
 
     jobs = [
         device_parts.Job("long", lambda: {"seconds": 1.0}, 60),
