@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 
-from pipelines.open_source import open_source
-
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -77,6 +75,8 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
 
 def repeated(data_path: Path, copies: int, folder: Path) -> int:
     """Class folders in `folder` with `copies` copies of each image at `data_path`; returns how many files."""
+    from pipelines.open_source import open_source  # here: the other functions are used where no JPEG decoder is
+
     source = open_source(data_path)
     for i, copy in itertools.product(range(len(source)), range(copies)):
         label = 0 if source.labels is None else int(source.labels[i])

@@ -50,8 +50,8 @@ class Lamb(torch.optim.Optimizer):
     def put_rates(self) -> None:
         """Write the groups' rates to the device, from where every later step takes them; nothing waits."""
         if not self._rates:
-            first = [group["params"][0] for group in self.param_groups]
-            self._rates = [torch.empty(2, dtype=p.dtype, device=p.device) for p in first]
+            any_ = next(p for group in self.param_groups for p in group["params"])
+            self._rates = [torch.empty(2, dtype=any_.dtype, device=any_.device) for _ in self.param_groups]
         for group, rates in zip(self.param_groups, self._rates, strict=True):
             rates[0].fill_(group["lr"])
             rates[1].fill_(group["weight_decay"])

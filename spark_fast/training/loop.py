@@ -171,9 +171,10 @@ class PretrainRun:
             optim.weight_decay,
             optim.weight_decay_end or optim.weight_decay,
         )
+        model = self._wrapped_model()
         try:
             return TrainStep(
-                self._wrapped_model(),
+                model,
                 self.optimizer,
                 schedule,
                 precision=resolve_precision(settings.run.precision, self.ranks.device),

@@ -1,5 +1,7 @@
 """One CUDA graph of the whole step: refused where there can be none; on a GPU, the same steps. And no step waits."""
 
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 
@@ -7,6 +9,8 @@ from spark_fast import build_spark
 from spark_fast.masking import sample_visible
 from spark_fast.training.optim import build_optimizer
 from spark_fast.training.step import Schedule, TrainStep
+from spark_fast.training.step_graph import StepGraph
+from spark_fast.training.timing import StepClock
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SCHEDULE = Schedule(peak_lr=0.01, warmup_steps=2, total_steps=10, weight_decay=0.04, weight_decay_end=0.2)
@@ -40,6 +44,47 @@ def batches(model, count, device):
 def test_what_stands_in_the_way_of_a_graph_is_named(settings, reason):
     with pytest.raises(ValueError, match=f"cannot be one CUDA graph: .*{reason}"):
         stepper(CPU, cuda_graph=True, **settings)
+
+
+def test_each_call_works_once_on_what_it_was_given_and_its_results_are_its_own(monkeypatch):
+    """Stand-ins for a GPU's streams and graphs: a capture computes nothing, a replay what was captured."""
+    done = []
+
+    class Captured:
+        def replay(self):
+            for output, now in zip(graph._outputs, work(*graph._inputs), strict=True):
+                output.copy_(now)
+
+    class Stream:
+        device = CPU
+
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+    @contextmanager
+    def capture(captured, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local", "the loader's threads go on"
+        yield
+        done.pop()
+
+    def work(images, visible):
+        clock.mark("forward")
+        done.append((float(images[0]), float(visible[0])))
+        return images + visible, images * visible
+
+    names = {"Stream": Stream, "CUDAGraph": Captured, "graph": capture, "current_stream": Stream}
+    for name, stand_in in (names | {"stream": lambda stream: nullcontext()}).items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    clock = StepClock(CPU)
+    graph = StepGraph(work, CPU, clock)
+    results = [graph(torch.full((2,), float(i)), torch.full((2,), 10.0)) for i in range(6)]
+    assert done == [(float(i), 10.0) for i in range(6)]
+    assert [(float(total[0]), float(product[0])) for total, product in results] == [(10 + i, 10 * i) for i in range(6)]
+    with pytest.raises(ValueError, match=r"captured for \(2,\) torch.float32, got \(3,\) torch.float32"):
+        graph(torch.ones(3), torch.ones(2))
 
 
 @gpu

@@ -1,0 +1,145 @@
+"""The ways to compute a training step that `device_report` compares, from the published one to one CUDA graph."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from measuring import clock
+from torch import Tensor, nn
+
+from spark_fast import SparK, build_spark
+from spark_fast.decoder import UNetBlock
+from spark_fast.encoder.masked import MaskedNorm
+from spark_fast.masking import sample_visible
+from spark_fast.training.optim import build_optimizer
+from spark_fast.training.step import Schedule, TrainStep, compiled
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a step is computed."""
+
+    encoder: str = "packed"
+    precision: str = "bf16"
+    layout: torch.memory_format = torch.channels_last
+    compile: str = "off"
+    kernels: bool | None = False  # Triton; False: PyTorch
+    graph: bool = False
+    published: bool = False  # norms look up the visible cells by nonzero, the decoder's layers are not merged
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether a CPU cannot do it."""
+        return self.graph or self.kernels is not False
+
+
+WAYS = {  # in order of importance
+    "published": Way("masked", "fp32", torch.contiguous_format, published=True),
+    "masked compiled": Way("masked", compile="default"),
+    "packed compiled Triton": Way(compile="default", kernels=True),
+    "packed compiled Triton graph": Way(compile="default", kernels=True, graph=True),
+    "packed Triton": Way(kernels=True),
+    "packed Triton graph": Way(kernels=True, graph=True),
+    "packed eager": Way(),
+    "packed compiled": Way(compile="default"),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a step is computed on."""
+
+    model: str
+    size: int
+    mask: float
+    batch: int
+    width: int = 768  # of the decoder
+
+
+def build(way: Way, shape: Shape, device: torch.device) -> SparK:
+    """The model, with the same weights whichever way it is."""
+    torch.manual_seed(0)
+    model = build_spark(
+        shape.model, input_size=shape.size, mask_ratio=shape.mask, decoder_width=shape.width, encoder=way.encoder,
+        check=False,
+    )  # fmt: skip
+    model.encoder.current.kernels = way.kernels
+    for module in model.modules():
+        if way.published and isinstance(module, MaskedNorm):
+            module.forward = partial(_norm_by_nonzero, module)
+        if way.published and isinstance(module, UNetBlock):
+            module.merge = False
+    return model.to(device, memory_format=way.layout).train()  # type: ignore[call-overload]
+
+
+def inputs(model: SparK, shape: Shape, way: Way, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images of noise, and a mask."""
+    generator = torch.Generator(device).manual_seed(0)
+    images = torch.randn(shape.batch, 3, shape.size, shape.size, generator=generator, device=device)
+    seen = sample_visible(0, 0, torch.arange(shape.batch, device=device), model.grid, model.num_visible)
+    return images.contiguous(memory_format=way.layout), seen
+
+
+def train_step(way: Way, model: SparK, device: torch.device) -> TrainStep:
+    """The whole step with LAMB, at a rate that leaves the weights about as they are."""
+    schedule = Schedule(1e-6, 0, 1000, 0.04, 0.2)
+    network = compiled(model, way.compile)
+    return TrainStep(
+        network, build_optimizer("lamb", model, 0.95), schedule, precision=way.precision, device=device, clip=5.0,
+        cuda_graph=way.graph,
+    )  # fmt: skip
+
+
+def median_seconds(run: Callable[[], object], device: torch.device, repeats: int, warmup: int) -> float:
+    """The median time of `run`: on a GPU between CUDA events, so that the host may run ahead as in training."""
+    for _ in range(warmup):
+        run()
+    if device.type != "cuda":
+        times = []
+        for _ in range(repeats):
+            begun = clock(device)
+            run()
+            times.append(clock(device) - begun)
+        return statistics.median(times)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) / 1000 for a, b in pairwise(events))
+
+
+@contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """fp32 products and convolutions in TF32, or not at all; without it torch gives it to convolutions alone."""
+    places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "tf32" if on else "ieee"
+        yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
+
+
+def _norm_by_nonzero(norm: nn.Module, x: Tensor) -> Tensor:
+    """As the published encoder.py: the visible cells are looked up in every norm, for which the host waits."""
+    visible: Any = norm.current.visible  # type: ignore[union-attr]
+    if visible is None:
+        return type(norm).forward(norm, x)
+    at = visible.cells(x.shape[2])[:, 0].nonzero(as_tuple=True)
+    last = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+    rows = super(MaskedNorm, norm).forward(last[at][:, :, None, None])  # type: ignore[misc]  # (n, C, 1, 1)
+    out = torch.zeros_like(last, dtype=rows.dtype)
+    out[at] = rows.flatten(1)
+    return out.permute(0, 3, 1, 2)
