@@ -228,7 +228,12 @@ def _shown(b: int, coords: tuple[int, ...]) -> tuple[list[list[int]], list[list[
 
 
 def _numbers(values: Sequence[int], device: torch.device) -> Tensor:
-    """(n,) int64, made in runs of even steps: a tensor made of a list would be copied to a GPU while the host waits."""
+    """(n,) int64. A tensor of a list would be copied to a GPU while the host waits: there it is made by arithmetic."""
+    return _in_runs(values, device) if device.type == "cuda" else torch.tensor(values, device=device)
+
+
+def _in_runs(values: Sequence[int], device: torch.device) -> Tensor:
+    """(n,) int64, joined from runs of even steps."""
     runs, begin = [], 0
     while begin < len(values):
         step = values[begin + 1] - values[begin] if begin + 1 < len(values) else 0

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark_fast.encoder.visible import Places, Visible, _numbers
+from spark_fast.encoder.visible import Places, Visible, _in_runs
 
 
 @st.composite
@@ -114,6 +114,6 @@ def test_unequal_or_empty_masks_are_refused_with_the_numbers():
 
 @given(st.lists(st.integers(-9, 9), min_size=1, max_size=20))
 def test_numbers_are_made_on_the_device_in_runs_of_even_steps(values):
-    made = _numbers(values, torch.device("cpu"))
+    made = _in_runs(values, torch.device("cpu"))
     assert made.tolist() == values
     assert made.dtype == torch.int64
