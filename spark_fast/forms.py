@@ -23,9 +23,8 @@ from pipelines.augment import MEAN, STD
 from spark_fast.export import encoder_state_dict, timm_names
 from spark_fast.model_card import model_card
 from spark_fast.networks import build_network
-from spark_fast.pretrained import Pretrained
+from spark_fast.pretrained import Pretrained, new_model
 from spark_fast.published import load_spark_state_dict, load_strictly, spark_state_dict
-from spark_fast.spark import build_spark
 from spark_fast.torchvision_names import torchvision_names
 from spark_fast.training.checkpoint import CheckpointError, read, sync_folder, write_atomically
 from spark_fast.training.settings import SettingsError
@@ -197,14 +196,7 @@ def _spark(source: Pretrained) -> Form:
     wrapped = {"arch": settings.network, "input_size": height if height == width else [height, width]}
 
     def load(path: Path) -> State:
-        model = build_spark(
-            settings.network,
-            input_size=settings.size,
-            mask_ratio=settings.model.mask_ratio,
-            decoder_width=settings.model.decoder_width,
-            stages=settings.model.stages or None,
-            check=False,
-        )
+        model = new_model(settings)
         load_spark_state_dict(model, read(path))
         return spark_state_dict(model)
 

@@ -73,14 +73,7 @@ def open_pretrained(source: Path, network: str = "", input_size: str = "") -> Pr
     settings.model.model = network or settings.model.model
     settings.data.input_size = input_size or settings.data.input_size
     try:
-        model = build_spark(
-            settings.network,
-            input_size=settings.size,
-            mask_ratio=settings.model.mask_ratio,
-            decoder_width=settings.model.decoder_width,
-            stages=settings.model.stages or None,
-            check=False,  # it was, before the training
-        )
+        model = new_model(settings)
     except SettingsError:
         raise
     except ValueError as error:
@@ -88,6 +81,18 @@ def open_pretrained(source: Path, network: str = "", input_size: str = "") -> Pr
     has_decoder = fit(path, content, model)
     record: dict[str, Any] = {k: content[k] for k in RECORD if ours and k in content}
     return Pretrained(path, settings, model.eval(), has_decoder, record, _run_folder(path))
+
+
+def new_model(settings: Settings) -> SparK:
+    """The model of these settings, on the host, without the pre-trained weights. Raises ValueError as `build_spark`."""
+    return build_spark(
+        settings.network,
+        input_size=settings.size,
+        mask_ratio=settings.model.mask_ratio,
+        decoder_width=settings.model.decoder_width,
+        stages=settings.model.stages or None,
+        check=False,  # it was, before the training
+    )
 
 
 def _read(source: Path) -> tuple[Path, dict[str, Any]]:
