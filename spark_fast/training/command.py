@@ -51,7 +51,7 @@ def run_command(
         return _complain(name, error, STALLED)
     except CheckpointError as error:
         return _complain(name, error, 6)
-    except OSError as error:  # metrics, logs or pictures: a full disk, a lost mount
+    except OSError as error:  # metrics or logs: a full disk, a lost mount
         return _complain(name, RuntimeError(f"{error}; the last checkpoint is kept, go on with --resume auto"), 6)
     finally:
         if ranks is not None:

@@ -17,6 +17,7 @@ from pipelines.decode import decode
 from spark_fast.encoder import Visible
 from spark_fast.masking import sample_visible
 from spark_fast.spark import SparK
+from spark_fast.training.checkpoint import write_atomically
 
 
 def reconstruction_grid(model: SparK, images: Tensor, seed: int, keep: int | None = None) -> Tensor:
@@ -62,14 +63,9 @@ def open_images(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:
 
 
 def save_png(grid: Tensor, path: Path) -> None:
-    """Write (3, H, W) uint8, whole or not at all. Raises OSError."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(partial, format="PNG")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    """Write (3, H, W) uint8, whole or not at all. Raises CheckpointError."""
+    image = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    write_atomically(path, lambda file: image.save(file, format="PNG"))
 
 
 def _pixels(images: Tensor) -> Tensor:
