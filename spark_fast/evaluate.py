@@ -31,7 +31,7 @@ from spark_fast.training.distributed import Ranks
 from spark_fast.training.lock import RunLock
 from spark_fast.training.resume import checkpoints_to_resume, read_newest
 from spark_fast.training.run_folder import open_run_folder, refuse_another_run
-from spark_fast.training.settings import SettingsError
+from spark_fast.training.settings_tree import SettingsError
 from spark_fast.training.step import resolve_precision
 from spark_fast.training.store import Store, check_space
 from spark_fast.training.watchdog import LostRankError, Watchdog

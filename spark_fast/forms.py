@@ -27,7 +27,7 @@ from spark_fast.pretrained import Pretrained, new_model
 from spark_fast.published import load_spark_state_dict, load_strictly, spark_state_dict
 from spark_fast.torchvision_names import torchvision_names
 from spark_fast.training.checkpoint import CheckpointError, read, sync_folder, write_atomically
-from spark_fast.training.settings import SettingsError
+from spark_fast.training.settings_tree import SettingsError
 
 State = dict[str, Tensor]
 

@@ -21,7 +21,8 @@ from spark_fast.published import encoder_name, strip_prefixes, tensors_of
 from spark_fast.spark import SparK, build_spark
 from spark_fast.training.checkpoint import CheckpointError, read
 from spark_fast.training.resume import read_newest
-from spark_fast.training.settings import PUBLISHED_MODELS, Settings, SettingsError
+from spark_fast.training.settings import Settings
+from spark_fast.training.settings_tree import PUBLISHED_MODELS, SettingsError
 from spark_fast.training.store import candidates
 from spark_fast.training.weights import fit
 

@@ -25,7 +25,8 @@ from spark_fast.training.lock import RunLock
 from spark_fast.training.loop import PretrainRun
 from spark_fast.training.resume import checkpoints_to_resume
 from spark_fast.training.run_folder import open_run_folder, refuse_another_run
-from spark_fast.training.settings import Settings, SettingsError, parse
+from spark_fast.training.settings import Settings, parse
+from spark_fast.training.settings_tree import SettingsError
 from spark_fast.training.store import Store, check_space
 from spark_fast.training.watchdog import LostRankError, Watchdog
 from spark_fast.training.weights import load_weights

@@ -15,7 +15,7 @@ from torch.distributed.run import get_args_parser
 
 import spark_fast.evaluation.settings as evaluation
 import spark_fast.training.settings as training
-from spark_fast.training.settings import tomllib
+from spark_fast.training.settings_tree import tomllib
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

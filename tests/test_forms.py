@@ -9,7 +9,8 @@ from spark_fast import build_spark
 from spark_fast.forms import Form, _prove, export
 from spark_fast.pretrained import open_pretrained
 from spark_fast.training.checkpoint import CheckpointError
-from spark_fast.training.settings import Settings, SettingsError
+from spark_fast.training.settings import Settings
+from spark_fast.training.settings_tree import SettingsError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -23,7 +23,7 @@ from spark_fast.encoder.visible import Places
 from spark_fast.masking import num_visible, sample_visible
 from spark_fast.training.checkpoint import write_atomically
 from spark_fast.training.command import run_tool
-from spark_fast.training.settings import SettingsError
+from spark_fast.training.settings_tree import SettingsError
 
 PICTURE = Path(__file__).parents[1] / "docs" / "packed.png"
 COLUMNS = 4  # packed patches in a row of the picture

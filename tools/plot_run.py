@@ -19,7 +19,7 @@ import tyro
 from spark_fast.training.checkpoint import write_atomically
 from spark_fast.training.command import run_tool
 from spark_fast.training.metrics_file import read_metrics
-from spark_fast.training.settings import SettingsError
+from spark_fast.training.settings_tree import SettingsError
 
 PANELS = {  # key of a row -> title
     "loss": "loss",

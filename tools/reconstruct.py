@@ -21,7 +21,7 @@ from spark_fast.pretrained import Pretrained, open_pretrained
 from spark_fast.training.checkpoint import CheckpointError
 from spark_fast.training.command import run_tool
 from spark_fast.training.pictures import filled_grid, open_images, reconstruction_grid, save_png
-from spark_fast.training.settings import SettingsError
+from spark_fast.training.settings_tree import SettingsError
 
 
 def reconstruct(

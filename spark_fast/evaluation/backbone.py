@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spark_fast.evaluation.weights import Weights, load_into
 from spark_fast.export import timm_names
 from spark_fast.networks import build_network
-from spark_fast.training.settings import SettingsError
+from spark_fast.training.settings_tree import SettingsError
 
 
 class Backbone(nn.Module):

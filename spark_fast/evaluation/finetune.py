@@ -41,7 +41,7 @@ from spark_fast.training.parallel import data_parallel
 from spark_fast.training.resume import differing, refuse_differences
 from spark_fast.training.run_folder import versions
 from spark_fast.training.saver import Saver
-from spark_fast.training.settings import SettingsError
+from spark_fast.training.settings_tree import SettingsError
 from spark_fast.training.step import DTYPES, Schedule, TrainStep, resolve_precision
 from spark_fast.training.store import CHECKPOINT, Store
 from spark_fast.training.watchdog import Watchdog

@@ -7,26 +7,15 @@ any other: `--mixup 0` switches it off.
 from __future__ import annotations
 
 import dataclasses
-import math
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeVar
 
-import tomli_w
-import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
 from spark_fast.evaluation.recipes import RECIPES, Recipe, recipe_for
-from spark_fast.training.settings import (
-    PUBLISHED_MODELS,
-    SettingsError,
-    flags_of,
-    nearest,
-    pixels,
-    plain_switches,
-    take_option,
-)
+from spark_fast.training.settings_tree import SettingsError, Tree, nearest, read, switches_of
 
 E = TypeVar("E", bound="Evaluation")
 
@@ -135,23 +124,17 @@ class Probe:
 
 
 @dataclass
-class Evaluation:
+class Evaluation(Tree):
     """What all modes have."""
 
     mode: ClassVar[str]
+    images: ClassVar[str] = "class folders, a file list with labels, or shards"
     data: OmitArgPrefixes[Data] = field(default_factory=Data)
     model: OmitArgPrefixes[Model] = field(default_factory=Model)
     run: OmitArgPrefixes[Run] = field(default_factory=Run)
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """(H, W) of the input in pixels."""
-        return pixels(self.data.input_size)
-
-    @property
-    def network(self) -> str:
-        """The timm name, or "" where the weights are to say."""
-        return PUBLISHED_MODELS.get(self.model.model, self.model.model)
+    def __init_subclass__(cls) -> None:
+        cls.prog = f"spark-fast-eval {cls.mode}"
 
     @property
     def folder(self) -> Path:
@@ -174,42 +157,22 @@ class Evaluation:
         assert self.data.batch_size is not None
         return self.data.batch_size
 
-    def to_dict(self) -> dict:
-        """Plain nested dictionaries."""
-        return dataclasses.asdict(self)
-
-    def to_toml(self) -> str:
-        """The tree as a TOML file that `--config` reads back; what is left open is left out."""
-        given = {g: {k: v for k, v in values.items() if v is not None} for g, values in self.to_dict().items()}
-        return tomli_w.dumps(given)
+    def shown(self) -> str:
+        """The recipe with it, where the network is named."""
+        return (self.resolved(self.network, self.model.stages) if self.network else self).to_toml()
 
     def check(self) -> None:
-        """Raise SettingsError for what can be told without looking at data or weights."""
-        _ = self.size
-        if not self.run.exp_name and not self.run.exp_dir:
-            raise SettingsError(f"the run needs a name: spark-fast-eval {self.mode} <name> ... (or --exp_dir)")
-        if not self.data.data_path and self.data.pipeline != "synthetic":
-            raise SettingsError("--data_path is missing: class folders, a file list with labels, or shards")
+        """Also what concerns weights."""
+        super().check()
         if not self.model.weights:
             raise SettingsError("--weights is missing: a run folder, a checkpoint, an exported encoder, or none")
         if self.model.weights == "none" and not self.model.model:
             raise SettingsError("--model is missing: with --weights none nothing else names the network")
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        values = {name: value for group in self.to_dict().values() for name, value in group.items()}
         positive = {"batch_size", "workers", "prefetch", "timeout", "k", "temperature", "epochs", "base_lr", "repeats"}
-        positive |= {"log_every", "max_bad_steps", "accumulate", "crop_pct", "min_scale"}
-        up_to_one = {"crop_pct", "min_scale", "layer_decay", "smoothing", "erase", "ema", "drop_path"}
-        for name, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                continue
-            if not 0 <= value < math.inf or (name in positive and value == 0):
-                raise SettingsError(
-                    f"--{name} must {'be positive' if name in positive else 'not be negative'}, got {value}"
-                )
-            if name in up_to_one and value > 1:
-                raise SettingsError(f"--{name} must be at most 1, got {value}")
+        self.check_numbers(
+            positive | {"log_every", "max_bad_steps", "accumulate", "crop_pct", "min_scale"},
+            {"crop_pct", "min_scale", "layer_decay", "smoothing", "erase", "ema", "drop_path"},
+        )
 
 
 @dataclass
@@ -259,26 +222,13 @@ class Finetune(Evaluation):
         tree["data"]["input_size"] = "{}x{}".format(*self.size)
         return tree
 
-    def check(self) -> None:
-        """Also what concerns training."""
-        super().check()
-        if self.run.keep_last < 2:
-            raise SettingsError(
-                f"--keep_last must be 2 or more, as the last one may be damaged; got {self.run.keep_last}"
-            )
-
 
 MODES: dict[str, type[Evaluation]] = {"knn": Knn, "linear": Linear, "finetune": Finetune}
-SWITCHES = frozenset({"augment", "sync_batchnorm", "sbn"})
+SWITCHES = switches_of("augment", "sync_batchnorm", "sbn")
 
 
 def parse(argv: list[str]) -> Evaluation:
-    """Settings from a command line, MODE [NAME] --flag ...
-
-    Raises:
-        SettingsError: no mode, or a value that cannot be used.
-        SystemExit: after --help or --print_config (0), or for an unknown flag (2; tyro names the nearest ones).
-    """
+    """Settings from a command line, MODE [NAME] --flag ...; raises what `read` raises."""
     if not argv or argv[0] in ("--help", "-h"):
         print(
             "usage: spark-fast-eval MODE NAME --data_path ... --weights ...   (--help after a mode lists its settings)"
@@ -287,27 +237,7 @@ def parse(argv: list[str]) -> Evaluation:
             print(f"  {name:10}{(kind.__doc__ or '').strip()}")
         print(f"  recipes are known for {', '.join(RECIPES)}")
         raise SystemExit(0 if argv else 2)
-    mode, argv = argv[0], list(argv[1:])
+    mode = argv[0]
     if mode not in MODES:
-        raise SettingsError(f"the first word must be a mode, got {mode!r}{nearest(mode, set(MODES))}")
-    if argv and not argv[0].startswith("-"):
-        argv[0] = f"--exp_name={argv[0]}"
-    config, argv = take_option(argv, "--config")
-    show = "--print_config" in argv
-    argv = [a for a in argv if a != "--print_config"]
-    flags = flags_of(Path(config), MODES[mode]()) if config is not None else []
-    settings = tyro.cli(
-        MODES[mode],
-        args=plain_switches(flags + argv, SWITCHES),
-        prog=f"spark-fast-eval {mode}",
-        description=f"{MODES[mode].__doc__}\n\nBesides: --config FILE.toml reads settings, --print_config prints them.",
-        use_underscores=True,
-    )
-    if show:
-        print(
-            (settings.resolved(settings.network, settings.model.stages) if settings.network else settings).to_toml(),
-            end="",
-        )
-        raise SystemExit(0)
-    settings.check()
-    return settings
+        raise SettingsError(f"the first word must be a mode, got {mode!r}{nearest(mode, MODES)}")
+    return read(MODES[mode], argv[1:], SWITCHES)

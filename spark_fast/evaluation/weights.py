@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spark_fast.published import encoder_name, load_strictly, strip_prefixes
 from spark_fast.training.checkpoint import CheckpointError, read
-from spark_fast.training.settings import PUBLISHED_MODELS
+from spark_fast.training.settings_tree import PUBLISHED_MODELS
 from spark_fast.training.store import candidates
 
 log = logging.getLogger("spark_fast")

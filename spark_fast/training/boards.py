@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from spark_fast.training.metrics_file import MetricsFile
-from spark_fast.training.settings import Settings, SettingsError
+from spark_fast.training.settings import Settings
+from spark_fast.training.settings_tree import SettingsError
 
 log = logging.getLogger("spark_fast")
 

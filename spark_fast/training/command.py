@@ -21,7 +21,7 @@ from spark_fast.training.bad_steps import NotFiniteError
 from spark_fast.training.checkpoint import CheckpointError
 from spark_fast.training.distributed import Ranks, join
 from spark_fast.training.run_folder import RunSettings
-from spark_fast.training.settings import SettingsError
+from spark_fast.training.settings_tree import SettingsError
 from spark_fast.training.watchdog import STALLED, LostRankError, Watchdog
 
 S = TypeVar("S", bound=RunSettings)

@@ -31,7 +31,8 @@ from spark_fast.training.profiling import Profile
 from spark_fast.training.resume import check_same_run, read_newest
 from spark_fast.training.run_folder import versions
 from spark_fast.training.saver import Saver
-from spark_fast.training.settings import Settings, SettingsError
+from spark_fast.training.settings import Settings
+from spark_fast.training.settings_tree import SettingsError
 from spark_fast.training.spikes import Spikes
 from spark_fast.training.step import Schedule, TrainStep, compiled, resolve_precision
 from spark_fast.training.store import CHECKPOINT, Store

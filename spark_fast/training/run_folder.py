@@ -20,7 +20,7 @@ import torchvision
 import spark_fast
 from spark_fast.training.checkpoint import CheckpointError
 from spark_fast.training.lock import RunLock
-from spark_fast.training.settings import SettingsError
+from spark_fast.training.settings_tree import SettingsError
 from spark_fast.training.store import CHECKPOINT, RECORD, published
 
 RESULT = "result.json"  # of an evaluation

@@ -1,39 +1,20 @@
 """Every setting of a run, typed, in one tree: defaults < `--config file.toml` < flags.
 
-The tree is parsed by tyro. A TOML file is turned into the flags it stands for and put before the command line's
-own, so a file is checked exactly as flags are: unknown keys are errors that name the nearest ones. The spellings of
-the published script are aliases.
+The tree is parsed by tyro (`settings_tree`). The spellings of the published script are aliases.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-import sys
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-import tomli_w
-import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from spark_fast.training.settings_tree import SettingsError, Tree, read, switch, switches_of
 
-PUBLISHED_MODELS = {
-    "res50": "resnet50",
-    "res101": "resnet101",
-    "res152": "resnet152",
-    "res200": "resnet200",
-    "cnxS": "convnext_small",
-    "cnxB": "convnext_base",
-    "cnxL": "convnext_large",
-}
 PUBLISHED_DROP_PATH = {
     "resnet50": 0.05,
     "resnet101": 0.08,
@@ -45,17 +26,7 @@ PUBLISHED_DROP_PATH = {
 }
 
 
-class SettingsError(ValueError):
-    """A setting that cannot be used, in words for the person who chose it."""
-
-
-def pixels(text: str) -> tuple[int, int]:
-    """(H, W) of "N" or "HxW"."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if min(size) == 0:
-        raise SettingsError(f"--input_size must be N or HxW in pixels, got {text!r}")
-    return size
+Compile = Literal["off", "default", "max-autotune", "reduce-overhead"]
 
 
 @dataclass
@@ -154,7 +125,7 @@ class Run:
     """auto: a GPU if there is one"""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on the CPU"""
-    compile: Literal["off", "default", "max-autotune", "reduce-overhead"] = "off"
+    compile: Compile = "off"
     """torch.compile the model (the first step takes a minute), in this mode; without a value: default"""
     cuda_graph: bool = False
     """replay the whole step as one CUDA graph: one GPU, LAMB, no accumulation"""
@@ -189,23 +160,15 @@ class Run:
 
 
 @dataclass
-class Settings:
+class Settings(Tree):
     """Pre-train a ConvNet by masked image modelling (SparK)."""
 
     data: OmitArgPrefixes[Data] = field(default_factory=Data)
     model: OmitArgPrefixes[Model] = field(default_factory=Model)
     optim: OmitArgPrefixes[Optim] = field(default_factory=Optim)
     run: OmitArgPrefixes[Run] = field(default_factory=Run)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(H, W) of the input in pixels."""
-        return pixels(self.data.input_size)
-
-    @property
-    def network(self) -> str:
-        """The timm name."""
-        return PUBLISHED_MODELS.get(self.model.model, self.model.model)
+    prog: ClassVar[str] = "spark-fast-train"
+    images: ClassVar[str] = "an image folder, a file list or shards"
 
     @property
     def encoder(self) -> str:
@@ -241,12 +204,9 @@ class Settings:
         return Path(self.run.exp_dir or f"output_{self.run.exp_name}")
 
     def check(self) -> None:
-        """Raise SettingsError for what can be told without looking at data or model."""
-        _ = self.size, self.save_every
-        if not self.run.exp_name and not self.run.exp_dir:
-            raise SettingsError("the run needs a name: spark-fast-train <experiment_name> ... (or --exp_dir)")
-        if not self.data.data_path and self.data.pipeline != "synthetic":
-            raise SettingsError("--data_path is missing: an image folder, a file list or shards")
+        """Also what concerns pre-training."""
+        super().check()
+        _ = self.save_every
         if self.run.resume and self.model.init_weight:
             raise SettingsError("--resume continues a run, --init_weight begins one: choose one of them")
         if self.model.sparse_conv and self.model.encoder == "masked":
@@ -256,24 +216,13 @@ class Settings:
                 "--compile reduce-overhead makes CUDA graphs of its own, which go neither with --cuda_graph nor with "
                 "--accumulate: take --compile or --compile max-autotune"
             )
-        values = {name: value for group in self.to_dict().values() for name, value in group.items()}
-        positive = ("batch_size", "workers", "prefetch", "decoder_width", "epochs", "base_lr", "accumulate")
-        for name in (*positive, "log_every", "max_bad_steps", "timeout"):
-            if not 0 < values[name] < math.inf:
-                raise SettingsError(f"--{name} must be positive, got {values[name]}")
-        not_negative = ("warmup_epochs", "weight_decay", "weight_decay_end", "clip", "threads", "keep_every", "seed")
-        for name in (*not_negative, "picture_every", "max_steps"):
-            if not values[name] >= 0:
-                raise SettingsError(f"--{name} must not be negative, got {values[name]}")
-        if self.run.keep_last < 2:
-            raise SettingsError(
-                f"--keep_last must be 2 or more, as the last one may be damaged; got {self.run.keep_last}"
-            )
         if not 0 < self.model.mask_ratio < 1:
             raise SettingsError(f"--mask_ratio must be between 0 and 1, got {self.model.mask_ratio}")
         for name, value in (("drop_path", self.model.drop_path), ("beta2", self.optim.beta2)):
             if not 0 <= value < 1:
                 raise SettingsError(f"--{name} must be at least 0 and below 1, got {value}")
+        positive = {"batch_size", "workers", "prefetch", "decoder_width", "epochs", "base_lr", "accumulate"}
+        self.check_numbers(positive | {"log_every", "max_bad_steps", "timeout"})
 
     def meaning(self) -> dict:
         """The same as `to_dict`, each value spelled in one way: two settings that mean one run are equal here."""
@@ -293,108 +242,13 @@ class Settings:
         """
         return cls(**{f.name: type(getattr(cls(), f.name))(**tree.get(f.name, {})) for f in dataclasses.fields(cls)})
 
-    def to_dict(self) -> dict:
-        """Plain nested dictionaries."""
-        return dataclasses.asdict(self)
 
-    def to_toml(self) -> str:
-        """The whole tree as a TOML file that `--config` reads back."""
-        return tomli_w.dumps(self.to_dict())
+SWITCHES = switches_of("sparse_conv", "zero", "cuda_graph", "sync_batchnorm", "sbn", "dry_run", "profile")
+# was a switch once, and names a mode now
+SWITCHES["--compile"] = switch("--compile=default", "--compile=off") | {m: f"--compile={m}" for m in get_args(Compile)}
+SWITCHES["--no_compile"] = {None: "--compile=off"}
 
 
 def parse(argv: list[str]) -> Settings:
-    """Settings from a command line.
-
-    Raises:
-        SettingsError: a value that cannot be used.
-        SystemExit: after --help or --print_config (0), or for an unknown flag (2; tyro names the nearest ones).
-    """
-    argv = list(argv)
-    if argv and not argv[0].startswith("-"):
-        argv[0] = f"--exp_name={argv[0]}"
-    config, argv = take_option(argv, "--config")
-    show = "--print_config" in argv
-    argv = [a for a in argv if a != "--print_config"]
-    flags = flags_of(Path(config), Settings()) if config is not None else []
-    settings = tyro.cli(
-        Settings,
-        args=plain_switches(plain_compile(flags + argv)),
-        prog="spark-fast-train",
-        description=f"{Settings.__doc__}\n\nBesides: --config FILE.toml reads settings, --print_config prints them.",
-        use_underscores=True,
-    )
-    if show:
-        print(settings.to_toml(), end="")
-        raise SystemExit(0)
-    settings.check()
-    return settings
-
-
-def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of an option (None: it is not there), and the words without it."""
-    for i, word in enumerate(argv):
-        if word == name and i + 1 < len(argv):
-            return argv[i + 1], argv[:i] + argv[i + 2 :]
-        if word.startswith(name + "="):
-            return word.partition("=")[2], argv[:i] + argv[i + 1 :]
-    return None, argv
-
-
-def flags_of(path: Path, known_settings: Any) -> list[str]:
-    """The flags that a TOML file stands for, of a settings tree of dataclasses."""
-    try:
-        tree: dict[str, Any] = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise SettingsError(f"there is no configuration file {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise SettingsError(f"configuration file {path} cannot be read: {error}") from None
-    flags = []
-    for section, values in tree.items():
-        names = {f.name for f in dataclasses.fields(known_settings)}
-        if section not in names or not isinstance(values, dict):
-            raise SettingsError(f"{path}: [{section}] is no section; there are {', '.join(sorted(names))}")
-        known = {f.name for f in dataclasses.fields(getattr(known_settings, section))}
-        for key, value in values.items():
-            if key not in known:
-                raise SettingsError(f"{path}: [{section}] has no setting {key!r}{nearest(key, known)}")
-            flags.append(f"--{key}={value}")
-    return flags
-
-
-def nearest(word: str, known: set[str]) -> str:
-    """What may have been meant, as the end of an error's message."""
-    near = get_close_matches(word, known, n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(near)}?" if near else f"; there are {', '.join(sorted(known))}"
-
-
-SWITCHES = frozenset({"sparse_conv", "zero", "cuda_graph", "sync_batchnorm", "sbn", "dry_run", "profile"})
-COMPILE = {"1": "default", "true": "default", "0": "off", "false": "off"}
-COMPILE |= {mode: mode for mode in ("off", "default", "max-autotune", "reduce-overhead")}
-
-
-def plain_switches(argv: list[str], switches: frozenset[str] = SWITCHES) -> list[str]:
-    """--sbn=1, --sbn True and the like become --sbn, and --sbn=0 becomes --no_sbn: old command lines run."""
-    values = {"1": "", "true": "", "0": "no_", "false": "no_"}
-    out: list[str] = []
-    for word in argv:
-        name, has_value, value = word.removeprefix("--").replace("-", "_").partition("=")
-        if word.startswith("--") and has_value and name in switches and value.lower() in values:
-            out.append(f"--{values[value.lower()]}{name}")
-        elif out and out[-1] in {f"--{s}" for s in switches} and word.lower() in values:
-            out[-1] = f"--{values[word.lower()]}{out[-1].removeprefix('--')}"
-        else:
-            out.append(word)
-    return out
-
-
-def plain_compile(argv: list[str]) -> list[str]:
-    """--compile was a switch and may still be one: alone it becomes --compile=default, --no_compile --compile=off."""
-    out: list[str] = []
-    for word in argv:
-        if out[-1:] == ["--compile="] and COMPILE.get(word.lower()):
-            word = out.pop() + word
-        name, has_value, value = word.partition("=")
-        if name == "--compile":
-            word = f"--compile={COMPILE.get(value.lower(), value)}" if has_value else "--compile="
-        out.append("--compile=off" if word in ("--no_compile", "--no-compile") else word)
-    return ["--compile=default" if word == "--compile=" else word for word in out]
+    """Settings from a command line; raises what `read` raises."""
+    return read(Settings, argv, SWITCHES)

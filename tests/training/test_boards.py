@@ -15,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from spark_fast.training import boards
 from spark_fast.training.boards import HarmlessBoard, open_boards, require_wandb
 from spark_fast.training.journal import Journal
-from spark_fast.training.settings import Run, Settings, SettingsError
+from spark_fast.training.settings import Run, Settings
+from spark_fast.training.settings_tree import SettingsError
 
 ROW = {"step": 2, "epoch": 1, "loss": 0.75, "lr": 0.1}
 GRID = torch.zeros(3, 8, 8, dtype=torch.uint8)

@@ -14,7 +14,8 @@ import spark_fast
 from spark_fast.training.checkpoint import CheckpointError
 from spark_fast.training.lock import RunLock
 from spark_fast.training.run_folder import CHECKPOINT, describe, open_run_folder
-from spark_fast.training.settings import SettingsError, parse
+from spark_fast.training.settings import parse
+from spark_fast.training.settings_tree import SettingsError
 
 
 @contextmanager

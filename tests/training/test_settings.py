@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from spark_fast.training.settings import Settings, SettingsError, parse
+from spark_fast.training.settings import Settings, parse
+from spark_fast.training.settings_tree import SettingsError
 
 NAMED = ["name", "--data_path=images"]
 

@@ -1,0 +1,195 @@
+"""What the settings of every command have in common, and how a command line becomes a tree of them.
+
+A TOML file is turned into the flags it stands for and put before the command line's own, so a file is checked exactly
+as flags are: unknown keys are errors that name the nearest ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import tomli_w
+import tyro
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PUBLISHED_MODELS = {
+    "res50": "resnet50",
+    "res101": "resnet101",
+    "res152": "resnet152",
+    "res200": "resnet200",
+    "cnxS": "convnext_small",
+    "cnxB": "convnext_base",
+    "cnxL": "convnext_large",
+}
+
+Values = dict[str | None, str]  # what is said after a flag, None: nothing -> the flag that it stands for
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used, in words for the person who chose it."""
+
+
+class Tree:
+    """Settings in groups, each a dataclass. `prog`: the command; `images`: what its --data_path takes."""
+
+    data: Any
+    model: Any
+    run: Any
+    prog: ClassVar[str]
+    images: ClassVar[str]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the input in pixels."""
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", self.data.input_size)
+        size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if min(size) == 0:
+            raise SettingsError(f"--input_size must be N or HxW in pixels, got {self.data.input_size!r}")
+        return size
+
+    @property
+    def network(self) -> str:
+        """The timm name, "" where none is given."""
+        return PUBLISHED_MODELS.get(self.model.model, self.model.model)
+
+    def to_dict(self) -> dict:
+        """Plain nested dictionaries."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]  # each tree is a dataclass
+
+    def to_toml(self) -> str:
+        """The tree as a TOML file that `--config` reads back; what is left open is left out."""
+        given = {g: {k: v for k, v in values.items() if v is not None} for g, values in self.to_dict().items()}
+        return tomli_w.dumps(given)
+
+    def shown(self) -> str:
+        """What --print_config prints."""
+        return self.to_toml()
+
+    def check(self) -> None:
+        """Raise SettingsError for what can be told without looking at data or weights."""
+        _ = self.size
+        if not self.run.exp_name and not self.run.exp_dir:
+            raise SettingsError(f"the run needs a name: {self.prog} <experiment_name> ... (or --exp_dir)")
+        if not self.data.data_path and self.data.pipeline != "synthetic":
+            raise SettingsError(f"--data_path is missing: {self.images}")
+        if getattr(self.run, "keep_last", 2) < 2:
+            raise SettingsError(
+                f"--keep_last must be 2 or more, as the last one may be damaged; got {self.run.keep_last}"
+            )
+
+    def check_numbers(self, positive: Iterable[str], up_to_one: Iterable[str] = ()) -> None:
+        """Raise SettingsError for a number that is infinite or below 0; these must be above 0, those 1 at most."""
+        for name, value in (item for group in self.to_dict().values() for item in group.items()):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            if not 0 <= value < math.inf or (name in positive and value == 0):
+                must = "be positive" if name in positive else "not be negative"
+                raise SettingsError(f"--{name} must {must}, got {value}")
+            if name in up_to_one and value > 1:
+                raise SettingsError(f"--{name} must be at most 1, got {value}")
+
+
+T = TypeVar("T", bound=Tree)
+
+
+def read(kind: type[T], argv: list[str], switches: dict[str, Values]) -> T:
+    """Settings from a command line, [NAME] --flag ...: defaults < `--config file.toml` < flags.
+
+    Args:
+        switches: flags with values of their own, see `plain_switches`.
+
+    Raises:
+        SettingsError: a value that cannot be used.
+        SystemExit: after --help or --print_config (0), or for an unknown flag (2; tyro names the nearest ones).
+    """
+    if argv and not argv[0].startswith("-"):
+        argv = [f"--exp_name={argv[0]}", *argv[1:]]
+    config, argv = _take_option(argv, "--config")
+    show = "--print_config" in argv
+    argv = [a for a in argv if a != "--print_config"]
+    flags = _flags_of(Path(config), kind()) if config is not None else []
+    settings = tyro.cli(
+        kind,
+        args=plain_switches(flags + argv, switches),
+        prog=kind.prog,
+        description=f"{kind.__doc__}\n\nBesides: --config FILE.toml reads settings, --print_config prints them.",
+        use_underscores=True,
+    )
+    if show:
+        print(settings.shown(), end="")
+        raise SystemExit(0)
+    settings.check()
+    return settings
+
+
+def switch(on: str, off: str) -> Values:
+    """The values of a switch: none, 1 and true stand for the flag `on`, 0 and false for `off`."""
+    return {None: on, "1": on, "true": on, "0": off, "false": off}
+
+
+def switches_of(*names: str) -> dict[str, Values]:
+    """The switches --name, turned off by --no_name."""
+    return {f"--{name}": switch(f"--{name}", f"--no_{name}") for name in names}
+
+
+def plain_switches(argv: list[str], switches: dict[str, Values]) -> list[str]:
+    """--sbn=1, --sbn True and the like become --sbn, and --sbn=0 becomes --no_sbn: old command lines run."""
+    out: list[str] = []
+    open_values: Values = {}  # of the switch that came last, if it had none
+    for word in argv:
+        if word.lower() in open_values:
+            out[-1], open_values = open_values[word.lower()], {}
+            continue
+        flag, has_value, value = word.partition("=")
+        values = switches.get(flag[:2] + flag[2:].replace("-", "_"), {})
+        out.append(values.get(value.lower() if has_value else None, word))
+        open_values = {} if has_value else values
+    return out
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """What may have been meant, as the end of an error's message."""
+    near = get_close_matches(word, known, n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(near)}?" if near else f"; there are {', '.join(sorted(known))}"
+
+
+def _take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of an option (None: it is not there), and the words without it."""
+    for i, word in enumerate(argv):
+        if word == name and i + 1 < len(argv):
+            return argv[i + 1], argv[:i] + argv[i + 2 :]
+        if word.startswith(name + "="):
+            return word.partition("=")[2], argv[:i] + argv[i + 1 :]
+    return None, argv
+
+
+def _flags_of(path: Path, known_settings: Any) -> list[str]:
+    """The flags that a TOML file stands for, of a settings tree of dataclasses."""
+    try:
+        tree: dict[str, Any] = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise SettingsError(f"there is no configuration file {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise SettingsError(f"configuration file {path} cannot be read: {error}") from None
+    flags = []
+    for section, values in tree.items():
+        names = {f.name for f in dataclasses.fields(known_settings)}
+        if section not in names or not isinstance(values, dict):
+            raise SettingsError(f"{path}: [{section}] is no section; there are {', '.join(sorted(names))}")
+        known = {f.name for f in dataclasses.fields(getattr(known_settings, section))}
+        for key, value in values.items():
+            if key not in known:
+                raise SettingsError(f"{path}: [{section}] has no setting {key!r}{nearest(key, known)}")
+            flags.append(f"--{key}={value}")
+    return flags
