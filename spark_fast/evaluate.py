@@ -9,6 +9,7 @@ Exit codes: see `training.command`.
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,14 @@ from spark_fast.evaluation.scores import Scores
 from spark_fast.evaluation.settings import Evaluation, Finetune, Knn, Linear, parse
 from spark_fast.evaluation.weights import Weights, read_weights
 from spark_fast.training.checkpoint import CheckpointError
-from spark_fast.training.command import run_command
+from spark_fast.training.command import open_store, run_command, running
 from spark_fast.training.distributed import Ranks
 from spark_fast.training.lock import RunLock
 from spark_fast.training.resume import checkpoints_to_resume, read_newest
 from spark_fast.training.run_folder import open_run_folder, refuse_another_run
 from spark_fast.training.settings_tree import SettingsError
 from spark_fast.training.step import resolve_precision
-from spark_fast.training.store import Store, check_space
-from spark_fast.training.watchdog import LostRankError, Watchdog
+from spark_fast.training.watchdog import Watchdog
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,27 +43,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(settings: Evaluation, ranks: Ranks, watchdog: Watchdog) -> int:
-    """Evaluate in the mode of the settings; returns the exit code.
-
-    Raises LostRankError, instead of whatever an exchange fails with, where another rank is gone.
-    """
-    if settings.run.threads:
-        torch.set_num_threads(settings.run.threads)
-    torch.manual_seed(settings.run.seed)
-    lock = RunLock(settings.folder)
-    try:
-        if isinstance(settings, Finetune):
-            return finetune(settings, ranks, watchdog, lock)
-        return on_features(settings, ranks, watchdog, lock)
-    except RuntimeError as error:
-        if lost := watchdog.lost():
-            raise LostRankError(f"rank {ranks.rank} leaves, as another is gone: {'; '.join(lost)}") from error
-        raise
-    finally:
-        lock.release()
+    """Evaluate in the mode of the settings; returns the exit code."""
+    with running(settings, ranks, watchdog) as (lock, closing):
+        mode = finetune if isinstance(settings, Finetune) else on_features
+        return mode(settings, ranks, watchdog, lock, closing)  # type: ignore[arg-type]
 
 
-def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLock) -> int:
+def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLock, closing: ExitStack) -> int:
     """k-NN or a linear probe: the network is frozen."""
     refuse_another_run(asked)
     weights = _weights(asked)
@@ -74,32 +60,27 @@ def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLo
     view = {"scale": (0.08, 1.0)} if fresh else {"augment": False, "in_order": True, "centre": settings.data.crop_pct}
     train = open_train(settings, ranks, **view)
     learned = Labelled(train, train.num_classes, None, lambda step: watchdog.at(step, "reading the training images"))
-    report, val = Report(None), None
-    try:
-        val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "reading the images to judge by"))
-        _check_sizes(settings, train)
-        if ranks.main:
-            report = Report(open_run_folder(settings, lock, pictures=""))
-        queries = extract(features, val)
-        if isinstance(settings, Knn):
-            scores = classify_by_neighbours(
-                extract(features, learned),
-                queries,
-                k=settings.knn.k,
-                temperature=settings.knn.temperature,
-                classes=train.num_classes,
-                ranks=ranks,
-            )
-        else:
-            scores = _probe(settings, ranks, learned, features, queries, fresh, report)
-        seen = {"train_images": train.num_samples, "replaced": val.pipeline.problems.replaced}
-        found = {"mode": settings.mode, **scores.accuracy(), **seen, "settings": settings.to_dict()}
-        report.result(scores.matrix, train.classes, **found)
-    finally:
-        report.close()
-        learned.close()
-        if val is not None:
-            val.close()
+    closing.callback(learned.close)
+    val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "reading the images to judge by"))
+    closing.callback(val.close)
+    _check_sizes(settings, train)
+    report = Report(open_run_folder(settings, lock) if ranks.main else None)
+    closing.callback(report.close)
+    queries = extract(features, val)
+    if isinstance(settings, Knn):
+        scores = classify_by_neighbours(
+            extract(features, learned),
+            queries,
+            k=settings.knn.k,
+            temperature=settings.knn.temperature,
+            classes=train.num_classes,
+            ranks=ranks,
+        )
+    else:
+        scores = _probe(settings, ranks, learned, features, queries, fresh, report)
+    seen = {"train_images": train.num_samples, "replaced": val.pipeline.problems.replaced}
+    found = {"mode": settings.mode, **scores.accuracy(), **seen, "settings": settings.to_dict()}
+    report.result(scores.matrix, train.classes, **found)
     return 0
 
 
@@ -133,10 +114,8 @@ def _probe(
     return scores
 
 
-def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock) -> int:
+def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, closing: ExitStack) -> int:
     """Train the whole network."""
-    if ranks.main and asked.run.resume and asked.folder.is_dir():
-        lock.take()  # before anything is read that another run may be changing
     if not asked.run.resume:
         refuse_another_run(asked)
     checkpoints = checkpoints_to_resume(asked)
@@ -146,26 +125,15 @@ def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock) -
     settings = asked.resolved(network, stages)
     recipe: Any = settings.recipe
     train = open_train(settings, ranks, scale=(recipe.min_scale, 1.0), repeats=recipe.repeats)
-    run, val = None, None
-    try:
-        val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "judging"))
-        model = build_classifier(network, stages, weights, train.num_classes, recipe.drop_path, settings.size)
-        run = FinetuneRun(settings, ranks, train, val, model, watchdog)
-        if state:
-            run.restore(path, state)
-        store = None
-        if ranks.main:
-            check_space(settings.folder, run.checkpoint_bytes, settings.run.keep_last)
-            folder = open_run_folder(settings, lock, pictures="")  # last: nothing is left behind by a mistake
-            store = Store(folder, keep_last=settings.run.keep_last, keep_steps=0)
-            store.clean(run.step)
-        return run.train(store)
-    finally:
-        if run is not None:
-            run.interrupt.release()
-        train.close()
-        if val is not None:
-            val.close()
+    closing.callback(train.close)
+    val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "judging"))
+    closing.callback(val.close)
+    model = build_classifier(network, stages, weights, train.num_classes, recipe.drop_path, settings.size)
+    run = FinetuneRun(settings, ranks, train, val, model, watchdog)
+    closing.callback(run.interrupt.release)
+    if state:
+        run.restore(path, state)
+    return run.train(open_store(settings, lock, run) if ranks.main else None)
 
 
 def _weights(settings: Evaluation) -> Weights | None:

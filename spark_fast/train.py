@@ -13,22 +13,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipelines import Pipeline, build_pipeline
+from pipelines import Pipeline
 from spark_fast.spark import SparK, build_spark
 from spark_fast.training.boards import require_wandb
-from spark_fast.training.command import run_command
+from spark_fast.training.command import open_pipeline, open_store, run_command, running
 from spark_fast.training.distributed import Ranks
 from spark_fast.training.dry_run import print_plan
 from spark_fast.training.heap import keep_heap
 from spark_fast.training.host_sync_norm import HostSyncBatchNorm
-from spark_fast.training.lock import RunLock
 from spark_fast.training.loop import PretrainRun
 from spark_fast.training.resume import checkpoints_to_resume
-from spark_fast.training.run_folder import open_run_folder, refuse_another_run
+from spark_fast.training.run_folder import refuse_another_run
 from spark_fast.training.settings import Settings, parse
 from spark_fast.training.settings_tree import SettingsError
-from spark_fast.training.store import Store, check_space
-from spark_fast.training.watchdog import LostRankError, Watchdog
+from spark_fast.training.watchdog import Watchdog
 from spark_fast.training.weights import load_weights
 
 PICTURED = 8  # images in a reconstruction picture
@@ -40,26 +38,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def pretrain(settings: Settings, ranks: Ranks, watchdog: Watchdog) -> int:
-    """Build everything, train to the end or to an interruption; returns the exit code.
-
-    Raises LostRankError, instead of whatever an exchange fails with, where another rank is gone.
-    """
-    if settings.run.threads:
-        torch.set_num_threads(settings.run.threads)
+    """Build everything, train to the end or to an interruption; returns the exit code."""
     if ranks.device.type == "cpu":
         keep_heap()
     if settings.run.wandb:
         require_wandb()
-    torch.manual_seed(settings.run.seed)
-    lock = RunLock(settings.folder)
-    if ranks.main and settings.run.resume and settings.folder.is_dir() and not settings.run.dry_run:
-        lock.take()  # before anything is read that another run may be changing
-    pipeline = open_pipeline(settings, ranks, batch_size=settings.data.batch_size)
-    run = None
-    try:
+    with running(settings, ranks, watchdog) as (lock, closing):
+        pipeline = open_images(settings, ranks, batch_size=settings.data.batch_size)
+        closing.callback(pipeline.close)
         model = open_model(settings, ranks)
         resume = checkpoints_to_resume(settings)
         run = PretrainRun(settings, ranks, pipeline, model, watchdog)
+        closing.callback(run.interrupt.release)
         if resume:
             run.restore(resume)
         elif settings.model.init_weight:
@@ -71,39 +61,18 @@ def pretrain(settings: Settings, ranks: Ranks, watchdog: Watchdog) -> int:
         if not ranks.main:
             return run.train(None, None)
         pictured = pictured_images(settings, ranks)
-        check_space(settings.folder, run.checkpoint_bytes, settings.run.keep_last)
-        folder = open_run_folder(settings, lock)  # last: nothing is left behind by a mistake
         keep_steps = settings.run.keep_every * run.steps_per_epoch
-        store = Store(folder, keep_last=settings.run.keep_last, keep_steps=keep_steps)
-        store.clean(run.step)
-        return run.train(store, pictured)
-    except RuntimeError as error:
-        if lost := watchdog.lost():  # signals are still held back: torchrun sends one when it sees the other end
-            text = f"rank {ranks.rank} leaves, as another is gone: {'; '.join(lost)}. The last checkpoint is kept"
-            raise LostRankError(text) from error
-        raise
-    finally:
-        if run is not None:
-            run.interrupt.release()
-        pipeline.close()
-        lock.release()
+        return run.train(open_store(settings, lock, run, keep_steps, pictures="reconstruction"), pictured)
 
 
-def open_pipeline(settings: Settings, ranks: Ranks, *, batch_size: int, augment: bool = True) -> Pipeline:
-    """The pipeline of this rank."""
-    return build_pipeline(
-        settings.data.data_path or None,
-        pipeline=settings.data.pipeline,
+def open_images(settings: Settings, ranks: Ranks, *, batch_size: int, augment: bool = True) -> Pipeline:
+    """The images of this rank."""
+    return open_pipeline(
+        settings,
+        ranks,
+        settings.data.data_path,
         batch_size=batch_size,
-        input_size=settings.size,
-        seed=settings.run.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        device=ranks.device,
-        workers=settings.data.workers,
-        prefetch=settings.data.prefetch,
         augment=augment,
-        max_bad_fraction=settings.data.max_bad_fraction,
         ffcv_resize=settings.data.ffcv_resize,
         augment_on=settings.data.augment,
         decode_on=settings.data.decode,
@@ -117,7 +86,7 @@ def pictured_images(settings: Settings, ranks: Ranks) -> Tensor | None:
     alone = replace(ranks, rank=0, world_size=1)
     if settings.data.pipeline != "synthetic":  # the one that reads anything and starts at once
         settings = replace(settings, data=replace(settings.data, pipeline="torch", decode="host", augment="host"))
-    pipeline = open_pipeline(settings, alone, batch_size=min(PICTURED, settings.data.batch_size), augment=False)
+    pipeline = open_images(settings, alone, batch_size=min(PICTURED, settings.data.batch_size), augment=False)
     try:
         return next(iter(pipeline.epoch(0))).images
     finally:

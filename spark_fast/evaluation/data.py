@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines import DataError, Pipeline, build_pipeline
+from pipelines import DataError, Pipeline
 from spark_fast.evaluation.settings import Evaluation
+from spark_fast.training.command import open_pipeline
 from spark_fast.training.distributed import Ranks
 
 SYNTHETIC_IMAGES = 1024
@@ -57,9 +58,7 @@ def open_train(settings: Evaluation, ranks: Ranks, **view: Any) -> Pipeline:
     pipeline = _open(settings, ranks, settings.data.data_path, split="train", **view)
     if pipeline.num_classes == 0:
         pipeline.close()
-        raise DataError(
-            f"{settings.data.data_path} has no labels: images must lie in class folders, or be listed with them"
-        )
+        raise DataError(f"{settings.data.data_path} {NO_LABELS}")
     return pipeline
 
 
@@ -86,21 +85,8 @@ def open_val(settings: Evaluation, ranks: Ranks, train: Pipeline, alive: Callabl
 
 
 def _open(settings: Evaluation, ranks: Ranks, path: str, **view: Any) -> Pipeline:
-    return build_pipeline(
-        path or None,
-        pipeline=settings.data.pipeline,
-        batch_size=settings.batch_size,
-        input_size=settings.size,
-        seed=settings.run.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        device=ranks.device,
-        workers=settings.data.workers,
-        prefetch=settings.data.prefetch,
-        max_bad_fraction=settings.data.max_bad_fraction,
-        synthetic_samples=SYNTHETIC_IMAGES,
-        **view,
-    )
+    view |= {"batch_size": settings.batch_size, "synthetic_samples": SYNTHETIC_IMAGES}
+    return open_pipeline(settings, ranks, path, **view)
 
 
 def _numbers(path: str, train: Pipeline, val: Pipeline, device: torch.device) -> Tensor | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeVar
 
 from tyro.conf import OmitArgPrefixes, arg
@@ -134,12 +133,7 @@ class Evaluation(Tree):
     run: OmitArgPrefixes[Run] = field(default_factory=Run)
 
     def __init_subclass__(cls) -> None:
-        cls.prog = f"spark-fast-eval {cls.mode}"
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the result."""
-        return Path(self.run.exp_dir or f"output_{self.run.exp_name}_{self.mode}")
+        cls.prog, cls.suffix = f"spark-fast-eval {cls.mode}", f"_{cls.mode}"
 
     def resolved(self: E, network: str, stages: int) -> E:
         """With every value that was left open, now that the network is known."""

@@ -10,21 +10,25 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 import tyro
 
-from pipelines import DataError
+from pipelines import DataError, Pipeline, build_pipeline
 from spark_fast.training.bad_steps import NotFiniteError
 from spark_fast.training.checkpoint import CheckpointError
 from spark_fast.training.distributed import Ranks, join
-from spark_fast.training.run_folder import RunSettings
-from spark_fast.training.settings_tree import SettingsError
+from spark_fast.training.lock import RunLock
+from spark_fast.training.run_folder import open_run_folder
+from spark_fast.training.settings_tree import SettingsError, Tree
+from spark_fast.training.store import Store, check_space
 from spark_fast.training.watchdog import STALLED, LostRankError, Watchdog
 
-S = TypeVar("S", bound=RunSettings)
+S = TypeVar("S", bound=Tree)
 
 
 def run_command(
@@ -56,6 +60,56 @@ def run_command(
     finally:
         if ranks is not None:
             ranks.close()
+
+
+@contextmanager
+def running(settings: Tree, ranks: Ranks, watchdog: Watchdog) -> Iterator[tuple[RunLock, ExitStack]]:
+    """What frames a run: threads, seed, the lock of its folder (held where it goes on), and a stack of what to close.
+
+    Raises:
+        LostRankError: another rank is gone, instead of whatever an exchange fails with.
+    """
+    if settings.run.threads:
+        torch.set_num_threads(settings.run.threads)
+    torch.manual_seed(settings.run.seed)
+    lock = RunLock(settings.folder)
+    dry = getattr(settings.run, "dry_run", False)
+    if ranks.main and settings.run.resume and settings.folder.is_dir() and not dry:
+        lock.take()  # before anything is read that another run may be changing
+    with ExitStack() as closing:
+        closing.callback(lock.release)
+        try:
+            yield lock, closing
+        except RuntimeError as error:
+            if lost := watchdog.lost():  # signals are still held back: torchrun sends one when it sees the other end
+                text = f"rank {ranks.rank} leaves, as another is gone: {'; '.join(lost)}. What was saved is kept"
+                raise LostRankError(text) from error
+            raise
+
+
+def open_pipeline(settings: Tree, ranks: Ranks, path: str, **view: Any) -> Pipeline:
+    """The images of this rank at a path; `view`: what is seen of them, for `build_pipeline`."""
+    return build_pipeline(
+        path or None,
+        pipeline=settings.data.pipeline,
+        input_size=settings.size,
+        seed=settings.run.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=ranks.device,
+        workers=settings.data.workers,
+        prefetch=settings.data.prefetch,
+        max_bad_fraction=settings.data.max_bad_fraction,
+        **view,
+    )
+
+
+def open_store(settings: Tree, lock: RunLock, run: Any, keep_steps: int = 0, pictures: str = "") -> Store:
+    """The store of a run (its `step` and `checkpoint_bytes`): the last to open, so that a mistake leaves nothing."""
+    check_space(settings.folder, run.checkpoint_bytes, settings.run.keep_last)
+    store = Store(open_run_folder(settings, lock, pictures), keep_last=settings.run.keep_last, keep_steps=keep_steps)
+    store.clean(run.step)
+    return store
 
 
 def run_tool(tool: Callable[..., int], argv: list[str] | None = None) -> int:

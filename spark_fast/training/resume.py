@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from spark_fast.training.checkpoint import CheckpointError, read_run
-from spark_fast.training.run_folder import RunSettings, versions
+from spark_fast.training.run_folder import versions
 from spark_fast.training.settings import Settings
+from spark_fast.training.settings_tree import Tree
 from spark_fast.training.store import candidates
 
 log = logging.getLogger("spark_fast")
@@ -26,7 +27,7 @@ HARMLESS = {
 }
 
 
-def checkpoints_to_resume(settings: RunSettings) -> list[Path]:
+def checkpoints_to_resume(settings: Tree) -> list[Path]:
     """The checkpoints that --resume means, the newest first; none for a fresh start.
 
     Raises:

@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TextIO
+from typing import BinaryIO, TextIO
 
 import numpy
 import timm
@@ -20,35 +20,13 @@ import torchvision
 import spark_fast
 from spark_fast.training.checkpoint import CheckpointError
 from spark_fast.training.lock import RunLock
-from spark_fast.training.settings_tree import SettingsError
+from spark_fast.training.settings_tree import SettingsError, Tree
 from spark_fast.training.store import CHECKPOINT, RECORD, published
 
 RESULT = "result.json"  # of an evaluation
 
 
-class RunSettings(Protocol):
-    """What a command's settings have in common."""
-
-    @property
-    def run(self) -> Any:
-        """With `exp_name` and `resume`."""
-        ...
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        ...
-
-    def to_dict(self) -> dict:
-        """Plain nested dictionaries."""
-        ...
-
-    def to_toml(self) -> str:
-        """What --config reads back."""
-        ...
-
-
-def open_run_folder(settings: RunSettings, lock: RunLock, pictures: str = "reconstruction") -> Path:
+def open_run_folder(settings: Tree, lock: RunLock, pictures: str = "") -> Path:
     """Make the run folder; lock it; write config.toml and the head of log.txt; copy stdout and stderr into it.
 
     `pictures`: a folder in it that is wanted, too; "": none.
@@ -75,7 +53,7 @@ def open_run_folder(settings: RunSettings, lock: RunLock, pictures: str = "recon
     return folder
 
 
-def refuse_another_run(settings: RunSettings) -> None:
+def refuse_another_run(settings: Tree) -> None:
     """Raise SettingsError if the run folder holds a run, or its result, that this one does not resume."""
     left = (CHECKPOINT, RECORD, RESULT)
     held = any(os.path.lexists(settings.folder / name) for name in left) or published(settings.folder)
@@ -85,7 +63,7 @@ def refuse_another_run(settings: RunSettings) -> None:
         )
 
 
-def describe(settings: RunSettings) -> dict:
+def describe(settings: Tree) -> dict:
     """What a reader needs to repeat the run: commit, versions, machine, command, settings."""
     return {
         "name": settings.run.exp_name,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from tyro.conf import OmitArgPrefixes, arg
@@ -197,11 +196,6 @@ class Settings(Tree):
         if match is None:
             raise SettingsError(f"--save_every must be steps (500) or minutes (10min), got {self.run.save_every!r}")
         return (0, int(match[1]) * 60.0) if match[2] else (int(match[1]), 0.0)
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        return Path(self.run.exp_dir or f"output_{self.run.exp_name}")
 
     def check(self) -> None:
         """Also what concerns pre-training."""

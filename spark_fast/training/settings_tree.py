@@ -41,13 +41,14 @@ class SettingsError(ValueError):
 
 
 class Tree:
-    """Settings in groups, each a dataclass. `prog`: the command; `images`: what its --data_path takes."""
+    """Settings in groups, itself a dataclass of dataclasses."""
 
     data: Any
     model: Any
     run: Any
-    prog: ClassVar[str]
-    images: ClassVar[str]
+    prog: ClassVar[str]  # the command
+    images: ClassVar[str]  # what its --data_path takes
+    suffix: ClassVar[str] = ""  # of its folder
 
     @property
     def size(self) -> tuple[int, int]:
@@ -62,6 +63,11 @@ class Tree:
     def network(self) -> str:
         """The timm name, "" where none is given."""
         return PUBLISHED_MODELS.get(self.model.model, self.model.model)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run, or of its result."""
+        return Path(self.run.exp_dir or f"output_{self.run.exp_name}{self.suffix}")
 
     def to_dict(self) -> dict:
         """Plain nested dictionaries."""

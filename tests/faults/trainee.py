@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pipelines import Batch, Pipeline
 from spark_fast import train
+from spark_fast.training import command
 
 
 class Watched:
@@ -63,7 +64,7 @@ class Watched:
 def main(ledger: str, plan: str, *flags: str) -> int:
     faults = [fault.split(":") for fault in plan.split(",") if fault]
     planned = {(int(rank), int(step)): what for rank, step, what in faults}
-    build = train.build_pipeline
+    build = command.build_pipeline
 
     def watched(*args: object, **settings: object) -> Watched | Pipeline:
         pipeline = build(*args, **settings)  # type: ignore[arg-type]
@@ -71,7 +72,7 @@ def main(ledger: str, plan: str, *flags: str) -> int:
             return pipeline
         return Watched(pipeline, settings["rank"], Path(ledger), planned)  # type: ignore[arg-type]
 
-    train.build_pipeline = watched  # type: ignore[assignment]
+    command.build_pipeline = watched  # type: ignore[assignment]
     return train.main(list(flags))
 
 

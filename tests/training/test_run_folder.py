@@ -25,7 +25,7 @@ def opened(chosen):
     before = sys.stdout, sys.stderr, root.handlers
     root.handlers = [logging.StreamHandler(sys.stderr)]
     try:
-        yield open_run_folder(chosen, lock)
+        yield open_run_folder(chosen, lock, "reconstruction")
     finally:
         sys.stdout, sys.stderr, root.handlers = before
         lock.release()
