@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spark_fast.encoder.geometry import Axis
-from spark_fast.encoder.kernels.tile import WAVES, channel_tile, on_device, row_tile, rows_of
+from spark_fast.encoder.kernels.tile import WAVES, at, channel_tile, my_tile, on_device, row_tile, rows_of
 
 TAPS = 8  # of the weight, per program of its gradient
 CELLS = 32  # that such a program multiplies at a time
@@ -62,10 +62,8 @@ def _convolve_kernel(
     DOWN: tl.constexpr, REACH: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs: output y sees, by tap i, the cell (y*UP + i*D - LO) / DOWN."""
-    channel_tiles: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
-    pid = tl.program_id(0)
-    c = pid % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
-    cell = pid // channel_tiles * ROWS + tl.arange(0, ROWS)  # row of `out`
+    tile, c = my_tile(C, CHANNELS)
+    cell = tile * ROWS + tl.arange(0, ROWS)  # row of `out`
     v = cell // (B_OUT * B_OUT)
     first_y = cell // B_OUT % B_OUT * UP - LO_Y + REACH * B * DOWN
     first_x = cell % B_OUT * UP - LO_X + REACH * B * DOWN
@@ -75,12 +73,12 @@ def _convolve_kernel(
         for j in tl.static_range(K_X):
             row, there = _source(neighbours, v, first_y + i * D_Y, first_x + j * D_X, inside, V, B, DOWN, REACH)
             mask = there[:, None] & in_c[None, :]
-            values = tl.load(cells + row.to(tl.int64)[:, None] * C + c[None, :], mask=mask, other=0.0)
+            values = tl.load(at(cells, row, c, C), mask=mask, other=0.0)
             tap = tl.load(taps + (i * K_X + j) * C + c, mask=in_c, other=0.0)
             total += values.to(tl.float32) * tap.to(tl.float32)[None, :]
     if BIAS:
         total += tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
-    tl.store(out + cell.to(tl.int64)[:, None] * C + c[None, :], total, mask=inside[:, None] & in_c[None, :])
+    tl.store(at(out, cell, c, C), total, mask=inside[:, None] & in_c[None, :])
 
 
 @triton.jit
@@ -91,12 +89,10 @@ def _weight_gradient_kernel(
     REACH: tl.constexpr, RUN: tl.constexpr, TAPS: tl.constexpr, CELLS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """TAPS of the weight by CHANNELS, over a run of RUN tiles of outputs; tap K_Y*K_X is the bias."""
-    channel_tiles: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
     tap_tiles: tl.constexpr = K_Y * K_X // TAPS + 1
-    pid = tl.program_id(0)
-    c = pid % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
-    tap = pid // channel_tiles % tap_tiles * TAPS + tl.arange(0, TAPS)
-    run = pid // (channel_tiles * tap_tiles)
+    part, c = my_tile(C, CHANNELS)
+    tap = part % tap_tiles * TAPS + tl.arange(0, TAPS)
+    run = part // tap_tiles
     down, along = tap // K_X * D_Y - LO_Y + REACH * B, tap % K_X * D_X - LO_X + REACH * B
     in_c = c < C
     total = tl.zeros((TAPS, CELLS, CHANNELS), tl.float32)
@@ -110,10 +106,10 @@ def _weight_gradient_kernel(
         values = tl.load(cells + row.to(tl.int64)[:, :, None] * C + c[None, None, :], mask=mask, other=0.0)
         values = tl.where((tap == K_Y * K_X)[:, None, None], 1.0, values.to(tl.float32))
         mask = (v < V)[:, None] & in_c[None, :]
-        outer = tl.load(grad + cell.to(tl.int64)[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        outer = tl.load(at(grad, cell, c, C), mask=mask, other=0.0).to(tl.float32)
         total += values * outer[None, :, :]
-    at = partial + (run * (K_Y * K_X + 1) + tap).to(tl.int64)[:, None] * C + c[None, :]
-    tl.store(at, tl.sum(total, 1), mask=(tap <= K_Y * K_X)[:, None] & in_c[None, :])
+    place = run * (K_Y * K_X + 1) + tap
+    tl.store(at(partial, place, c, C), tl.sum(total, 1), mask=(tap <= K_Y * K_X)[:, None] & in_c[None, :])
 
 
 @torch.library.custom_op(

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spark_fast.encoder.kernels.tile import channel_tile, on_device, rows_of
+from spark_fast.encoder.kernels.tile import at, channel_tile, my_tile, on_device, rows_of
 
 
 @triton.jit
@@ -36,10 +36,8 @@ def _gather_kernel(
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One tile of the windows: each row is a cell of the patch or of one of its 8 neighbours, or `fill`."""
-    channel_tiles: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
-    pid = tl.program_id(0)
-    c = pid % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
-    place = pid // channel_tiles * ROWS + tl.arange(0, ROWS)  # row of `out`
+    tile, c = my_tile(C, CHANNELS)
+    place = tile * ROWS + tl.arange(0, ROWS)  # row of `out`
     v = place // (N_Y * N_X)
     y = place // N_X % N_Y - LO_Y + B  # counted from the first cell of the neighbour before: 0 <= y < 3*B
     x = place % N_X - LO_X + B
@@ -47,8 +45,8 @@ def _gather_kernel(
     patch = tl.load(neighbours + v * 9 + y // B * 3 + x // B, mask=inside, other=V).to(tl.int32)
     row = patch * (B * B) + y % B * B + x % B
     in_c = (c < C)[None, :]
-    values = tl.load(cells + row.to(tl.int64)[:, None] * C + c[None, :], mask=(patch < V)[:, None] & in_c, other=fill)
-    tl.store(out + place.to(tl.int64)[:, None] * C + c[None, :], values, mask=inside[:, None] & in_c)
+    values = tl.load(at(cells, row, c, C), mask=(patch < V)[:, None] & in_c, other=fill)
+    tl.store(at(out, place, c, C), values, mask=inside[:, None] & in_c)
 
 
 @triton.jit
@@ -58,10 +56,8 @@ def _sum_kernel(
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One tile of the cells: each sums its copies, at most one in the window of each of 9 patches, in fp32."""
-    channel_tiles: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
-    pid = tl.program_id(0)
-    c = pid % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
-    cell = pid // channel_tiles * ROWS + tl.arange(0, ROWS)
+    tile, c = my_tile(C, CHANNELS)
+    cell = tile * ROWS + tl.arange(0, ROWS)
     v, y, x = cell // (B * B), cell // B % B, cell % B
     inside = v < V
     in_c = (c < C)[None, :]
@@ -73,8 +69,8 @@ def _sum_kernel(
         patch = tl.load(neighbours + v * 9 + step, mask=shown, other=V).to(tl.int32)
         place = patch * (N_Y * N_X) + at_y * N_X + at_x
         mask = (patch < V)[:, None] & in_c
-        total += tl.load(windows + place.to(tl.int64)[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + cell.to(tl.int64)[:, None] * C + c[None, :], total, mask=inside[:, None] & in_c)
+        total += tl.load(at(windows, place, c, C), mask=mask, other=0.0).to(tl.float32)
+    tl.store(at(out, cell, c, C), total, mask=inside[:, None] & in_c)
 
 
 @torch.library.custom_op(

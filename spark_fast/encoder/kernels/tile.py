@@ -11,9 +11,25 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 WAVES = 512  # programs that fill a large GPU (132 multiprocessors) a few times over
+
+
+@triton.jit
+def my_tile(C: tl.constexpr, CHANNELS: tl.constexpr):
+    """Which tile of rows is this program's, and which channels."""
+    channel_tiles: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+    pid = tl.program_id(0)
+    return pid // channel_tiles, pid % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
+
+
+@triton.jit
+def at(first, row, c, C: tl.constexpr):
+    """Where channels c of these rows are, (rows, channels): rows fit in int32, elements need not."""
+    return first + row.to(tl.int64)[:, None] * C + c[None, :]
 
 
 def channel_tile(channels: int, largest: int = 128) -> int:
