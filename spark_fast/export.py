@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import timm
@@ -37,18 +38,29 @@ def timm_names(keys: list[str], name: str) -> dict[str, str]:
     return found
 
 
-def encoder_state_dict(model: SparK, name: str) -> dict[str, Tensor]:
-    """The encoder's tensors: under timm's names for a network of timm, under its own for `package.module:function`.
-
-    Every tensor of the encoder is there. What timm's classifier has beyond it (a final norm, in some networks) was
-    not trained and is left out: `load_state_dict(..., strict=False)` then reports just that as missing.
+def encoder_names(model: SparK, name: str) -> dict[str, str]:
+    """Names of the encoder's tensors in the model -> in its file: timm's, or for `package.module:function` its own.
 
     Raises:
         ValueError: a tensor has no counterpart in timm's model.
     """
-    state = model.encoder.network.state_dict()
-    names = {k: k for k in state} if ":" in name else timm_names(list(state), name)
-    return {names[k]: v.detach().cpu().contiguous() for k, v in state.items()}
+    keys = list(model.encoder.network.state_dict())
+    names = {k: k for k in keys} if ":" in name else timm_names(keys, name)
+    return {f"encoder.network.{key}": names[key] for key in keys}
+
+
+def renamed(state: Mapping[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    """The tensors of a state dict that have a new name, on the host."""
+    return {new: state[name].detach().cpu().contiguous() for name, new in names.items()}
+
+
+def encoder_state_dict(model: SparK, name: str) -> dict[str, Tensor]:
+    """The encoder's tensors under their `encoder_names`.
+
+    Every tensor of the encoder is there. What timm's classifier has beyond it (a final norm, in some networks) was
+    not trained and is left out: `load_state_dict(..., strict=False)` then reports just that as missing.
+    """
+    return renamed(model.state_dict(), encoder_names(model, name))
 
 
 def write_encoder(state: dict[str, Tensor], name: str, folder: Path) -> Path:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines import Pipeline
-from spark_fast.export import encoder_state_dict, write_encoder
+from spark_fast.export import encoder_names, renamed, write_encoder
 from spark_fast.masking import sample_visible
 from spark_fast.spark import SparK
 from spark_fast.training import checkpoint
@@ -136,6 +136,8 @@ class PretrainRun:
             CheckpointError: the last checkpoint could not be written, twice.
         """
         self.store, self.pictured = store, pictured
+        # not by the saver's thread: networks are built for it on the meta device, for torch.compile the whole process's
+        self.names = encoder_names(self.model, self.settings.network) if store else {}
         self.saver = Saver(*self.settings.save_every, begun=self.step)
         journal = Journal(
             self.folder,
@@ -159,7 +161,8 @@ class PretrainRun:
             self.saver.wait()  # whatever the reason for leaving, a write in flight is finished
             journal.close()
         if self.folder is not None:
-            write_encoder(self._encoder(), self.settings.network, self.folder)  # also when a finished run is resumed
+            state = renamed(self.model.state_dict(), self.names)
+            write_encoder(state, self.settings.network, self.folder)  # also when a finished run is resumed
             print(f"done: {self.step} steps, loss {self.loss:.4f}; everything is in {self.folder}/", flush=True)
         return 0
 
@@ -294,17 +297,13 @@ class PretrainRun:
             random_state=checkpoint.random_state(),
             scaler=self.advance.scaler.state_dict(),
         )
-        weights = self._encoder() if encoder else None
 
         def write() -> None:
             store.write(step, content)
-            if weights is not None:
-                write_encoder(weights, network, folder)
+            if encoder:
+                write_encoder(renamed(content["model"], self.names), network, folder)
 
         self.saver.submit(write)
-
-    def _encoder(self) -> dict[str, Tensor]:
-        return checkpoint.snapshot(encoder_state_dict(self.model, self.settings.network))
 
     def _leave(self) -> int:
         self.saver.finish()
