@@ -1,4 +1,4 @@
-"""k-NN on frozen features, by DINO's protocol (Caron et al., ICCV 2021, section 4.1; eval_knn.py of its code).
+"""k-NN on frozen features, by DINO's protocol (Caron et al., ICCV 2021; eval_knn.py of its code).
 
 The k training images with the largest cosine similarity vote, each with weight exp(similarity / temperature). The bank
 of training features stays where it was made: each rank finds the nearest of all queries in its own part, and the

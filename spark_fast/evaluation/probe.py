@@ -1,4 +1,4 @@
-"""A linear layer on frozen features, with MAE's choices (He et al., CVPR 2022, appendix A.1; main_linprobe.py).
+"""A linear layer on frozen features, with MAE's choices (He et al., CVPR 2022; main_linprobe.py of its code).
 
 BatchNorm without scale and shift comes before the layer, so that features of any size are learned from at one rate;
 LARS, no weight decay. Features are computed once, of central crops; or, as MAE does, of new random crops every epoch.
