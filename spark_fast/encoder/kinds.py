@@ -117,7 +117,7 @@ REASONS = [
         "attention: positions look at one another",
     ),
 ]
-"""Layers that mix positions by their nature, by name, and why they are refused."""
+"""Layers of torch and timm that mix positions by their nature, by name, and why they are refused."""
 TOKEN_MIXERS = tuple(_timm(mlp_mixer, "MixerBlock", "SpatialGatingBlock", "ResBlock"))  # too common to go by name
 
 
@@ -144,9 +144,14 @@ def _whole(factor: Any) -> bool:
 
 
 def reason(module: nn.Module) -> str | None:
-    """Why a layer that mixes positions by its nature is refused, None for any other."""
+    """Why a layer that mixes positions by its nature is refused, None for any other.
+
+    Your own class is not judged by its name, but by its layers, and by the checks of what it computes (`verify`).
+    """
     if kind(module):
         return None
     if isinstance(module, TOKEN_MIXERS):
         return "token mixing: linear layers over all positions of an image"
+    if type(module).__module__.partition(".")[0] not in ("torch", "timm"):
+        return None
     return next((why for pattern, why in REASONS if re.search(pattern, type(module).__name__)), None)

@@ -5,11 +5,12 @@ import timm
 import torch
 from torch import nn
 
-from spark_fast import pack
+from spark_fast import pack, verify
 from spark_fast.encoder import MaskedEncoder, PackedEncoder, UnsupportedLayerError, register
 from spark_fast.encoder.current import Current
 from spark_fast.encoder.kinds import KINDS
 from spark_fast.encoder.pack import PACKED, convert
+from spark_fast.encoder.verify import VerificationError
 
 
 @pytest.mark.parametrize(
@@ -78,6 +79,35 @@ def test_a_block_of_ones_own_is_not_judged_by_a_common_name():
     assert pack(Halving(extra=ResBlock(nn.Conv2d(8, 8, 3, padding=1))), (32, 32)).patch == 16
     with pytest.raises(UnsupportedLayerError, match=r"blocks.0 \(MixerBlock\): token mixing"):
         pack(timm.create_model("mixer_s32_224", features_only=True))
+
+
+class EdgeAttention(nn.Module):
+    """Named as attention, but a gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return x * self.gate(x).sigmoid()
+
+
+class MyAttention(nn.Module):
+    """Attention out of layers of known kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        cells = self.project(x).flatten(2)  # (B, C, h, w) -> (B, C, h*w)
+        return (cells @ (cells.transpose(1, 2) @ cells).softmax(-1)).view_as(x)
+
+
+def test_attention_of_ones_own_is_judged_by_what_it_computes_not_by_its_name():
+    assert verify(Halving(extra=EdgeAttention())).identity < 1e-9
+    with pytest.raises(VerificationError, match="with nothing masked the packed network differs"):
+        verify(Halving(extra=MyAttention()))
 
 
 class Gain(nn.Module):
