@@ -1,4 +1,7 @@
-"""The command itself, run as a user runs it: trained, killed, resumed, stopped, and given wrong things."""
+"""The command itself: trained, killed, resumed, stopped, and given wrong things.
+
+`train` runs it as a user does; `here` in this process, where what is tested does not need one of its own.
+"""
 
 import io
 import json
@@ -18,6 +21,11 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
+
+from pipelines.convert import ConvertSettings, convert
+from pipelines.stored import StoredImages
+from spark_fast.train import main
+from tests.commands import run_here
 
 TINY = [
     "--model=resnet10t",
@@ -51,6 +59,10 @@ def train(*words, code=0, **kwargs):
     done = subprocess.run(command(*words), capture_output=True, text=True, timeout=300, **kwargs)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def here(*words, code=0):
+    return run_here(main, *words, code=code)
 
 
 def weights(folder):
@@ -104,7 +116,7 @@ def test_the_weights_load_into_timm(unbroken):
 
 def test_config_toml_repeats_the_run(unbroken, tmp_path):
     folder, _, _ = unbroken
-    train(f"--config={folder / 'config.toml'}", f"--exp_dir={tmp_path / 'again'}")
+    here(f"--config={folder / 'config.toml'}", f"--exp_dir={tmp_path / 'again'}")
     assert_same_weights(folder, tmp_path / "again")
 
 
@@ -122,29 +134,26 @@ def killed_after(steps, folder, words):
     process.wait()
 
 
-def test_killed_five_times_over_shards_and_resumed_it_ends_with_the_same_bits(unbroken, pictures, tmp_path):
-    """As over a raw folder, see faults/test_run.py."""
+def test_killed_over_shards_and_resumed_it_ends_with_the_bits_of_the_raw_folder(unbroken, pictures, tmp_path):
+    """Over a raw folder, and more often: faults/test_run.py."""
     folder, flags, _ = unbroken
-    tool = Path(__file__).parents[1] / "tools" / "convert_imagenet.py"
-    convert = [sys.executable, tool, pictures, tmp_path / "shards", "--short_side=0"]
-    subprocess.run(convert, check=True, capture_output=True)
+    convert(pictures, tmp_path / "shards", ConvertSettings(StoredImages(short_side=0), images_per_shard=20))
     flags = [f"--data_path={tmp_path / 'shards'}" if f.startswith("--data_path") else f for f in flags]
     words = [*flags, f"--exp_dir={tmp_path / 'run'}", "--log_every=1", "--resume=auto"]
-    for _ in range(5):
-        killed_after(random.randint(1, 4), tmp_path / "run", words)
-    train(*words)
+    for _ in range(2):
+        killed_after(random.randint(1, 8), tmp_path / "run", words)
+    here(*words)
     assert_same_weights(folder, tmp_path / "run")
     rows = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(range(1, 19)), "each step once, in order"
 
 
 def test_killed_and_resumed_on_real_images(imagenet_sample, tmp_path):
-    flags = ["name", f"--data_path={imagenet_sample}", *TINY, "--bs=40", "--ep=3", "--save_every=1", "--log_every=1"]
-    train(*flags, f"--exp_dir={tmp_path / 'whole'}")
+    flags = ["name", f"--data_path={imagenet_sample}", *TINY, "--bs=40", "--ep=2", "--save_every=1", "--log_every=1"]
+    here(*flags, f"--exp_dir={tmp_path / 'whole'}")
     words = [*flags, f"--exp_dir={tmp_path / 'run'}", "--resume=auto"]
-    for _ in range(2):
-        killed_after(random.randint(1, 4), tmp_path / "run", words)
-    train(*words)
+    killed_after(random.randint(1, 6), tmp_path / "run", words)
+    here(*words)
     assert_same_weights(tmp_path / "whole", tmp_path / "run")
 
 
@@ -162,22 +171,22 @@ def test_a_signal_saves_and_says_how_to_resume(unbroken, tmp_path, number):
     assert process.wait() == 75
     assert "--resume auto" in rest
     assert weights(tmp_path / "run")["step"] <= 10
-    train(*words, "--resume=auto")
+    here(*words, "--resume=auto")
     assert_same_weights(folder, tmp_path / "run")
 
 
 def test_resuming_a_finished_run_changes_nothing(unbroken, tmp_path):
     folder, flags, _ = unbroken
     shutil.copytree(folder, tmp_path / "run")
-    done = train(*flags, f"--exp_dir={tmp_path / 'run'}", "--resume=auto")
+    done = here(*flags, f"--exp_dir={tmp_path / 'run'}", "--resume=auto")
     assert "done: 18 steps" in done.stdout
     assert_same_weights(folder, tmp_path / "run")
 
 
 def test_stopped_exactly_at_the_end_of_an_epoch_it_goes_on_with_the_next(unbroken, tmp_path):
     folder, flags, _ = unbroken
-    train(*flags, f"--exp_dir={tmp_path / 'run'}", "--max_steps=6", code=75)
-    train(*flags, f"--exp_dir={tmp_path / 'run'}", "--resume=auto")
+    here(*flags, f"--exp_dir={tmp_path / 'run'}", "--max_steps=6", code=75)
+    here(*flags, f"--exp_dir={tmp_path / 'run'}", "--resume=auto")
     assert_same_weights(folder, tmp_path / "run")
 
 
@@ -199,7 +208,7 @@ def losses(folder):
 @pytest.mark.parametrize("model", ["convnext_zepto_rms", "resnet10t"])
 def test_two_ranks_give_the_losses_of_one(pictures, tmp_path, model):
     flags = ["name", f"--data_path={pictures}", *TINY, f"--model={model}", "--bs=8", "--ep=2", "--base_lr=0.01"]
-    train(*flags, f"--exp_dir={tmp_path / 'one'}", "--log_every=1")
+    here(*flags, f"--exp_dir={tmp_path / 'one'}", "--log_every=1")
     torchrun(*flags, f"--exp_dir={tmp_path / 'two'}", "--log_every=1")
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
     one, two = weights(tmp_path / "one")["model"], weights(tmp_path / "two")["model"]
@@ -212,21 +221,21 @@ def test_interrupted_ranks_save_together_and_resume_on_one(pictures, tmp_path):
     flags = ["name", f"--data_path={pictures}", *TINY, "--bs=8", "--ep=2", "--base_lr=0.01", "--log_every=1"]
     torchrun(*flags, f"--exp_dir={tmp_path / 'run'}", "--max_steps=5", code=1)  # torchrun reports any code as 1
     assert weights(tmp_path / "run")["step"] == 5
-    train(*flags, f"--exp_dir={tmp_path / 'run'}", "--resume=auto")
-    train(*flags, f"--exp_dir={tmp_path / 'whole'}")
+    here(*flags, f"--exp_dir={tmp_path / 'run'}", "--resume=auto")
+    here(*flags, f"--exp_dir={tmp_path / 'whole'}")
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=1e-4)
 
 
 def test_bf16_accumulation_compile_free_flags_and_synthetic_data_run(tmp_path):
     base = ["name", "--pipeline=synthetic", *TINY, "--bs=8", "--ep=1", "--max_steps=3", "--log_every=1"]
     for i, extra in enumerate((["--precision=bf16"], ["--accumulate=2"], ["--encoder=masked"], ["--opt=adamw"])):
-        done = train(*base, *extra, f"--exp_dir={tmp_path / str(i)}", code=75)
+        done = here(*base, *extra, f"--exp_dir={tmp_path / str(i)}", code=75)
         assert "loss 1.0" in done.stdout or "loss 0.9" in done.stdout
 
 
 def test_starting_from_weights_begins_at_step_one(unbroken, pictures, tmp_path):
     folder, flags, _ = unbroken
-    done = train(*flags, f"--exp_dir={tmp_path / 'run'}", f"--init_weight={folder / 'ckpt-last.pth'}", "--max_steps=1",
+    done = here(*flags, f"--exp_dir={tmp_path / 'run'}", f"--init_weight={folder / 'ckpt-last.pth'}", "--max_steps=1",
                  "--log_every=1", code=75)  # fmt: skip
     assert "step 1/18" in done.stdout
     assert losses(tmp_path / "run")[0] < losses(folder)[0]
@@ -270,7 +279,7 @@ def test_your_own_network_trains_from_the_command_line_with_smaller_patches(pict
     assert "checking that the packed encoder computes what the network computes" in done.stderr
     saved = safetensors.torch.load_file(tmp_path / "run" / "encoder.safetensors")
     assert "stages.0.conv1.weight" in saved
-    done = train("eights", *flags, "--model=resnet10t", "--stages=2", f"--exp_dir={tmp_path / 'eights'}")
+    done = here("eights", *flags, "--model=resnet10t", "--stages=2", f"--exp_dir={tmp_path / 'eights'}")
     assert (tmp_path / "eights" / "resnet10t_timm.safetensors").is_file()
 
 
@@ -283,7 +292,8 @@ class Evil:
 
 
 @pytest.mark.parametrize(("words", "code", "message"), BAD, ids=[" ".join(b[0]) or "nothing" for b in BAD])
-def test_wrong_input_is_named_and_leaves_nothing(unbroken, pictures, tmp_path, words, code, message):
+def test_wrong_input_is_named_and_leaves_nothing(unbroken, pictures, tmp_path, monkeypatch, words, code, message):
+    monkeypatch.chdir(tmp_path)
     if words == ["--device=cuda"] and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     if words == ["--wandb=project"] and find_spec("wandb"):
@@ -295,7 +305,7 @@ def test_wrong_input_is_named_and_leaves_nothing(unbroken, pictures, tmp_path, w
     model = ["--model=resnet14t"] if "{other}" in " ".join(words) else []
     flags = [*name, f"--data_path={pictures}", *TINY, "--bs=8", "--ep=3", "--base_lr=0.01", *model]
     before = set(tmp_path.iterdir())
-    done = train(*flags, *[w.format(**places) for w in words], code=code, cwd=tmp_path)
+    done = here(*flags, *[w.format(**places) for w in words], code=code)
     assert message in done.stderr.replace("\n", " "), done.stderr
     assert "Traceback" not in done.stderr
     assert set(tmp_path.iterdir()) == before, "something was left behind"
@@ -304,29 +314,30 @@ def test_wrong_input_is_named_and_leaves_nothing(unbroken, pictures, tmp_path, w
 def test_a_loss_that_is_no_number_stops_the_run_with_the_last_good_checkpoint(pictures, tmp_path):
     flags = ["name", f"--data_path={pictures}", *TINY, "--bs=8", "--ep=3", f"--exp_dir={tmp_path / 'run'}"]
     wild = ["--opt=sgd", "--clip=0", "--base_lr=1e12", "--log_every=1", "--save_every=1"]
-    done = train(*flags, *wild, code=4)
+    done = here(*flags, *wild, code=4)
     assert "lower --base_lr" in done.stderr
     if (tmp_path / "run" / "ckpt-last.pth").exists():
         assert np.isfinite(weights(tmp_path / "run")["loss"])
 
 
-def test_a_dry_run_prints_the_plan_and_leaves_nothing(unbroken, tmp_path):
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(unbroken, tmp_path, monkeypatch):
     folder, flags, _ = unbroken
-    done = train(*flags, "--dry_run", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    done = here(*flags, "--dry_run")
     assert "GMACs per image" in done.stdout
     assert "18 steps to go, 6 an epoch" in done.stdout
     assert list(tmp_path.iterdir()) == []
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    done = train(*flags, "--dry_run", f"--exp_dir={folder}", code=2)
+    done = here(*flags, "--dry_run", f"--exp_dir={folder}", code=2)
     assert "holds a run already" in done.stderr
-    done = train(*flags, "--dry_run", f"--exp_dir={folder}", "--resume=auto")
+    done = here(*flags, "--dry_run", f"--exp_dir={folder}", "--resume=auto")
     assert "0 steps to go" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 def test_a_profile_is_taken_while_training_goes_on(unbroken, tmp_path):
     folder, flags, _ = unbroken
-    done = train(*flags, f"--exp_dir={tmp_path / 'run'}", "--profile")
+    done = here(*flags, f"--exp_dir={tmp_path / 'run'}", "--profile")
     assert (tmp_path / "run" / "profile" / "steps_5-8.json.gz").is_file()
     assert "https://ui.perfetto.dev" in done.stdout
     assert_same_weights(folder, tmp_path / "run")
@@ -354,7 +365,7 @@ def test_loggers_that_fail_are_a_warning_each_and_training_is_the_same(unbroken,
 def test_a_run_folder_in_use_by_an_earlier_run_is_not_overwritten(unbroken):
     folder, flags, _ = unbroken
     before = (folder / "ckpt-last.pth").read_bytes()
-    done = train(*flags, f"--exp_dir={folder}", code=2)
+    done = here(*flags, f"--exp_dir={folder}", code=2)
     assert "holds a run already" in done.stderr
     assert (folder / "ckpt-last.pth").read_bytes() == before
 
@@ -366,7 +377,7 @@ def test_damaged_images_are_named_counted_and_replaced(pictures, tmp_path):
     (data / "train/class1/001.JPEG").write_bytes((data / "train/class1/003.JPEG").read_bytes()[:500])
     Image.new("L", (90, 70), 128).save(data / "train/class0/010.JPEG")
     flags = ["name", f"--data_path={data}", *TINY, "--bs=48", "--ep=1"]
-    done = train(*flags, f"--exp_dir={tmp_path / 'run'}")
+    done = here(*flags, f"--exp_dir={tmp_path / 'run'}")
     assert "000.JPEG" in done.stderr
     assert "001.JPEG" in done.stderr
     last = json.loads((tmp_path / "run" / "log.txt").read_text().splitlines()[-1])

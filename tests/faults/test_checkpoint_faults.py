@@ -19,7 +19,7 @@ from spark_fast.training.resume import read_newest
 from spark_fast.training.store import CHECKPOINT, FOLDER, RECORD, Store, candidates, published
 from spark_fast.training.untrusted import sidecar
 from tests.faults import saboteur
-from tests.test_train import TINY, assert_same_weights, pictures  # noqa: F401
+from tests.test_train import TINY, assert_same_weights, here, pictures  # noqa: F401
 from tests.training.test_checkpoint import trained
 
 SABOTEUR = Path(saboteur.__file__)
@@ -124,12 +124,7 @@ def undisturbed(folder, pictures, epochs):  # noqa: F811
         "--picture_every=0",
     ]
     flags += ["--save_every=1", "--log_every=1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "spark_fast.train", *map(str, flags), f"--exp_dir={folder}"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    here(*flags, f"--exp_dir={folder}")
     return folder, flags
 
 
@@ -138,14 +133,6 @@ def test_a_finished_run_keeps_two_checkpoints_and_lists_all(unbroken):
     rows = [json.loads(line) for line in (folder / RECORD).read_text().splitlines()]
     assert rows[-1]["step"] == STEPS
     assert list(published(folder)) == [row["step"] for row in rows[:-3:-1]]
-
-
-def resumed(words):
-    """The same command once more, to the end."""
-    command = [sys.executable, "-m", "spark_fast.train", *map(str, words), "--resume=auto"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 def test_killed_inside_a_save_of_a_run_it_ends_with_the_same_bits(unbroken, tmp_path, times):
@@ -157,7 +144,7 @@ def test_killed_inside_a_save_of_a_run_it_ends_with_the_same_bits(unbroken, tmp_
         point = list(saboteur.POINTS)[(i + 4) % len(saboteur.POINTS)]
         words = [*flags, f"--exp_dir={tmp_path / str(i)}"]
         sabotaged(point, 10 if point == "half written" else 2, "kill", *words, code=-signal.SIGKILL)
-        resumed(words)
+        here(*words, "--resume=auto")
         assert_same_weights(folder, tmp_path / str(i))
 
 
@@ -177,7 +164,7 @@ def test_a_signal_during_a_save_waits_for_it(pictures, tmp_path, times):  # noqa
         # the second save is the one the signal fell in; the step it then finished is the last
         assert rows[-1] == left == int(done.stdout.rsplit("stopped at step ")[1].split()[0])
         assert len(rows) == 3
-        resumed(words)
+        here(*words, "--resume=auto")
         assert_same_weights(folder, run)
 
 

@@ -18,6 +18,7 @@ from pipelines.open_source import open_source
 from pipelines.tally import JUDGED_AFTER
 from spark_fast import build_spark
 from spark_fast.masking import num_visible, sample_visible
+from tests.commands import run_here
 from tests.faults import trainee
 from tests.pipelines.pictures import jpeg
 from tests.test_train import TINY, assert_same_weights, pictures, weights  # noqa: F401
@@ -33,6 +34,11 @@ def run(ledger, plan, *flags, code=0):
     done = subprocess.run(command(ledger, plan, *flags), capture_output=True, text=True, timeout=300)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def here(ledger, plan, *flags, code=0):
+    """The same in this process."""
+    return run_here(lambda words: trainee.main(*words), ledger, plan, *flags, code=code)
 
 
 def samples(ledger):
@@ -83,7 +89,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(pictures, tmp_path,
             time.sleep(rng.uniform(0, 2 * steps_take[-1]))
         process.kill()
         assert process.wait() == -signal.SIGKILL
-    run(tmp_path / "run.ledger", "", *words)
+    here(tmp_path / "run.ledger", "", *words)
     assert_same_weights(tmp_path / "whole", tmp_path / "run")
     steps = samples(tmp_path / "run.ledger")
     assert steps == samples(tmp_path / "whole.ledger")
@@ -97,7 +103,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(pictures, tmp_path,
 def test_a_step_that_is_not_finite_is_skipped_and_its_samples_are_listed(pictures, tmp_path, value):  # noqa: F811
     """Row 13."""
     flags = flags_of(pictures, 2, f"--exp_dir={tmp_path / 'run'}")
-    done = run(tmp_path / "ledger", f"0:4:{value},0:7:{value},0:8:{value}", *flags)
+    done = here(tmp_path / "ledger", f"0:4:{value},0:7:{value},0:8:{value}", *flags)
     bad = [json.loads(line) for line in (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()]
     assert [row["step"] for row in bad] == [5, 8, 9]
     steps = samples(tmp_path / "ledger")
@@ -113,12 +119,12 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_samples_are_listed(picture
 def test_three_in_a_row_end_the_run_with_the_checkpoint_before_them(pictures, tmp_path):  # noqa: F811
     """Row 13; and the same command goes on where the samples are sound again."""
     flags = flags_of(pictures, 2)
-    run(tmp_path / "whole.ledger", "", *flags, f"--exp_dir={tmp_path / 'whole'}")
+    here(tmp_path / "whole.ledger", "", *flags, f"--exp_dir={tmp_path / 'whole'}")
     words = [*flags, f"--exp_dir={tmp_path / 'run'}"]
-    done = run(tmp_path / "ledger", "0:3:nan,0:4:nan,0:5:inf", *words, code=4)
+    done = here(tmp_path / "ledger", "0:3:nan,0:4:nan,0:5:inf", *words, code=4)
     assert "not finite in 3 steps in a row, the last one step 6" in done.stderr
     assert 1 <= weights(tmp_path / "run")["step"] <= 3  # a save that falls due while another is written is put off
-    run(tmp_path / "ledger", "", *words, "--resume=auto")
+    here(tmp_path / "ledger", "", *words, "--resume=auto")
     assert_same_weights(tmp_path / "whole", tmp_path / "run")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.pipelines.comparing import ffcv_missing, needs_dali, needs_ffcv
-from tests.test_train import TINY, train
+from tests.test_train import TINY, here
 
 BACKENDS = ["torch", "synthetic", pytest.param("dali", marks=needs_dali), pytest.param("ffcv", marks=needs_ffcv)]
 TOLERANCE = {"torch": 0, "dali": 1e-3, "ffcv": 1e-2}  # relative; resizing rounds otherwise, FFCV's DCT is rougher
@@ -30,7 +30,7 @@ def trained(imagenet_sample: Path, tmp_path_factory: pytest.TempPathFactory):
         if backend not in losses:
             flags = [f"--data_path={place / 'data'}", f"--pipeline={backend}", *TINY, "--model=test_resnet", "--bs=16"]
             ends = ["--ep=1", "--max_steps=3", "--log_every=1", "--picture_every=0", f"--exp_dir={place / backend}"]
-            train("name", *flags, *ends, code=75)
+            here("name", *flags, *ends, code=75)
             rows = (place / backend / "metrics.jsonl").read_text().splitlines()
             losses[backend] = [json.loads(row)["loss"] for row in rows]
         return losses[backend]

@@ -73,7 +73,10 @@ def main(ledger: str, plan: str, *flags: str) -> int:
         return Watched(pipeline, settings["rank"], Path(ledger), planned)  # type: ignore[arg-type]
 
     command.build_pipeline = watched  # type: ignore[assignment]
-    return train.main(list(flags))
+    try:
+        return train.main(list(flags))
+    finally:
+        command.build_pipeline = build
 
 
 if __name__ == "__main__":

@@ -53,12 +53,11 @@ def test_the_trainers_exit_code_and_words_are_passed_on(finished):
     assert "mask_ratio" in result.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_it_saves_and_the_same_command_goes_on(finished, tmp_path, number):
+def test_stopped_it_saves_and_the_same_command_goes_on(finished, tmp_path):
     shards = ("--data_path", str(finished[0] / "images"), "--epochs", "100000", "--picture_every", "0")
     metrics = tmp_path / "out" / "run" / "metrics.jsonl"
 
-    def stopped_after(lines):
+    def stopped_after(lines, number):
         process = subprocess.Popen(command(tmp_path / "out", *shards), stderr=subprocess.PIPE, text=True)
         until = time.monotonic() + 90
         while not metrics.exists() or metrics.read_text().count("\n") < lines:
@@ -71,7 +70,7 @@ def test_stopped_it_saves_and_the_same_command_goes_on(finished, tmp_path, numbe
         assert "goes on from here" in told
         return metrics.read_text().splitlines()
 
-    first = stopped_after(2)
-    both = stopped_after(len(first) + 2)
+    first = stopped_after(2, signal.SIGINT)
+    both = stopped_after(len(first) + 2, signal.SIGTERM)
     assert both[: len(first)] == first
     assert [json.loads(line)["step"] for line in both] == list(range(1, len(both) + 1))
