@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from spark_fast.evaluate import main
+from tests.commands import as_it_was
 
 CLASSES = ("blue", "green", "grey", "red")
 COLOURS = {"blue": (40, 60, 200), "green": (40, 190, 70), "grey": (128, 128, 128), "red": (200, 50, 40)}
@@ -44,13 +44,8 @@ def run(pictures):
 
     def command(mode: str, *words: object) -> int:
         given = [*TINY, f"--data_path={pictures}", *map(str, words)]
-        root = logging.getLogger()
-        before = sys.stdout, sys.stderr, root.handlers, torch.get_num_threads()
-        root.handlers = [logging.StreamHandler(sys.stderr)]
-        try:
+        with as_it_was():
+            logging.getLogger().handlers = [logging.StreamHandler(sys.stderr)]
             return main([mode, *given] if mode else list(map(str, words)))
-        finally:
-            sys.stdout, sys.stderr, root.handlers, threads = before
-            torch.set_num_threads(threads)
 
     return command

@@ -14,7 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from pipelines.convert import ConvertSettings, convert
+from pipelines.stored import StoredImages
+from spark_fast import build_spark
 from spark_fast.evaluate import main
+from spark_fast.published import spark_state_dict
 from tests.evaluation.conftest import CLASSES, TINY, write_pictures
 
 FRESH = "--weights=none"
@@ -22,6 +26,10 @@ FRESH = "--weights=none"
 
 def result(folder):
     return json.loads((folder / "result.json").read_text())
+
+
+def measured(folder):
+    return [result(folder)[k] for k in ("top1", "top5", "images", "train_images", "classes", "accuracy_of_class")]
 
 
 def rows(folder):
@@ -117,8 +125,7 @@ def ranks(number, folder, pictures, mode, *words):
 def test_two_ranks_give_the_neighbours_of_one(run, pictures, tmp_path):
     assert run("knn", FRESH, f"--exp_dir={tmp_path / 'one'}", "--k=9") == 0
     ranks(2, tmp_path / "two", pictures, "knn", "--k=9")
-    kept = ("top1", "top5", "images", "accuracy_of_class")
-    assert [result(tmp_path / "one")[k] for k in kept] == [result(tmp_path / "two")[k] for k in kept]
+    assert measured(tmp_path / "one") == measured(tmp_path / "two")
 
 
 def test_two_ranks_fine_tune_and_count_every_image_once(pictures, tmp_path):
@@ -186,3 +193,24 @@ def test_classes_are_matched_by_name_where_some_are_not_among_those_to_judge_by(
     found = result(tmp_path / "a")
     assert (found["images"], found["accuracy_of_class"][0]) == (9, None)
     assert np.mean(found["accuracy_of_class"][1:]) > 80
+
+
+def test_weights_may_be_a_published_file_with_official_names(run, tmp_path):
+    torch.manual_seed(0)
+    model = build_spark("convnext_atto", input_size=64, mask_ratio=0.5, decoder_width=32)
+    torch.save({"model": model.state_dict()}, tmp_path / "ours.pth")
+    published = spark_state_dict(model)
+    assert "sparse_encoder.sp_cnn.stages.0.0.dwconv.weight" in published
+    torch.save({"module": published}, tmp_path / "published.pth")
+    for name in ("ours", "published"):
+        words = [f"--weights={tmp_path / name}.pth", "--model=convnext_atto", f"--exp_dir={tmp_path / name}", "--k=5"]
+        assert run("knn", *words) == 0
+    assert measured(tmp_path / "published") == measured(tmp_path / "ours")
+
+
+def test_images_may_be_shards(run, pictures, tmp_path):
+    convert(pictures, tmp_path / "shards", ConvertSettings(StoredImages(short_side=0), images_per_shard=20))
+    for name, path in (("folder", pictures), ("shards", tmp_path / "shards")):
+        assert run("knn", FRESH, f"--data_path={path}", f"--exp_dir={tmp_path / 'of' / name}", "--k=5") == 0
+        assert result(tmp_path / "of" / name)["settings"]["data"]["data_path"] == str(path)
+    assert measured(tmp_path / "of" / "shards") == measured(tmp_path / "of" / "folder")

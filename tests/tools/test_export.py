@@ -1,8 +1,6 @@
 """The command: from a run, and from published files, to what timm, torchvision and the published code load strictly."""
 
 import json
-import subprocess
-import sys
 from contextlib import redirect_stdout
 from io import StringIO
 
@@ -11,12 +9,14 @@ import timm
 import torch
 import torchvision
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from spark_fast import build_spark, load_spark_state_dict
+from spark_fast import build_spark, evaluate, load_spark_state_dict, train
 from spark_fast.published import spark_state_dict
 from spark_fast.training.weights import load_weights
+from tests.commands import run_here
+from tests.evaluation.conftest import write_pictures
 from tools import export, reconstruct
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,15 +26,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def run(tmp_path_factory):
     """A run of 2 epochs of 2 steps."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    words = [sys.executable, "-m", "spark_fast.train", "name", f"--exp_dir={folder}"]
     pictures = folder.parent / "pictures" / "train" / "a"
     pictures.mkdir(parents=True)
     for i in range(8):
         Image.new("RGB", (70, 70), (30 * i, 90, 200 - 20 * i)).save(pictures / f"{i}.jpg")
     flags = [f"--data_path={folder.parent / 'pictures'}", "--model=resnet10t", "--input_size=64", "--mask=0.5"]
     flags += ["--decoder_width=32", "--bs=4", "--ep=2", "--wp_ep=1", "--threads=1", "--workers=1", "--log_every=1"]
-    done = subprocess.run([*words, *flags], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_here(train.main, "name", f"--exp_dir={folder}", *flags)
     return folder
 
 
@@ -93,12 +91,24 @@ def test_a_published_checkpoint_is_imported_exported_and_strictly_loaded(publish
     assert ("not pre-trained, at their initial values: head.norm.weight, head.norm.bias" in printed) == convnext
 
 
-def test_a_published_checkpoint_is_reconstructed(published, tmp_path):
-    Image.new("RGB", (150, 120), (200, 30, 90)).save(tmp_path / "image.png")
-    source = published[2] / "x_withdecoder_1kpretrained_spark_style.pth"
-    words = [source, tmp_path / "image.png", "--out", tmp_path / "grid.png", "--seed", "1"]
-    assert reconstruct.main([str(w) for w in words]) == 0
+def test_a_published_checkpoint_goes_the_whole_way_to_a_fine_tuned_network(published, exported, tmp_path):
+    """Imported, reconstructed, exported, strictly loaded by timm (the test above), fine-tuned for an epoch."""
+    name, _, folder = published
+    write_pictures(tmp_path / "pictures" / "train", 8, 0)
+    write_pictures(tmp_path / "pictures" / "val", 4, 1)
+    image = next((tmp_path / "pictures").rglob("*.JPEG"))
+    source = folder / "x_withdecoder_1kpretrained_spark_style.pth"
+    assert reconstruct.main([str(w) for w in (source, image, "--out", tmp_path / "grid.png", "--seed", 1)]) == 0
     assert Image.open(tmp_path / "grid.png").size == (3 * 132 + 4, 132 + 4)
+    words = [f"--weights={exported[0]}", f"--model={name}", f"--data_path={tmp_path / 'pictures'}", "--input_size=32"]
+    words += ["--bs=4", "--ep=1", "--wp_ep=0", "--ema=0", "--opt=sgd", "--workers=1", "--threads=1"]
+    done = run_here(evaluate.main, "finetune", *words, f"--exp_dir={tmp_path / 'run'}")
+    assert "these begin anew: " + ("head" if name.startswith("convnext") else "fc.bias, fc.weight") in done.stderr
+    tuned = load_file(tmp_path / "run" / f"{name}_timm.safetensors")
+    timm.create_model(name, num_classes=4).load_state_dict(tuned)
+    before = load_file(exported[0])
+    assert sum(not torch.equal(tuned[k], before[k]) for k in tuned if k in before) > 20
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["epoch"] == 1
 
 
 def test_the_file_with_a_decoder_comes_back_as_it_was(published, tmp_path):
