@@ -26,7 +26,7 @@ from pipelines.verify import verify
 from tests.faults.kinds import DAMAGED, VALID, bombs
 from tests.pipelines.comparing import needs_dali, needs_ffcv, pixels
 from tests.pipelines.pictures import jpeg
-from tests.test_train import TINY, train
+from tests.test_train import TINY, here
 
 STORES = [
     pytest.param("torch", "folder"),
@@ -233,4 +233,4 @@ def test_too_many_bad_images_end_the_epoch_with_their_count_and_names(tmp_path, 
 def test_the_trainer_then_ends_with_exit_code_3(tmp_path):
     root = folder_of(tmp_path / "data", [b"broken" if i % 8 == 3 else jpeg(i, 20, 20) for i in range(100)])
     flags = [f"--data_path={root}", *TINY, "--model=test_resnet", "--bs=100", "--ep=12", "--picture_every=0"]
-    assert "130 of 1000 images" in train("name", *flags, f"--exp_dir={tmp_path / 'run'}", code=3).stderr
+    assert "130 of 1000 images" in here("name", *flags, f"--exp_dir={tmp_path / 'run'}", code=3).stderr
