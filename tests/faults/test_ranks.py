@@ -24,12 +24,10 @@ def launcher(*options, ranks=2):
     return [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc_per_node={ranks}"]
 
 
-def torchrun(ledger, plan, *flags, ranks=2, restarts=0, code=0, **environment):
+def torchrun(ledger, plan, *flags, ranks=2, restarts=0, code=0):
     """torchrun reports any failure as 1."""
     words = [*launcher(ranks=ranks), f"--max-restarts={restarts}", trainee.__file__, ledger, plan, *flags]
-    done = subprocess.run(
-        list(map(str, words)), capture_output=True, text=True, timeout=600, env=ENVIRONMENT | environment
-    )
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -76,8 +74,7 @@ def test_a_rank_that_is_stopped_is_named_and_given_up(whole, tmp_path):
     """Row 24: SIGSTOP. The other one waits for it in an exchange."""
     _, flags = whole
     words = [*flags, "--timeout=6", f"--exp_dir={tmp_path / 'run'}"]
-    # torchrun would wait half a minute for the stopped one to end by itself
-    done = torchrun(tmp_path / "ledger", "1:4:stop", *words, code=1, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2")
+    done = torchrun(tmp_path / "ledger", "1:4:stop", *words, code=1)
     assert re.search(r"rank 0 has made no progress for \d+ s at step \d, (in the step|waiting for data)", done.stderr)
     assert re.search(r"it may be waiting for rank 1 \(.*, pid \d+\), last heard of at step \d", done.stderr)
     assert weights(tmp_path / "run")["step"] >= 3
