@@ -3,9 +3,10 @@
     python benchmarks/whole_step.py
 
 Three candidates with the same weights, images and masks take turns: the masked encoder in fp32 with images as planes
-(NCHW), dense projections and each layer of the decoder by itself, which is how the published code computes, though leaner than that
-code; and the packed encoder, channels_last, in fp32 and in bf16, with the decoder's layers merged and its projections from visible
-cells where that pays. A step is forward, backward, clipping and LAMB. A figure is the median.
+(NCHW), dense projections and each layer of the decoder by itself, which is how the published code computes, though
+leaner than that code; and the packed encoder, channels_last, in fp32 and in bf16, with the decoder's layers merged and
+its projections taken from the visible cells where that pays. A step is forward, backward, clipping and LAMB. A figure
+is the median.
 """
 
 from __future__ import annotations

@@ -19,12 +19,11 @@ from torch.autograd.function import once_differentiable
 
 from spark_fast.encoder.visible import Visible
 
-
-ADDRESSING = 28  # fitted to 24 projections on two CPU cores: addressing nine taps costs as much as 28/C of the products
+ADDRESSING = 28  # fitted to 24 projections on two CPU cores: to address nine taps costs 28/C of the dense products
 
 
 def pays(x: Tensor, keep: float) -> bool:
-    """Whether a 3x3 projection of (V, C, b, b) is faster from its visible share `keep`; on a GPU it was not measured."""
+    """Whether a 3x3 projection of (V, C, b, b) is faster from its visible share `keep`. On a GPU: not measured, no."""
     return x.device.type == "cpu" and keep + ADDRESSING / x.shape[1] < 1
 
 
