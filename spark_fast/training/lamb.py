@@ -82,11 +82,13 @@ class Lamb(torch.optim.Optimizer):
         adapt = group["weight_decay"] or self._always_adapt
         norms: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in params]  # weights, directions; by piece
         moves: list[tuple[list[int], list[Tensor], list[Tensor]]] = []
-        for numbers, (weights, *others) in _pieces(columns):
-            moved = torch._foreach_mul(weights, 1 - decay)
+        for numbers, (weights, gradients, means, squares) in _pieces(columns):
+            moved = list(torch._foreach_mul(weights, 1 - decay))
             torch._fused_adamw_(
                 moved,
-                *others,
+                gradients,
+                means,
+                squares,
                 [],
                 [step] * len(moved),
                 lr=1.0,
@@ -102,8 +104,8 @@ class Lamb(torch.optim.Optimizer):
             torch._foreach_sub_(moved, weights)  # the directions, negative
             moves.append((numbers, weights, moved))
             if adapt:
-                for side, tensors in enumerate((weights, moved)):
-                    for number, norm in zip(numbers, torch._foreach_norm(tensors), strict=True):
+                for side, found in enumerate((torch._foreach_norm(weights), torch._foreach_norm(moved))):
+                    for number, norm in zip(numbers, found, strict=True):
                         norms[number][side].append(norm)
         factor = lr if self.found_inf is None else lr * (1 - self.found_inf).to(params[0].dtype)
         if adapt:
