@@ -10,14 +10,12 @@ captured step (`step_graph`) then follows the schedule.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import accumulate, groupby
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-PIECE = 2**18  # elements
 LONG = 1e9  # steps after which no correction is left in any precision
 
 
@@ -76,68 +74,33 @@ class Lamb(torch.optim.Optimizer):
                 group["step"] -= self.found_inf
 
     def _update(self, params: list[Tensor], group: dict[str, Any], lr: Any, decay: Any) -> None:
+        moved = torch._foreach_mul(params, 1 - decay)
         step = group["step"] if self._bias_correction else torch.full_like(group["step"], LONG)
-        columns = [params, [_laid_out_as(p, p.grad) for p in params]]  # type: ignore[arg-type]
-        columns += [[self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq")]
-        adapt = group["weight_decay"] or self._always_adapt
-        norms: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in params]  # weights, directions; by piece
-        moves: list[tuple[list[int], list[Tensor], list[Tensor]]] = []
-        for numbers, (weights, gradients, means, squares) in _pieces(columns):
-            moved = list(torch._foreach_mul(weights, 1 - decay))
-            torch._fused_adamw_(
-                moved,
-                gradients,
-                means,
-                squares,
-                [],
-                [step] * len(moved),
-                lr=1.0,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=0.0,
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-                grad_scale=self.grad_scale,
-                found_inf=self.found_inf,
-            )
-            torch._foreach_sub_(moved, weights)  # the directions, negative
-            moves.append((numbers, weights, moved))
-            if adapt:
-                for side, found in enumerate((torch._foreach_norm(weights), torch._foreach_norm(moved))):
-                    for number, norm in zip(numbers, found, strict=True):
-                        norms[number][side].append(norm)
+        torch._fused_adamw_(
+            moved,
+            [_laid_out_as(p, p.grad) for p in params],  # type: ignore[arg-type]
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            [],
+            [step] * len(params),
+            lr=1.0,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=0.0,
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            grad_scale=self.grad_scale,
+            found_inf=self.found_inf,
+        )
+        torch._foreach_sub_(moved, params)  # the directions, negative
         factor = lr if self.found_inf is None else lr * (1 - self.found_inf).to(params[0].dtype)
-        if adapt:
-            weight, direction = (torch.stack([_norm(parts) for parts in side]) for side in zip(*norms, strict=True))
-            trust = torch.where((weight > 0) & (direction > 0), weight / direction, 1.0)
-            factors = (trust * factor).unbind()
-        for numbers, weights, moved in moves:
-            torch._foreach_mul_(moved, [factors[number] for number in numbers] if adapt else factor)
-            torch._foreach_add_(weights, moved)
-
-
-def _pieces(columns: list[list[Tensor]]) -> Iterator[tuple[list[int], list[list[Tensor]]]]:
-    """The tensors of all columns in pieces that fit a CPU's cache together, with the numbers of those they are from.
-
-    A step walks over a piece seven times, and so through memory once. On a GPU everything at once, in few launches.
-    """
-    if columns[0][0].device.type != "cpu":
-        yield list(range(len(columns[0]))), columns
-        return
-    rows = [
-        (number, row)
-        for number, tensors in enumerate(zip(*columns, strict=True))
-        for row in zip(*(t.as_strided((t.numel(),), (1,)).split(PIECE) for t in tensors), strict=True)
-    ]
-    ends = accumulate(len(row[0]) for _, row in rows)
-    for _, together in groupby(zip(rows, ends, strict=True), key=lambda row_and_end: row_and_end[1] // PIECE):
-        numbers, pieces = zip(*(row for row, _ in together), strict=True)
-        yield list(numbers), [list(column) for column in zip(*pieces, strict=True)]
-
-
-def _norm(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
+        if group["weight_decay"] or self._always_adapt:
+            weights, directions = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(moved))
+            trust = torch.where((weights > 0) & (directions > 0), weights / directions, 1.0)
+            factor = (trust * factor).unbind()
+        torch._foreach_mul_(moved, factor)
+        torch._foreach_add_(params, moved)
 
 
 def _laid_out_as(weights: Tensor, other: Tensor) -> Tensor:

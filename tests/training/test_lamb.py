@@ -108,18 +108,3 @@ def test_a_step_counts_in_place():
         places.add(optimizer.param_groups[0]["step"].data_ptr())
     assert len(places) == 1
     assert optimizer.param_groups[0]["step"] == 3
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_pieces_of_any_size_give_the_same(layout, monkeypatch):
-    results = []
-    for piece in (2**18, 7, 1):
-        monkeypatch.setattr("spark_fast.training.lamb.PIECE", piece)
-        params = weights(torch.float64, layout)
-        optimizer = Lamb(params, lr=0.01, weight_decay=0.1)
-        for step in range(3):
-            gradients(params, step, layout=layout)
-            optimizer.step()
-        results.append(params)
-    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(results[2], results[0], rtol=1e-12, atol=1e-14)
