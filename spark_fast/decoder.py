@@ -38,7 +38,8 @@ class _ReLU6(torch.autograd.Function):
 class UNetBlock(nn.Module):
     """Twice the resolution: (B, cin, h, w) -> (B, cout, 2h, 2w).
 
-    `merge` says whether the first two layers are computed as one; None, the default: where that pays.
+    `merge` says whether the first two layers are computed as one, False: each by itself, by torch; None, the default:
+    as one where that pays.
     """
 
     merge: bool | None = None
@@ -59,10 +60,12 @@ class UNetBlock(nn.Module):
         up, convolve = self.up_sample, self.conv[0]
         assert isinstance(convolve, nn.Conv2d)
         assert up.bias is not None
-        if upsample.pays(x, up.out_channels) if self.merge is None else self.merge:
+        if self.merge is False:
+            x = convolve(up(x))
+        elif self.merge or upsample.pays(x, up.out_channels):
             x = upsample.upsample_and_convolve(x, up.weight, up.bias, convolve.weight)
         else:
-            x = convolve(up(x))
+            x = convolve(upsample.upsample(x, up.weight, up.bias))
         return self.conv[1:](x)
 
 
