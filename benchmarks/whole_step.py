@@ -3,9 +3,10 @@
     python benchmarks/whole_step.py
 
 Three candidates with the same weights, images and masks take turns: the masked encoder in fp32 with images as planes
-(NCHW) and each layer of the decoder by itself, which is how the published code computes, though leaner than that code;
-and the packed encoder, channels_last, in fp32 and in bf16, with the decoder's layers merged where that pays. A step is
-forward, backward, clipping and LAMB. A figure is the median.
+(NCHW), dense projections and each layer of the decoder by itself, which is how the published code computes, though
+leaner than that code; and the packed encoder, channels_last, in fp32 and in bf16, with the decoder's layers merged and
+its projections taken from the visible cells where that pays. A step is forward, backward, clipping and LAMB. A figure
+is the median.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def stepper(name: str, model: str, batch: int, options: Options, state: dict) ->
     for block in spark.decoder.modules():
         if isinstance(block, UNetBlock):
             block.merge = False if encoder == "masked" else None
+    spark.sparse_projections = False if encoder == "masked" else None
     spark.load_state_dict(state or spark.state_dict())
     state.update(copy.deepcopy(spark.state_dict()))
     spark.to(device, memory_format=layout).train()  # type: ignore[call-overload]

@@ -6,16 +6,40 @@ Structure and initialisation are those of the published code (pretrain/decoder.p
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spark_fast import upsample
 
 
+class ReLU6(nn.ReLU6):
+    """In place, and remembering its output: torch's own remembers its input, and so copies what it then overwrites."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(...) -> (...), the same memory."""
+        return _ReLU6.apply(x)
+
+
+class _ReLU6(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x.clamp_(0, 6))
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grads[0], y, 0, 6)  # 0 at and beyond both limits, which y shows too
+
+
 class UNetBlock(nn.Module):
     """Twice the resolution: (B, cin, h, w) -> (B, cout, 2h, 2w).
 
-    `merge` says whether the first two layers are computed as one; None, the default: where that pays.
+    `merge` says whether the first two layers are computed as one, False: each by itself, by torch; None, the default:
+    as one where that pays.
     """
 
     merge: bool | None = None
@@ -26,7 +50,7 @@ class UNetBlock(nn.Module):
         self.conv = nn.Sequential(
             nn.Conv2d(cin, cin, kernel_size=3, padding=1, bias=False),
             nn.BatchNorm2d(cin),
-            nn.ReLU6(inplace=True),
+            ReLU6(inplace=True),
             nn.Conv2d(cin, cout, kernel_size=3, padding=1, bias=False),
             nn.BatchNorm2d(cout),
         )
@@ -36,10 +60,12 @@ class UNetBlock(nn.Module):
         up, convolve = self.up_sample, self.conv[0]
         assert isinstance(convolve, nn.Conv2d)
         assert up.bias is not None
-        if upsample.pays(x, up.out_channels) if self.merge is None else self.merge:
+        if self.merge is False:
+            x = convolve(up(x))
+        elif self.merge or upsample.pays(x, up.out_channels):
             x = upsample.upsample_and_convolve(x, up.weight, up.bias, convolve.weight)
         else:
-            x = convolve(up(x))
+            x = convolve(upsample.upsample(x, up.weight, up.bias))
         return self.conv[1:](x)
 
 

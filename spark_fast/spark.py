@@ -17,6 +17,7 @@ from timm.layers import LayerNorm2d, convert_sync_batchnorm
 from torch import Tensor, nn
 
 from spark_fast.decoder import Decoder
+from spark_fast.densify import densify
 from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, Visible
 from spark_fast.encoder.sparse import SparseEncoder
 from spark_fast.encoder.verify import verify
@@ -42,9 +43,15 @@ class SparK(nn.Module):
         mask_ratio: share of the patches hidden, 0.6 as published.
         decoder_width: channels of the decoder at the coarsest level.
 
+    Attributes:
+        sparse_projections: whether the 3x3 projections into the decoder are computed from the visible cells; None, the
+            default: where that pays.
+
     Raises:
         ValueError: a mask ratio or a decoder width that does not fit.
     """
+
+    sparse_projections: bool | None = None
 
     def __init__(
         self, encoder: Encoder, input_size: tuple[int, int], mask_ratio: float = 0.6, decoder_width: int = 768
@@ -108,8 +115,7 @@ class SparK(nn.Module):
         levels = []
         layers = zip(self.densify_norms, self.mask_tokens, self.densify_projs, strict=True)
         for features, (norm, token, project) in zip(reversed(self.encoder(images, seen)), layers, strict=True):
-            dense = seen.unpack(norm(features), fill=token.flatten())  # (B, C_i, H_i, W_i)
-            levels.append(project(dense))
+            levels.append(densify(norm(features), token.flatten(), project, seen, self.sparse_projections))
         return self.decoder(levels)
 
     def _visible(self, images: Tensor, visible: Tensor | None) -> Visible:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from spark_fast.decoder import Decoder
+from spark_fast.decoder import Decoder, ReLU6
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,3 +70,13 @@ def test_a_patch_that_is_no_power_of_two_is_refused(patch):
 def test_a_width_that_cannot_be_halved_is_refused(width):
     with pytest.raises(ValueError, match=rf"decoder_width {width} must be a multiple of 8 \(halved 3 times\)"):
         Decoder(8, width)
+
+
+def test_relu6_and_its_gradient_are_torchs_also_at_its_limits():
+    values = torch.tensor([-1.0, -0.0, 0.0, 1e-30, 3.0, 6.0, 7.0, float("inf"), float("nan")], dtype=torch.float64)
+    got, expected = (values.clone().requires_grad_() for _ in range(2))
+    mine, torchs = ReLU6(inplace=True)(got * 1), F.relu6(expected * 1)
+    torch.testing.assert_close(mine, torchs, rtol=0, atol=0, equal_nan=True)
+    for y in (mine, torchs):
+        y.backward(torch.arange(1.0, 10, dtype=torch.float64))
+    assert got.grad.tolist() == expected.grad.tolist()

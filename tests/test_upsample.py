@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from spark_fast.decoder import UNetBlock
-from spark_fast.upsample import pays, upsample_and_convolve
+from spark_fast.upsample import pays, upsample, upsample_and_convolve
 
 size = st.integers(1, 5)
 
@@ -32,6 +32,17 @@ def test_values_and_all_four_gradients(batch, cin, between, cout, h, w):
     upstream = torch.randn_like(expected)
     got, wanted = (torch.autograd.grad(y, inputs, upstream) for y in (merged, expected))
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 3), size, size, size, size)
+def test_the_transposed_convolution_by_products_is_torchs(batch, cin, cout, h, w):
+    x, weight, bias, _ = problem(batch, 8 * cin, cout, 1, h, w)  # few pixels, or many
+    mine, torchs = upsample(x, weight, bias), F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
+    torch.testing.assert_close(mine, torchs, rtol=0, atol=1e-12)
+    upstream = torch.randn_like(torchs)
+    got, wanted = (torch.autograd.grad(y, (x, weight, bias), upstream) for y in (mine, torchs))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-11)
 
 
 def test_under_autocast_it_is_as_close_to_the_truth_as_the_two_steps():

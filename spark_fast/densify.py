@@ -1,0 +1,113 @@
+"""A level on its way from the packed encoder to the dense decoder: mask tokens in the holes, then a projection.
+
+The projection is linear, and the holes all hold the same token. So
+
+    project(unpack(x, fill=token)) = what the visible cells add to the cells around them, at their share of the cost,
+                                   + what the token adds: a product of 9 numbers per cell, which of its taps are holes.
+
+A 1x1 projection stays in its cell: it takes the packed rows and the token, before they are put in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from spark_fast.encoder.visible import Visible
+
+ADDRESSING = 28  # fitted to 24 projections on two CPU cores: to address nine taps costs 28/C of the dense products
+
+
+def pays(x: Tensor, keep: float) -> bool:
+    """Whether a 3x3 projection of (V, C, b, b) is faster from its visible share `keep`. On a GPU: not measured, no."""
+    return x.device.type == "cpu" and keep + ADDRESSING / x.shape[1] < 1
+
+
+def densify(x: Tensor, token: Tensor, project: nn.Module, seen: Visible, sparse: bool | None = None) -> Tensor:
+    """project(seen.unpack(x, fill=token)), to rounding.
+
+    Args:
+        x: (V, C, b, b), a level of the packed encoder.
+        token: (C,).
+        project: the identity, or a Conv2d of 1x1 or 3x3 that keeps the size.
+        sparse: compute it from the visible cells; None: where that `pays`.
+
+    Returns:
+        (B, N, h*b, w*b).
+    """
+    pointwise = isinstance(project, nn.Conv2d) and project.kernel_size == (1, 1)
+    if sparse is None:
+        sparse = pointwise or pays(x, seen.keep)
+    if not sparse or not isinstance(project, nn.Conv2d):
+        return project(seen.unpack(x, fill=token))
+    weight, bias = project.weight, project.bias
+    assert bias is not None
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, token, weight, bias = (t.to(dtype) for t in (x, token, weight, bias))
+    c, b = x.shape[1:3]
+    rows = x.permute(0, 2, 3, 1).reshape(-1, c)
+    if pointwise:
+        both = F.linear(torch.cat([rows, token[None]]), weight.flatten(1), bias)
+        packed = both[:-1].view(-1, b, b, len(weight)).permute(0, 3, 1, 2)
+        return seen.unpack(packed, fill=both[-1])
+    taps, outputs, holes = _tables(seen, b)
+    tapped = torch.einsum("ncyx,c->nyx", weight, token).flatten(1)  # (N, 9), what a hole adds through each tap
+    dense = _Project.apply(rows, weight, taps, outputs) + F.linear(holes.to(x.dtype), tapped, bias)
+    return dense.view(seen.batch, seen.grid[0] * b, seen.grid[1] * b, len(weight)).permute(0, 3, 1, 2)
+
+
+class _Project(torch.autograd.Function):
+    """Rows (n, C) of the visible cells, weight (N, C, 3, 3) -> rows (B*H*W, N) of the dense map, holes adding nothing.
+
+    Forward each cell's nine contributions, then their sums; backward the nine gradients of each cell, gathered.
+    """
+
+    @staticmethod
+    def forward(rows: Tensor, weight: Tensor, taps: Tensor, outputs: Tensor) -> Tensor:
+        rows = torch.cat([rows, rows.new_zeros(2, rows.shape[1])])  # what holes add, and what lies outside
+        return F.embedding_bag(taps, (rows @ _matrix(weight)).view(-1, len(weight)), mode="sum")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        rows, weight, _, outputs = inputs
+        ctx.save_for_backward(rows, weight, outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        rows, weight, outputs = ctx.saved_tensors
+        grad = torch.cat([grad, grad.new_zeros(1, grad.shape[1])]).index_select(0, outputs).view(len(rows), -1)
+        grad_weight = (rows.t() @ grad).view(weight.shape[1], 3, 3, -1).permute(3, 0, 1, 2)
+        return grad @ _matrix(weight).t(), grad_weight, None, None
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """(N, C, 3, 3) -> (C, 9*N)."""
+    return weight.permute(1, 2, 3, 0).flatten(1)
+
+
+def _tables(seen: Visible, b: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the nine taps of a 3x3 convolution lead, numbered y-major; n = V*b*b visible cells, m = B*H*W in all.
+
+    Returns:
+        (m, 9) int32: for each output, its taps' contributions; those of visible cell i are 9*i to 9*i + 8, holes
+            count as cell n and what is outside the image as n + 1;
+        (n*9,) int64: for each visible cell, the outputs it adds to, m where outside;
+        (m, 9) bool: which taps are holes.
+    """
+    (h, w), device = seen.grid, seen.index.device
+    n, m, (height, width) = seen.count * b * b, seen.batch * h * w * b * b, (h * b, w * b)
+    cells = torch.full((seen.batch * h * w, b, b), n, device=device, dtype=torch.int32)
+    numbers = torch.arange(n, device=device, dtype=torch.int32).view(-1, b, b)
+    dense = cells.index_copy(0, seen.patches, numbers).view(-1, h, w, b, b).transpose(2, 3).reshape(-1, height, width)
+    around = F.pad(dense, (1, 1, 1, 1), value=n + 1).unfold(1, 3, 1).unfold(2, 3, 1).reshape(m, 9)
+    taps = around * 9 + torch.arange(9, device=device, dtype=torch.int32)
+    places = torch.arange(m, device=device).view(-1, height, width)
+    outputs = F.pad(places, (1, 1, 1, 1), value=m).unfold(1, 3, 1).unfold(2, 3, 1).flip(3, 4)
+    outputs = outputs.reshape(-1, h, b, w, b * 9).transpose(2, 3).reshape(-1, b * b * 9)
+    return taps, outputs.index_select(0, seen.patches).flatten(), around == n
