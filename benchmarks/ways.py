@@ -32,7 +32,7 @@ class Way:
     compile: str = "off"
     kernels: bool | None = False  # Triton; False: PyTorch
     graph: bool = False
-    published: bool = False  # norms look up the visible cells by nonzero, the decoder's layers are not merged
+    published: bool = False  # norms look up the visible cells by nonzero, dense projections, no merged layers
 
     @property
     def needs_gpu(self) -> bool:
@@ -71,6 +71,7 @@ def build(way: Way, shape: Shape, device: torch.device) -> SparK:
         check=False,
     )  # fmt: skip
     model.encoder.current.kernels = way.kernels
+    model.sparse_projections = False if way.published else None
     for module in model.modules():
         if way.published and isinstance(module, MaskedNorm):
             module.forward = partial(_norm_by_nonzero, module)
