@@ -257,15 +257,16 @@ def serve(name: str, store: Path, batch: int, cores: int, pipe: Connection) -> N
 
 
 class Pinned:
-    """A candidate in a process that may use the first `cores` cores alone."""
+    """A candidate in a process that may use `cores` cores alone, from the `first` on."""
 
-    def __init__(self, name: str, store: Path, batch: int, cores: int) -> None:
+    def __init__(self, name: str, store: Path, batch: int, cores: int, first: int = 0) -> None:
         self._pipe, theirs = multiprocessing.get_context("spawn").Pipe()
         process = multiprocessing.get_context("spawn").Process(
             target=serve, args=(name, store, batch, cores, theirs), daemon=False
         )
         allowed = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, sorted(allowed)[:cores])  # inherited: numbers of threads are chosen at import
+        chosen = sorted(allowed)[first : first + cores]
+        os.sched_setaffinity(0, chosen)  # inherited: numbers of threads are chosen at import
         os.environ["OMP_NUM_THREADS"] = str(cores)
         try:
             process.start()
@@ -276,7 +277,15 @@ class Pinned:
 
     def __call__(self) -> tuple[float]:
         """Seconds of one epoch; EOFError when the process died."""
+        self.begin()
+        return self.end()
+
+    def begin(self) -> None:
+        """Have it start an epoch."""
         self._pipe.send(True)
+
+    def end(self) -> tuple[float]:
+        """Wait for the epoch's end; its seconds."""
         return (self._pipe.recv(),)
 
     def close(self) -> None:

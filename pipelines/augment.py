@@ -24,8 +24,13 @@ STD = (0.229, 0.224, 0.225)
 def cut(image: NDArray[np.uint8], box: Box, flip: bool, out: Tensor) -> None:
     """Crop `image` (h, w, 3) to `box`, resize it to the size of `out` (H, W, 3) uint8, flip, store there."""
     height, width, _ = out.shape
-    resized = resize(crop(image, box), (height, width))
-    out.copy_(resized.flip(1) if flip else resized)
+    out.copy_(view(image, box, flip, (height, width)))
+
+
+def view(image: NDArray[np.uint8], box: Box, flip: bool, size: tuple[int, int]) -> Tensor:
+    """What `cut` stores: (*size, 3) uint8."""
+    resized = torch.from_numpy(resize(crop(image, box), size))
+    return resized.flip(1) if flip else resized
 
 
 def crop(image: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
@@ -33,11 +38,15 @@ def crop(image: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
     return image[box.top : box.top + box.height, box.left : box.left + box.width]
 
 
-def resize(image: NDArray[np.uint8], size: tuple[int, int]) -> Tensor:
-    """Antialiased bicubic: (h, w, 3) -> (*size, 3) uint8."""
-    # torch's [None], not NumPy's: with a stride of 0 torch would take the batch of one for planes and be twice as slow
-    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # (h, w, 3) -> (1, 3, h, w), channels_last
-    return interpolate(pixels, size=size, mode="bicubic", antialias=True)[0].permute(1, 2, 0)  # -> (H, W, 3)
+def resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Antialiased bicubic: (h, w, 3) -> (*size, 3) uint8.
+
+    NumPy moves the axes: each of torch's calls lets go of the GIL, and may have to wait to get it back.
+    """
+    # reshape, not [None]: with a stride of 0 torch would take the batch of one for planes and be twice as slow
+    pixels = image.reshape(1, *image.shape).transpose(0, 3, 1, 2)  # (h, w, 3) -> (1, 3, h, w), channels_last
+    resized = interpolate(torch.from_numpy(pixels), size=size, mode="bicubic", antialias=True).numpy()
+    return resized[0].transpose(1, 2, 0)  # (1, 3, H, W) -> (H, W, 3)
 
 
 class Normalise:
@@ -55,13 +64,10 @@ class Normalise:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Normalise a batch on the device where its pixels are, in fp32, then round to dtype."""
-        rows = self._rows(pixels).to(self._dtype)
-        return rows.view(pixels.shape).permute(0, 3, 1, 2)  # -> (B, 3, H, W), channels_last
+        rows = torch.addcmul(self._offset, pixels.flatten(-2), self._factor)  # (B, H, W * 3)
+        return rows.to(self._dtype).view(pixels.shape).permute(0, 3, 1, 2)  # -> (B, 3, H, W), channels_last
 
     def into(self, out: Tensor, pixels: Tensor) -> None:
         """The same for one image, (H, W, 3) uint8, into its place in a batch, (H, W, 3) of dtype."""
-        out.copy_(self._rows(pixels).view(pixels.shape))
-
-    def _rows(self, pixels: Tensor) -> Tensor:
-        rows = pixels.flatten(-2).float()  # (..., H, W, 3) -> (..., H, W * 3)
-        return rows.mul_(self._factor).add_(self._offset)
+        rows = out.view(len(out), -1)  # (H, W, 3) -> (H, W * 3)
+        torch.addcmul(self._offset, pixels.flatten(-2), self._factor, out=rows)

@@ -29,21 +29,23 @@ _HARMLESS = re.compile(r"unknown JFIF revision|Unknown Adobe color transform|Inv
 _ADDRESS = re.compile(r" <_io.BytesIO object at 0x[0-9a-f]+>")
 
 
-def decode(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> tuple[NDArray[np.uint8], bool]:
+def decode(
+    data: bytes | memoryview, max_pixels: int = MAX_PIXELS, *, fast_chroma: bool = False
+) -> tuple[NDArray[np.uint8], bool]:
     """Decode one image.
 
     Returns the pixels, (H, W, 3) uint8 RGB, and whether they were *converted*, that is, whether the file
-    is anything other than a colour JPEG. Raises ImageError with the reason when the image is empty,
-    damaged, too large or of no known kind.
+    is anything other than a colour JPEG. `fast_chroma` repeats a JPEG's coarser chroma where it would be
+    interpolated. Raises ImageError with the reason when the image is empty, damaged, too large or of no known kind.
     """
     if not len(data):
         raise ImageError("the file has zero bytes")
     if bytes(data[:2]) == b"\xff\xd8":
-        return _decode_jpeg(data, max_pixels)
+        return _decode_jpeg(data, max_pixels, fast_chroma)
     return _decode_with_pillow(data, max_pixels), True
 
 
-def _decode_jpeg(data: bytes | memoryview, max_pixels: int) -> tuple[NDArray[np.uint8], bool]:
+def _decode_jpeg(data: bytes | memoryview, max_pixels: int, fast_chroma: bool) -> tuple[NDArray[np.uint8], bool]:
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:  # no header, or a chroma layout that simplejpeg does not know and Pillow may
@@ -52,16 +54,16 @@ def _decode_jpeg(data: bytes | memoryview, max_pixels: int) -> tuple[NDArray[np.
     if colours in ("CMYK", "YCCK"):
         cmyk = 255 - _decode_strictly(data, "CMYK")  # stored inverted, by Adobe's custom and Pillow's reading
         return np.array(Image.fromarray(cmyk, "CMYK").convert("RGB")), True
-    return _decode_strictly(data, "RGB"), colours == "Gray"
+    return _decode_strictly(data, "RGB", fast_chroma), colours == "Gray"
 
 
-def _decode_strictly(data: bytes | memoryview, colours: str) -> NDArray[np.uint8]:
+def _decode_strictly(data: bytes | memoryview, colours: str, fast_chroma: bool = False) -> NDArray[np.uint8]:
     try:
-        return simplejpeg.decode_jpeg(data, colours)
+        return simplejpeg.decode_jpeg(data, colours, fastupsample=fast_chroma)
     except ValueError as error:
         if not _HARMLESS.search(str(error)):
             raise ImageError(f"damaged JPEG: {error}") from error
-    return simplejpeg.decode_jpeg(data, colours, strict=False)
+    return simplejpeg.decode_jpeg(data, colours, fastupsample=fast_chroma, strict=False)
 
 
 def _decode_with_pillow(data: bytes | memoryview, max_pixels: int) -> NDArray[np.uint8]:

@@ -79,8 +79,9 @@ class FileSource:
 
     def read(self, i: int) -> bytes:
         """The file's bytes; OSError when it cannot be read, ImageError when it is absurdly large or no plain file."""
-        file = os.open(self.root / os.fsdecode(self.path(i)), os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for ever
-        with os.fdopen(file, "rb") as opened:
+        path = os.fsencode(self.root) + b"/" + self.path(i)  # pathlib's joining costs a fifth of the reading
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for ever
+        with os.fdopen(file, "rb", buffering=0) as opened:
             status = os.fstat(file)
             if not stat.S_ISREG(status.st_mode):
                 raise ImageError("it is a folder, pipe or device, no plain file")

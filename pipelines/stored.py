@@ -51,13 +51,14 @@ class StoredImages:
 
         Raises ImageError when the image cannot be read or stored.
         """
-        image, converted = decode(data)
+        image, converted = decode(data, fast_chroma=True)  # a coarser chroma is stored than is made here
         height, width = image.shape[:2]
         size = self.size(height, width)
         if size == (height, width) and not converted and _is_plain(data):
             return bytes(data), None
         if size != (height, width):
-            image = resize(image, size).numpy()
+            fewer_rows = resize(image, (size[0], width))  # first: the pass along rows is the slower one
+            image = resize(fewer_rows, size)
         if max(size) > _MAX_JPEG_SIDE:
             raise ImageError(f"{size[1]} x {size[0]} pixels: a JPEG cannot be longer than {_MAX_JPEG_SIDE}")
         jpeg = simplejpeg.encode_jpeg(image, self.quality, "RGB", "420")

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.augment import cut
+from pipelines.augment import cut, view
 from pipelines.backend import Backend
 from pipelines.buffers import Buffers
 from pipelines.contract import Batch
@@ -101,8 +101,9 @@ class TorchPipeline(Backend):
                 done = pending.popleft()
                 images = self._upload(done)
                 del done.pixels  # a thread may still hold the batch, which must not keep its memory from coming back
-                submit_next()
-                yield Batch(images, labels_on(self.device, self._source, done.ids), torch.from_numpy(done.ids.copy()))
+                labels = labels_on(self.device, self._source, done.ids)
+                submit_next()  # last: the threads that it wakes take the GIL
+                yield Batch(images, labels, torch.from_numpy(done.ids.copy()))
         finally:
             left.set()
             chunks = [chunk for batch in pending for chunk in batch.chunks if not chunk.cancel()]
@@ -140,7 +141,7 @@ class TorchPipeline(Backend):
     def _putter(self, out: Tensor, crops: Tensor) -> Callable[[int, NDArray[np.uint8], Box, bool], None]:
         """What brings an image's crop to its place in `out`, (n, H, W, 3)."""
         on_device, bytes_only = self._on_device, out.dtype == torch.uint8
-        scratch = torch.empty((0,) if bytes_only else out.shape[1:], dtype=torch.uint8)
+        size = self._augmentation.input_size
 
         def put(place: int, image: NDArray[np.uint8], box: Box, flip: bool) -> None:
             if on_device:
@@ -148,8 +149,7 @@ class TorchPipeline(Backend):
             elif bytes_only:
                 cut(image, box, flip, out[place])
             else:
-                cut(image, box, flip, scratch)
-                self._normalise.into(out[place], scratch)
+                self._normalise.into(out[place], view(image, box, flip, size))
 
         return put
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -370,6 +371,20 @@ def test_verify_finds_every_damage_and_names_it(image_folder, tmp_path, what):
     faults = verify(folder, workers=2)
     assert any(re.search(expected, fault) for fault in faults), faults
     assert all("shard-000001" in fault for fault in faults)
+
+
+def test_real_images_lose_no_more_than_by_pillows_reduction_and_the_same_jpeg(imagenet_sample):
+    lost = []
+    for path in sorted(imagenet_sample.glob("train/*/*.JPEG"))[::8]:
+        image = Image.open(path).convert("RGB")
+        height, width = StoredImages().size(image.height, image.width)
+        reduced = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+        theirs = simplejpeg.encode_jpeg(reduced, 90, "RGB", "420")
+        ours, _ = StoredImages().encode(path.read_bytes())
+        lost.append([np.abs(decode(data)[0].astype(int) - reduced).mean() for data in (ours, theirs)])
+    assert len(lost) == 20
+    ours, theirs = np.mean(lost, axis=0)
+    assert ours < 1.01 * theirs
 
 
 def test_real_images_convert_and_train(imagenet_sample, tmp_path):
