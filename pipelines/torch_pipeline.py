@@ -78,6 +78,7 @@ class TorchPipeline(Backend):
         self._stream = torch.cuda.Stream(self.device) if self._on_cuda else None
         self._slots: list[_Slot] = []  # idle ones
         self._pool = _decoder_threads(self._workers)
+        self._ordering = threading.Lock()  # batches are ordered one after the other
 
     def close(self) -> None:
         """Stop the decoder threads and close the source."""
@@ -87,39 +88,43 @@ class TorchPipeline(Backend):
 
     def _batches(self, steps: Iterator[Share]) -> Generator[Batch, None, None]:
         left = threading.Event()  # set when the consumer is gone
-        pending: deque[_Pending] = deque()
+        pending: deque[Future[_Pending]] = deque()
 
-        def submit_next() -> None:
+        def order_next() -> None:  # by a thread of the pool: the consumer's own time is a training step's
             if (share := next(steps, None)) is not None:
-                pending.append(self._submit(share, left))
+                pending.append(self._pool.submit(self._order, share, left))
 
         try:
             for _ in range(self._prefetch):
-                submit_next()
+                order_next()
             while pending:
-                self._collect(pending[0])
-                done = pending.popleft()
+                done = self._collect(pending[0])
+                pending.popleft()
                 images = self._upload(done)
                 del done.pixels  # a thread may still hold the batch, which must not keep its memory from coming back
                 labels = labels_on(self.device, self._source, done.ids)
-                submit_next()  # last: the threads that it wakes take the GIL
+                order_next()  # last: the thread that it wakes takes the GIL
                 yield Batch(images, labels, torch.from_numpy(done.ids.copy()))
         finally:
             left.set()
-            chunks = [chunk for batch in pending for chunk in batch.chunks if not chunk.cancel()]
+            ordered = [order for order in pending if not order.cancel()]
+            wait(ordered)
+            batches = [order.result() for order in ordered if not order.exception()]
+            chunks = [chunk for batch in batches for chunk in batch.chunks if not chunk.cancel()]
             wait(chunks)  # each stops after the image it is at; then nobody writes to the slots
-            self._slots.extend(batch.slot for batch in pending if batch.slot)
+            self._slots.extend(batch.slot for batch in batches if batch.slot)
 
-    def _submit(self, share: Share, left: threading.Event) -> _Pending:
-        """Have the threads fill a slot, or its beginning, with these samples."""
+    def _order(self, share: Share, left: threading.Event) -> _Pending:
+        """In a decoder thread: have the threads fill a slot, or its beginning, with these samples."""
         ids = share.ids
-        slot = self._idle_slot() if self._stream is not None else None
         draws = uniform(self._schedule.seed, share.views, ids, DRAWS)
-        pixels = (slot.pixels if slot else self._buffers.take())[: len(ids)]
-        crops = slot.crops[: len(ids)] if slot else torch.empty(len(ids), 3, dtype=torch.int64)
-        batch = _Pending(ids, pixels, crops, slot)
-        for part in thread_parts(len(ids), self._workers):
-            batch.chunks.append(self._pool.submit(self._load, batch, part, draws[part], left))
+        with self._ordering:
+            slot = self._idle_slot() if self._stream is not None else None
+            pixels = (slot.pixels if slot else self._buffers.take())[: len(ids)]
+            crops = slot.crops[: len(ids)] if slot else torch.empty(len(ids), 3, dtype=torch.int64)
+            batch = _Pending(ids, pixels, crops, slot)
+            for part in thread_parts(len(ids), self._workers):
+                batch.chunks.append(self._pool.submit(self._load, batch, part, draws[part], left))
         return batch
 
     def _idle_slot(self) -> _Slot:
@@ -153,13 +158,17 @@ class TorchPipeline(Backend):
 
         return put
 
-    def _collect(self, batch: _Pending) -> None:
+    def _collect(self, order: Future[_Pending]) -> _Pending:
         """Wait for a batch and count its problems; here, so that counts and warnings come in order."""
         try:
+            batch = order.result()
             loaded = [sample for chunk in batch.chunks for sample in chunk.result()]
-        except CancelledError:
-            raise RuntimeError("this pipeline was closed while it was being read") from None
+        except (CancelledError, RuntimeError) as error:
+            if self._closed.is_set() or isinstance(error, CancelledError):
+                raise RuntimeError("this pipeline was closed while it was being read") from None
+            raise
         self._tally.count(batch.ids.tolist(), loaded)
+        return batch
 
     def _upload(self, batch: _Pending) -> Tensor:
         """A batch's images, normalised, on the device: (B, 3, H, W)."""
