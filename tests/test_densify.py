@@ -22,7 +22,7 @@ def problem(batch=2, grid=(3, 4), keep=5, b=2, c=6, n=4, k=3, dtype=torch.float6
     return seen, project, (x.requires_grad_(), torch.randn(c, dtype=dtype, requires_grad=True), *project.parameters())
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(size, size, size, st.integers(1, 16), st.sampled_from([1, 2, 4]), size, size, st.sampled_from([1, 3]))
 def test_values_and_all_gradients(batch, h, w, keep, b, c, n, k):
     seen, project, inputs = problem(batch, (h, w), min(keep, h * w), b, c, n, k)

@@ -7,7 +7,7 @@ from spark_fast.masking import num_visible, sample_visible
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 10**7), st.integers(1, 40), st.integers(1, 15), st.data())
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_mask_depends_on_seed_step_and_position_alone(seed, step, batch, side, data):
     grid, keep = (side, side + 1), data.draw(st.integers(1, side * (side + 1)))
     everyone = sample_visible(seed, step, torch.arange(batch), grid, keep)

@@ -129,9 +129,7 @@ def patch_values(images):
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(b, height // 32, width // 32, -1)
 
 
-anything = settings(
-    deadline=None, max_examples=3, phases=[Phase.generate], suppress_health_check=list(HealthCheck), database=None
-)
+anything = settings(max_examples=3, phases=[Phase.generate], suppress_health_check=list(HealthCheck), database=None)
 
 
 @given(seed=st.integers(0, 10**6), scale=st.floats(0.1, 10), shift=st.floats(-5, 5))

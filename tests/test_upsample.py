@@ -23,7 +23,7 @@ def problem(batch, cin, between, cout, h, w, dtype=torch.float64):
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 3), size, size, size, size, size)
 def test_values_and_all_four_gradients(batch, cin, between, cout, h, w):
     inputs = problem(batch, cin, between, cout, h, w)
@@ -34,7 +34,7 @@ def test_values_and_all_four_gradients(batch, cin, between, cout, h, w):
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 3), size, size, size, size)
 def test_the_transposed_convolution_by_products_is_torchs(batch, cin, cout, h, w):
     x, weight, bias, _ = problem(batch, 8 * cin, cout, 1, h, w)  # few pixels, or many

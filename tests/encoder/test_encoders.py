@@ -56,7 +56,7 @@ def loss_and_gradients(encoder, images, visible):
 
 # two images at least: with one cell per channel a batch statistic does not exist; shrinking would take minutes
 @given(st.integers(2, 3), st.integers(1, 4), st.integers(1, 3), st.floats(0, 0.95), st.integers(0, 10**6))
-@settings(deadline=None, max_examples=4, phases=[Phase.explicit, Phase.generate], database=None)
+@settings(max_examples=4, phases=[Phase.explicit, Phase.generate], database=None)
 def test_packed_equals_masked(network, batch, h, w, ratio, seed):
     keep = max(1, round(h * w * (1 - ratio)))
     size = (32 * h, 32 * w)

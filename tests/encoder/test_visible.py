@@ -16,7 +16,7 @@ def masks(draw):
 
 
 @given(masks(), st.sampled_from([1, 2, 3, 8]), st.integers(1, 4))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_unpacking_what_was_packed_gives_the_map_with_holes(visible, b, channels):
     h, w = visible.grid
     dense = torch.randn(visible.batch, channels, h * b, w * b)
@@ -29,7 +29,7 @@ def test_unpacking_what_was_packed_gives_the_map_with_holes(visible, b, channels
 
 
 @given(masks())
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_mask_and_its_complement_share_out_the_patches(visible):
     assert torch.equal(Visible.from_mask(visible.mask).index, visible.index)
     holes = visible.complement()
@@ -37,7 +37,7 @@ def test_a_mask_and_its_complement_share_out_the_patches(visible):
 
 
 @given(masks(), st.sampled_from([1, 2, 4]))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_an_image_of_visible_cells_holds_the_cells_of_that_image_only(visible, b):
     packed = torch.randn(visible.count, 3, b, b)
     images = visible.as_images(packed)
@@ -69,7 +69,7 @@ def cells_seen(visible, b, ys, xs):
     st.lists(st.floats(0, 1), min_size=1, max_size=9),
     st.lists(st.floats(0, 1), min_size=1, max_size=9),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_window_and_cell_tables_are_each_others_transpose(visible, b, ys, xs):
     ys, xs = (tuple(int(-b + u * (3 * b - 1)) for u in axis) for axis in (ys, xs))  # from -b to 2b-1, any order
     nothing = visible.count * b * b
@@ -84,7 +84,7 @@ def test_window_and_cell_tables_are_each_others_transpose(visible, b, ys, xs):
 
 
 @given(masks(), st.sampled_from([(1, (3, 3)), (2, (3, 1)), (4, (1, 5))]))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_taps_of_one_output_cell_stand_together(visible, geometry):
     b, (ky, kx) = geometry
     ys, xs = (tuple(o - k // 2 + t for o in range(b) for t in range(k)) for k in (ky, kx))

@@ -36,7 +36,7 @@ def noisy(height, width):
     return (picture(3, height, width).astype(int) + noise).clip(0, 255).astype(np.uint8)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 130), st.integers(1, 40))
 def test_weights_are_pillows(length, out):
     # an impulse at a time, in floating point, shows Pillow's matrix

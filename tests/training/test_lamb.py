@@ -28,7 +28,7 @@ def gradients(params, step, scale=1.0, layout=torch.contiguous_format):
         p.grad = grad.to(memory_format=layout) if p.dim() == 4 else grad
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.floats(1e-4, 0.1), st.floats(0.5, 0.95), st.floats(0.9, 0.9999), st.sampled_from([0.0, 0.04, 0.5]),
     st.sampled_from([1e-8, 1.0, 1e4]), st.booleans(), st.booleans(),

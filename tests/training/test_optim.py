@@ -38,7 +38,7 @@ def published(step, peak, warmup, total, decay, decay_end):
     total=st.integers(3, 10**6), warm=st.floats(0, 0.9), at=st.floats(0, 1), peak=st.floats(1e-6, 1),
     decays=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )  # fmt: skip
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_schedules_are_the_published_formulas(total, warm, at, peak, decays):
     step, warmup = round(at * (total - 1)), min(warm * total, total - 2)
     lr, wd = published(step, peak, warmup, total, *decays)
@@ -47,7 +47,6 @@ def test_schedules_are_the_published_formulas(total, warm, at, peak, decays):
 
 
 @given(total=st.integers(5, 1000), warmup=st.integers(1, 400))
-@settings(deadline=None)
 def test_the_rate_rises_to_its_peak_and_falls_to_a_thousandth(total, warmup):
     warmup = min(warmup, total - 3)
     rates = [learning_rate(s, 2.0, warmup, total) for s in range(total)]
@@ -130,7 +129,7 @@ def with_gradients(scale, seed=0):
 
 
 @given(scale=st.floats(1e-6, 1e6), max_norm=st.floats(0.01, 100), seed=st.integers(0, 1000))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_clipping_scales_all_gradients_together_and_leaves_small_ones(scale, max_norm, seed):
     parameters = with_gradients(scale, seed)
     before = [p.grad.clone() for p in parameters[:-1]]
