@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 
-settings.register_profile("untimed", deadline=None)  # the machine may be busy
-settings.load_profile("untimed")
+if importlib.util.find_spec("hypothesis"):  # the tests that run on a GPU do without
+    from hypothesis import settings
+
+    settings.register_profile("untimed", deadline=None)  # the machine may be busy
+    settings.load_profile("untimed")
 
 SHARED = Path(os.environ.get("SPARK_FAST_SHARED", Path(__file__).parents[2] / "shared"))
 
