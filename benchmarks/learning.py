@@ -1,0 +1,260 @@
+"""Does pre-training pay? Fine-tuned with few labels and with all, against the same network from scratch, on CIFAR-10.
+
+    python benchmarks/learning.py --form cpu --data cifar10.tar.gz --out /tmp/learning
+    python benchmarks/learning.py --form gpu --data cifar10.tar.gz --out /tmp/learning
+
+64 px, patches of 8 px. Parts: `main`, each network and share of labels; `ablations`, the choices of the paper undone
+one at a time; `decoder`, its width, with the seconds of a step; `sweep`, the learning rates of both arms, judged by
+training images that are held out. Every run that is finished is a line of OUT/runs.jsonl, so the same command goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from learning_runs import PUBLISHED, VARIANTS, Bench, Finetuning, Images, Pretraining
+from learning_table import markdown, put_between_marks
+from measuring import machine, save, versions
+
+from spark_fast.training.distributed import join
+from spark_fast.training.heap import keep_heap
+from spark_fast.training.settings import take_option
+
+Part = Literal["sweep", "main", "ablations", "decoder"]
+
+
+@dataclass
+class Options:
+    """What is run; the defaults are those of the form."""
+
+    data: Annotated[Path, tyro.conf.arg(help="a tar, or a folder, of class folders in train/ and test/")]
+    out: Annotated[Path, tyro.conf.arg(help="where the data are converted, and runs are kept until all are done")]
+    form: str
+    """cpu (two cores, 40 minutes), gpu (9 minutes) or smoke (seconds)"""
+    networks: tuple[str, ...]
+    """functions of learning_networks"""
+    epochs: int
+    """of pre-training"""
+    ablation_epochs: int
+    """of pre-training in the ablations and of the decoder's widths"""
+    tune_epochs: dict[float, int]
+    """share of labels -> epochs of fine-tuning"""
+    lr: dict[str, float]
+    """arm -> learning rate of fine-tuning; for one share of labels alone: "arm share" """
+    parts: tuple[Part, ...] = ("main", "ablations", "decoder")
+    seeds: int = 3
+    """fine-tunings of each kind: labelled images, order, crops, the linear layer, and without weights all of them"""
+    pretrainings: int = 1
+    """of each kind, with seeds of their own, which the fine-tunings share out"""
+    batch: int = 128
+    """images per step of pre-training"""
+    base_lr: float = 4e-3
+    """of pre-training, per 256 images"""
+    width: int = 96
+    """of the decoder"""
+    widths: tuple[int, ...] = (192, 96, 48)
+    """of the decoder, to compare"""
+    masks: tuple[float, ...] = (0.25, 0.9)
+    """shares of masked patches beside 0.6"""
+    tune_batch: int = 128
+    """images per step of fine-tuning"""
+    min_scale: float = 0.5
+    """least share of an image that a crop has in fine-tuning"""
+    sweep_lr: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    """learning rates to try"""
+    step_repeats: int = 9
+    """steps timed at each width"""
+    precision: str = "auto"
+    """bf16, fp32 or auto"""
+    threads: int = 0
+    """of the CPU; 0: as torch chooses"""
+    workers: int = 2
+    """decoding threads"""
+    write: Path | None = None
+    """a page of the docs, into which the table is put between its two marks"""
+
+    def rate(self, arm: str, share: float) -> float:
+        """The learning rate of fine-tuning."""
+        return self.lr.get(f"{arm} {share:g}", self.lr[arm])
+
+
+SCRATCH, PRETRAINED = "scratch", "pre-trained"
+FORMS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "networks": ("small_resnet", "small_convnext"),
+        "epochs": 5,
+        "ablation_epochs": 1,
+        "tune_epochs": {0.01: 30, 0.1: 6, 1.0: 1},
+        "lr": {SCRATCH: 1e-3, PRETRAINED: 1e-3},
+        "precision": "fp32",
+    },
+    "gpu": {
+        "networks": ("wide_resnet", "wide_convnext"),
+        "epochs": 40,
+        "ablation_epochs": 10,
+        "tune_epochs": {0.01: 60, 0.1: 20, 1.0: 5},
+        "lr": {SCRATCH: 1e-3, PRETRAINED: 1e-3},
+        "batch": 512,
+        "width": 384,
+        "widths": (768, 384, 192),
+        "workers": 15,
+    },
+    "smoke": {
+        "networks": ("small_convnext",),
+        "epochs": 1,
+        "ablation_epochs": 1,
+        "tune_epochs": {0.5: 1},
+        "lr": {SCRATCH: 1e-3, PRETRAINED: 1e-3},
+        "seeds": 2,
+        "batch": 8,
+        "width": 8,
+        "widths": (16, 8),
+        "masks": (0.9,),
+        "tune_batch": 4,
+        "sweep_lr": (1e-3,),
+        "step_repeats": 1,
+        "workers": 1,
+    },
+}  # fmt: skip
+
+
+class Record:
+    """The finished runs, kept line by line; the same settings go on from them.
+
+    Raises:
+        SystemExit: they were made with other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self._path = path
+        self.rows: dict[str, dict[str, Any]] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        for line in lines:
+            row = json.loads(line)
+            self.rows[row["key"]] = row
+        if self.rows.setdefault("settings", {"key": "settings", "made_with": settings})["made_with"] != settings:
+            raise SystemExit(f"{path} was made with other settings: take another --out")
+        if not lines:
+            self._append(self.rows["settings"])
+
+    def once(self, key: str, compute: Callable[[], dict[str, Any]], **about: Any) -> dict[str, Any]:
+        """The row of a run, which is run unless it has been."""
+        if key not in self.rows:
+            begun = time.monotonic()
+            row = {"key": key, **about, **compute()}
+            self.rows[key] = {**row, "seconds": time.monotonic() - begun}
+            self._append(self.rows[key])
+        return self.rows[key]
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def planned(options: Options) -> list[tuple[str, Finetuning]]:
+    """Every fine-tuning with its arm; what was pre-trained for it is run before it."""
+    plan: list[tuple[str, Finetuning]] = []
+
+    def add(
+        arm: str, network: str, before: Pretraining | None, share: float, lr: float, held_out: bool = False
+    ) -> None:
+        for seed in range(1 if held_out else options.seeds):
+            own = before and dataclasses.replace(before, seed=seed % options.pretrainings)
+            plan.append((arm, Finetuning(network, own, share, options.tune_epochs[share], lr, seed, held_out)))
+
+    for network in options.networks:
+        arms = {SCRATCH: None, PRETRAINED: Pretraining(network, options.epochs, options.width)}
+        for share in options.tune_epochs:
+            for arm, before in arms.items():
+                if "main" in options.parts:
+                    add(arm, network, before, share, options.rate(arm, share))
+                if "sweep" in options.parts and share < 1:
+                    for lr in options.sweep_lr:
+                        add(f"{arm} swept", network, before, share, lr, held_out=True)
+    network, share = options.networks[0], min(options.tune_epochs)
+    short = Pretraining(network, options.ablation_epochs, options.width)
+    changes: dict[str, Pretraining] = {}
+    if {"ablations", "decoder"} & set(options.parts):
+        changes[PUBLISHED] = short
+    if "ablations" in options.parts:
+        changes |= {name: dataclasses.replace(short, variant=name) for name in VARIANTS}
+        changes |= {f"mask {mask:g}": dataclasses.replace(short, mask=mask) for mask in options.masks}
+    if "decoder" in options.parts:
+        changes |= {f"decoder {w}": dataclasses.replace(short, width=w) for w in options.widths if w != options.width}
+    for name, before in changes.items():
+        add(name, network, before, share, options.rate(PRETRAINED, share))
+    return plan
+
+
+def run_all(options: Options, bench: Bench, record: Record) -> list[dict[str, Any]]:
+    """Run what is not done yet; the rows of the fine-tunings."""
+    rows, plan, begun = [], planned(options), time.monotonic()
+    for number, (arm, run) in enumerate(plan, 1):
+        if run.before is not None:
+            found = record.once(run.before.name, lambda before=run.before: bench.pretrain(before))  # type: ignore[misc]
+        about = {"arm": arm, "run": dataclasses.asdict(run)}
+        row = record.once(json.dumps(about), lambda run=run: bench.finetune(run), **about)  # type: ignore[misc]
+        rows.append({**row, "pretraining": found} if run.before is not None else row)
+        minutes = (time.monotonic() - begun) / 60
+        what = f"{run.network}, {run.share:.0%} of the labels, {arm}, lr {run.lr:g}, seed {run.seed}"
+        print(f"{number}/{len(plan)}  {minutes:.1f} min  {what}: {row['top1']:.2f} %", flush=True)
+    return rows
+
+
+def main(options: Options) -> None:
+    """Run, print the table and keep the result."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    ranks = join("auto")
+    if ranks.device.type == "cpu":
+        keep_heap()
+    begun = time.monotonic()
+    elsewhere = ("data", "out", "write", "parts")
+    settings = {k: v for k, v in dataclasses.asdict(options).items() if k not in elsewhere}
+    settings = json.loads(json.dumps(settings))
+    record = Record(options.out / "runs.jsonl", settings)
+    bench = Bench(Images(options.data, options.out), options.out, ranks.device, options)
+    rows = run_all(options, bench, record)
+    steps: dict[str, float] = {}
+    if "decoder" in options.parts:
+        runs = [Pretraining(options.networks[0], 1, width) for width in options.widths]
+        steps = record.once("steps", lambda: {"of": bench.seconds_per_step(runs, options.step_repeats)})["of"]
+    text = markdown(rows, {int(width): seconds for width, seconds in steps.items()}, options.width)
+    print(text)
+    (options.out / "table.md").write_text(text)
+    result = {
+        "settings": {**settings, "parts": options.parts},
+        "machine": machine(ranks.device, torch.get_num_threads()),
+        "versions": versions(("torch", "torchvision", "timm", "numpy")),
+        "seconds": time.monotonic() - begun,
+        "rows": rows,
+        "seconds_per_step": steps,
+    }
+    name = "learning" if options.form != "smoke" else "learning_smoke"
+    print(f"kept in {save(name, result)}")
+    if options.write:
+        put_between_marks(options.write, text)
+
+
+def parse(argv: list[str]) -> Options:
+    """The options, with the form's defaults."""
+    form, rest = take_option(argv, "--form")
+    form = form or "cpu"
+    if form not in FORMS:
+        raise SystemExit(f"--form {form}: there are {', '.join(FORMS)}")
+    default = Options(data=tyro.MISSING, out=tyro.MISSING, form=form, **FORMS[form])
+    return tyro.cli(Options, args=rest, default=default, description=__doc__, use_underscores=True)
+
+
+if __name__ == "__main__":
+    main(parse(sys.argv[1:]))
