@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,10 +47,14 @@ class Options:
     """of pre-training"""
     ablation_epochs: int
     """of pre-training in the ablations and of the decoder's widths"""
-    tune_epochs: dict[float, int]
-    """share of labels -> epochs of fine-tuning"""
-    lr: dict[str, float]
-    """arm -> learning rate of fine-tuning; for one share of labels alone: "arm share" """
+    shares: tuple[float, ...]
+    """of the training images that have labels; the first one serves ablations and decoder"""
+    tune_epochs: tuple[int, ...]
+    """of fine-tuning, for each share"""
+    scratch_lr: tuple[float, ...]
+    """learning rate of fine-tuning, for each share, from scratch"""
+    pretrained_lr: tuple[float, ...]
+    """the same after pre-training"""
     parts: tuple[Part, ...] = ("main", "ablations", "decoder")
     seeds: int = 3
     """fine-tunings of each kind: labelled images, order, crops, the linear layer, and without weights all of them"""
@@ -82,10 +87,6 @@ class Options:
     write: Path | None = None
     """a page of the docs, into which the table is put between its two marks"""
 
-    def rate(self, arm: str, share: float) -> float:
-        """The learning rate of fine-tuning."""
-        return self.lr.get(f"{arm} {share:g}", self.lr[arm])
-
 
 SCRATCH, PRETRAINED = "scratch", "pre-trained"
 FORMS: dict[str, dict[str, Any]] = {
@@ -93,16 +94,20 @@ FORMS: dict[str, dict[str, Any]] = {
         "networks": ("small_resnet", "small_convnext"),
         "epochs": 5,
         "ablation_epochs": 1,
-        "tune_epochs": {0.01: 30, 0.1: 6, 1.0: 1},
-        "lr": {SCRATCH: 1e-3, PRETRAINED: 1e-3},
+        "shares": (0.01, 0.1, 1.0),
+        "tune_epochs": (30, 6, 1),
+        "scratch_lr": (1e-3,) * 3,
+        "pretrained_lr": (1e-3,) * 3,
         "precision": "fp32",
     },
     "gpu": {
         "networks": ("wide_resnet", "wide_convnext"),
         "epochs": 40,
         "ablation_epochs": 10,
-        "tune_epochs": {0.01: 60, 0.1: 20, 1.0: 5},
-        "lr": {SCRATCH: 1e-3, PRETRAINED: 1e-3},
+        "shares": (0.01, 0.1, 1.0),
+        "tune_epochs": (60, 20, 5),
+        "scratch_lr": (1e-3,) * 3,
+        "pretrained_lr": (1e-3,) * 3,
         "batch": 512,
         "width": 384,
         "widths": (768, 384, 192),
@@ -112,8 +117,10 @@ FORMS: dict[str, dict[str, Any]] = {
         "networks": ("small_convnext",),
         "epochs": 1,
         "ablation_epochs": 1,
-        "tune_epochs": {0.5: 1},
-        "lr": {SCRATCH: 1e-3, PRETRAINED: 1e-3},
+        "shares": (0.5,),
+        "tune_epochs": (1,),
+        "scratch_lr": (1e-3,),
+        "pretrained_lr": (1e-3,),
         "seeds": 2,
         "batch": 8,
         "width": 8,
@@ -164,51 +171,76 @@ class Record:
 def planned(options: Options) -> list[tuple[str, Finetuning]]:
     """Every fine-tuning with its arm; what was pre-trained for it is run before it."""
     plan: list[tuple[str, Finetuning]] = []
+    epochs = dict(zip(options.shares, options.tune_epochs, strict=True))
+    rates = {
+        SCRATCH: dict(zip(options.shares, options.scratch_lr, strict=True)),
+        PRETRAINED: dict(zip(options.shares, options.pretrained_lr, strict=True)),
+    }
 
     def add(
         arm: str, network: str, before: Pretraining | None, share: float, lr: float, held_out: bool = False
     ) -> None:
         for seed in range(1 if held_out else options.seeds):
             own = before and dataclasses.replace(before, seed=seed % options.pretrainings)
-            plan.append((arm, Finetuning(network, own, share, options.tune_epochs[share], lr, seed, held_out)))
+            plan.append((arm, Finetuning(network, own, share, epochs[share], lr, seed, held_out)))
 
     for network in options.networks:
         arms = {SCRATCH: None, PRETRAINED: Pretraining(network, options.epochs, options.width)}
-        for share in options.tune_epochs:
+        for share in options.shares:
             for arm, before in arms.items():
                 if "main" in options.parts:
-                    add(arm, network, before, share, options.rate(arm, share))
+                    add(arm, network, before, share, rates[arm][share])
                 if "sweep" in options.parts and share < 1:
                     for lr in options.sweep_lr:
                         add(f"{arm} swept", network, before, share, lr, held_out=True)
-    network, share = options.networks[0], min(options.tune_epochs)
-    short = Pretraining(network, options.ablation_epochs, options.width)
-    changes: dict[str, Pretraining] = {}
-    if {"ablations", "decoder"} & set(options.parts):
-        changes[PUBLISHED] = short
-    if "ablations" in options.parts:
-        changes |= {name: dataclasses.replace(short, variant=name) for name in VARIANTS}
-        changes |= {f"mask {mask:g}": dataclasses.replace(short, mask=mask) for mask in options.masks}
-    if "decoder" in options.parts:
-        changes |= {f"decoder {w}": dataclasses.replace(short, width=w) for w in options.widths if w != options.width}
-    for name, before in changes.items():
-        add(name, network, before, share, options.rate(PRETRAINED, share))
+    for name, before in changed(options).items():
+        share = options.shares[0]
+        add(name, before.network, before, share, rates[PRETRAINED][share])
     return plan
+
+
+def changed(options: Options) -> dict[str, Pretraining]:
+    """The pre-trainings of the ablations and of the decoder's widths, by what is changed; the first network alone."""
+    short = Pretraining(options.networks[0], options.ablation_epochs, options.width)
+    found: dict[str, Pretraining] = {}
+    if {"ablations", "decoder"} & set(options.parts):
+        found[PUBLISHED] = short
+    if "ablations" in options.parts:
+        found |= {name: dataclasses.replace(short, variant=name) for name in VARIANTS}
+        found |= {f"mask {mask:g}": dataclasses.replace(short, mask=mask) for mask in options.masks}
+    if "decoder" in options.parts:
+        found |= {f"decoder {w}": dataclasses.replace(short, width=w) for w in options.widths if w != options.width}
+    return found
 
 
 def run_all(options: Options, bench: Bench, record: Record) -> list[dict[str, Any]]:
     """Run what is not done yet; the rows of the fine-tunings."""
-    rows, plan, begun = [], planned(options), time.monotonic()
-    for number, (arm, run) in enumerate(plan, 1):
-        if run.before is not None:
-            found = record.once(run.before.name, lambda before=run.before: bench.pretrain(before))  # type: ignore[misc]
-        about = {"arm": arm, "run": dataclasses.asdict(run)}
-        row = record.once(json.dumps(about), lambda run=run: bench.finetune(run), **about)  # type: ignore[misc]
-        rows.append({**row, "pretraining": found} if run.before is not None else row)
-        minutes = (time.monotonic() - begun) / 60
+    rows, plan = [], planned(options)
+    before_them = dict.fromkeys(run.before for _, run in plan if run.before is not None)
+    left = {each.name: each.work for each in before_them if each.name not in record.rows}
+    left |= {_key(arm, run): run.work for arm, run in plan if _key(arm, run) not in record.rows}
+    total, begun = sum(left.values()), time.monotonic()
+
+    def once(key: str, what: str, compute: Callable[[], dict[str, Any]], **about: Any) -> dict[str, Any]:
+        row = record.once(key, compute, **about)
+        left.pop(key, None)
+        spent, todo = time.monotonic() - begun, sum(left.values())
+        to_go = spent * todo / max(total - todo, 1e-9) / 60
+        found = f"top-1 {row['top1']:.2f} %" if "top1" in row else f"loss {row['loss']:.4f}"
+        print(f"{spent / 60:5.1f} min, about {to_go:.1f} to go  {what}: {found}", flush=True)
+        return row
+
+    for before in before_them:
+        once(before.name, before.name, partial(bench.pretrain, before))
+    for arm, run in plan:
         what = f"{run.network}, {run.share:.0%} of the labels, {arm}, lr {run.lr:g}, seed {run.seed}"
-        print(f"{number}/{len(plan)}  {minutes:.1f} min  {what}: {row['top1']:.2f} %", flush=True)
+        key = _key(arm, run)
+        rows.append(once(key, what, partial(bench.finetune, run), arm=arm, run=dataclasses.asdict(run)))
     return rows
+
+
+def _key(arm: str, run: Finetuning) -> str:
+    return json.dumps([arm, dataclasses.asdict(run)])
 
 
 def main(options: Options) -> None:
@@ -238,6 +270,7 @@ def main(options: Options) -> None:
         "versions": versions(("torch", "torchvision", "timm", "numpy")),
         "seconds": time.monotonic() - begun,
         "rows": rows,
+        "pretrainings": [row for row in record.rows.values() if "loss" in row],
         "seconds_per_step": steps,
     }
     name = "learning" if options.form != "smoke" else "learning_smoke"

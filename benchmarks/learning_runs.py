@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,6 @@ from spark_fast.evaluation.recipes import Recipe
 from spark_fast.evaluation.scores import judge
 from spark_fast.evaluation.weights import read_weights
 from spark_fast.export import encoder_state_dict, write_encoder
-from spark_fast.masking import num_visible
 from spark_fast.networks import build_network
 from spark_fast.spark import SparK
 from spark_fast.train import open_pipeline
@@ -99,6 +98,11 @@ class Pretraining:
     seed: int = 0
 
     @property
+    def work(self) -> float:
+        """About, in epochs of fine-tuning: the decoder makes a step cost some three times as much."""
+        return 3.0 * self.epochs
+
+    @property
     def name(self) -> str:
         """Of its folder."""
         words = (self.network, self.variant, f"mask {self.mask}", f"width {self.width}", f"{self.epochs} epochs")
@@ -116,6 +120,11 @@ class Finetuning:
     lr: float
     seed: int
     held_out: bool = False  # judged by training images that are never learned from
+
+    @property
+    def work(self) -> float:
+        """About, in epochs over all images: the tenth is for judging."""
+        return self.share * self.epochs + 0.1
 
 
 class Images:
@@ -184,7 +193,7 @@ class Bench:
     def __init__(self, images: Images, out: Path, device: torch.device, options: Any) -> None:
         self.images, self.out, self.options = images, out, options
         self.ranks = Ranks(0, 1, device)
-        self.precision = resolve_precision(options.precision, device)
+        self.precision: Any = resolve_precision(options.precision, device)
         self.watchdog = Watchdog(TIMEOUT)
 
     def weights(self, run: Pretraining) -> Path:
@@ -197,7 +206,7 @@ class Bench:
         pipeline = open_pipeline(settings, self.ranks, batch_size=options.batch)
         torch.manual_seed(run.seed)
         with _running(
-            PretrainRun(settings, self.ranks, pipeline, self.model(run), self.watchdog), pipeline
+            PretrainRun(settings, self.ranks, pipeline, self._model(run), self.watchdog), pipeline
         ) as training:
             begun = clock(self.ranks.device)
             stopped = training.train(None, None)
@@ -230,23 +239,18 @@ class Bench:
 
     def seconds_per_step(self, runs: list[Pretraining], repeats: int) -> dict[int, float]:
         """Median seconds of a step at each run's decoder width, in turns."""
-        device, way, steps = self.ranks.device, Way(precision=self.precision), {}
+        device, way = self.ranks.device, Way(precision=self.precision)
+        steps: dict[str, Callable[[], tuple[float, ...]]] = {}
         for run in runs:
-            model, shape = self.model(run), Shape(run.network, SIZE, run.mask, self.options.batch, run.width)
+            model, shape = self._model(run), Shape(run.network, SIZE, run.mask, self.options.batch, run.width)
             model.encoder.current.kernels = None
             steps[str(run.width)] = partial(
                 _timed, train_step(way, model, device), *inputs(model, shape, way, device), device
             )
         return {int(width): seconds for width, (seconds,) in medians(steps, repeats).items()}
 
-    def model(self, run: Pretraining) -> SparK:
-        """SparK with the one thing changed that the variant says."""
-        encoder, method = VARIANTS[run.variant]
-        network = build_network(_own(run.network))
-        packed = encoder(network, (SIZE, SIZE), STAGES, keep=1 - run.mask)
-        spark = method(packed, (SIZE, SIZE), run.mask, run.width)
-        assert spark.num_visible == num_visible(spark.grid, run.mask)
-        return spark.to(self.ranks.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    def _model(self, run: Pretraining) -> SparK:
+        return build(run).to(self.ranks.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
     def _settings(self, run: Pretraining) -> training.Settings:
         options = self.options
@@ -281,6 +285,13 @@ class Bench:
         dtype = DTYPES[self.precision]
         with torch.autocast(self.ranks.device.type, dtype, enabled=dtype != torch.float32):
             return network(images)
+
+
+def build(run: Pretraining) -> SparK:
+    """SparK with the one thing changed that the variant says."""
+    encoder, method = VARIANTS[run.variant]
+    packed = encoder(build_network(_own(run.network)), (SIZE, SIZE), STAGES, keep=1 - run.mask)
+    return method(packed, (SIZE, SIZE), run.mask, run.width)
 
 
 def _own(network: str) -> str:
