@@ -40,7 +40,7 @@ class Options:
     data: Annotated[Path, tyro.conf.arg(help="a tar, or a folder, of class folders in train/ and test/")]
     out: Annotated[Path, tyro.conf.arg(help="where the data are converted, and runs are kept until all are done")]
     form: str
-    """cpu (two cores, 40 minutes), gpu (9 minutes) or smoke (seconds)"""
+    """cpu (two cores), gpu (one) or smoke (seconds)"""
     networks: tuple[str, ...]
     """functions of learning_networks"""
     epochs: int
@@ -98,7 +98,8 @@ FORMS: dict[str, dict[str, Any]] = {
         "tune_epochs": (30, 6, 1),
         "scratch_lr": (1e-3,) * 3,
         "pretrained_lr": (1e-3,) * 3,
-        "precision": "fp32",
+        "precision": "bf16",
+        "width": 48,
     },
     "gpu": {
         "networks": ("wide_resnet", "wide_convnext"),
