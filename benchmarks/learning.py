@@ -74,7 +74,7 @@ class Options:
     """images per step of fine-tuning"""
     min_scale: float = 0.5
     """least share of an image that a crop has in fine-tuning"""
-    sweep_lr: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    sweep_lr: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     """learning rates to try"""
     step_repeats: int = 9
     """steps timed at each width"""
