@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,6 +50,8 @@ class Options:
     """of pre-training"""
     ablation_epochs: int
     """of pre-training in the ablations and of the decoder's widths"""
+    ablation_images: float
+    """share of the training images that those see"""
     shares: tuple[float, ...]
     """of the training images that have labels; the first one serves ablations and decoder"""
     tune_epochs: tuple[int, ...]
@@ -64,6 +69,8 @@ class Options:
     """images per step of pre-training"""
     base_lr: float = 4e-3
     """of pre-training, per 256 images"""
+    optimizer: Literal["lamb", "adamw"] = "lamb"
+    """of pre-training"""
     width: int = 96
     """of the decoder"""
     widths: tuple[int, ...] = (192, 96, 48)
@@ -80,31 +87,42 @@ class Options:
     """steps timed at each width"""
     precision: str = "auto"
     """bf16, fp32 or auto"""
-    threads: int = 0
-    """of the CPU; 0: as torch chooses"""
+    processes: int = 1
+    """runs side by side, which share the CPU's cores: small networks leave cores idle that work on one batch"""
     workers: int = 2
-    """decoding threads"""
+    """decoding threads of a run"""
     write: Path | None = None
     """a page of the docs, into which the table is put between its two marks"""
 
 
+# what all runs have in common; all else is in the name of each, so that a sweep and what it decides share their runs
+SHARED = ("batch", "base_lr", "optimizer", "tune_batch", "min_scale", "precision")
 SCRATCH, PRETRAINED = "scratch", "pre-trained"
 FORMS: dict[str, dict[str, Any]] = {
     "cpu": {
         "networks": ("small_resnet", "small_convnext"),
-        "epochs": 5,
+        "epochs": 3,
         "ablation_epochs": 1,
+        "ablation_images": 0.4,
         "shares": (0.01, 0.1, 1.0),
-        "tune_epochs": (30, 6, 1),
-        "scratch_lr": (1e-3,) * 3,
-        "pretrained_lr": (1e-3,) * 3,
+        "tune_epochs": (30, 5, 1),
+        "scratch_lr": (3e-3,) * 3,
+        "pretrained_lr": (3e-3,) * 3,
         "precision": "bf16",
-        "width": 48,
+        "width": 32,
+        "widths": (64, 32, 16),
+        "batch": 64,
+        "base_lr": 1e-2,
+        "optimizer": "adamw",
+        "tune_batch": 64,
+        "processes": 2,
+        "workers": 1,
     },
     "gpu": {
         "networks": ("wide_resnet", "wide_convnext"),
         "epochs": 40,
         "ablation_epochs": 10,
+        "ablation_images": 1.0,
         "shares": (0.01, 0.1, 1.0),
         "tune_epochs": (60, 20, 5),
         "scratch_lr": (1e-3,) * 3,
@@ -118,6 +136,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "networks": ("small_convnext",),
         "epochs": 1,
         "ablation_epochs": 1,
+        "ablation_images": 0.5,
         "shares": (0.5,),
         "tune_epochs": (1,),
         "scratch_lr": (1e-3,),
@@ -155,14 +174,10 @@ class Record:
         if not lines:
             self._append(self.rows["settings"])
 
-    def once(self, key: str, compute: Callable[[], dict[str, Any]], **about: Any) -> dict[str, Any]:
-        """The row of a run, which is run unless it has been."""
-        if key not in self.rows:
-            begun = time.monotonic()
-            row = {"key": key, **about, **compute()}
-            self.rows[key] = {**row, "seconds": time.monotonic() - begun}
-            self._append(self.rows[key])
-        return self.rows[key]
+    def add(self, key: str, row: dict[str, Any]) -> None:
+        """Keep the row of a run that is finished."""
+        self.rows[key] = {"key": key, **row}
+        self._append(self.rows[key])
 
     def _append(self, row: dict[str, Any]) -> None:
         with self._path.open("a") as file:
@@ -202,7 +217,7 @@ def planned(options: Options) -> list[tuple[str, Finetuning]]:
 
 def changed(options: Options) -> dict[str, Pretraining]:
     """The pre-trainings of the ablations and of the decoder's widths, by what is changed; the first network alone."""
-    short = Pretraining(options.networks[0], options.ablation_epochs, options.width)
+    short = Pretraining(options.networks[0], options.ablation_epochs, options.width, images=options.ablation_images)
     found: dict[str, Pretraining] = {}
     if {"ablations", "decoder"} & set(options.parts):
         found[PUBLISHED] = short
@@ -216,28 +231,51 @@ def changed(options: Options) -> dict[str, Pretraining]:
 
 def run_all(options: Options, bench: Bench, record: Record) -> list[dict[str, Any]]:
     """Run what is not done yet; the rows of the fine-tunings."""
-    rows, plan = [], planned(options)
+    plan = planned(options)
     before_them = dict.fromkeys(run.before for _, run in plan if run.before is not None)
-    left = {each.name: each.work for each in before_them if each.name not in record.rows}
-    left |= {_key(arm, run): run.work for arm, run in plan if _key(arm, run) not in record.rows}
-    total, begun = sum(left.values()), time.monotonic()
-
-    def once(key: str, what: str, compute: Callable[[], dict[str, Any]], **about: Any) -> dict[str, Any]:
-        row = record.once(key, compute, **about)
-        left.pop(key, None)
-        spent, todo = time.monotonic() - begun, sum(left.values())
-        to_go = spent * todo / max(total - todo, 1e-9) / 60
-        found = f"top-1 {row['top1']:.2f} %" if "top1" in row else f"loss {row['loss']:.4f}"
-        print(f"{spent / 60:5.1f} min, about {to_go:.1f} to go  {what}: {found}", flush=True)
-        return row
-
+    jobs: dict[str, tuple[float, Callable[[], dict[str, Any]], dict[str, Any]]] = {}
     for before in before_them:
-        once(before.name, before.name, partial(bench.pretrain, before))
+        jobs[before.name] = before.work, partial(bench.pretrain, before), {"run": dataclasses.asdict(before)}
+    pretrainings = len(jobs)
     for arm, run in plan:
-        what = f"{run.network}, {run.share:.0%} of the labels, {arm}, lr {run.lr:g}, seed {run.seed}"
-        key = _key(arm, run)
-        rows.append(once(key, what, partial(bench.finetune, run), arm=arm, run=dataclasses.asdict(run)))
-    return rows
+        about = {"arm": arm, "run": dataclasses.asdict(run)}
+        jobs[_key(arm, run)] = run.work, partial(bench.finetune, run), about
+    left = {key: work for key, (work, *_) in jobs.items() if key not in record.rows}
+    total, begun = sum(left.values()), time.monotonic()
+    for phase in (list(jobs)[:pretrainings], list(jobs)[pretrainings:]):
+        longest_first = sorted((key for key in phase if key in left), key=lambda key: -left[key])
+        for key, row in side_by_side({key: jobs[key][1] for key in longest_first}, options.processes):
+            record.add(key, {**jobs[key][2], **row})
+            left.pop(key)
+            spent, todo = time.monotonic() - begun, sum(left.values())
+            to_go = spent * todo / max(total - todo, 1e-9) / 60
+            found = f"top-1 {row['top1']:.2f} %" if "top1" in row else f"loss {row['loss']:.4f}"
+            print(f"{spent / 60:5.1f} min, about {to_go:.1f} to go  {key}: {found}", flush=True)
+    return [record.rows[_key(arm, run)] for arm, run in plan]
+
+
+def side_by_side(jobs: dict[str, Callable[[], dict[str, Any]]], processes: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each job's key and row as it is finished; with more than one process the cores are shared out to them."""
+    if processes == 1:
+        yield from ((key, _timed(job)) for key, job in jobs.items())
+        return
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    with ProcessPoolExecutor(processes, get_context("spawn"), _begin, (threads,)) as pool:
+        running = {pool.submit(_timed, job): key for key, job in jobs.items()}
+        try:
+            yield from ((running[done], done.result()) for done in as_completed(running))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+    keep_heap()
+
+
+def _timed(job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    begun = time.monotonic()
+    return {**job(), "seconds": time.monotonic() - begun}
 
 
 def _key(arm: str, run: Finetuning) -> str:
@@ -246,30 +284,27 @@ def _key(arm: str, run: Finetuning) -> str:
 
 def main(options: Options) -> None:
     """Run, print the table and keep the result."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
     ranks = join("auto")
     if ranks.device.type == "cpu":
         keep_heap()
-    begun = time.monotonic()
-    elsewhere = ("data", "out", "write", "parts")
-    settings = {k: v for k, v in dataclasses.asdict(options).items() if k not in elsewhere}
-    settings = json.loads(json.dumps(settings))
+    settings = {name: getattr(options, name) for name in SHARED}
     record = Record(options.out / "runs.jsonl", settings)
     bench = Bench(Images(options.data, options.out), options.out, ranks.device, options)
     rows = run_all(options, bench, record)
     steps: dict[str, float] = {}
     if "decoder" in options.parts:
         runs = [Pretraining(options.networks[0], 1, width) for width in options.widths]
-        steps = record.once("steps", lambda: {"of": bench.seconds_per_step(runs, options.step_repeats)})["of"]
+        if "steps" not in record.rows:
+            record.add("steps", _timed(lambda: {"of": bench.seconds_per_step(runs, options.step_repeats)}))
+        steps = record.rows["steps"]["of"]
     text = markdown(rows, {int(width): seconds for width, seconds in steps.items()}, options.width)
     print(text)
     (options.out / "table.md").write_text(text)
     result = {
-        "settings": {**settings, "parts": options.parts},
+        "settings": {k: v for k, v in vars(options).items() if k not in ("data", "out", "write")},
         "machine": machine(ranks.device, torch.get_num_threads()),
         "versions": versions(("torch", "torchvision", "timm", "numpy")),
-        "seconds": time.monotonic() - begun,
+        "seconds": sum(row.get("seconds", 0.0) for row in record.rows.values()),
         "rows": rows,
         "pretrainings": [row for row in record.rows.values() if "loss" in row],
         "seconds_per_step": steps,

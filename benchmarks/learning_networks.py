@@ -15,14 +15,15 @@ STAGES = 2  # strides 4 and 8
 
 
 def small_resnet(**kwargs: object) -> nn.Module:
-    """The first half of a ResNet-18 at half its width: levels of 32 and 64 channels."""
-    widths = {"channels": (32, 64, 128, 256), "stem_width": 32}
-    return build_network("resnet18", {**widths, **kwargs}, STAGES)
+    """The first half of a ResNet-10 at half width behind a narrow stem of three layers: levels of 32 and 64."""
+    sizes = {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256), "stem_type": "deep", "stem_width": 8}
+    return build_network("resnet18", {**sizes, **kwargs}, STAGES)
 
 
 def small_convnext(**kwargs: object) -> nn.Module:
-    """The first half of a ConvNeXt-Atto, its second level twice as deep: levels of 40 and 80 channels."""
-    return build_network("convnext_atto", {"depths": (2, 4, 6, 2), **kwargs}, STAGES)
+    """The first half of a ConvNeXt smaller than Atto: levels of 16 and 64 channels, of one and two blocks."""
+    sizes = {"depths": (1, 2, 1, 1), "dims": (16, 64, 128, 256)}
+    return build_network("convnext_atto", {**sizes, **kwargs}, STAGES)
 
 
 def wide_resnet(**kwargs: object) -> nn.Module:

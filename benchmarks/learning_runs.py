@@ -43,6 +43,7 @@ SIZE = 64  # pixels
 STAGES = 2  # patches of 8 px
 WATCHED = 10  # images a class that a run in progress is judged by; nothing is chosen by them
 HELD_OUT = 200  # images a class, at most a fifth, that the sweep of rates is judged by and never learns from
+WARMUP = 0.1  # of a run: where the whole is an epoch, a part of that
 TIMEOUT = 600.0
 
 
@@ -96,17 +97,18 @@ class Pretraining:
     variant: str = PUBLISHED
     mask: float = 0.6
     seed: int = 0
+    images: float = 1.0  # share of the training images, the same for every seed
 
     @property
     def work(self) -> float:
         """About, in epochs of fine-tuning: the decoder makes a step cost some three times as much."""
-        return 3.0 * self.epochs
+        return 3.0 * self.epochs * self.images
 
     @property
     def name(self) -> str:
         """Of its folder."""
         words = (self.network, self.variant, f"mask {self.mask}", f"width {self.width}", f"{self.epochs} epochs")
-        return "_".join((*words, f"seed {self.seed}")).replace(" ", "-")
+        return "_".join((*words, f"{self.images:.0%} of the images", f"seed {self.seed}")).replace(" ", "-")
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,10 @@ class Images:
         ]
         return self._list(f"labelled-{share:g}-{seed}{'-free' if held_out else ''}", chosen)
 
+    def some(self, share: float) -> Path:
+        """A share of the training images to pre-train on."""
+        return self.shards if share == 1 else self.labelled(share, 0, False)
+
     def watched(self) -> Path:
         """A list of a few training images."""
         return self._list("watched", [images[:WATCHED] for images in self._classes])
@@ -174,7 +180,9 @@ class Images:
     def _list(self, name: str, classes: list) -> Path:
         lines = [f"{Path(p).relative_to(self.root)} {label}\n" for label, paths in enumerate(classes) for p in paths]
         path = self.root / f"{name}.txt"  # a list stands at the top of its images' folder
-        path.write_text("".join(lines))
+        written = path.with_suffix(f".{os.getpid()}")  # another process may be reading the list
+        written.write_text("".join(lines))
+        written.replace(path)
         return path
 
 
@@ -194,7 +202,6 @@ class Bench:
         self.images, self.out, self.options = images, out, options
         self.ranks = Ranks(0, 1, device)
         self.precision: Any = resolve_precision(options.precision, device)
-        self.watchdog = Watchdog(TIMEOUT)
 
     def weights(self, run: Pretraining) -> Path:
         """The encoder that a pre-training leaves."""
@@ -206,7 +213,7 @@ class Bench:
         pipeline = open_pipeline(settings, self.ranks, batch_size=options.batch)
         torch.manual_seed(run.seed)
         with _running(
-            PretrainRun(settings, self.ranks, pipeline, self._model(run), self.watchdog), pipeline
+            PretrainRun(settings, self.ranks, pipeline, self._model(run), Watchdog(TIMEOUT)), pipeline
         ) as training:
             begun = clock(self.ranks.device)
             stopped = training.train(None, None)
@@ -230,7 +237,7 @@ class Bench:
         drop_path = settings.recipe.drop_path or 0.0
         model = build_classifier(settings.network, STAGES, weights, train.num_classes, drop_path, settings.size)
         with _running(
-            FinetuneRun(settings, self.ranks, train, watched, model, self.watchdog), train, watched, judged
+            FinetuneRun(settings, self.ranks, train, watched, model, Watchdog(TIMEOUT)), train, watched, judged
         ) as tuning:
             if tuning.train(None):
                 raise KeyboardInterrupt
@@ -256,10 +263,13 @@ class Bench:
         options = self.options
         return training.Settings(
             training.Data(
-                str(self.images.shards), input_size=str(SIZE), batch_size=options.batch, workers=options.workers
+                str(self.images.some(run.images)),
+                input_size=str(SIZE),
+                batch_size=options.batch,
+                workers=options.workers,
             ),
             training.Model(_own(run.network), STAGES, run.mask, decoder_width=run.width),
-            training.Optim(run.epochs, warmup_epochs=max(1, run.epochs // 10), base_lr=options.base_lr),
+            training.Optim(run.epochs, WARMUP * run.epochs, options.base_lr, options.optimizer),  # type: ignore[arg-type]
             training.Run("learning", seed=run.seed, precision=self.precision, picture_every=0),
         )
 
@@ -275,9 +285,10 @@ class Bench:
             evaluation.Model("none", _own(run.network), STAGES),
             evaluation.FinetuneRun("learning", seed=run.seed, precision=self.precision),
             Recipe(
-                epochs=run.epochs, warmup_epochs=run.epochs // 10, base_lr=run.lr * 256 / batch, optimizer="adamw",
-                loss="ce", layer_decay=1.0, weight_decay=0.05, mixup=0.0, cutmix=0.0, smoothing=0.1, repeats=1,
-                augment="none", erase=0.0, min_scale=options.min_scale, drop_path=0.0, ema=0.0, clip=1.0,
+                epochs=run.epochs, warmup_epochs=WARMUP * run.epochs,  # type: ignore[arg-type]
+                base_lr=run.lr * 256 / batch, optimizer="adamw", loss="ce", layer_decay=1.0, weight_decay=0.05,
+                mixup=0.0, cutmix=0.0, smoothing=0.1, repeats=1, augment="none", erase=0.0,
+                min_scale=options.min_scale, drop_path=0.0, ema=0.0, clip=1.0,
             ),
         ).resolved(_own(run.network), STAGES)  # fmt: skip
 
