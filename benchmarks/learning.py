@@ -53,7 +53,7 @@ class Options:
     ablation_images: float
     """share of the training images that those see"""
     shares: tuple[float, ...]
-    """of the training images that have labels; the first one serves ablations and decoder"""
+    """of the training images that have labels; the first one serves ablations, decoder and sweep"""
     tune_epochs: tuple[int, ...]
     """of fine-tuning, for each share"""
     scratch_lr: tuple[float, ...]
@@ -81,7 +81,7 @@ class Options:
     """images per step of fine-tuning"""
     min_scale: float = 0.5
     """least share of an image that a crop has in fine-tuning"""
-    sweep_lr: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    sweep_lr: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 2e-2, 4e-2)
     """learning rates to try"""
     step_repeats: int = 9
     """steps timed at each width"""
@@ -106,8 +106,8 @@ FORMS: dict[str, dict[str, Any]] = {
         "ablation_images": 0.4,
         "shares": (0.01, 0.1, 1.0),
         "tune_epochs": (30, 5, 1),
-        "scratch_lr": (3e-3,) * 3,
-        "pretrained_lr": (3e-3,) * 3,
+        "scratch_lr": (1e-2,) * 3,
+        "pretrained_lr": (1e-2,) * 3,
         "precision": "bf16",
         "width": 32,
         "widths": (64, 32, 16),
@@ -136,7 +136,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "networks": ("small_convnext",),
         "epochs": 1,
         "ablation_epochs": 1,
-        "ablation_images": 0.5,
+        "ablation_images": 1.0,
         "shares": (0.5,),
         "tune_epochs": (1,),
         "scratch_lr": (1e-3,),
@@ -206,7 +206,7 @@ def planned(options: Options) -> list[tuple[str, Finetuning]]:
             for arm, before in arms.items():
                 if "main" in options.parts:
                     add(arm, network, before, share, rates[arm][share])
-                if "sweep" in options.parts and share < 1:
+                if "sweep" in options.parts and share == options.shares[0]:
                     for lr in options.sweep_lr:
                         add(f"{arm} swept", network, before, share, lr, held_out=True)
     for name, before in changed(options).items():

@@ -10,7 +10,7 @@ from PIL import Image
 from spark_fast.encoder import Visible
 from tests.benchmarks.test_device_report import BENCHMARKS
 
-PARTS = ("--parts", "sweep", "main", "decoder")
+LITTLE = ("--parts", "sweep", "main", "decoder", "--seeds", "1")
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def pictures(tmp_path):
 def test_every_part_runs_once_and_is_told(learning, pictures, tmp_path, one_thread, capsys):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- learning: the table -->\nold\n<!-- learning: its end -->\nafter\n")
-    words = ["--form", "smoke", "--data", str(pictures), "--out", str(tmp_path / "out"), "--write", str(page), *PARTS]
+    words = ["--form", "smoke", "--data", str(pictures), "--out", str(tmp_path / "out"), "--write", str(page), *LITTLE]
     learning.main(learning.parse(words))
     lines = (tmp_path / "out" / "runs.jsonl").read_text()
     kept = json.loads((tmp_path / "results" / "learning_smoke.json").read_text())
@@ -78,12 +78,13 @@ def spark(runs, variant):
 
 def test_each_variant_changes_what_it_says(learning, learning_runs, seen, one_thread):
     images, mask = seen
-    levels = {name: len(spark(learning_runs, name).densify_projs) for name in learning_runs.VARIANTS}
+    models = {name: spark(learning_runs, name) for name in learning_runs.VARIANTS}
+    levels = {name: len(model.densify_projs) for name, model in models.items()}
     assert levels == {"as published": 2, "zero-outing": 2, "no hierarchy": 1, "loss on all patches": 2}
-    losses = {name: spark(learning_runs, name)(images, mask).item() for name in learning_runs.VARIANTS}
+    losses = {name: model(images, mask).item() for name, model in models.items()}
     assert len(set(losses.values())) == 4
     changes = learning.changed(learning.parse(["--form", "smoke", "--data", "x", "--out", "y"]))
     assert set(changes) == {*learning_runs.VARIANTS, "mask 0.9", "decoder 16"}
-    zeroed, here = spark(learning_runs, "zero-outing"), Visible(mask, (8, 8))
+    zeroed, here = models["zero-outing"], Visible(mask, (8, 8))
     dense = zeroed.encoder.network(images * here.cells(64))[-1]
     torch.testing.assert_close(zeroed.encode(images, mask)[-1], dense * here.cells(8))
