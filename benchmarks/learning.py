@@ -102,7 +102,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "cpu": {
         "networks": ("small_resnet", "small_convnext"),
         "epochs": 3,
-        "ablation_epochs": 1,
+        "ablation_epochs": 2,
         "ablation_images": 0.4,
         "shares": (0.01, 0.1, 1.0),
         "tune_epochs": (30, 5, 1),
@@ -230,7 +230,7 @@ def changed(options: Options) -> dict[str, Pretraining]:
 
 
 def run_all(options: Options, bench: Bench, record: Record) -> list[dict[str, Any]]:
-    """Run what is not done yet; the rows of the fine-tunings."""
+    """Run what is not done yet; the rows of the pre-trainings and the fine-tunings."""
     plan = planned(options)
     before_them = dict.fromkeys(run.before for _, run in plan if run.before is not None)
     jobs: dict[str, tuple[float, Callable[[], dict[str, Any]], dict[str, Any]]] = {}
@@ -251,7 +251,7 @@ def run_all(options: Options, bench: Bench, record: Record) -> list[dict[str, An
             to_go = spent * todo / max(total - todo, 1e-9) / 60
             found = f"top-1 {row['top1']:.2f} %" if "top1" in row else f"loss {row['loss']:.4f}"
             print(f"{spent / 60:5.1f} min, about {to_go:.1f} to go  {key}: {found}", flush=True)
-    return [record.rows[_key(arm, run)] for arm, run in plan]
+    return [record.rows[key] for key in jobs]
 
 
 def side_by_side(jobs: dict[str, Callable[[], dict[str, Any]]], processes: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -290,7 +290,8 @@ def main(options: Options) -> None:
     settings = {name: getattr(options, name) for name in SHARED}
     record = Record(options.out / "runs.jsonl", settings)
     bench = Bench(Images(options.data, options.out), options.out, ranks.device, options)
-    rows = run_all(options, bench, record)
+    all_runs = run_all(options, bench, record)
+    rows = [row for row in all_runs if "top1" in row]
     steps: dict[str, float] = {}
     if "decoder" in options.parts:
         runs = [Pretraining(options.networks[0], 1, width) for width in options.widths]
@@ -304,9 +305,9 @@ def main(options: Options) -> None:
         "settings": {k: v for k, v in vars(options).items() if k not in ("data", "out", "write")},
         "machine": machine(ranks.device, torch.get_num_threads()),
         "versions": versions(("torch", "torchvision", "timm", "numpy")),
-        "seconds": sum(row.get("seconds", 0.0) for row in record.rows.values()),
+        "run_seconds": sum(row["seconds"] for row in all_runs),
         "rows": rows,
-        "pretrainings": [row for row in record.rows.values() if "loss" in row],
+        "pretrainings": [row for row in all_runs if "loss" in row],
         "seconds_per_step": steps,
     }
     name = "learning" if options.form != "smoke" else "learning_smoke"
