@@ -1,0 +1,83 @@
+"""The table of `learning.py`: means and standard deviations over the seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+MARKS = ("<!-- learning: the table -->", "<!-- learning: its end -->")
+
+
+def markdown(rows: list[dict[str, Any]], seconds: dict[int, float], width: int) -> str:
+    """The tables of whatever parts were run.
+
+    Args:
+        rows: of the fine-tunings.
+        seconds: decoder width -> seconds of a step.
+        width: the decoder's, where nothing else is said.
+    """
+    arms: dict[tuple[str, float, str, float], list[float]] = {}
+    for row in rows:
+        run = row["run"]
+        arms.setdefault((run["network"], run["share"], row["arm"], run["lr"]), []).append(row["top1"])
+    parts = (_main(arms), _changes(arms, seconds, width), _sweep(arms))
+    return "\n".join(part for part in parts if part)
+
+
+def spread(values: list[float]) -> str:
+    """Mean and sample standard deviation."""
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def put_between_marks(page: Path, text: str) -> None:
+    """Put the table into a page, in place of the one before.
+
+    Raises:
+        ValueError: the page has not each mark once.
+    """
+    before, begin, rest = page.read_text().partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (begin and end):
+        raise ValueError(f"{page} needs the two marks {MARKS[0]} and {MARKS[1]}")
+    page.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
+
+
+def _main(arms: dict) -> str:
+    lines = []
+    for network, share in dict.fromkeys((n, s) for n, s, *_ in arms):
+        found = {arm: values for (n, s, arm, _), values in arms.items() if (n, s) == (network, share)}
+        if "scratch" not in found or "pre-trained" not in found:
+            continue
+        gains = [b - a for a, b in zip(found["scratch"], found["pre-trained"], strict=True)]
+        cells = (spread(found["scratch"]), spread(found["pre-trained"]), spread(gains))
+        lines.append(_line((network, f"{share:.0%}", *cells)))
+    return _table(("network", "labels", "scratch", "pre-trained", "gain"), lines)
+
+
+def _changes(arms: dict, seconds: dict[int, float], width: int) -> str:
+    lines = []
+    for (_, _, arm, _), values in arms.items():
+        if arm.split()[0] in ("scratch", "pre-trained"):
+            continue
+        of = int(arm.removeprefix("decoder ")) if arm.startswith("decoder ") else width
+        label = f"{arm} (mask 0.6, decoder {width})" if arm == "as published" else arm
+        step = f"{1000 * seconds[of]:.0f}" if of in seconds and (of != width or arm == "as published") else ""
+        lines.append(_line((label, spread(values), step)))
+    return _table(("pre-training", "top-1", "ms per step"), lines)
+
+
+def _sweep(arms: dict) -> str:
+    swept = [(key, values) for key, values in arms.items() if key[2].endswith(" swept")]
+    lines = [_line((n, f"{s:.0%}", a.removesuffix(" swept"), f"{lr:g}", spread(v))) for (n, s, a, lr), v in swept]
+    return _table(("network", "labels", "arm", "learning rate", "held-out top-1"), lines)
+
+
+def _table(titles: Iterable[str], lines: list[str]) -> str:
+    titles = tuple(titles)
+    return "\n".join([_line(titles), _line("---" for _ in titles), *lines, ""]) if lines else ""
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,90 @@
+"""The proof of learning, in its form of seconds: every part runs, goes on where it was, and fills the table."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spark_fast.encoder import Visible
+from tests.benchmarks.test_device_report import BENCHMARKS
+
+LITTLE = ("--parts", "sweep", "main", "decoder", "--seeds", "1")
+
+
+@pytest.fixture
+def learning(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import learning
+    import measuring
+
+    monkeypatch.setattr(measuring, "RESULTS", tmp_path / "results")
+    return learning
+
+
+@pytest.fixture
+def learning_runs(learning):
+    import learning_runs
+
+    return learning_runs
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two classes, told apart by their brightness."""
+    random = np.random.default_rng(0)
+    for split, label, number in [(s, c, i) for s, n in (("train", 10), ("test", 2)) for c in (0, 1) for i in range(n)]:
+        path = tmp_path / "pictures" / split / f"class{label}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 100 + 100 * label, (32, 32, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "pictures"
+
+
+def test_every_part_runs_once_and_is_told(learning, pictures, tmp_path, one_thread, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- learning: the table -->\nold\n<!-- learning: its end -->\nafter\n")
+    words = ["--form", "smoke", "--data", str(pictures), "--out", str(tmp_path / "out"), "--write", str(page), *LITTLE]
+    learning.main(learning.parse(words))
+    lines = (tmp_path / "out" / "runs.jsonl").read_text()
+    kept = json.loads((tmp_path / "results" / "learning_smoke.json").read_text())
+    arms = {"scratch", "pre-trained", "scratch swept", "pre-trained swept", "as published", "decoder 16"}
+    assert {row["arm"] for row in kept["rows"]} == arms
+    assert set(kept["seconds_per_step"]) == {"16", "8"}
+    table = page.read_text()
+    assert table.startswith("before\n")
+    assert table.endswith("after\n")
+    assert "old" not in table
+    assert "| small_convnext | 50% |" in table
+    learning.main(learning.parse(words))
+    assert (tmp_path / "out" / "runs.jsonl").read_text() == lines, "what is done is not done again"
+    with pytest.raises(SystemExit, match="other settings"):
+        learning.main(learning.parse([*words, "--batch", "4"]))
+
+
+@pytest.fixture
+def seen():
+    """Images, and the mask of each."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, 64, 64, generator=generator)
+    mask = torch.rand(2, 64, generator=generator).argsort(1)[:, :26].sort(1).values
+    return images, mask
+
+
+def spark(runs, variant):
+    torch.manual_seed(0)
+    return runs.build(runs.Pretraining("small_resnet", 1, 8, variant))
+
+
+def test_each_variant_changes_what_it_says(learning, learning_runs, seen, one_thread):
+    images, mask = seen
+    models = {name: spark(learning_runs, name) for name in learning_runs.VARIANTS}
+    levels = {name: len(model.densify_projs) for name, model in models.items()}
+    assert levels == {"as published": 2, "zero-outing": 2, "no hierarchy": 1, "loss on all patches": 2}
+    losses = {name: model(images, mask).item() for name, model in models.items()}
+    assert len(set(losses.values())) == 4
+    changes = learning.changed(learning.parse(["--form", "smoke", "--data", "x", "--out", "y"]))
+    assert set(changes) == {*learning_runs.VARIANTS, "mask 0.9", "decoder 16"}
+    zeroed, here = models["zero-outing"], Visible(mask, (8, 8))
+    dense = zeroed.encoder.network(images * here.cells(64))[-1]
+    torch.testing.assert_close(zeroed.encode(images, mask)[-1], dense * here.cells(8))
