@@ -31,7 +31,7 @@ from measuring import machine, save, versions
 
 from spark_fast.training.distributed import join
 from spark_fast.training.heap import keep_heap
-from spark_fast.training.settings import take_option
+from spark_fast.training.settings_tree import take_option
 
 Part = Literal["sweep", "main", "ablations", "decoder"]
 

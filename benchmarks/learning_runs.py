@@ -32,12 +32,12 @@ from spark_fast.evaluation.weights import read_weights
 from spark_fast.export import encoder_state_dict, write_encoder
 from spark_fast.networks import build_network
 from spark_fast.spark import SparK
-from spark_fast.train import open_pipeline
+from spark_fast.train import open_images
 from spark_fast.training import settings as training
-from spark_fast.training.command import Watchdog
 from spark_fast.training.distributed import Ranks
 from spark_fast.training.loop import PretrainRun
 from spark_fast.training.step import DTYPES, resolve_precision
+from spark_fast.training.watchdog import Watchdog
 
 SIZE = 64  # pixels
 STAGES = 2  # patches of 8 px
@@ -210,7 +210,7 @@ class Bench:
     def pretrain(self, run: Pretraining) -> dict[str, float]:
         """Pre-train, keep the encoder; returns the last loss, and the images per second."""
         options, settings = self.options, self._settings(run)
-        pipeline = open_pipeline(settings, self.ranks, batch_size=options.batch)
+        pipeline = open_images(settings, self.ranks, batch_size=options.batch)
         torch.manual_seed(run.seed)
         with _running(
             PretrainRun(settings, self.ranks, pipeline, self._model(run), Watchdog(TIMEOUT)), pipeline

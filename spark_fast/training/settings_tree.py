@@ -121,7 +121,7 @@ def read(kind: type[T], argv: list[str], switches: dict[str, Values]) -> T:
     """
     if argv and not argv[0].startswith("-"):
         argv = [f"--exp_name={argv[0]}", *argv[1:]]
-    config, argv = _take_option(argv, "--config")
+    config, argv = take_option(argv, "--config")
     show = "--print_config" in argv
     argv = [a for a in argv if a != "--print_config"]
     flags = _flags_of(Path(config), kind()) if config is not None else []
@@ -170,7 +170,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {', '.join(near)}?" if near else f"; there are {', '.join(sorted(known))}"
 
 
-def _take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
+def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
     """The value of an option (None: it is not there), and the words without it."""
     for i, word in enumerate(argv):
         if word == name and i + 1 < len(argv):
