@@ -102,7 +102,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "cpu": {
         "networks": ("small_resnet", "small_convnext"),
         "epochs": 3,
-        "ablation_epochs": 2,
+        "ablation_epochs": 1,
         "ablation_images": 0.4,
         "shares": (0.01, 0.1, 1.0),
         "tune_epochs": (30, 5, 1),
