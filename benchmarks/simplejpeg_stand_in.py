@@ -36,8 +36,8 @@ def decode_jpeg_header(data: bytes, strict: bool = True) -> tuple[int, int, str,
         return image.height, image.width, "YCbCr" if image.mode == "RGB" else "Gray", "420"
 
 
-def decode_jpeg(data: bytes, colorspace: str = "RGB", strict: bool = True) -> np.ndarray:
-    """(h, w, 3) uint8."""
+def decode_jpeg(data: bytes, colorspace: str = "RGB", fastupsample: bool = False, strict: bool = True) -> np.ndarray:
+    """(h, w, 3) uint8; `fastupsample` changes nothing."""
     pixels = torchvision_decode(torch.from_numpy(np.frombuffer(data, np.uint8).copy()), ImageReadMode.RGB)
     return pixels.permute(1, 2, 0).contiguous().numpy()
 

@@ -25,7 +25,8 @@ class ReLU6(nn.ReLU6):
 class _ReLU6(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.mark_dirty(x.clamp_(0, 6))
+        x.clamp_(0, 6)
+        ctx.mark_dirty(x)
         ctx.save_for_backward(x)
         return x
 

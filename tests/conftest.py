@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ if importlib.util.find_spec("hypothesis"):  # the tests that run on a GPU do wit
 
     settings.register_profile("untimed", deadline=None)  # the machine may be busy
     settings.load_profile("untimed")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's & has it, which the programs under test inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(os.environ.get("SPARK_FAST_SHARED", Path(__file__).parents[2] / "shared"))
 
