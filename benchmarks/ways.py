@@ -71,13 +71,19 @@ def build(way: Way, shape: Shape, device: torch.device) -> SparK:
         check=False,
     )  # fmt: skip
     model.encoder.current.kernels = way.kernels
-    model.sparse_projections = False if way.published else None
-    for module in model.modules():
-        if way.published and isinstance(module, MaskedNorm):
-            module.forward = partial(_norm_by_nonzero, module)
-        if way.published and isinstance(module, UNetBlock):
-            module.merge = False
+    if way.published:
+        decode_as_published(model)
+        for norm in (module for module in model.modules() if isinstance(module, MaskedNorm)):
+            norm.forward = partial(_norm_by_nonzero, norm)
     return model.to(device, memory_format=way.layout).train()  # type: ignore[call-overload]
+
+
+def decode_as_published(model: SparK) -> None:
+    """Projections of whole maps, and each layer of the decoder by itself."""
+    model.sparse_projections = False
+    for block in model.decoder.modules():
+        if isinstance(block, UNetBlock):
+            block.merge = False
 
 
 def inputs(model: SparK, shape: Shape, way: Way, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -21,9 +21,9 @@ from measuring import clock, machine, medians, save
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from ways import decode_as_published
 
 from spark_fast import build_spark
-from spark_fast.decoder import UNetBlock
 from spark_fast.masking import num_visible, sample_visible
 from spark_fast.training.heap import keep_heap
 from spark_fast.training.optim import build_optimizer
@@ -57,10 +57,8 @@ def stepper(name: str, model: str, batch: int, options: Options, state: dict) ->
     encoder, precision, layout = CANDIDATES[name]
     device = torch.device(options.device)
     spark = build_spark(model, input_size=options.size, mask_ratio=options.mask, encoder=encoder)
-    for block in spark.decoder.modules():
-        if isinstance(block, UNetBlock):
-            block.merge = False if encoder == "masked" else None
-    spark.sparse_projections = False if encoder == "masked" else None
+    if encoder == "masked":
+        decode_as_published(spark)
     spark.load_state_dict(state or spark.state_dict())
     state.update(copy.deepcopy(spark.state_dict()))
     spark.to(device, memory_format=layout).train()  # type: ignore[call-overload]

@@ -85,13 +85,7 @@ class SparK(nn.Module):
         seen = self._visible(images, visible)
         if seen.per_image == self.grid[0] * self.grid[1]:
             raise ValueError("the mask hides no patch: there is nothing to reconstruct")
-        pixels = self._decode(images, seen)
-        holes = seen.complement()
-        predicted = holes.pack(pixels)  # (M, 3, p, p), the masked patches
-        wide = torch.float64 if images.dtype == torch.float64 else torch.float32
-        target = holes.pack(images).to(wide)
-        mean, std = _patch_statistics(target)
-        return (predicted.to(wide) - (target - mean) / std).square().mean()
+        return self._loss(self._decode(images, seen), images, on=seen.complement())
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, visible: Tensor) -> Tensor:
@@ -117,6 +111,15 @@ class SparK(nn.Module):
         for features, (norm, token, project) in zip(reversed(self.encoder(images, seen)), layers, strict=True):
             levels.append(densify(norm(features), token.flatten(), project, seen, self.sparse_projections))
         return self.decoder(levels)
+
+    @staticmethod
+    def _loss(pixels: Tensor, images: Tensor, on: Visible) -> Tensor:
+        """The squared error on these patches, each in units of its own deviation; both maps are (B, 3, H, W)."""
+        predicted = on.pack(pixels)  # (M, 3, p, p)
+        wide = torch.float64 if images.dtype == torch.float64 else torch.float32
+        target = on.pack(images).to(wide)
+        mean, std = _patch_statistics(target)
+        return (predicted.to(wide) - (target - mean) / std).square().mean()
 
     def _visible(self, images: Tensor, visible: Tensor | None) -> Visible:
         if tuple(images.shape[1:]) != (3, *self.input_size):
