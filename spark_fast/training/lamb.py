@@ -1,11 +1,14 @@
 """LAMB (You et al., ICLR 2020) without a loop over tensors, and with a device-side way to skip a step.
 
-LAMB is Adam's direction, scaled per tensor by |weights| / |direction|. The direction comes from torch's fused AdamW
-kernel, which moves a copy of the weights by one whole direction, p - u; u is then the difference. Two things come with
+LAMB is Adam's direction with weight decay, u, scaled per tensor by |weights| / |u|. It comes from torch's fused AdamW
+kernel, which is given -decay * weights and subtracts Adam's direction from it: what is left is -u. Two things come with
 that kernel: it runs on CPU and CUDA over all tensors at once, and it obeys `found_inf`, the convention of torch's own
-fused optimisers: where that device scalar is 1, nothing changes, and the host never asks. Weight decay is applied to
-the copy beforehand, and the learning rate goes into the factors of the end, so that both may be device scalars: a
-captured step (`step_graph`) then follows the schedule.
+fused optimisers: where that device scalar is 1, nothing changes, and the host never asks. Weight decay is applied
+beforehand, and the learning rate goes into the factors of the end, so that both may be device scalars: a captured step
+(`step_graph`) then follows the schedule.
+
+What it costs is reading and writing memory: 14 passes over the weights on a CPU, 16 on a GPU, where the last line's
+two kernels for all tensors together are worth their two passes more.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from spark_fast.training.norms import norms
 
 LONG = 1e9  # steps after which no correction is left in any precision
 
@@ -74,7 +79,7 @@ class Lamb(torch.optim.Optimizer):
                 group["step"] -= self.found_inf
 
     def _update(self, params: list[Tensor], group: dict[str, Any], lr: Any, decay: Any) -> None:
-        moved = torch._foreach_mul(params, 1 - decay)
+        moved = torch._foreach_mul(params, -decay)
         step = group["step"] if self._bias_correction else torch.full_like(group["step"], LONG)
         torch._fused_adamw_(
             moved,
@@ -93,14 +98,17 @@ class Lamb(torch.optim.Optimizer):
             grad_scale=self.grad_scale,
             found_inf=self.found_inf,
         )
-        torch._foreach_sub_(moved, params)  # the directions, negative
         factor = lr if self.found_inf is None else lr * (1 - self.found_inf).to(params[0].dtype)
+        factors = [params[0].new_ones(()) * factor] * len(params)
         if group["weight_decay"] or self._always_adapt:
-            weights, directions = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(moved))
+            weights, directions = norms(params), norms(moved)
             trust = torch.where((weights > 0) & (directions > 0), weights / directions, 1.0)
-            factor = (trust * factor).unbind()
-        torch._foreach_mul_(moved, factor)
-        torch._foreach_add_(params, moved)
+            factors = list((trust * factor).unbind())
+        if params[0].is_cuda:
+            torch._foreach_mul_(moved, factors)
+            torch._foreach_add_(params, moved)
+        else:
+            torch._foreach_addcmul_(params, moved, factors)
 
 
 def _laid_out_as(weights: Tensor, other: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from spark_fast.training.lamb import Lamb
+from spark_fast.training.norms import norms
 
 NO_DECAY = ("cls_token", "pos_embed", "mask_token", "gamma")  # by part of the name, as published
 
@@ -54,8 +55,8 @@ def build_optimizer(name: str, model: nn.Module, beta2: float, *, zero: bool = F
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale all gradients together to `max_norm` if they exceed it (0: never); returns the norm before, on device."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    if max_norm > 0:
+    norm = torch.linalg.vector_norm(norms(grads))
+    if max_norm > 0 and (norm.is_cuda or norm > max_norm):  # to ask costs a GPU more than to multiply by 1
         torch._foreach_mul_(grads, (max_norm / norm).clamp(max=1.0))
     return norm
 
