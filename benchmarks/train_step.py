@@ -1,17 +1,21 @@
-"""Seconds per step of the packed encoder beside the masked one, in one run, as ratios.
+"""Seconds of a whole training step and of its encoder, for every way to compute them.
 
     python benchmarks/train_step.py
+    python benchmarks/train_step.py --masks 0.6 0.75 --batches 16 --parts encoder
 
-For each network, precision and mask ratio: the encoder alone (forward, backward) and the whole training step
-(forward, backward, clipping and optimiser). Both encoders have the same weights, images and masks, are channels_last,
-eager, and alternate; a figure is the median. The heap is kept as in training, for both.
+The candidates have the same weights, images and masks and take turns; a figure is the median. A step is forward,
+backward, clipping and LAMB, eager. "published decoder" is the masked encoder with images as planes (NCHW) in fp32, dense
+projections and each layer of the decoder by itself: how the published code computes, though leaner than that code. Below
+it the decoder is today's, and without "NCHW" the layout channels_last. Steps are compared with the first candidate,
+encoders with the masked one of the same precision and layout.
 """
 
 from __future__ import annotations
 
-import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import tyro
@@ -19,14 +23,22 @@ from measuring import clock, machine, medians, save
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
+from ways import Shape, Way, build, inputs, train_step
 
-from spark_fast import SparK, build_spark
 from spark_fast.encoder import Visible
-from spark_fast.masking import num_visible, sample_visible
+from spark_fast.training.device import matmul_rate
 from spark_fast.training.heap import keep_heap
-from spark_fast.training.optim import build_optimizer
-from spark_fast.training.step import DTYPES, Schedule, TrainStep
+from spark_fast.training.step import DTYPES
+
+NCHW = torch.contiguous_format
+CANDIDATES = {
+    "masked fp32 NCHW, published decoder": Way("masked", "fp32", NCHW, plain_decoder=True),
+    "masked fp32 NCHW": Way("masked", "fp32", NCHW),
+    "masked fp32": Way("masked", "fp32"),
+    "packed fp32": Way("packed", "fp32"),
+    "masked bf16": Way("masked", "bf16"),
+    "packed bf16": Way("packed", "bf16"),
+}
 
 
 @dataclass
@@ -34,12 +46,15 @@ class Options:
     """What to measure."""
 
     models: tuple[str, ...] = ("resnet50", "convnext_small")
-    precisions: tuple[str, ...] = ("fp32", "bf16")
-    masks: tuple[float, ...] = (0.6, 0.75)
+    batches: tuple[int, ...] = (8,)
+    masks: tuple[float, ...] = (0.6,)
+    candidates: tuple[str, ...] = tuple(CANDIDATES)
+    """names from the table"""
+    parts: tuple[Literal["encoder", "step"], ...] = ("encoder", "step")
     size: int = 224
-    batch: int = 16
+    width: int = 768
+    """of the decoder"""
     repeats: int = 5
-    """measurements of each figure; the whole step takes half as many"""
     threads: int = 2
     """CPU threads"""
     device: str = "cpu"
@@ -47,90 +62,81 @@ class Options:
     """the result is kept as benchmarks/results/<name>.json"""
 
 
-def encoder_only(model: SparK, images: Tensor, visible: Tensor, dtype: torch.dtype) -> Callable[[], tuple[float, ...]]:
-    """Seconds of (forward, backward) of the encoder."""
-
-    def run() -> tuple[float, ...]:
-        start = clock(images.device)
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            features = model.encoder(images, Visible(visible, model.grid))
-        middle = clock(images.device)
-        torch.autograd.backward(features, [torch.ones_like(f) for f in features])
-        end = clock(images.device)
-        model.zero_grad()
-        return middle - start, end - middle
-
-    return run
-
-
-def whole_step(model: SparK, images: Tensor, visible: Tensor, precision: str) -> Callable[[], tuple[float, ...]]:
-    """Seconds of one training step with LAMB."""
-    schedule = Schedule(1e-6, 0, 1000, 0.04, 0.2)
-    optimizer = build_optimizer("lamb", model, 0.95)
-    step = TrainStep(model, optimizer, schedule, precision=precision, device=images.device, clip=5.0)
-
-    def run() -> tuple[float, ...]:
-        start = clock(images.device)
-        step(1, images, visible)
-        return (clock(images.device) - start,)
-
-    return run
-
-
-def measure(name: str, precision: str, ratio: float, options: Options) -> dict:
-    """One row: packed and masked, the same weights, images and masks."""
+def candidate(way: Way, shape: Shape, options: Options) -> Callable[[], tuple[float, ...]]:
+    """Seconds of (the encoder forward and backward, the step, its optimiser); 0 for what is not measured."""
     device = torch.device(options.device)
-    torch.manual_seed(0)
-    model = build_spark(name, input_size=options.size, mask_ratio=ratio)
-    masked = build_spark(name, input_size=options.size, mask_ratio=ratio, encoder="masked")
-    masked.load_state_dict(copy.deepcopy(model.state_dict()))
-    both = {"packed": model, "masked": masked}
-    for m in both.values():
-        m.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    images = torch.randn(options.batch, 3, options.size, options.size, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    keep = num_visible(model.grid, ratio)
-    visible = sample_visible(0, 0, torch.arange(options.batch, device=device), model.grid, keep)
-    encoders = {k: encoder_only(m, images, visible, DTYPES[precision]) for k, m in both.items()}
-    encoder = medians(encoders, options.repeats)
-    steps = {k: whole_step(m, images, visible, precision) for k, m in both.items()}
-    step = medians(steps, max(2, options.repeats // 2))
-    row: dict = {"model": name, "precision": precision, "mask": ratio}
-    for kind in both:
-        row[f"{kind}_forward"], row[f"{kind}_backward"] = encoder[kind]
-        row[f"{kind}_step"] = step[kind][0]
-    row["encoder_ratio"] = sum(encoder["masked"]) / sum(encoder["packed"])
-    row["step_ratio"] = row["masked_step"] / row["packed_step"]
-    return row
+    model = build(way, shape, device)
+    images, visible = inputs(model, shape, way, device)
+    advance, dtype = train_step(way, model, device), DTYPES[way.precision]
 
+    def encode() -> float:
+        start = clock(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            features = model.encoder(images, Visible(visible, model.grid))
+        torch.autograd.backward(features, [torch.ones_like(f) for f in features])
+        seconds = clock(device) - start
+        model.zero_grad()
+        return seconds
 
-def show(rows: list[dict], options: Options) -> None:
-    """Print the table."""
-    table = Table(
-        title=f"seconds, batch {options.batch}, {options.size} px; encoder forward + backward, and whole step"
+    def step() -> tuple[float, float]:
+        start = clock(device)
+        advance(1, images, visible)
+        return clock(device) - start, advance.clock.read()["optimizer"]
+
+    return lambda: (
+        encode() if "encoder" in options.parts else 0.0,
+        *(step() if "step" in options.parts else (0.0, 0.0)),
     )
-    for title in ("network", "precision", "mask", "packed encoder", "masked encoder", "ratio"):
-        table.add_column(title, justify="right")
-    for title in ("packed step", "masked step", "ratio"):
-        table.add_column(title, justify="right")
+
+
+def measure(shape: Shape, options: Options) -> list[dict]:
+    """A row for each candidate."""
+    runs = {name: candidate(CANDIDATES[name], shape, options) for name in options.candidates}
+    seconds = medians(runs, options.repeats)
+    return [
+        {"model": shape.model, "batch": shape.batch, "mask": shape.mask, "candidate": name}
+        | dict(zip(("encoder", "step", "optimizer"), seconds[name], strict=True))
+        for name in options.candidates
+    ]
+
+
+def table(rows: list[dict], options: Options) -> Table:
+    """The rows, with what each is beside the one it is compared with."""
+    shown = Table(title=f"seconds, {options.size} px")
+    for title in ("network", "batch", "mask", "how", "encoder", "ratio", "step", "ratio", "clipping and LAMB"):
+        shown.add_column(title, justify="right")
+    by_name = {(r["model"], r["batch"], r["mask"], r["candidate"]): r for r in rows}
     for row in rows:
-        parts = {k: f"{row[f'{k}_forward']:.2f} + {row[f'{k}_backward']:.2f}" for k in ("packed", "masked")}
-        ratios = [f"[bold]{row[k]:.2f}x" for k in ("encoder_ratio", "step_ratio")]
-        numbers = [parts["packed"], parts["masked"], ratios[0]]
-        numbers += [f"{row['packed_step']:.2f}", f"{row['masked_step']:.2f}", ratios[1]]
-        table.add_row(row["model"], row["precision"], str(row["mask"]), *numbers)
-    Console(width=130).print(table)
+        where = (row["model"], row["batch"], row["mask"])
+        peer = by_name.get((*where, row["candidate"].replace("packed", "masked")), row)
+        first = by_name[*where, options.candidates[0]]
+        encoder = [f"{row['encoder']:.2f}", f"{peer['encoder'] / row['encoder']:.2f}x"] if row["encoder"] else ["", ""]
+        step = [f"{row['step']:.2f}", f"{first['step'] / row['step']:.2f}x"] if row["step"] else ["", ""]
+        share = f"{row['optimizer'] / row['step']:.1%}" if row["step"] else ""
+        shown.add_row(*map(str, where), row["candidate"], *encoder, *step, share)
+    return shown
 
 
 def main(options: Options) -> None:
-    """Measure every combination, print the table and keep the result."""
+    """Measure every combination, print the table and keep the result.
+
+    Raises:
+        SystemExit: a candidate that is none.
+    """
+    if unknown := set(options.candidates) - set(CANDIDATES):
+        raise SystemExit(f"no such candidate: {', '.join(unknown)}; there are {', '.join(CANDIDATES)}")
     torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
     keep_heap()
-    combinations = [(m, p, r) for m in options.models for p in options.precisions for r in options.masks]
-    rows = [measure(*combination, options) for combination in track(combinations, "measuring")]
-    show(rows, options)
-    settings = {"size": options.size, "batch": options.batch, "repeats": options.repeats}
-    where = machine(torch.device(options.device), options.threads)
+    shapes = [
+        Shape(model, options.size, mask, batch, options.width)
+        for model, mask, batch in itertools.product(options.models, options.masks, options.batches)
+    ]
+    rows = [row for shape in track(shapes, "measuring") for row in measure(shape, options)]
+    Console(width=140).print(table(rows, options))
+    rates = {name: matmul_rate(device, DTYPES[name]) / 2e9 for name in ("fp32", "bf16")}
+    where = machine(device, options.threads) | {"billion multiply-adds a second in a matrix product": rates}
+    settings = {"size": options.size, "repeats": options.repeats, "decoder_width": options.width}
     print(f"kept in {save(options.name, {'settings': settings, 'machine': where, 'rows': rows})}")
 
 

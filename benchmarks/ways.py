@@ -32,7 +32,8 @@ class Way:
     compile: str = "off"
     kernels: bool | None = False  # Triton; False: PyTorch
     graph: bool = False
-    published: bool = False  # norms look up the visible cells by nonzero, dense projections, no merged layers
+    plain_decoder: bool = False  # dense projections, no merged layers
+    published: bool = False  # that, and norms that look up the visible cells by nonzero
 
     @property
     def needs_gpu(self) -> bool:
@@ -71,19 +72,15 @@ def build(way: Way, shape: Shape, device: torch.device) -> SparK:
         check=False,
     )  # fmt: skip
     model.encoder.current.kernels = way.kernels
+    if way.plain_decoder or way.published:
+        model.sparse_projections = False
+        for block in model.decoder.modules():
+            if isinstance(block, UNetBlock):
+                block.merge = False
     if way.published:
-        decode_as_published(model)
         for norm in (module for module in model.modules() if isinstance(module, MaskedNorm)):
             norm.forward = partial(_norm_by_nonzero, norm)
     return model.to(device, memory_format=way.layout).train()  # type: ignore[call-overload]
-
-
-def decode_as_published(model: SparK) -> None:
-    """Projections of whole maps, and each layer of the decoder by itself."""
-    model.sparse_projections = False
-    for block in model.decoder.modules():
-        if isinstance(block, UNetBlock):
-            block.merge = False
 
 
 def inputs(model: SparK, shape: Shape, way: Way, device: torch.device) -> tuple[Tensor, Tensor]:
