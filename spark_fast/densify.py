@@ -70,7 +70,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(rows: Tensor, weight: Tensor, taps: Tensor, outputs: Tensor) -> Tensor:
         rows = torch.cat([rows, rows.new_zeros(2, rows.shape[1])])  # what holes add, and what lies outside
-        return F.embedding_bag(taps, (rows @ _matrix(weight)).view(-1, len(weight)), mode="sum")
+        return F.embedding_bag(taps, (rows @ _matrix(weight).t()).view(-1, len(weight)), mode="sum")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -82,13 +82,13 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         rows, weight, outputs = ctx.saved_tensors
         grad = torch.cat([grad, grad.new_zeros(1, grad.shape[1])]).index_select(0, outputs).view(len(rows), -1)
-        grad_weight = (rows.t() @ grad).view(weight.shape[1], 3, 3, -1).permute(3, 0, 1, 2)
-        return grad @ _matrix(weight).t(), grad_weight, None, None
+        grad_weight = (grad.t() @ rows).view(3, 3, len(weight), -1).permute(2, 3, 0, 1)
+        return grad @ _matrix(weight), grad_weight, None, None
 
 
 def _matrix(weight: Tensor) -> Tensor:
-    """(N, C, 3, 3) -> (C, 9*N)."""
-    return weight.permute(1, 2, 3, 0).flatten(1)
+    """(N, C, 3, 3) -> (9*N, C); of a channels_last weight, the rows as they lie in memory, in another order."""
+    return weight.permute(2, 3, 0, 1).flatten(0, 2)
 
 
 def _tables(seen: Visible, b: int) -> tuple[Tensor, Tensor, Tensor]:
