@@ -3,7 +3,7 @@
 The projection is linear, and the holes all hold the same token. So
 
     project(unpack(x, fill=token)) = what the visible cells add to the cells around them, at their share of the cost,
-                                   + what the token adds: a product of 9 numbers per cell, which of its taps are holes.
+                                   + what the token adds, which is computed once.
 
 A 1x1 projection stays in its cell: it takes the packed rows and the token, before they are put in place.
 """
@@ -56,34 +56,36 @@ def densify(x: Tensor, token: Tensor, project: nn.Module, seen: Visible, sparse:
         packed = both[:-1].view(-1, b, b, len(weight)).permute(0, 3, 1, 2)
         return seen.unpack(packed, fill=both[-1])
     taps, outputs, holes = _tables(seen, b)
-    tapped = torch.einsum("ncyx,c->nyx", weight, token).flatten(1)  # (N, 9), what a hole adds through each tap
-    dense = _Project.apply(rows, weight, taps, outputs) + F.linear(holes.to(x.dtype), tapped, bias)
+    dense = _Project.apply(torch.cat([rows, token[None]]), weight, taps, outputs, holes) + bias
     return dense.view(seen.batch, seen.grid[0] * b, seen.grid[1] * b, len(weight)).permute(0, 3, 1, 2)
 
 
 class _Project(torch.autograd.Function):
-    """Rows (n, C) of the visible cells, weight (N, C, 3, 3) -> rows (B*H*W, N) of the dense map, holes adding nothing.
+    """Rows (n + 1, C), visible cells and token, weight (N, C, 3, 3) -> rows (B*H*W, N) of the dense map.
 
-    Forward each cell's nine contributions, then their sums; backward the nine gradients of each cell, gathered.
+    Forward the nine contributions of each row, then their sums; backward the nine gradients of each cell, gathered,
+    and of the token, summed over the holes.
     """
 
     @staticmethod
-    def forward(rows: Tensor, weight: Tensor, taps: Tensor, outputs: Tensor) -> Tensor:
-        rows = torch.cat([rows, rows.new_zeros(2, rows.shape[1])])  # what holes add, and what lies outside
+    def forward(rows: Tensor, weight: Tensor, taps: Tensor, outputs: Tensor, holes: Tensor) -> Tensor:
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # what lies outside
         return F.embedding_bag(taps, (rows @ _matrix(weight).t()).view(-1, len(weight)), mode="sum")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        rows, weight, _, outputs = inputs
-        ctx.save_for_backward(rows, weight, outputs)
+        rows, weight, _, outputs, holes = inputs
+        ctx.save_for_backward(rows, weight, outputs, holes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        rows, weight, outputs = ctx.saved_tensors
-        grad = torch.cat([grad, grad.new_zeros(1, grad.shape[1])]).index_select(0, outputs).view(len(rows), -1)
+        rows, weight, outputs, holes = ctx.saved_tensors
+        of_token = (holes.t().to(grad.dtype) @ grad).view(1, -1)
+        grad = torch.cat([grad, grad.new_zeros(1, grad.shape[1])]).index_select(0, outputs)
+        grad = torch.cat([grad.view(len(rows) - 1, -1), of_token])
         grad_weight = (grad.t() @ rows).view(3, 3, len(weight), -1).permute(2, 3, 0, 1)
-        return grad @ _matrix(weight), grad_weight, None, None
+        return grad @ _matrix(weight), grad_weight, None, None, None
 
 
 def _matrix(weight: Tensor) -> Tensor:
