@@ -4,10 +4,10 @@
     python benchmarks/train_step.py --masks 0.6 0.75 --batches 16 --parts encoder
 
 The candidates have the same weights, images and masks and take turns; a figure is the median. A step is forward,
-backward, clipping and LAMB, eager. "published decoder" is the masked encoder with images as planes (NCHW) in fp32, dense
-projections and each layer of the decoder by itself: how the published code computes, though leaner than that code. Below
-it the decoder is today's, and without "NCHW" the layout channels_last. Steps are compared with the first candidate,
-encoders with the masked one of the same precision and layout.
+backward, clipping and LAMB, eager. "published decoder" is the masked encoder with images as planes (NCHW) in fp32,
+dense projections and each layer of the decoder by itself: how the published code computes, though leaner than that
+code. Below it the decoder is today's, and without "NCHW" the layout channels_last. Steps are compared with the first
+candidate, encoders with the masked one of the same precision and layout.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def table(rows: list[dict], options: Options) -> Table:
     for row in rows:
         where = (row["model"], row["batch"], row["mask"])
         peer = by_name.get((*where, row["candidate"].replace("packed", "masked")), row)
-        first = by_name[*where, options.candidates[0]]
+        first = by_name[(*where, options.candidates[0])]
         encoder = [f"{row['encoder']:.2f}", f"{peer['encoder'] / row['encoder']:.2f}x"] if row["encoder"] else ["", ""]
         step = [f"{row['step']:.2f}", f"{first['step'] / row['step']:.2f}x"] if row["step"] else ["", ""]
         share = f"{row['optimizer'] / row['step']:.1%}" if row["step"] else ""

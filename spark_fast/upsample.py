@@ -39,9 +39,7 @@ def upsample(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     if x.device.type != "cpu" or len(x) * x.shape[2] * x.shape[3] > 2 * x.shape[1]:
         return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
-    if torch.is_autocast_enabled("cpu"):
-        x, weight, bias = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, weight, bias))
-    return _Upsample.apply(x, weight, bias)
+    return _Upsample.apply(*_autocast(x, weight, bias))
 
 
 class _Upsample(torch.autograd.Function):
@@ -76,10 +74,40 @@ def upsample_and_convolve(x: Tensor, transposed: Tensor, bias: Tensor, weight: T
     Returns:
         (B, N, 2h, 2w).
     """
-    kernel = F.conv2d(transposed, weight, padding=2)  # (C, N, 6, 6)
+    x, transposed, bias, weight = _autocast(x, transposed, bias, weight)
+    kernel = _Merge.apply(transposed, weight)
     inside = torch.einsum("nmrs,m->n", weight, bias)  # what the bias adds where all nine taps are inside
     z = F.conv_transpose2d(x, kernel, inside.detach(), stride=2, padding=2)
     return _TakeOffEdges.apply(z, inside, *_ring(x, transposed, bias, weight))
+
+
+class _Merge(torch.autograd.Function):
+    """(C, M, 4, 4) and (N, M, 3, 3) -> (C, N, 6, 6), F.conv2d(transposed, weight, padding=2).
+
+    The gradient of the second is a matrix product over the nine taps: torch's takes it for one of a convolution over
+    images of 4x4, and needs two to six times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, transposed: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(transposed, weight)
+        return F.conv2d(transposed, weight, padding=2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (transposed, weight), (grad,) = ctx.saved_tensors, grads
+        (n, m), flipped = weight.shape[:2], weight.flip(2, 3).transpose(0, 1)
+        taps = grad.permute(0, 2, 3, 1).unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3)  # (C, 4, 4, 3, 3, N)
+        grad_weight = taps.reshape(-1, 9 * n).t() @ transposed.permute(0, 2, 3, 1).reshape(-1, m)
+        return F.conv2d(grad, flipped), grad_weight.view(3, 3, n, m).flip(0, 1).permute(2, 3, 0, 1)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As autocast would hand them to a convolution: our own functions are not on its list."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
 
 
 def _ring(x: Tensor, transposed: Tensor, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
