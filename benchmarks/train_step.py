@@ -109,7 +109,7 @@ def table(rows: list[dict], options: Options) -> Table:
     for row in rows:
         where = (row["model"], row["batch"], row["mask"])
         peer = by_name.get((*where, row["candidate"].replace("packed", "masked")), row)
-        first = by_name[(*where, options.candidates[0])]
+        first = by_name.get((*where, options.candidates[0]), row)
         encoder = [f"{row['encoder']:.2f}", f"{peer['encoder'] / row['encoder']:.2f}x"] if row["encoder"] else ["", ""]
         step = [f"{row['step']:.2f}", f"{first['step'] / row['step']:.2f}x"] if row["step"] else ["", ""]
         share = f"{row['optimizer'] / row['step']:.1%}" if row["step"] else ""
