@@ -7,8 +7,7 @@ fused optimisers: where that device scalar is 1, nothing changes, and the host n
 beforehand, and the learning rate goes into the factors of the end, so that both may be device scalars: a captured step
 (`step_graph`) then follows the schedule.
 
-What it costs is reading and writing memory: 14 passes over the weights on a CPU, 16 on a GPU, where the last line's
-two kernels for all tensors together are worth their two passes more.
+What it costs is reading and writing memory: 14 passes over the weights.
 """
 
 from __future__ import annotations
@@ -99,16 +98,12 @@ class Lamb(torch.optim.Optimizer):
             found_inf=self.found_inf,
         )
         factor = lr if self.found_inf is None else lr * (1 - self.found_inf).to(params[0].dtype)
-        factors = [params[0].new_ones(()) * factor] * len(params)
         if group["weight_decay"] or self._always_adapt:
             weights, directions = norms(params), norms(moved)
             trust = torch.where((weights > 0) & (directions > 0), weights / directions, 1.0)
-            factors = list((trust * factor).unbind())
-        if params[0].is_cuda:
-            torch._foreach_mul_(moved, factors)
-            torch._foreach_add_(params, moved)
+            torch._foreach_addcmul_(params, moved, (trust * factor).unbind())
         else:
-            torch._foreach_addcmul_(params, moved, factors)
+            torch._foreach_add_(params, torch._foreach_mul(moved, factor))
 
 
 def _laid_out_as(weights: Tensor, other: Tensor) -> Tensor:
