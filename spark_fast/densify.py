@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from spark_fast.encoder.visible import Visible
+from spark_fast.upsample import autocast
 
 ADDRESSING = 28  # fitted to 24 projections on two CPU cores: to address nine taps costs 28/C of the dense products
 
@@ -46,9 +47,7 @@ def densify(x: Tensor, token: Tensor, project: nn.Module, seen: Visible, sparse:
         return project(seen.unpack(x, fill=token))
     weight, bias = project.weight, project.bias
     assert bias is not None
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, token, weight, bias = (t.to(dtype) for t in (x, token, weight, bias))
+    x, token, weight, bias = autocast(x, token, weight, bias)
     c, b = x.shape[1:3]
     rows = x.permute(0, 2, 3, 1).reshape(-1, c)
     if pointwise:

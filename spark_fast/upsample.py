@@ -39,7 +39,7 @@ def upsample(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     if x.device.type != "cpu" or len(x) * x.shape[2] * x.shape[3] > 2 * x.shape[1]:
         return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
-    return _Upsample.apply(*_autocast(x, weight, bias))
+    return _Upsample.apply(*autocast(x, weight, bias))
 
 
 class _Upsample(torch.autograd.Function):
@@ -74,7 +74,7 @@ def upsample_and_convolve(x: Tensor, transposed: Tensor, bias: Tensor, weight: T
     Returns:
         (B, N, 2h, 2w).
     """
-    x, transposed, bias, weight = _autocast(x, transposed, bias, weight)
+    x, transposed, bias, weight = autocast(x, transposed, bias, weight)
     kernel = _Merge.apply(transposed, weight)
     inside = torch.einsum("nmrs,m->n", weight, bias)  # what the bias adds where all nine taps are inside
     z = F.conv_transpose2d(x, kernel, inside.detach(), stride=2, padding=2)
@@ -102,7 +102,7 @@ class _Merge(torch.autograd.Function):
         return F.conv2d(grad, flipped), grad_weight.view(3, 3, n, m).flip(0, 1).permute(2, 3, 0, 1)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """As autocast would hand them to a convolution: our own functions are not on its list."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
