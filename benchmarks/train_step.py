@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -128,13 +128,17 @@ def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     keep_heap()
+    rates = {name: matmul_rate(device, DTYPES[name]) / 2e9 for name in ("fp32", "bf16")}
+    if rates["bf16"] < rates["fp32"] / 2 and options.candidates == tuple(CANDIDATES):
+        print(f"without bf16, which this device has no instructions for: {rates} billion multiply-adds a second")
+        native = tuple(name for name, way in CANDIDATES.items() if way.precision != "bf16")
+        options = replace(options, candidates=native)
     shapes = [
         Shape(model, options.size, mask, batch, options.width)
         for model, mask, batch in itertools.product(options.models, options.masks, options.batches)
     ]
     rows = [row for shape in track(shapes, "measuring") for row in measure(shape, options)]
     Console(width=140).print(table(rows, options))
-    rates = {name: matmul_rate(device, DTYPES[name]) / 2e9 for name in ("fp32", "bf16")}
     where = machine(device, options.threads) | {"billion multiply-adds a second in a matrix product": rates}
     settings = {"size": options.size, "repeats": options.repeats, "decoder_width": options.width}
     print(f"kept in {save(options.name, {'settings': settings, 'machine': where, 'rows': rows})}")

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.optional import MODULES, missing
+
 if importlib.util.find_spec("hypothesis"):  # the tests that run on a GPU do without
     from hypothesis import settings
 
@@ -24,6 +26,14 @@ def pytest_addoption(parser):
     parser.addoption(
         "--full", action="store_true", help="repeat the drills of tests/faults as docs/reliability.md says"
     )
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of an optional decoder are skipped where it is not installed."""
+    for item in items:
+        for decoder in MODULES:
+            if item.get_closest_marker(decoder) and (why := missing(decoder)):
+                item.add_marker(pytest.mark.skip(reason=why))
 
 
 @pytest.fixture(scope="session")

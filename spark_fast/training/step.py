@@ -5,6 +5,7 @@ Precision: the model computes under autocast, parameters and optimiser stay in f
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from spark_fast.training.device import matmul_rate
 from spark_fast.training.guard import Guard
 from spark_fast.training.lamb import Lamb
 from spark_fast.training.optim import clip_gradients, learning_rate, set_rates, weight_decay
 from spark_fast.training.step_graph import StepGraph
 from spark_fast.training.timing import StepClock
+
+log = logging.getLogger("spark_fast")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -143,8 +147,18 @@ class TrainStep:
 
 
 def resolve_precision(asked: str, device: torch.device) -> str:
-    """What `auto` means on this device: bf16 where it is native, fp16 on older GPUs, fp32 on the CPU."""
+    """What `auto` means on this device: bf16 where it is native, fp16 on older GPUs, fp32 on the CPU.
+
+    Another one is taken as asked for, with a warning where the device has no instructions for it.
+    """
     if asked != "auto":
+        if asked != "fp32":
+            half, full = (matmul_rate(device, DTYPES[name]) for name in (asked, "fp32"))
+            if half < full / 2:  # those that have them are twice as fast or more, those that have not many times slower
+                log.warning(
+                    "--precision %s: matrix products take this %s %.0f times as long as in fp32; take --precision fp32",
+                    asked, device.type, full / half,
+                )  # fmt: skip
         return asked
     if device.type != "cuda":
         return "fp32"

@@ -29,7 +29,6 @@ from pipelines.shards import BETON, MANIFEST, PARTIAL, read_manifest
 from pipelines.stored import StoredImages
 from pipelines.verify import verify
 from tests.faults import jobs
-from tests.pipelines.comparing import needs_ffcv
 from tests.pipelines.pictures import jpeg
 from tests.pipelines.test_beton import flip
 from tests.pipelines.test_convert import contents
@@ -110,7 +109,7 @@ def only_whole_files_count(folder: Path) -> None:
     [
         ("imagenet_sample", "shards"),
         ("cifar10", "shards"),
-        pytest.param("imagenet_sample", "ffcv", marks=needs_ffcv),
+        pytest.param("imagenet_sample", "ffcv", marks=pytest.mark.ffcv),
     ],
 )
 def test_killed_at_random_moments_and_started_again_it_ends_with_the_same_bytes(tmp_path, times, request, source, form):
@@ -157,7 +156,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", str(place)], check=True)
 
 
-@pytest.mark.parametrize(("form", "size"), [("shards", "512k"), pytest.param("both", "4m", marks=needs_ffcv)])
+@pytest.mark.parametrize(("form", "size"), [("shards", "512k"), pytest.param("both", "4m", marks=pytest.mark.ffcv)])
 def test_a_full_disk_leaves_whole_shards_and_with_room_it_goes_on(tmp_path, small_disk, form, size):
     src, dst = tmp_path / "src", small_disk(size)
     for i in range(48):

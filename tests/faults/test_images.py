@@ -24,17 +24,17 @@ from pipelines.shards import BETON, INDEX_FILE, Manifest, read_manifest, write_i
 from pipelines.stored import StoredImages
 from pipelines.verify import verify
 from tests.faults.kinds import DAMAGED, VALID, bombs
-from tests.pipelines.comparing import needs_dali, needs_ffcv, pixels
+from tests.pipelines.comparing import pixels
 from tests.pipelines.pictures import jpeg
 from tests.test_train import TINY, here
 
 STORES = [
     pytest.param("torch", "folder"),
     pytest.param("torch", "shards"),
-    pytest.param("torch", "beton", marks=needs_ffcv),
-    pytest.param("dali", "folder", marks=needs_dali),
-    pytest.param("dali", "shards", marks=needs_dali),
-    pytest.param("ffcv", "beton", marks=needs_ffcv),
+    pytest.param("torch", "beton", marks=pytest.mark.ffcv),
+    pytest.param("dali", "folder", marks=pytest.mark.dali),
+    pytest.param("dali", "shards", marks=pytest.mark.dali),
+    pytest.param("ffcv", "beton", marks=pytest.mark.ffcv),
 ]
 every_backend = pytest.mark.parametrize(("backend", "store"), STORES)
 KEEP = ConvertSettings(StoredImages(short_side=0, quality=95))
@@ -120,7 +120,7 @@ def test_a_damaged_image_is_replaced_counted_and_named_and_never_black(tmp_path,
         assert problems == epochs(path, "torch", len(images))[1]  # the same names and reasons
 
 
-@pytest.mark.parametrize("form", ["shards", pytest.param("beton", marks=needs_ffcv)])
+@pytest.mark.parametrize("form", ["shards", pytest.param("beton", marks=pytest.mark.ffcv)])
 def test_conversion_leaves_damaged_images_out_and_lists_them_with_reasons(tmp_path, times, form):
     images, _, names = damaged_and_sound(times(1, 5))
     root = folder_of(tmp_path / "in", images)
@@ -191,7 +191,7 @@ print(replaced, (after - before) // 1024)
 """
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("dali", marks=needs_dali)])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("dali", marks=pytest.mark.dali)])
 def test_bombs_are_refused_without_unpacking_them(tmp_path, times, backend):
     for folder in ("small", "bombs"):
         (tmp_path / folder).mkdir()

@@ -19,7 +19,7 @@ from pipelines.open_source import open_source
 from pipelines.shards import BETON
 from pipelines.stored import StoredImages
 from pipelines.verify import verify
-from tests.pipelines.comparing import batches, needs_dali, needs_ffcv
+from tests.pipelines.comparing import batches
 from tests.pipelines.pictures import jpeg
 from tests.pipelines.test_beton import flip
 
@@ -40,7 +40,7 @@ def read_all(path: Path) -> list[tuple[bytes, int] | str]:
         source.close()
 
 
-@pytest.fixture(params=["shards", pytest.param("beton", marks=needs_ffcv)])
+@pytest.fixture(params=["shards", pytest.param("beton", marks=pytest.mark.ffcv)])
 def converted(request: pytest.FixtureRequest, image_folder: Callable[..., Path], tmp_path: Path) -> Path:
     """8 images in two shards, or in a .beton without them."""
     beton = BetonSettings(raw=0.5, alone=True) if request.param == "beton" else None
@@ -143,8 +143,8 @@ def test_an_unreadable_folder_is_named(tmp_path):
     [
         ("torch", "folder"),
         ("torch", "shards"),
-        pytest.param("dali", "folder", marks=needs_dali),
-        pytest.param("ffcv", "beton", marks=needs_ffcv),
+        pytest.param("dali", "folder", marks=pytest.mark.dali),
+        pytest.param("ffcv", "beton", marks=pytest.mark.ffcv),
     ],
 )
 @pytest.mark.parametrize("names", [["a/0.jpg"], ["0.jpg", "1.jpg", "2.jpg"]], ids=["one image", "flat"])

@@ -11,12 +11,11 @@ import pytest
 
 from pipelines import build_pipeline
 from pipelines.ffcv_pipeline import FfcvPipeline
-from tests.pipelines.comparing import needs_dali, needs_ffcv
 from tests.pipelines.test_beton import flip
 
 backends = pytest.mark.parametrize(
     "backend",
-    ["torch", pytest.param("dali", marks=needs_dali), pytest.param("ffcv", marks=needs_ffcv)],
+    ["torch", pytest.param("dali", marks=pytest.mark.dali), pytest.param("ffcv", marks=pytest.mark.ffcv)],
 )
 
 
@@ -47,7 +46,7 @@ def test_an_unexpected_failure_reaches_the_consumer_with_its_traceback_and_the_i
         assert set(threading.enumerate()) <= threads
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("dali", marks=needs_dali)])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("dali", marks=pytest.mark.dali)])
 def test_what_would_block_a_thread_for_ever_is_replaced_and_named(image_folder, backend):
     root = image_folder()
     pipe: Path = next((root / "train" / "n0000").iterdir())

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.pipelines.comparing import ffcv_missing, needs_dali, needs_ffcv
+from tests.optional import missing
 from tests.test_train import TINY, here
 
-BACKENDS = ["torch", "synthetic", pytest.param("dali", marks=needs_dali), pytest.param("ffcv", marks=needs_ffcv)]
+OPTIONAL = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("dali", "ffcv")]
 TOLERANCE = {"torch": 0, "dali": 1e-3, "ffcv": 1e-2}  # relative; resizing rounds otherwise, FFCV's DCT is rougher
 
 
@@ -21,7 +21,7 @@ TOLERANCE = {"torch": 0, "dali": 1e-3, "ffcv": 1e-2}  # relative; resizing round
 def trained(imagenet_sample: Path, tmp_path_factory: pytest.TempPathFactory):
     """backend -> losses of three steps over the same conversion."""
     place = tmp_path_factory.mktemp("trained")
-    form = "shards" if ffcv_missing else "both"
+    form = "shards" if missing("ffcv") else "both"
     tool = [sys.executable, "-m", "tools.convert_imagenet", str(imagenet_sample), str(place / "data")]
     subprocess.run([*tool, "--format", form, "--verify"], check=True, capture_output=True)
     losses: dict[str, list[float]] = {}
@@ -38,7 +38,7 @@ def trained(imagenet_sample: Path, tmp_path_factory: pytest.TempPathFactory):
     return run
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", "synthetic", *OPTIONAL])
 def test_every_backend_trains_on_a_conversion_of_real_images(trained, backend):
     losses = trained(backend)
     assert len(losses) == 3

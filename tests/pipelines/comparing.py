@@ -13,22 +13,6 @@ import torch
 
 from pipelines import Batch, build_pipeline
 from pipelines.augment import MEAN, STD
-from pipelines.ffcv_install import COMMAND
-
-try:
-    import nvidia.dali as _dali  # noqa: F401
-except ImportError as error:
-    missing = str(error)
-else:
-    missing = ""
-try:
-    import ffcv.loader as _ffcv  # noqa: F401
-except (ImportError, OSError) as error:
-    ffcv_missing = str(error)
-else:
-    ffcv_missing = ""
-needs_ffcv = pytest.mark.skipif(bool(ffcv_missing), reason=f"FFCV is not installed ({ffcv_missing}): {COMMAND}")
-needs_dali = pytest.mark.skipif(bool(missing), reason=f'DALI is not installed ({missing}): pip install ".[dali]"')
 
 
 def batches(root: Path, epoch: int = 0, start_step: int = 0, **settings: object) -> list[Batch]:

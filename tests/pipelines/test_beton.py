@@ -17,7 +17,7 @@ from pipelines.open_source import open_source
 from pipelines.shards import BETON, read_manifest
 from pipelines.stored import StoredImages
 from pipelines.verify import verify
-from tests.pipelines.comparing import batches, needs_ffcv, same
+from tests.pipelines.comparing import batches, same
 from tests.pipelines.pictures import jpeg
 from tests.pipelines.test_convert import contents
 
@@ -44,7 +44,7 @@ def test_without_ffcv_the_converter_gives_the_command_that_installs_it(image_fol
     )
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 def test_records_are_the_shards_bytes_or_their_pixels(beton_folder):
     folder = beton_folder()
     beton, shards = BetonSource(folder / BETON), open_source(folder)
@@ -60,7 +60,7 @@ def test_records_are_the_shards_bytes_or_their_pixels(beton_folder):
     beton.close()
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 def test_ffcvs_own_loader_reads_every_record(beton_folder):
     from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
     from ffcv.loader import Loader, OrderOption
@@ -75,7 +75,7 @@ def test_ffcvs_own_loader_reads_every_record(beton_folder):
     assert images.mean((1, 2, 3)).min() > 20  # none is black
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 @pytest.mark.parametrize("raw", [0, 0.5, 1])
 def test_the_number_of_processes_does_not_change_a_byte(image_folder, tmp_path, raw):
     root = image_folder()
@@ -85,7 +85,7 @@ def test_the_number_of_processes_does_not_change_a_byte(image_folder, tmp_path, 
     assert (BetonSource(tmp_path / "one" / "train" / BETON).checks["mode"] == 1).mean() == pytest.approx(raw, abs=0.3)
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 def test_alone_it_leaves_no_shards_and_is_read_by_the_default_pipeline_too(image_folder, beton_folder):
     root = image_folder()
     folder = beton_folder(root, raw=0, alone=True)
@@ -95,7 +95,7 @@ def test_alone_it_leaves_no_shards_and_is_read_by_the_default_pipeline_too(image
     assert same(batches(folder / BETON), batches(root))
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 def test_the_same_command_again_changes_nothing_and_another_format_of_one_alone_is_refused(image_folder, tmp_path):
     root, out = image_folder(), tmp_path / "out"
     made = [convert(root, out, KEEP_SIZE, beton=BetonSettings(0.5)) for _ in range(2)]
@@ -119,7 +119,7 @@ def test_the_same_command_again_changes_nothing_and_another_format_of_one_alone_
     assert convert(root, out, KEEP_SIZE, beton=BetonSettings(0.25, alone=True), overwrite=True) == before
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 def test_shards_asked_for_since_a_beton_alone_was_stopped_are_kept(image_folder, tmp_path, monkeypatch):
     root, out, alone = image_folder(), tmp_path / "out", BetonSettings(alone=True)
 
@@ -136,7 +136,7 @@ def test_shards_asked_for_since_a_beton_alone_was_stopped_are_kept(image_folder,
     assert list((out / "train").glob("shard-*.tar"))
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 def test_unlabelled_images_stay_unlabelled(tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(4):
@@ -145,7 +145,7 @@ def test_unlabelled_images_stay_unlabelled(tmp_path):
     assert open_source(tmp_path / "out").labels is None
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 def test_a_record_larger_than_ffcvs_page_gets_larger_pages(image_folder, beton_folder):
     root = image_folder(6)
     (root / "train" / "n0000" / "0000.JPEG").write_bytes(jpeg(0, 1500, 2000))  # 9 MB raw, more than 8 MiB
@@ -162,7 +162,7 @@ def flip(path: Path, at: int, bit: int = 4) -> None:
         file.write(bytes([byte ^ bit]))
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 def test_without_its_checks_or_with_damaged_ones_it_is_refused(beton_folder):
     path = beton_folder() / BETON
     good = checks_path(path).read_bytes()
@@ -180,7 +180,7 @@ def test_where_there_is_none_the_converter_is_named(tmp_path):
         find_beton(tmp_path)
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 def test_a_damaged_shard_makes_no_beton(image_folder, tmp_path):
     convert(image_folder(), tmp_path / "out", KEEP_SIZE)
     folder = tmp_path / "out" / "train"

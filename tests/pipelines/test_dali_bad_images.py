@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipelines import build_pipeline
 from pipelines.shards import INDEX_FILE, Manifest, write_index, write_manifest, write_shard
-from tests.pipelines.comparing import alike, needs_dali
+from tests.pipelines.comparing import alike
 from tests.pipelines.comparing import dali_batches as batches
 from tests.pipelines.pictures import encoded, jpeg, picture
 
@@ -38,7 +38,7 @@ def shards(tmp_path: Path) -> Path:
     return folder
 
 
-@needs_dali
+@pytest.mark.dali
 def test_shards_and_resume_give_what_torch_gives(shards):
     settings = {"batch_size": 4, "max_bad_fraction": 0.5}
     for start in (0, 3, 5):
@@ -47,7 +47,7 @@ def test_shards_and_resume_give_what_torch_gives(shards):
         assert alike(ours, batches(shards, 1, start, pipeline="torch", **settings))
 
 
-@needs_dali
+@pytest.mark.dali
 def test_what_dali_refuses_though_it_is_sound_is_found_named_and_decoded_without_it(image_folder, caplog):
     root = image_folder()
     marker = root / "train" / "n0001" / "0011.JPEG"
@@ -63,7 +63,7 @@ def test_what_dali_refuses_though_it_is_sound_is_found_named_and_decoded_without
     assert alike(got, [batch for epoch in range(3) for batch in batches(root, epoch, pipeline="torch")])
 
 
-@needs_dali
+@pytest.mark.dali
 def test_a_file_that_changes_under_our_hands_is_judged_again(image_folder):
     root = image_folder()
     pipeline = build_pipeline(root, pipeline="dali", batch_size=24, input_size=32, max_bad_fraction=0.5)

@@ -18,7 +18,7 @@ from pipelines.crops import Augmentation, Box, crops
 from pipelines.dali_decoder import DaliDecoder, as_ppm
 from pipelines.encoded_pipeline import Encoded
 from pipelines.open_source import open_source
-from tests.pipelines.comparing import alike, left_open, needs_dali, pixels, same, ways_to_end
+from tests.pipelines.comparing import alike, left_open, pixels, same, ways_to_end
 from tests.pipelines.comparing import dali_batches as batches
 from tests.pipelines.pictures import picture
 
@@ -31,7 +31,7 @@ def test_without_dali_the_command_that_installs_it_is_given(image_folder, monkey
     assert "pip install nvidia-dali-cuda130" in str(caught.value)
 
 
-@needs_dali
+@pytest.mark.dali
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batches_are_as_the_contract_says(image_folder, dtype):
     root = image_folder(26)
@@ -47,7 +47,7 @@ def test_batches_are_as_the_contract_says(image_folder, dtype):
     assert len({i for batch in got for i in batch.ids.tolist()}) == 24
 
 
-@needs_dali
+@pytest.mark.dali
 def test_an_image_is_what_the_published_transforms_would_make_of_it(image_folder):
     root = image_folder()
     source = open_source(root)
@@ -64,7 +64,7 @@ def test_an_image_is_what_the_published_transforms_would_make_of_it(image_folder
     assert len(set(flips)) == 2
 
 
-@needs_dali
+@pytest.mark.dali
 def test_real_images_are_within_the_tolerance_of_pillow(imagenet_sample):
     source = open_source(imagenet_sample)
     (images, _, ids), *_ = batches(imagenet_sample, batch_size=24, input_size=224)
@@ -80,7 +80,7 @@ def test_real_images_are_within_the_tolerance_of_pillow(imagenet_sample):
     assert alike(batches(imagenet_sample, batch_size=16), batches(imagenet_sample, batch_size=16, pipeline="torch"))
 
 
-@needs_dali
+@pytest.mark.dali
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_any_number_of_ranks_sees_what_torch_sees_on_one(image_folder, world):
     root = image_folder()
@@ -92,7 +92,7 @@ def test_any_number_of_ranks_sees_what_torch_sees_on_one(image_folder, world):
     assert same(together, batches(root, epoch=1))
 
 
-@needs_dali
+@pytest.mark.dali
 @pytest.mark.parametrize("start", range(5))
 def test_starting_at_a_step_gives_the_tail_of_the_epoch(image_folder, start):
     root = image_folder()
@@ -102,14 +102,14 @@ def test_starting_at_a_step_gives_the_tail_of_the_epoch(image_folder, start):
         assert alike(tail, batches(root, epoch=2, start_step=start, batch_size=6, pipeline="torch"))
 
 
-@needs_dali
+@pytest.mark.dali
 @pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (4, 5)])
 def test_workers_and_prefetch_change_nothing(image_folder, workers, prefetch):
     root = image_folder()
     assert same(batches(root, workers=workers, prefetch=prefetch, batch_size=4), batches(root, batch_size=4))
 
 
-@needs_dali
+@pytest.mark.dali
 def test_every_image_comes_once_an_epoch_and_epochs_differ(image_folder):
     pipeline = build_pipeline(image_folder(), pipeline="dali", batch_size=6, input_size=32)
     orders = [[i for batch in pipeline.epoch(epoch) for i in batch.ids.tolist()] for epoch in range(4)]
@@ -118,7 +118,7 @@ def test_every_image_comes_once_an_epoch_and_epochs_differ(image_folder):
     pipeline.close()
 
 
-@needs_dali
+@pytest.mark.dali
 def test_a_delivered_batch_is_never_written_again(image_folder):
     pipeline = build_pipeline(image_folder(), pipeline="dali", batch_size=4, input_size=32, prefetch=1)
     kept = [(batch.images, batch.images.clone()) for epoch in range(3) for batch in pipeline.epoch(epoch)]
@@ -127,7 +127,7 @@ def test_a_delivered_batch_is_never_written_again(image_folder):
     assert len({images.data_ptr() for images, _ in kept}) == 18
 
 
-@needs_dali
+@pytest.mark.dali
 def test_the_decoder_hands_pixels_through_and_never_writes_them_again():
     decoder = DaliDecoder(2, (30, 40), torch.device("cpu"), 1)
     box = Box(20, 11, 30, 40)
@@ -151,7 +151,7 @@ def test_the_decoder_hands_pixels_through_and_never_writes_them_again():
         assert np.array_equal(flipped, image[20:50, 11:51][:, ::-1])
 
 
-@needs_dali
+@pytest.mark.dali
 def test_one_pipeline_serves_two_epochs_at_once(image_folder):
     root = image_folder()
     pipeline = build_pipeline(root, pipeline="dali", batch_size=6, input_size=32, seed=5)
@@ -161,7 +161,7 @@ def test_one_pipeline_serves_two_epochs_at_once(image_folder):
     pipeline.close()
 
 
-@needs_dali
+@pytest.mark.dali
 def test_leaving_epochs_early_disturbs_none_of_the_following(image_folder):
     root = image_folder()
     pipeline = build_pipeline(root, pipeline="dali", batch_size=4, input_size=32, seed=5, prefetch=4)
@@ -181,7 +181,7 @@ def native_threads() -> int:
     return len(list(Path("/proc/self/task").iterdir()))
 
 
-@needs_dali
+@pytest.mark.dali
 def test_close_lets_go_of_threads_and_memory(image_folder):
     root = image_folder()
     for _ in range(3):
@@ -203,14 +203,14 @@ def test_close_lets_go_of_threads_and_memory(image_folder):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
 
 
-@needs_dali
+@pytest.mark.dali
 @ways_to_end
 def test_the_program_ends_with_an_epoch_left_open(image_folder, then, code):
     ended = left_open(image_folder(), "dali", 12, then)
     assert (ended.returncode, ended.stdout) == (code, "running\n"), ended.stderr
 
 
-@needs_dali
+@pytest.mark.dali
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_cuda_the_batches_are_those_of_the_cpu(imagenet_sample):
     settings = {"batch_size": 16, "input_size": 224, "device": "cuda", "dtype": torch.bfloat16}

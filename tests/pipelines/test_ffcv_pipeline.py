@@ -17,7 +17,7 @@ from pipelines.contract import SettingsError
 from pipelines.crops import Augmentation, crops
 from pipelines.open_source import open_source
 from pipelines.shards import BETON
-from tests.pipelines.comparing import alike, left_open, needs_ffcv, pixels, same, ways_to_end
+from tests.pipelines.comparing import alike, left_open, pixels, same, ways_to_end
 from tests.pipelines.comparing import ffcv_batches as batches
 
 CLOSE = 2.0  # FFCV decodes JPEGs with a faster, rougher DCT; tenths for raw records
@@ -43,7 +43,7 @@ def test_without_ffcv_the_command_that_installs_it_is_given(tmp_path, monkeypatc
     )
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batches_are_as_the_contract_says(image_folder, beton_folder, dtype):
     folder = beton_folder(image_folder(26))
@@ -59,7 +59,7 @@ def test_batches_are_as_the_contract_says(image_folder, beton_folder, dtype):
     assert len({i for batch in got for i in batch.ids.tolist()}) == 24
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 @pytest.mark.parametrize(
     ("raw", "resize", "mean"), [(0, "bicubic", 2), (1, "bicubic", 0.3), (0, "area", 4), (1, "area", 4)]
 )
@@ -77,7 +77,7 @@ def test_an_image_is_what_the_published_transforms_would_make_of_it(image_folder
     assert len(mirrored) == 2
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 @pytest.mark.parametrize(("raw", "resize", "mean"), [(0, "bicubic", 4), (1, "bicubic", 0.3), (0, "area", 6)])
 def test_real_images_are_within_the_tolerance_of_pillow(imagenet_sample, beton_folder, raw, resize, mean):
     folder = beton_folder(imagenet_sample, raw)
@@ -91,7 +91,7 @@ def test_real_images_are_within_the_tolerance_of_pillow(imagenet_sample, beton_f
     assert np.max(differences) < mean
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_any_number_of_ranks_sees_what_torch_sees_on_one(beton_folder, world):
     folder = beton_folder()
@@ -103,7 +103,7 @@ def test_any_number_of_ranks_sees_what_torch_sees_on_one(beton_folder, world):
     assert same(together, batches(folder, epoch=1))
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 @pytest.mark.parametrize("start", range(5))
 def test_starting_at_a_step_gives_the_tail_of_the_epoch(beton_folder, start):
     folder = beton_folder()
@@ -113,21 +113,21 @@ def test_starting_at_a_step_gives_the_tail_of_the_epoch(beton_folder, start):
         assert alike(tail, batches(folder, epoch=2, start_step=start, batch_size=6, pipeline="torch"), CLOSE)
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 @pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (3, 5), (64, 2)])
 def test_workers_and_prefetch_change_nothing(beton_folder, workers, prefetch):
     folder = beton_folder()
     assert same(batches(folder, workers=workers, prefetch=prefetch, batch_size=4), batches(folder, batch_size=4))
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 def test_central_crops_are_those_of_torch(beton_folder):
     folder = beton_folder()
     settings = {"augment": False, "input_size": (24, 40)}
     assert alike(batches(folder, **settings), batches(folder, pipeline="torch", **settings), CLOSE)
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 def test_every_image_comes_once_an_epoch_and_epochs_differ(beton_folder):
     pipeline = build_pipeline(beton_folder(), pipeline="ffcv", batch_size=6, input_size=32)
     orders = [[i for batch in pipeline.epoch(epoch) for i in batch.ids.tolist()] for epoch in range(4)]
@@ -136,7 +136,7 @@ def test_every_image_comes_once_an_epoch_and_epochs_differ(beton_folder):
     pipeline.close()
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 def test_a_delivered_batch_is_never_written_again(beton_folder):
     pipeline = build_pipeline(beton_folder(), pipeline="ffcv", batch_size=4, input_size=32, prefetch=1)
     kept = [(batch.images, batch.images.clone()) for epoch in range(3) for batch in pipeline.epoch(epoch)]
@@ -144,7 +144,7 @@ def test_a_delivered_batch_is_never_written_again(beton_folder):
     assert all(torch.equal(images, copy) for images, copy in kept)
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 def test_one_pipeline_serves_two_epochs_at_once(beton_folder):
     folder = beton_folder()
     pipeline = build_pipeline(folder, pipeline="ffcv", batch_size=6, input_size=32, seed=5)
@@ -154,7 +154,7 @@ def test_one_pipeline_serves_two_epochs_at_once(beton_folder):
     pipeline.close()
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 def test_leaving_epochs_early_disturbs_none_of_the_following(beton_folder):
     folder = beton_folder()
     pipeline = build_pipeline(folder, pipeline="ffcv", batch_size=4, input_size=32, seed=5, prefetch=4)
@@ -167,7 +167,7 @@ def test_leaving_epochs_early_disturbs_none_of_the_following(beton_folder):
     pipeline.close()
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 def test_torchs_threads_are_left_alone_and_close_ends_ours(beton_folder):
     folder = beton_folder()
     before = torch.get_num_threads()
@@ -184,7 +184,7 @@ def test_torchs_threads_are_left_alone_and_close_ends_ours(beton_folder):
     assert not [thread for thread in threading.enumerate() if "PlannedEpoch" in repr(thread)]
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 def test_a_file_cut_short_while_in_use_is_an_error_not_a_crash(beton_folder):
     folder = beton_folder()
     pipeline = build_pipeline(folder, pipeline="ffcv", batch_size=6, input_size=32)
@@ -196,7 +196,7 @@ def test_a_file_cut_short_while_in_use_is_an_error_not_a_crash(beton_folder):
     pipeline.close()
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 def test_an_unknown_resize_and_a_folder_without_a_beton_are_refused(image_folder, beton_folder):
     with pytest.raises(SettingsError, match="'cubic' is unknown; there are: bicubic, area"):
         batches(beton_folder(), ffcv_resize="cubic")
@@ -204,14 +204,14 @@ def test_an_unknown_resize_and_a_folder_without_a_beton_are_refused(image_folder
         batches(image_folder(name="other"))
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 @ways_to_end
 def test_the_program_ends_with_an_epoch_left_open(beton_folder, then, code):
     ended = left_open(beton_folder(), "ffcv", 4, then)
     assert (ended.returncode, ended.stdout) == (code, "running\n"), ended.stderr
 
 
-@needs_ffcv
+@pytest.mark.ffcv
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_cuda_the_batches_are_those_of_the_cpu(beton_folder):
     folder = beton_folder()

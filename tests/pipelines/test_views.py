@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from pipelines import DataError, build_pipeline
-from tests.pipelines.comparing import batches, needs_dali, needs_ffcv
+from tests.pipelines.comparing import batches
 
 BACKENDS = [
     pytest.param({}, id="torch"),
     pytest.param({"augment_on": "device"}, id="device_augment"),
     pytest.param({"decode_on": "device"}, id="device_decode"),
-    pytest.param({"pipeline": "dali"}, id="dali", marks=needs_dali),
-    pytest.param({"pipeline": "ffcv"}, id="ffcv", marks=needs_ffcv),
+    pytest.param({"pipeline": "dali"}, id="dali", marks=pytest.mark.dali),
+    pytest.param({"pipeline": "ffcv"}, id="ffcv", marks=pytest.mark.ffcv),
 ]
 
 

@@ -93,9 +93,22 @@ def test_steps_lower_the_loss():
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("asked", ["bf16", "fp16", "fp32"])
-def test_a_precision_asked_for_is_taken(asked):
+@pytest.mark.parametrize(
+    ("asked", "rate", "warned"),
+    [
+        ("bf16", 2e12, ""),
+        ("bf16", 0.7e12, ""),
+        ("bf16", 1e10, "--precision bf16: matrix products take this cpu 100 times as long as in fp32"),
+        ("fp16", 1e10, "--precision fp16: matrix products take this cpu 100 times as long as in fp32"),
+        ("fp32", 1e10, ""),
+    ],
+)
+def test_a_precision_asked_for_is_taken_with_a_warning_where_it_is_emulated(monkeypatch, caplog, asked, rate, warned):
+    rates = {torch.float32: 1e12, torch.bfloat16: rate, torch.float16: rate}
+    monkeypatch.setattr("spark_fast.training.step.matmul_rate", lambda device, dtype: rates[dtype])
     assert resolve_precision(asked, CPU) == asked
+    assert bool(caplog.messages) == bool(warned)
+    assert all(m.startswith(warned) and m.endswith("take --precision fp32") for m in caplog.messages)
 
 
 def test_on_the_cpu_auto_means_fp32():
