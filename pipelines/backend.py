@@ -33,7 +33,7 @@ class Backend(ABC):
         prefetch: int = 2,
         max_bad_fraction: float = 0.01,
     ) -> None:
-        self.num_samples = len(source)
+        self.num_samples, self.listing = len(source), source.fingerprint()
         self.classes = source.classes
         self.num_classes = num_classes(source)
         self._tally = Tally(source, max_bad_fraction)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.contract import DataError
-from pipelines.shards import BETON, PARTIAL, read_record
+from pipelines.shards import BETON, MANIFEST, PARTIAL, read_manifest, read_record
 
 CHECKS = np.dtype(
     [("ptr", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4"), ("height", "<u2"), ("width", "<u2"),
@@ -109,6 +109,11 @@ class BetonSource:
     def name(self, i: int) -> str:
         """File and record."""
         return f"{self.path.name}:{i}"
+
+    def fingerprint(self) -> str:
+        """Of what was converted; "" without its manifest."""
+        folder = self.path.parent
+        return read_manifest(folder).made_from.get("listing", "") if (folder / MANIFEST).exists() else ""
 
     def close(self) -> None:
         """Close the file."""

@@ -36,6 +36,7 @@ class Pipeline(Protocol):
     """Batches of one data set on one device, in the order that (seed, epoch) gives."""
 
     num_samples: int
+    listing: str  # of the images, as `Source.fingerprint`
     num_classes: int  # 0 for unlabelled data
     classes: list[str]  # name of each label, empty when not known
     problems: Problems

@@ -28,6 +28,7 @@ class ShardSource:
         self.folder = folder
         self.classes = manifest.classes
         self._index = read_index(folder, manifest)
+        self._listing: str = manifest.made_from.get("listing", "")
         self.labels: NDArray[np.int32] | None = self._index["label"].copy() if manifest.labelled else None
         self._names = [shard.file for shard in manifest.shards]
         _check_open_files(manifest, folder)
@@ -57,6 +58,10 @@ class ShardSource:
         header = os.pread(self._files[row["shard"]].fileno(), 100, int(row["offset"]) - 512)
         member = header.split(b"\0")[0].decode("ascii", "backslashreplace")
         return f"{self._names[row['shard']]}:{member}"
+
+    def fingerprint(self) -> str:
+        """Of what was converted."""
+        return self._listing
 
     def close(self) -> None:
         """Close the shards."""

@@ -45,6 +45,10 @@ class Source(Protocol):
         """What to call the image in a message."""
         ...
 
+    def fingerprint(self) -> str:
+        """Of the listing of the images: equal wherever they lie, and for what was converted; "" if not known."""
+        ...
+
     def close(self) -> None:
         """Let go of open files."""
         ...

@@ -27,6 +27,7 @@ class SyntheticPipeline:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.num_samples, self.num_classes = schedule.num_samples, IMAGES
+        self.listing = "generated"
         self.classes: list[str] = []
         self.problems = Problems()
         self.device = torch.device(device)

@@ -84,4 +84,4 @@ def test_first_loss_in_fp32(golden, name, encoder):
     model = build(figures, state, encoder, torch.float32)
     loss = model(recorded_images(figures, torch.float32)[0], torch.from_numpy(arrays["masks"][0]))
     assert loss.dtype == torch.float32
-    assert float(loss) == pytest.approx(figures["loss"][0], rel=1e-5)
+    assert loss.item() == pytest.approx(figures["loss"][0], rel=1e-5)

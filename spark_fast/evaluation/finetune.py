@@ -119,7 +119,7 @@ class FinetuneRun:
             CheckpointError: it is of another run.
         """
         differences = differing(state["settings"], self.settings.meaning(), self.settings.HARMLESS)
-        refuse_differences(path, state, differences, self.train_images.num_samples, "another <name> to begin a new run")
+        refuse_differences(path, state, differences, self.train_images, "another <name> to begin a new run")
         checkpoint.restore(path, state, self.network, self.optimizer)
         if self.ema is not None:
             load_strictly(self.ema.module, state["ema"])
@@ -270,6 +270,7 @@ class FinetuneRun:
             epoch=self.step // self.steps_per_epoch,
             loss=self.loss,
             num_samples=self.train_images.num_samples,
+            listing=self.train_images.listing,
             settings=self.settings.meaning(),
             versions=versions(),
             random_state=checkpoint.random_state(),

@@ -112,7 +112,7 @@ class PretrainRun:
     def restore(self, paths: list[Path]) -> None:
         """Go on where the first of these checkpoints that can be read was written, at the very next batch."""
         path, state = read_newest(paths)
-        check_same_run(path, state, self.settings, self.pipeline.num_samples)
+        check_same_run(path, state, self.settings, self.pipeline)
         checkpoint.restore(path, state, self.model, self.optimizer)
         self.advance.scaler.load_state_dict(state["scaler"])
         self.step = self.begun = state["step"]
@@ -292,6 +292,7 @@ class PretrainRun:
             epoch=step // self.steps_per_epoch,
             loss=self.loss,
             num_samples=self.pipeline.num_samples,
+            listing=self.pipeline.listing,
             settings=self.settings.to_dict(),
             versions=versions(),
             random_state=checkpoint.random_state(),

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from pipelines.contract import Pipeline
 from spark_fast.training.checkpoint import CheckpointError, read_run
 from spark_fast.training.run_folder import versions
 from spark_fast.training.settings import Settings
@@ -66,7 +67,7 @@ def read_newest(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
     raise CheckpointError(more + "; ".join(reasons))
 
 
-def check_same_run(path: Path, state: dict[str, Any], settings: Settings, num_samples: int) -> None:
+def check_same_run(path: Path, state: dict[str, Any], settings: Settings, data: Pipeline) -> None:
     """Refuse to go on with other settings or data, which would silently be another run.
 
     What is compared is what the settings mean: `res50` is `resnet50`, a default is the value it stands for.
@@ -79,7 +80,7 @@ def check_same_run(path: Path, state: dict[str, Any], settings: Settings, num_sa
     except (TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path} has settings that this version cannot read ({error})") from None
     differences = differing(before, settings.meaning(), HARMLESS)
-    refuse_differences(path, state, differences, num_samples, "--init_weight to begin a new run from its weights")
+    refuse_differences(path, state, differences, data, "--init_weight to begin a new run from its weights")
 
 
 def differing(before: dict, now: dict, harmless: dict[str, set[str]]) -> list[str]:
@@ -92,13 +93,15 @@ def differing(before: dict, now: dict, harmless: dict[str, set[str]]) -> list[st
     ]
 
 
-def refuse_differences(path: Path, state: dict[str, Any], differences: list[str], num_samples: int, else_: str) -> None:
+def refuse_differences(path: Path, state: dict[str, Any], differences: list[str], data: Pipeline, else_: str) -> None:
     """Raise CheckpointError if there are differences between the run of a checkpoint and this one, or in the data.
 
     `else_`: what to give where another run is meant. Other versions are only warned of.
     """
-    if state["num_samples"] != num_samples:
-        differences.append(f"the data had {state['num_samples']} images, now {num_samples}")
+    if state["num_samples"] != data.num_samples:
+        differences.append(f"the data had {state['num_samples']} images, now {data.num_samples}")
+    elif (before := state.get("listing")) and data.listing and before != data.listing:
+        differences.append(f"the data are {data.num_samples} other images: names or labels differ")
     if differences:
         raise CheckpointError(
             f"{path} is of another run: {'; '.join(differences)}. Give the same settings to go on with it, or {else_}"

@@ -300,6 +300,7 @@ EDITS = [
     ("--decoder_width=64", "decoder_width was 32, is 64"),
     ("--input_size=96", "input_size was '64x64', is '96x96'"),
     ("fewer images", "the data had 48 images, now 40"),
+    ("other images", "the data are 48 other images"),
     ("another format", "is of format 2, this version reads 1"),
 ]
 
@@ -308,11 +309,11 @@ EDITS = [
 def test_another_run_is_not_gone_on_with(copied, pictures, tmp_path, capsys, monkeypatch, edit, difference):  # noqa: F811
     """Row 7."""
     folder, flags = copied
-    if edit == "fewer images":
-        shutil.copytree(pictures, tmp_path / "fewer")
-        for path in sorted((tmp_path / "fewer").rglob("*.JPEG"))[:8]:
-            path.unlink()
-        edit = f"--data_path={tmp_path / 'fewer'}"
+    if edit in ("fewer images", "other images"):
+        shutil.copytree(pictures, tmp_path / "changed")
+        for path in sorted((tmp_path / "changed").rglob("*.JPEG"))[:8]:
+            path.unlink() if edit == "fewer images" else path.rename(path.with_stem(f"{path.stem}_b"))
+        edit = f"--data_path={tmp_path / 'changed'}"
     if edit == "another format":
         for path in published(folder).values():
             checkpoint.write(path, {**read(path), "format": 2})

@@ -27,7 +27,8 @@ class Watched:
 
     def __init__(self, pipeline: Pipeline, rank: int, ledger: Path, plan: dict[tuple[int, int], str]) -> None:
         self._pipeline, self._rank, self._ledger, self._plan = pipeline, rank, ledger, plan
-        self.num_samples, self.problems = pipeline.num_samples, pipeline.problems
+        self.num_samples, self.listing = pipeline.num_samples, pipeline.listing
+        self.problems = pipeline.problems
 
     def __len__(self) -> int:
         return len(self._pipeline)

@@ -49,6 +49,7 @@ def test_records_are_the_shards_bytes_or_their_pixels(beton_folder):
     folder = beton_folder()
     beton, shards = BetonSource(folder / BETON), open_source(folder)
     assert len(beton) == len(shards) == 24
+    assert beton.fingerprint() == shards.fingerprint()
     assert beton.labels.tolist() == shards.labels.tolist()
     raw = beton.checks["mode"] == 1
     assert 0 < raw.sum() < 24

@@ -47,6 +47,7 @@ def test_training_on_shards_is_training_on_the_folder(image_folder, tmp_path):
         assert Path(raw.name(i)).stem == shards.name(i).split("-")[-1].removesuffix(".jpg")
     assert shards.labels.tolist() == raw.labels.tolist()
     assert shards.classes == raw.classes
+    assert shards.fingerprint() == raw.fingerprint()
     for a, b in zip(batches(root), batches(tmp_path / "shards"), strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.labels, b.labels)

@@ -1,6 +1,7 @@
 """Which checkpoint a run goes on from, and when it is told that this would be another run."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,8 +16,11 @@ def settings(*words):
     return parse(["name", "--data_path=images", *words])
 
 
-def saved(*words, num_samples=10):
-    return {"settings": settings(*words).to_dict(), "num_samples": num_samples}
+DATA = SimpleNamespace(num_samples=10, listing="sha256")
+
+
+def saved(*words):
+    return {"settings": settings(*words).to_dict(), "num_samples": 10, "listing": "sha256"}
 
 
 def checkpoint(path, step=1):
@@ -70,7 +74,7 @@ def test_where_none_can_be_read_each_is_named(tmp_path):
 
 
 def test_the_same_settings_are_the_same_run():
-    check_same_run(Path("x.pth"), saved("--bs=5"), settings("--bs=5"), 10)
+    check_same_run(Path("x.pth"), saved("--bs=5"), settings("--bs=5"), DATA)
 
 
 # another valid value of each setting
@@ -99,28 +103,28 @@ def test_each_setting_is_harmless_or_named_as_a_difference(group, name):
     state = saved()
     state["settings"][group][name] = other(name, state["settings"][group][name])
     if name in HARMLESS[group]:
-        check_same_run(Path("x.pth"), state, settings(), 10)
+        check_same_run(Path("x.pth"), state, settings(), DATA)
         return
     with pytest.raises(CheckpointError, match=rf"x.pth is of another run: (.*; )?{name} was .*, is .*\. Give"):
-        check_same_run(Path("x.pth"), state, settings(), 10)
+        check_same_run(Path("x.pth"), state, settings(), DATA)
 
 
 def test_another_spelling_of_the_same_is_no_difference():
     then = saved("--model=res50", "--input_size=224", "--sparse_conv=1")
-    check_same_run(Path("x.pth"), then, settings("--input_size=224x224", "--encoder=sparseconvnet", "--dp=0.05"), 10)
+    check_same_run(Path("x.pth"), then, settings("--input_size=224x224", "--encoder=sparseconvnet", "--dp=0.05"), DATA)
 
 
 def test_settings_of_a_later_version_are_named():
     state = saved()
     state["settings"]["model"]["wings"] = 2
     with pytest.raises(CheckpointError, match=r"x.pth has settings that this version cannot read .*wings"):
-        check_same_run(Path("x.pth"), state, settings(), 10)
+        check_same_run(Path("x.pth"), state, settings(), DATA)
 
 
 def test_other_versions_are_told_and_go_on(caplog):
-    check_same_run(Path("x.pth"), {**saved(), "versions": versions()}, settings(), 10)
+    check_same_run(Path("x.pth"), {**saved(), "versions": versions()}, settings(), DATA)
     assert not caplog.messages
-    check_same_run(Path("x.pth"), {**saved(), "versions": {**versions(), "torch": "1.0"}}, settings(), 10)
+    check_same_run(Path("x.pth"), {**saved(), "versions": {**versions(), "torch": "1.0"}}, settings(), DATA)
     (message,) = caplog.messages
     assert f"torch 1.0 (now {versions()['torch']})" in message
 
@@ -138,12 +142,22 @@ def test_what_decides_the_weights_is_never_harmless():
 def test_where_and_how_fast_it_runs_may_change():
     then = saved("--exp_dir=a", "--workers=1", "--log_every=3", "--precision=fp32", "--encoder=masked")
     now = settings("--exp_dir=b", "--workers=2", "--log_every=1", "--precision=bf16", "--encoder=packed", "--resume=x")
-    check_same_run(Path("x.pth"), then, now, 10)
+    check_same_run(Path("x.pth"), then, now, DATA)
 
 
 def test_all_differences_are_told_at_once_and_the_data_among_them():
+    more = SimpleNamespace(num_samples=11, listing="another")
     with pytest.raises(CheckpointError) as caught:
-        check_same_run(Path("x.pth"), saved("--bs=4", "--model=resnet18"), settings("--bs=5", "--ep=3"), 11)
+        check_same_run(Path("x.pth"), saved("--bs=4", "--model=resnet18"), settings("--bs=5", "--ep=3"), more)
     for part in ("batch_size was 4, is 5", "model was 'resnet18', is 'resnet50'", "epochs was 1600, is 3",
                  "the data had 10 images, now 11", "--init_weight"):  # fmt: skip
         assert part in str(caught.value)
+
+
+def test_as_many_other_images_are_another_run_where_it_is_known():
+    with pytest.raises(CheckpointError, match="the data are 10 other images: names or labels differ"):
+        check_same_run(Path("x.pth"), saved(), settings(), SimpleNamespace(num_samples=10, listing="another"))
+    check_same_run(Path("x.pth"), saved(), settings(), SimpleNamespace(num_samples=10, listing=""))
+    before = saved()
+    del before["listing"]  # a checkpoint written before it was kept
+    check_same_run(Path("x.pth"), before, settings(), DATA)
