@@ -47,7 +47,7 @@ def test_trajectory_equals_the_published_code(golden, name, encoder):
         loss.backward()
         norm = clip_gradients(model.parameters(), settings["max_grad_norm"])
         optimizer.step()
-        for key, value in (("loss", loss), ("grad_norm", norm), ("lr", lr), ("weight_decay", decay)):
+        for key, value in (("loss", loss.detach()), ("grad_norm", norm), ("lr", lr), ("weight_decay", decay)):
             seen[key].append(float(value))
     for key, values in seen.items():
         np.testing.assert_allclose(values, figures[key], rtol=1e-7, err_msg=key)

@@ -173,11 +173,11 @@ class Display:
             )
 
 
-def main() -> int:
-    """Run the command; returns the exit code."""
+def main(words: list[str] | None = None) -> int:
+    """Run the command with these words, else those of the command line; returns the exit code."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        return tyro.cli(convert_imagenet, use_underscores=True, description=__doc__)
+        return tyro.cli(convert_imagenet, args=words, use_underscores=True, description=__doc__)
     except (SettingsError, DataError, StorageError) as error:
         print(f"convert_imagenet: {error}", file=sys.stderr)
         return error.exit_code

@@ -156,18 +156,21 @@ def test_stochastic_depth_drops_whole_images_alike_in_both_encoders():
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"),
+    ("name", "stages", "backend"),
     [
-        ("resnet10t", "inductor"),
-        ("convnext_zepto_rms", "inductor"),
-        ("tf_mobilenetv3_small_minimal_100", "aot_eager"),  # traced forward and backward; no code is made, which takes
-        ("test_nfnet", "aot_eager"),  # a minute each
+        ("resnet10t", 2, "inductor"),  # minutes of g++, even for two stages
+        ("convnext_zepto_rms", 2, "inductor"),
+        ("seresnet18", None, "eager"),
+        ("convnextv2_atto", None, "eager"),
+        ("test_nfnet", None, "eager"),
+        ("tf_mobilenetv3_small_minimal_100", None, "eager"),
     ],
 )
-def test_the_packed_model_compiles_into_one_graph_and_once(name, backend):
+def test_the_packed_model_compiles_into_one_graph_and_once(name, stages, backend):
     torch._dynamo.reset()  # what it learned of other networks' shapes would make it try dynamic ones
     torch.manual_seed(0)
-    model = build_spark(name, input_size=64, mask_ratio=0.5, decoder_width=32).to(memory_format=torch.channels_last)
+    model = build_spark(name, input_size=64, mask_ratio=0.5, decoder_width=32, stages=stages)
+    model.to(memory_format=torch.channels_last)
     images = torch.randn(2, 3, 64, 64)
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, backend=counter)

@@ -64,7 +64,7 @@ def rows(folder):
 
 def test_killed_at_random_moments_it_ends_with_the_same_bits(pictures, tmp_path, times):  # noqa: F811
     """Row 1. Every fourth kill while the process starts, the others somewhere in a step, its loading or its save."""
-    kills, rng = times(3, 30), random.Random(1)
+    kills, rng = times(5, 30), random.Random(1)
     epochs = kills + 1
     flags = flags_of(pictures, epochs)
     started, first_row = time.monotonic(), tmp_path / "whole" / "metrics.jsonl"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from pipelines.contract import DataError
 from pipelines.convert import ConvertSettings, convert
 from pipelines.open_source import TARS, open_source
 from pipelines.stored import StoredImages
+from tests.commands import run_here
 from tests.pipelines.tars import tar_of, tar_of_tars
+from tools.convert_imagenet import main
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_imagenet.py"
 
@@ -43,6 +46,11 @@ def run(src: Path, dst: Path, *options: str, **popen: object) -> subprocess.Comp
     return subprocess.run(  # type: ignore[call-overload]
         command(src, dst, *options), capture_output=True, text=True, timeout=60, check=False, **popen
     )
+
+
+def here(src: Path, dst: Path, *options: str, code: int) -> SimpleNamespace:
+    """`run` in this process."""
+    return run_here(main, *command(src, dst, *options)[2:], code=code)
 
 
 def convert_here(src: Path, dst: Path) -> None:
@@ -168,37 +176,30 @@ def test_a_failing_write_is_exit_code_6(src, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "message"),
+    ("options", "message"),
     [
-        (["--max_side", "300"], 2, "exclude each other"),
-        (["--quality", "0"], 2, "quality 0"),
-        (["--workers", "-1"], 2, "counts"),
-        (["--part", "3/2"], 2, "part '3/2' is no I/N"),
-        (["--part", "1/2", "--overwrite"], 2, "--part goes neither with --overwrite"),
-        (["--merge"], 2, "--merge takes one folder"),
-        (["--no_such_option", "1"], 2, "no_such_option"),
+        (["--max_side", "300"], "exclude each other"),
+        (["--quality", "0"], "quality 0"),
+        (["--workers", "-1"], "counts"),
+        (["--part", "3/2"], "part '3/2' is no I/N"),
+        (["--part", "1/2", "--overwrite"], "--part goes neither with --overwrite"),
+        (["--merge"], "--merge takes one folder"),
+        (["--no_such_option", "1"], "no_such_option"),
     ],
 )
-def test_senseless_settings_are_exit_code_2(src, tmp_path, options, code, message):
-    ended = run(src, tmp_path / "out", *options)
-    assert ended.returncode == code
+def test_senseless_settings_are_exit_code_2(src, tmp_path, options, message):
+    ended = here(src, tmp_path / "out", *options, code=2)
     assert message in ended.stderr + ended.stdout
     assert not (tmp_path / "out").exists()
 
 
 def test_bad_sources_are_exit_code_3_and_bad_destinations_2(src, tmp_path):
-    missing = run(tmp_path / "nothing", tmp_path / "out")
-    assert (missing.returncode, missing.stderr.count("\n")) == (3, 1)
+    missing = here(tmp_path / "nothing", tmp_path / "out", code=3)
+    assert missing.stderr.count("\n") == 1
     assert "nothing does not exist" in missing.stderr
-    unmerged = subprocess.run(
-        [sys.executable, str(TOOL), str(tmp_path / "nothing"), "--merge"], capture_output=True, text=True, check=False
-    )
-    assert (unmerged.returncode, unmerged.stderr.count("\n")) == (3, 1)
+    unmerged = run_here(main, tmp_path / "nothing", "--merge", code=3)
+    assert unmerged.stderr.count("\n") == 1
     (tmp_path / "empty").mkdir()
-    empty = run(tmp_path / "empty", tmp_path / "out")
-    assert empty.returncode == 3
-    assert "no images in" in empty.stderr
-    inside = run(src, src / "out")
-    assert inside.returncode == 2
-    assert "images' own folder" in inside.stderr
+    assert "no images in" in here(tmp_path / "empty", tmp_path / "out", code=3).stderr
+    assert "images' own folder" in here(src, src / "out", code=2).stderr
     assert not (tmp_path / "out").exists()
