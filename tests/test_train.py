@@ -157,7 +157,7 @@ def test_killed_and_resumed_on_real_images(imagenet_sample, tmp_path):
     assert_same_weights(tmp_path / "whole", tmp_path / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])  # SIGUSR1: tests/faults/test_checkpoint_faults.py
 def test_a_signal_saves_and_says_how_to_resume(unbroken, tmp_path, number):
     folder, flags, _ = unbroken
     flags = [f for f in flags if f != "--save_every=1"]
