@@ -156,7 +156,7 @@ def resolve_precision(asked: str, device: torch.device) -> str:
             half, full = (matmul_rate(device, DTYPES[name]) for name in (asked, "fp32"))
             if half < full / 2:  # those that have them are twice as fast or more, those that have not many times slower
                 log.warning(
-                    "--precision %s: matrix products take this %s %.0f times as long as in fp32; take --precision fp32",
+                    "--precision %s: matrix products take this %s %.0f times as long as in fp32; take --precision auto",
                     asked, device.type, full / half,
                 )  # fmt: skip
         return asked
