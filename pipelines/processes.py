@@ -31,6 +31,7 @@ Job = TypeVar("Job")
 REPORT_SECONDS = 0.1
 POLL_SECONDS = 1.0
 SILENT_SECONDS = 10.0  # without a word from a process: then it is looked at, and given up if somebody stopped it
+IDLE_SECONDS = 60.0  # the same while it starts or ends, which takes long on a busy machine
 STALL_SECONDS = 600.0  # then it is given up in any case: a sound one may only be silent while a shard goes to the disk
 
 logger = logging.getLogger("pipelines")
@@ -45,6 +46,7 @@ class _Worker:
     process: Any
     done: Any  # shared: images done of its job
     job: Any = None
+    started: bool = False  # it has said a word
     silent: float = 0.0  # seconds, of those in which the parent ran
 
 
@@ -77,7 +79,7 @@ def run_jobs(
             passed = min(time.monotonic() - before, POLL_SECONDS)  # not the time that the parent itself was stopped
             for pipe, worker in list(children.items()):
                 if pipe in heard:
-                    worker.silent = 0
+                    worker.started, worker.silent = True, 0
                     _hear(pipe, children, remaining, advance, describe)
                 else:
                     _look_after(worker, passed, describe)
@@ -157,7 +159,8 @@ def _look_after(worker: _Worker, passed: float, describe: Any) -> None:
     )
     if state in "Tt" or worker.silent >= STALL_SECONDS:
         raise StorageError(f"{report}: given up. Whole shards are kept: run the same command again.")
-    if before < SILENT_SECONDS:
+    at_work = worker.started and worker.job is not None
+    if before < (SILENT_SECONDS if at_work else IDLE_SECONDS) <= worker.silent:
         logger.warning("%s: given up after %.0f s", report, STALL_SECONDS)
 
 
@@ -205,6 +208,7 @@ def _serve(work: Callable[[Any, Advance], None], pipe: Connection, done: Any) ->
     faulthandler.enable()  # a crash in a decoder shows where, on stderr
     torch.set_num_threads(1)
     try:
+        pipe.send((0, 0))  # the first word
         while (job := pipe.recv()) is not None:
             try:
                 with _Reports(pipe, done) as advance:

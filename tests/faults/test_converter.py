@@ -240,10 +240,18 @@ def test_a_worker_that_raises_gives_its_own_traceback_and_image(times):
 
 
 def test_a_worker_that_hangs_is_reported_and_then_given_up(monkeypatch, caplog):
-    monkeypatch.setattr(processes, "SILENT_SECONDS", 0.5)
-    monkeypatch.setattr(processes, "STALL_SECONDS", 2.0)
+    for patience, seconds in (("IDLE", 0.5), ("SILENT", 0.5), ("STALL", 2.0)):
+        monkeypatch.setattr(processes, f"{patience}_SECONDS", seconds)
     monkeypatch.setattr(processes, "POLL_SECONDS", 0.1)
     with caplog.at_level(logging.WARNING, "pipelines"), pytest.raises(StorageError, match="at job 600: given up"):
         run_jobs(jobs.silent, [600.0] * 2, 2, nowhere, lambda job, done: f"job {job:.0f}")
     assert "has said nothing for" in caplog.text
     assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_is_slow_to_start_and_to_end_is_given_time(monkeypatch, caplog):
+    """Importing takes it seconds: at work it would be told of after so long a silence."""
+    monkeypatch.setattr(processes, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(processes, "POLL_SECONDS", 0.05)
+    run_jobs(jobs.silent, [0.0] * 2, 2, nowhere, lambda job, done: "nowhere")
+    assert not caplog.messages
