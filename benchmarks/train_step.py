@@ -26,7 +26,7 @@ from rich.table import Table
 from ways import Shape, Way, build, inputs, train_step
 
 from spark_fast.encoder import Visible
-from spark_fast.training.device import matmul_rate
+from spark_fast.training.device import is_emulated, matmul_rate
 from spark_fast.training.heap import keep_heap
 from spark_fast.training.step import DTYPES
 
@@ -129,7 +129,7 @@ def main(options: Options) -> None:
     device = torch.device(options.device)
     keep_heap()
     rates = {name: matmul_rate(device, DTYPES[name]) / 2e9 for name in ("fp32", "bf16")}
-    if rates["bf16"] < rates["fp32"] / 2 and options.candidates == tuple(CANDIDATES):
+    if is_emulated(rates["bf16"], rates["fp32"]) and options.candidates == tuple(CANDIDATES):
         print(f"without bf16, which this device has no instructions for: {rates} billion multiply-adds a second")
         native = tuple(name for name, way in CANDIDATES.items() if way.precision != "bf16")
         options = replace(options, candidates=native)

@@ -113,7 +113,7 @@ class BetonSource:
     def fingerprint(self) -> str:
         """Of what was converted; "" without its manifest."""
         folder = self.path.parent
-        return read_manifest(folder).made_from.get("listing", "") if (folder / MANIFEST).exists() else ""
+        return read_manifest(folder).listing if (folder / MANIFEST).exists() else ""
 
     def close(self) -> None:
         """Close the file."""

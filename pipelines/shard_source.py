@@ -28,7 +28,7 @@ class ShardSource:
         self.folder = folder
         self.classes = manifest.classes
         self._index = read_index(folder, manifest)
-        self._listing: str = manifest.made_from.get("listing", "")
+        self._listing = manifest.listing
         self.labels: NDArray[np.int32] | None = self._index["label"].copy() if manifest.labelled else None
         self._names = [shard.file for shard in manifest.shards]
         _check_open_files(manifest, folder)

@@ -89,6 +89,11 @@ class Manifest:
     beton: BetonFiles | None = None
     format: int = FORMAT
 
+    @property
+    def listing(self) -> str:
+        """The fingerprint of the source's listing, "" if it is not known."""
+        return self.made_from.get("listing", "")
+
 
 def shard_name(number: int) -> str:
     """File name of the shard with this number."""

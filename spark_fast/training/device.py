@@ -74,6 +74,14 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / statistics.median(times)
 
 
+def is_emulated(rate: float, fp32_rate: float) -> bool:
+    """Whether a precision of this `matmul_rate` is one that the device has no instructions for.
+
+    Where there are some it is as fast as fp32 or many times faster, where there are none many times slower.
+    """
+    return rate < fp32_rate / 2
+
+
 def _seconds(a: Tensor, b: Tensor) -> float:
     """The time of a @ b; waits for the device."""
     _wait(a.device)

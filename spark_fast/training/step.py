@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spark_fast.training.device import matmul_rate
+from spark_fast.training.device import is_emulated, matmul_rate
 from spark_fast.training.guard import Guard
 from spark_fast.training.lamb import Lamb
 from spark_fast.training.optim import clip_gradients, learning_rate, set_rates, weight_decay
@@ -154,7 +154,7 @@ def resolve_precision(asked: str, device: torch.device) -> str:
     if asked != "auto":
         if asked != "fp32":
             half, full = (matmul_rate(device, DTYPES[name]) for name in (asked, "fp32"))
-            if half < full / 2:  # those that have them are twice as fast or more, those that have not many times slower
+            if is_emulated(half, full):
                 log.warning(
                     "--precision %s: matrix products take this %s %.0f times as long as in fp32; take --precision auto",
                     asked, device.type, full / half,
