@@ -263,7 +263,7 @@ def _loader(scale: Scale, device: torch.device, asked: dict[str, Any], way: Way 
         simplejpeg_stand_in.put_in_place()
     if simplejpeg_stand_in.is_in_place():
         row["note"] = "no simplejpeg: torchvision decodes on the host, and a folder is read instead of shards"
-    from pipelines import build_pipeline
+    from spark_fast.pipelines import build_pipeline
 
     shape = scale.step_shapes[0]
     with TemporaryDirectory() as folder:
@@ -305,8 +305,8 @@ def _consume(batches: Iterator[Any], shape: Shape, way: Way | None, scale: Scale
 
 def _images(folder: Path, scale: Scale, *, shards: bool, beton: bool) -> Path:
     """Photograph-like JPEGs, shorter side 256 px: noise that is smooth at several scales."""
-    from pipelines.beton_writer import BetonSettings
-    from pipelines.convert import ConvertSettings, convert
+    from spark_fast.pipelines.beton_writer import BetonSettings
+    from spark_fast.pipelines.convert import ConvertSettings, convert
 
     source, rng = folder / "source" / "class0", np.random.default_rng(0)
     source.mkdir(parents=True)

@@ -20,7 +20,6 @@ from measuring import clock, medians
 from torch import Tensor
 from ways import Shape, Way, inputs, train_step
 
-from pipelines.convert import ConvertSettings, convert
 from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, Visible
 from spark_fast.evaluation import settings as evaluation
 from spark_fast.evaluation.backbone import build_classifier
@@ -31,6 +30,7 @@ from spark_fast.evaluation.scores import judge
 from spark_fast.evaluation.weights import read_weights
 from spark_fast.export import encoder_state_dict, write_encoder
 from spark_fast.networks import build_network
+from spark_fast.pipelines.convert import ConvertSettings, convert
 from spark_fast.spark import SparK
 from spark_fast.train import open_images
 from spark_fast.training import settings as training

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from pipelines import Pipeline, build_pipeline
+from spark_fast.pipelines import Pipeline, build_pipeline
 
 
 @dataclass

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pipelines.crops import Box
+from spark_fast.pipelines.crops import Box
 
 # ImageNet's, of pixels in [0, 1] (timm.data.constants)
 MEAN = (0.485, 0.456, 0.406)

@@ -9,13 +9,13 @@ from collections.abc import Generator, Iterator
 import torch
 from torch import Tensor
 
-from pipelines.augment import Normalise
-from pipelines.buffers import Buffers
-from pipelines.contract import Batch
-from pipelines.crops import Augmentation
-from pipelines.order import Schedule, Share
-from pipelines.sources import Source, num_classes
-from pipelines.tally import Tally
+from spark_fast.pipelines.augment import Normalise
+from spark_fast.pipelines.buffers import Buffers
+from spark_fast.pipelines.contract import Batch
+from spark_fast.pipelines.crops import Augmentation
+from spark_fast.pipelines.order import Schedule, Share
+from spark_fast.pipelines.sources import Source, num_classes
+from spark_fast.pipelines.tally import Tally
 
 
 class Backend(ABC):

@@ -18,8 +18,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.contract import DataError
-from pipelines.shards import BETON, MANIFEST, PARTIAL, read_manifest, read_record
+from spark_fast.pipelines.contract import DataError
+from spark_fast.pipelines.shards import BETON, MANIFEST, PARTIAL, read_manifest, read_record
 
 CHECKS = np.dtype(
     [("ptr", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4"), ("height", "<u2"), ("width", "<u2"),

@@ -23,14 +23,14 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from pipelines.beton import CHECKS, JPEG, RAW, checks_path, sealed_checks
-from pipelines.contract import DataError, ImageError, SettingsError
-from pipelines.decode import decode
-from pipelines.ffcv_install import require_ffcv
-from pipelines.order import uniform
-from pipelines.shard_source import ShardSource
-from pipelines.shards import BETON, INDEX_FILE, BetonFiles, Manifest, ShardFile, whole_file, write_manifest
-from pipelines.verify import file_sha256
+from spark_fast.pipelines.beton import CHECKS, JPEG, RAW, checks_path, sealed_checks
+from spark_fast.pipelines.contract import DataError, ImageError, SettingsError
+from spark_fast.pipelines.decode import decode
+from spark_fast.pipelines.ffcv_install import require_ffcv
+from spark_fast.pipelines.order import uniform
+from spark_fast.pipelines.shard_source import ShardSource
+from spark_fast.pipelines.shards import BETON, INDEX_FILE, BetonFiles, Manifest, ShardFile, whole_file, write_manifest
+from spark_fast.pipelines.verify import file_sha256
 
 _PAGE = 8 * 2**20  # FFCV's default; a record never crosses a page
 

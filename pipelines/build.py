@@ -9,23 +9,23 @@ from pathlib import Path
 
 import torch
 
-from pipelines.beton import RAW, BetonSource, find_beton
-from pipelines.contract import DataError, Pipeline
-from pipelines.crops import Augmentation
-from pipelines.dali_pipeline import DaliPipeline
-from pipelines.device_decode import DeviceDecodePipeline
-from pipelines.ffcv_install import require_ffcv
-from pipelines.ffcv_pipeline import FfcvPipeline
-from pipelines.open_source import open_source
-from pipelines.order import Schedule
-from pipelines.sources import Source
-from pipelines.synthetic import SyntheticPipeline
-from pipelines.torch_pipeline import TorchPipeline
+from spark_fast.pipelines.beton import RAW, BetonSource, find_beton
+from spark_fast.pipelines.contract import DataError, Pipeline
+from spark_fast.pipelines.crops import Augmentation
+from spark_fast.pipelines.dali_pipeline import DaliPipeline
+from spark_fast.pipelines.device_decode import DeviceDecodePipeline
+from spark_fast.pipelines.ffcv_install import require_ffcv
+from spark_fast.pipelines.ffcv_pipeline import FfcvPipeline
+from spark_fast.pipelines.open_source import open_source
+from spark_fast.pipelines.order import Schedule
+from spark_fast.pipelines.sources import Source
+from spark_fast.pipelines.synthetic import SyntheticPipeline
+from spark_fast.pipelines.torch_pipeline import TorchPipeline
 
 PIPELINES = ("auto", "torch", "dali", "ffcv", "synthetic")
 PLACES = ("host", "device")
 
-logger = logging.getLogger("pipelines")
+logger = logging.getLogger("spark_fast.pipelines")
 
 
 def build_pipeline(

@@ -16,15 +16,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipelines.beton_writer import BetonSettings, mark, with_beton
-from pipelines.contract import DataError, SettingsError
-from pipelines.destination import locked, storage
-from pipelines.open_source import SPLITS, TARS
-from pipelines.order import order
-from pipelines.parts import Part, PartManifest, write_part
-from pipelines.processes import run_jobs
-from pipelines.shard_job import ShardJob, write_job
-from pipelines.shards import (
+from spark_fast.pipelines.beton_writer import BetonSettings, mark, with_beton
+from spark_fast.pipelines.contract import DataError, SettingsError
+from spark_fast.pipelines.destination import locked, storage
+from spark_fast.pipelines.open_source import SPLITS, TARS
+from spark_fast.pipelines.order import order
+from spark_fast.pipelines.parts import Part, PartManifest, write_part
+from spark_fast.pipelines.processes import run_jobs
+from spark_fast.pipelines.shard_job import ShardJob, write_job
+from spark_fast.pipelines.shards import (  # fmt: skip
     BETON,
     FORMAT,
     INDEX_FILE,
@@ -37,13 +37,13 @@ from pipelines.shards import (
     shard_name,
     write_index,
     write_manifest,
-)  # fmt: skip
-from pipelines.sources import FileSource, folder_source, list_source
-from pipelines.stored import StoredImages
-from pipelines.tar_source import tar_source
-from pipelines.verify import file_sha256
+)
+from spark_fast.pipelines.sources import FileSource, folder_source, list_source
+from spark_fast.pipelines.stored import StoredImages
+from spark_fast.pipelines.tar_source import tar_source
+from spark_fast.pipelines.verify import file_sha256
 
-logger = logging.getLogger("pipelines")
+logger = logging.getLogger("spark_fast.pipelines")
 
 _OURS = re.compile(
     r"(shard-\d{6}\.(tar|idx|json)|part-\d{4}-of-\d{4}\.(json|lock)|manifest\.json|index\.npy|images\.beton(\.npy|\.alone)?)"

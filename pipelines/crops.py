@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from numpy.typing import ArrayLike
 
-from pipelines.order import uniform
+from spark_fast.pipelines.order import uniform
 
 ATTEMPTS = 10  # torchvision's number, before it falls back to a central crop
 DRAWS = 2 * ATTEMPTS + 3  # (area, aspect) of every attempt, then top, left, flip

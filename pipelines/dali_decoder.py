@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.contract import DataError
-from pipelines.encoded_pipeline import DecoderError, Encoded
+from spark_fast.pipelines.contract import DataError
+from spark_fast.pipelines.encoded_pipeline import DecoderError, Encoded
 
 
 def as_ppm(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

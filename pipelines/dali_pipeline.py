@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pipelines.dali_decoder import DaliDecoder
-from pipelines.encoded_pipeline import BatchDecoder, EncodedPipeline
+from spark_fast.pipelines.dali_decoder import DaliDecoder
+from spark_fast.pipelines.encoded_pipeline import BatchDecoder, EncodedPipeline
 
 
 class DaliPipeline(EncodedPipeline):

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipelines.contract import StorageError
+from spark_fast.pipelines.contract import StorageError
 
-logger = logging.getLogger("pipelines")
+logger = logging.getLogger("spark_fast.pipelines")
 
 
 @contextmanager

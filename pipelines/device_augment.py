@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.augment import MEAN, STD, crop, cut
-from pipelines.crops import Box
+from spark_fast.pipelines.augment import MEAN, STD, crop, cut
+from spark_fast.pipelines.crops import Box
 
 CELL = 2  # sides of a cell, in input sizes
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pipelines.device_augment import DeviceAugment
-from pipelines.encoded_pipeline import BatchDecoder, DecoderError, Encoded, EncodedPipeline
+from spark_fast.pipelines.device_augment import DeviceAugment
+from spark_fast.pipelines.encoded_pipeline import BatchDecoder, DecoderError, Encoded, EncodedPipeline
 
 
 class DeviceDecoder:

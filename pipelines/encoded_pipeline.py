@@ -29,16 +29,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.augment import crop
-from pipelines.backend import Backend
-from pipelines.contract import Batch
-from pipelines.crops import DRAWS, Augmentation, Box
-from pipelines.decode import decode
-from pipelines.order import Schedule, Share, uniform
-from pipelines.samples import Loaded, first_readable, labels_on, load_each, thread_parts
-from pipelines.sources import Source
+from spark_fast.pipelines.augment import crop
+from spark_fast.pipelines.backend import Backend
+from spark_fast.pipelines.contract import Batch
+from spark_fast.pipelines.crops import DRAWS, Augmentation, Box
+from spark_fast.pipelines.decode import decode
+from spark_fast.pipelines.order import Schedule, Share, uniform
+from spark_fast.pipelines.samples import Loaded, first_readable, labels_on, load_each, thread_parts
+from spark_fast.pipelines.sources import Source
 
-logger = logging.getLogger("pipelines")
+logger = logging.getLogger("spark_fast.pipelines")
 
 
 class DecoderError(RuntimeError):

@@ -28,8 +28,8 @@ from ffcv.traversal_order.base import TraversalOrder
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.beton import BetonSource
-from pipelines.ffcv_kernel import decode_planned
+from spark_fast.pipelines.beton import BetonSource
+from spark_fast.pipelines.ffcv_kernel import decode_planned
 
 # One kernel at a time: numba's simplest thread pool, its last resort, ends the process when two callers meet.
 _kernel = threading.Lock()

@@ -16,14 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.augment import cut
-from pipelines.backend import Backend
-from pipelines.beton import BetonSource
-from pipelines.contract import Batch, DataError, SettingsError
-from pipelines.crops import DRAWS, Augmentation
-from pipelines.ffcv_install import require_ffcv
-from pipelines.order import Schedule, Share, uniform
-from pipelines.samples import Loaded, labels_on, load_each, load_sample
+from spark_fast.pipelines.augment import cut
+from spark_fast.pipelines.backend import Backend
+from spark_fast.pipelines.beton import BetonSource
+from spark_fast.pipelines.contract import Batch, DataError, SettingsError
+from spark_fast.pipelines.crops import DRAWS, Augmentation
+from spark_fast.pipelines.ffcv_install import require_ffcv
+from spark_fast.pipelines.order import Schedule, Share, uniform
+from spark_fast.pipelines.samples import Loaded, labels_on, load_each, load_sample
 
 RESIZES = ("bicubic", "area")  # as the published code does it; FFCV's own
 
@@ -44,8 +44,8 @@ class FfcvPipeline(Backend):
             raise SettingsError(f"resize {resize!r} is unknown; there are: {', '.join(RESIZES)}")
         super().__init__(source, schedule, augmentation, **settings)
         require_ffcv("--pipeline ffcv")
-        from pipelines.ffcv_kernel import PLAN
-        from pipelines.ffcv_loader import PlannedEpoch, PlannedLoader
+        from spark_fast.pipelines.ffcv_kernel import PLAN
+        from spark_fast.pipelines.ffcv_loader import PlannedEpoch, PlannedLoader
 
         self._beton = source
         self._bytes = source.size()

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipelines.contract import DataError
-from pipelines.convert import finish, remove_leftovers
-from pipelines.destination import locked, storage
-from pipelines.open_source import SPLITS
-from pipelines.parts import PartManifest, read_parts
-from pipelines.shards import MANIFEST, Manifest, read_manifest, shard_name
+from spark_fast.pipelines.contract import DataError
+from spark_fast.pipelines.convert import finish, remove_leftovers
+from spark_fast.pipelines.destination import locked, storage
+from spark_fast.pipelines.open_source import SPLITS
+from spark_fast.pipelines.parts import PartManifest, read_parts
+from spark_fast.pipelines.shards import MANIFEST, Manifest, read_manifest, shard_name
 
 
 def merge(dst: Path) -> list[tuple[Path, Manifest]]:

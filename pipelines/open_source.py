@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pipelines.beton import BetonSource
-from pipelines.contract import DataError
-from pipelines.shard_source import ShardSource
-from pipelines.shards import MANIFEST, PARTIAL, read_manifest
-from pipelines.sources import Source, folder_source, list_source
+from spark_fast.pipelines.beton import BetonSource
+from spark_fast.pipelines.contract import DataError
+from spark_fast.pipelines.shard_source import ShardSource
+from spark_fast.pipelines.shards import MANIFEST, PARTIAL, read_manifest
+from spark_fast.pipelines.sources import Source, folder_source, list_source
 
 SPLITS = ("train", "val", "test")
 TARS = {  # as downloaded from image-net.org

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipelines.contract import DataError, SettingsError
-from pipelines.shards import whole_file
+from spark_fast.pipelines.contract import DataError, SettingsError
+from spark_fast.pipelines.shards import whole_file
 
 Job = TypeVar("Job")
 

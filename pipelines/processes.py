@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipelines.contract import DataError, StorageError
+from spark_fast.pipelines.contract import DataError, StorageError
 
 Job = TypeVar("Job")
 REPORT_SECONDS = 0.1
@@ -34,7 +34,7 @@ SILENT_SECONDS = 10.0  # without a word from a process: then it is looked at, an
 IDLE_SECONDS = 60.0  # the same while it starts or ends, which takes long on a busy machine
 STALL_SECONDS = 600.0  # then it is given up in any case: a sound one may only be silent while a shard goes to the disk
 
-logger = logging.getLogger("pipelines")
+logger = logging.getLogger("spark_fast.pipelines")
 
 Advance = Callable[[int, int], None]  # images done since the last call, bytes read for them
 

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.contract import DataError, ImageError
-from pipelines.crops import Augmentation, Box
-from pipelines.decode import decode
-from pipelines.sources import Source
+from spark_fast.pipelines.contract import DataError, ImageError
+from spark_fast.pipelines.crops import Augmentation, Box
+from spark_fast.pipelines.decode import decode
+from spark_fast.pipelines.sources import Source
 
 SUBSTITUTES = 16  # how many following images are tried
 RETRY_SECONDS = (0.05, 0.2)  # pauses after which a read is tried again: network file systems stumble

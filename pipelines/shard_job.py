@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.contract import DataError, ImageError
-from pipelines.processes import Advance
-from pipelines.samples import read_patiently
-from pipelines.shards import whole_file, write_shard
-from pipelines.sources import FileSource
-from pipelines.stored import StoredImages
+from spark_fast.pipelines.contract import DataError, ImageError
+from spark_fast.pipelines.processes import Advance
+from spark_fast.pipelines.samples import read_patiently
+from spark_fast.pipelines.shards import whole_file, write_shard
+from spark_fast.pipelines.sources import FileSource
+from spark_fast.pipelines.stored import StoredImages
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.contract import DataError
-from pipelines.shards import MANIFEST, Manifest, ShardFile, read_index, read_manifest, read_record
+from spark_fast.pipelines.contract import DataError
+from spark_fast.pipelines.shards import MANIFEST, Manifest, ShardFile, read_index, read_manifest, read_record
 
 
 class ShardSource:

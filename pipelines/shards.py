@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.contract import DataError, ImageError
+from spark_fast.pipelines.contract import DataError, ImageError
 
 FORMAT = 2
 MANIFEST = "manifest.json"

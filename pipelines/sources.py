@@ -17,9 +17,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.contract import DataError, ImageError
+from spark_fast.pipelines.contract import DataError, ImageError
 
-logger = logging.getLogger("pipelines")
+logger = logging.getLogger("spark_fast.pipelines")
 
 IMAGE_EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp",

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import simplejpeg
 
-from pipelines.augment import resize
-from pipelines.contract import ImageError, SettingsError
-from pipelines.decode import decode
+from spark_fast.pipelines.augment import resize
+from spark_fast.pipelines.contract import ImageError, SettingsError
+from spark_fast.pipelines.decode import decode
 
 _MAX_JPEG_SIDE = 65500  # libjpeg's limit
 

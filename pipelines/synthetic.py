@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import interpolate
 
-from pipelines.augment import Normalise
-from pipelines.contract import Batch, Problems
-from pipelines.order import Schedule
+from spark_fast.pipelines.augment import Normalise
+from spark_fast.pipelines.contract import Batch, Problems
+from spark_fast.pipelines.order import Schedule
 
 IMAGES = 16  # different ones; sample i shows image i % IMAGES
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 
-from pipelines.contract import DataError, Problems
-from pipelines.samples import Loaded
-from pipelines.sources import Source
+from spark_fast.pipelines.contract import DataError, Problems
+from spark_fast.pipelines.samples import Loaded
+from spark_fast.pipelines.sources import Source
 
-logger = logging.getLogger("pipelines")
+logger = logging.getLogger("spark_fast.pipelines")
 
 JUDGED_AFTER = 1000  # images read before `max_bad_fraction` is applied
 NAMED = 10  # replaced images that a message lists

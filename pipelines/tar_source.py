@@ -19,10 +19,10 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.contract import DataError
-from pipelines.sources import IMAGE_EXTENSIONS, FileSource, check_file_size, is_image
+from spark_fast.pipelines.contract import DataError
+from spark_fast.pipelines.sources import IMAGE_EXTENSIONS, FileSource, check_file_size, is_image
 
-logger = logging.getLogger("pipelines")
+logger = logging.getLogger("spark_fast.pipelines")
 
 _BLOCK = 512  # of tar
 

@@ -25,15 +25,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.augment import cut, view
-from pipelines.backend import Backend
-from pipelines.buffers import Buffers
-from pipelines.contract import Batch
-from pipelines.crops import DRAWS, Augmentation, Box
-from pipelines.device_augment import DeviceAugment
-from pipelines.order import Schedule, Share, uniform
-from pipelines.samples import Loaded, labels_on, load_each, load_sample, thread_parts
-from pipelines.sources import Source
+from spark_fast.pipelines.augment import cut, view
+from spark_fast.pipelines.backend import Backend
+from spark_fast.pipelines.buffers import Buffers
+from spark_fast.pipelines.contract import Batch
+from spark_fast.pipelines.crops import DRAWS, Augmentation, Box
+from spark_fast.pipelines.device_augment import DeviceAugment
+from spark_fast.pipelines.order import Schedule, Share, uniform
+from spark_fast.pipelines.samples import Loaded, labels_on, load_each, load_sample, thread_parts
+from spark_fast.pipelines.sources import Source
 
 
 class _Slot:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.beton import BetonSource
-from pipelines.contract import DataError, ImageError
-from pipelines.decode import decode
-from pipelines.shards import BetonFiles, Manifest, Record, ShardFile, dali_index, read_index, read_manifest
+from spark_fast.pipelines.beton import BetonSource
+from spark_fast.pipelines.contract import DataError, ImageError
+from spark_fast.pipelines.decode import decode
+from spark_fast.pipelines.shards import BetonFiles, Manifest, Record, ShardFile, dali_index, read_index, read_manifest
 
 _CHUNK = 2**20
 

@@ -1,15 +1,36 @@
-"""SparK pre-training for any ConvNet, at the cost of the visible patches alone."""
+"""SparK pre-training for any ConvNet, at the cost of the visible patches alone.
 
-import os
+The public names are loaded when they are first used: `import spark_fast.pipelines` then costs no import of timm, which
+takes seconds and would be paid by every process of the converter.
+"""
 
-# Before torch loads OpenMP: a thread that waits for another one sleeps instead of spinning. Where the cores are shared
-# (decoding threads, another job) spinning made a step 5 times slower, measured; alone it makes no difference.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from spark_fast.encoder import pack
-from spark_fast.encoder.verify import verify
-from spark_fast.published import load_spark_state_dict
-from spark_fast.spark import SparK, build_spark
+if TYPE_CHECKING:
+    from spark_fast.encoder import pack
+    from spark_fast.encoder.verify import verify
+    from spark_fast.published import load_spark_state_dict
+    from spark_fast.spark import SparK, build_spark
 
 __all__ = ["SparK", "build_spark", "load_spark_state_dict", "pack", "verify"]
 __version__ = "0.1.0"
+
+_HOMES = {
+    "SparK": "spark_fast.spark",
+    "build_spark": "spark_fast.spark",
+    "load_spark_state_dict": "spark_fast.published",
+    "pack": "spark_fast.encoder",
+    "verify": "spark_fast.encoder.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

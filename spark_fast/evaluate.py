@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from pipelines import Pipeline
 from spark_fast.evaluation.backbone import build_backbone, build_classifier
 from spark_fast.evaluation.data import Labelled, open_train, open_val
 from spark_fast.evaluation.features import extract, frozen
@@ -26,6 +25,7 @@ from spark_fast.evaluation.report import Report
 from spark_fast.evaluation.scores import Scores
 from spark_fast.evaluation.settings import Evaluation, Finetune, Knn, Linear, parse
 from spark_fast.evaluation.weights import Weights, read_weights
+from spark_fast.pipelines import Pipeline
 from spark_fast.training.checkpoint import CheckpointError
 from spark_fast.training.command import open_store, run_command, running
 from spark_fast.training.distributed import Ranks

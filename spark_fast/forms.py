@@ -19,10 +19,10 @@ import torchvision
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from pipelines.augment import MEAN, STD
 from spark_fast.export import encoder_state_dict, timm_names
 from spark_fast.model_card import model_card
 from spark_fast.networks import build_network
+from spark_fast.pipelines.augment import MEAN, STD
 from spark_fast.pretrained import Pretrained, new_model
 from spark_fast.published import load_spark_state_dict, load_strictly, spark_state_dict
 from spark_fast.torchvision_names import torchvision_names

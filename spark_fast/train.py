@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipelines import Pipeline
+from spark_fast.pipelines import Pipeline
 from spark_fast.spark import SparK, build_spark
 from spark_fast.training.boards import require_wandb
 from spark_fast.training.command import open_pipeline, open_store, run_command, running

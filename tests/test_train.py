@@ -22,8 +22,8 @@ import timm
 import torch
 from PIL import Image
 
-from pipelines.convert import ConvertSettings, convert
-from pipelines.stored import StoredImages
+from spark_fast.pipelines.convert import ConvertSettings, convert
+from spark_fast.pipelines.stored import StoredImages
 from spark_fast.train import main
 from tests.commands import run_here
 

@@ -24,15 +24,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from pipelines.beton_writer import BetonSettings
-from pipelines.contract import DataError, SettingsError, StorageError
-from pipelines.convert import ConvertSettings, Progress, convert, convert_part
-from pipelines.ffcv_install import require_ffcv
-from pipelines.merge import merge
-from pipelines.parts import Part
-from pipelines.shards import Manifest
-from pipelines.stored import StoredImages
-from pipelines.verify import verify
+from spark_fast.pipelines.beton_writer import BetonSettings
+from spark_fast.pipelines.contract import DataError, SettingsError, StorageError
+from spark_fast.pipelines.convert import ConvertSettings, Progress, convert, convert_part
+from spark_fast.pipelines.ffcv_install import require_ffcv
+from spark_fast.pipelines.merge import merge
+from spark_fast.pipelines.parts import Part
+from spark_fast.pipelines.shards import Manifest
+from spark_fast.pipelines.stored import StoredImages
+from spark_fast.pipelines.verify import verify
 
 LINE_SECONDS = 10  # between progress lines when the output is no terminal
 

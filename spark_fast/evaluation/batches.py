@@ -13,8 +13,8 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
-from pipelines.augment import MEAN, STD
 from spark_fast.evaluation.recipes import Recipe
+from spark_fast.pipelines.augment import MEAN, STD
 
 # torchvision rotates and shears tensors bilinearly at best; the published code does so on PIL images, bicubically
 POLICIES = {

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines import DataError, Pipeline
 from spark_fast.evaluation.settings import Evaluation
+from spark_fast.pipelines import DataError, Pipeline
 from spark_fast.training.command import open_pipeline
 from spark_fast.training.distributed import Ranks
 

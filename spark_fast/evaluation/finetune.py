@@ -20,7 +20,6 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from pipelines import Pipeline
 from spark_fast.evaluation.batches import Augment, Mix
 from spark_fast.evaluation.data import Labelled
 from spark_fast.evaluation.layers import parameter_groups
@@ -29,6 +28,7 @@ from spark_fast.evaluation.report import Report
 from spark_fast.evaluation.scores import Scores, judge
 from spark_fast.evaluation.settings import Finetune
 from spark_fast.export import write_encoder
+from spark_fast.pipelines import Pipeline
 from spark_fast.published import load_strictly
 from spark_fast.training import checkpoint
 from spark_fast.training.bad_steps import BadSteps

@@ -14,8 +14,8 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pipelines.order import order
 from spark_fast.evaluation.settings import Probe
+from spark_fast.pipelines.order import order
 from spark_fast.training.bad_steps import NotFiniteError
 from spark_fast.training.distributed import Ranks
 from spark_fast.training.optim import learning_rate, set_rates

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import tyro
 
-from pipelines import DataError, Pipeline, build_pipeline
+from spark_fast.pipelines import DataError, Pipeline, build_pipeline
 from spark_fast.training.bad_steps import NotFiniteError
 from spark_fast.training.checkpoint import CheckpointError
 from spark_fast.training.distributed import Ranks, join

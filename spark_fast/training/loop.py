@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipelines import Pipeline
 from spark_fast.export import encoder_names, renamed, write_encoder
 from spark_fast.masking import sample_visible
+from spark_fast.pipelines import Pipeline
 from spark_fast.spark import SparK
 from spark_fast.training import checkpoint
 from spark_fast.training.bad_steps import BadSteps

@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from pipelines.augment import MEAN, STD, Normalise, cut
-from pipelines.contract import DataError, ImageError
-from pipelines.crops import centre_box
-from pipelines.decode import decode
 from spark_fast.encoder import Visible
 from spark_fast.masking import sample_visible
+from spark_fast.pipelines.augment import MEAN, STD, Normalise, cut
+from spark_fast.pipelines.contract import DataError, ImageError
+from spark_fast.pipelines.crops import centre_box
+from spark_fast.pipelines.decode import decode
 from spark_fast.spark import SparK
 from spark_fast.training.checkpoint import write_atomically
 

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pipelines.contract import Pipeline
+from spark_fast.pipelines.contract import Pipeline
 from spark_fast.training.checkpoint import CheckpointError, read_run
 from spark_fast.training.run_folder import versions
 from spark_fast.training.settings import Settings

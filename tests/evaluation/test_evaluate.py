@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipelines.convert import ConvertSettings, convert
-from pipelines.stored import StoredImages
 from spark_fast import build_spark
 from spark_fast.evaluate import main
+from spark_fast.pipelines.convert import ConvertSettings, convert
+from spark_fast.pipelines.stored import StoredImages
 from spark_fast.published import spark_state_dict
 from tests.evaluation.conftest import CLASSES, TINY, write_pictures
 

@@ -18,16 +18,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines import DataError, processes
-from pipelines.beton import BetonSource
-from pipelines.beton_writer import BetonSettings
-from pipelines.contract import StorageError
-from pipelines.convert import ConvertSettings, Progress, convert
-from pipelines.open_source import open_source
-from pipelines.processes import run_jobs
-from pipelines.shards import BETON, MANIFEST, PARTIAL, read_manifest
-from pipelines.stored import StoredImages
-from pipelines.verify import verify
+from spark_fast.pipelines import DataError, processes
+from spark_fast.pipelines.beton import BetonSource
+from spark_fast.pipelines.beton_writer import BetonSettings
+from spark_fast.pipelines.contract import StorageError
+from spark_fast.pipelines.convert import ConvertSettings, Progress, convert
+from spark_fast.pipelines.open_source import open_source
+from spark_fast.pipelines.processes import run_jobs
+from spark_fast.pipelines.shards import BETON, MANIFEST, PARTIAL, read_manifest
+from spark_fast.pipelines.stored import StoredImages
+from spark_fast.pipelines.verify import verify
 from tests.faults import jobs
 from tests.pipelines.pictures import jpeg
 from tests.pipelines.test_beton import flip
@@ -243,7 +243,10 @@ def test_a_worker_that_hangs_is_reported_and_then_given_up(monkeypatch, caplog):
     for patience, seconds in (("IDLE", 0.5), ("SILENT", 0.5), ("STALL", 2.0)):
         monkeypatch.setattr(processes, f"{patience}_SECONDS", seconds)
     monkeypatch.setattr(processes, "POLL_SECONDS", 0.1)
-    with caplog.at_level(logging.WARNING, "pipelines"), pytest.raises(StorageError, match="at job 600: given up"):
+    with (
+        caplog.at_level(logging.WARNING, "spark_fast.pipelines"),
+        pytest.raises(StorageError, match="at job 600: given up"),
+    ):
         run_jobs(jobs.silent, [600.0] * 2, 2, nowhere, lambda job, done: f"job {job:.0f}")
     assert "has said nothing for" in caplog.text
     assert not multiprocessing.active_children()

@@ -14,15 +14,23 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import Batch, DataError, Problems, build_pipeline
-from pipelines.beton import BetonSource, checks_path, sealed_checks
-from pipelines.beton_writer import BetonSettings
-from pipelines.convert import ConvertSettings, convert
-from pipelines.crops import DRAWS, Augmentation
-from pipelines.open_source import open_source
-from pipelines.shards import BETON, INDEX_FILE, Manifest, read_manifest, write_index, write_manifest, write_shard
-from pipelines.stored import StoredImages
-from pipelines.verify import verify
+from spark_fast.pipelines import Batch, DataError, Problems, build_pipeline
+from spark_fast.pipelines.beton import BetonSource, checks_path, sealed_checks
+from spark_fast.pipelines.beton_writer import BetonSettings
+from spark_fast.pipelines.convert import ConvertSettings, convert
+from spark_fast.pipelines.crops import DRAWS, Augmentation
+from spark_fast.pipelines.open_source import open_source
+from spark_fast.pipelines.shards import (
+    BETON,
+    INDEX_FILE,
+    Manifest,
+    read_manifest,
+    write_index,
+    write_manifest,
+    write_shard,
+)
+from spark_fast.pipelines.stored import StoredImages
+from spark_fast.pipelines.verify import verify
 from tests.faults.kinds import DAMAGED, VALID, bombs
 from tests.pipelines.comparing import pixels
 from tests.pipelines.pictures import jpeg
@@ -106,7 +114,7 @@ def damaged_and_sound(repeats: int) -> tuple[list[bytes], list[bytes], list[str]
 def test_a_damaged_image_is_replaced_counted_and_named_and_never_black(tmp_path, times, caplog, backend, store):
     images, sound, names = damaged_and_sound(times(1, 5))
     path = stored(store, tmp_path / "data", images, sound)
-    with caplog.at_level(logging.WARNING, "pipelines"):
+    with caplog.at_level(logging.WARNING, "spark_fast.pipelines"):
         (first, second), problems = epochs(path, backend, len(images))
     assert (problems.read, problems.replaced, len(problems.first_replaced)) == (2 * len(images), 2 * len(names), 10)
     for i in range(0, len(images), 2):
@@ -172,8 +180,8 @@ def test_odd_but_valid_images_show_what_pillow_shows(tmp_path, backend, store):
 MEASURE = """
 import re, sys
 from pathlib import Path
-from pipelines import build_pipeline
-from pipelines.convert import ConvertSettings, convert
+from spark_fast.pipelines import build_pipeline
+from spark_fast.pipelines.convert import ConvertSettings, convert
 small, bombs, out, backend = sys.argv[1:]
 
 def read(path):

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import build_pipeline
-from pipelines.open_source import open_source
-from pipelines.tally import JUDGED_AFTER
 from spark_fast import build_spark
 from spark_fast.masking import num_visible, sample_visible
+from spark_fast.pipelines import build_pipeline
+from spark_fast.pipelines.open_source import open_source
+from spark_fast.pipelines.tally import JUDGED_AFTER
 from tests.commands import run_here
 from tests.faults import trainee
 from tests.pipelines.pictures import jpeg
@@ -145,7 +145,7 @@ def test_a_run_that_stands_still_ends_with_5(pictures, tmp_path):  # noqa: F811
 
 def test_storage_that_stumbles_is_asked_again_and_what_is_lost_is_counted(tmp_path, monkeypatch, times):
     """Row 12: a hundred faults in ten thousand reads, some of which pass, and files that vanish."""
-    monkeypatch.setattr("pipelines.samples.RETRY_SECONDS", (0.001, 0.002))
+    monkeypatch.setattr("spark_fast.pipelines.samples.RETRY_SECONDS", (0.001, 0.002))
     for i in range(250):
         (tmp_path / f"{i:03d}.jpg").write_bytes(jpeg(i, 16, 16))
     source = open_source(tmp_path)

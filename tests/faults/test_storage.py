@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines import DataError, build_pipeline
-from pipelines.beton_writer import BetonSettings
-from pipelines.contract import ImageError
-from pipelines.convert import ConvertSettings, convert
-from pipelines.open_source import open_source
-from pipelines.shards import BETON
-from pipelines.stored import StoredImages
-from pipelines.verify import verify
+from spark_fast.pipelines import DataError, build_pipeline
+from spark_fast.pipelines.beton_writer import BetonSettings
+from spark_fast.pipelines.contract import ImageError
+from spark_fast.pipelines.convert import ConvertSettings, convert
+from spark_fast.pipelines.open_source import open_source
+from spark_fast.pipelines.shards import BETON
+from spark_fast.pipelines.stored import StoredImages
+from spark_fast.pipelines.verify import verify
 from tests.pipelines.comparing import batches
 from tests.pipelines.pictures import jpeg
 from tests.pipelines.test_beton import flip
@@ -124,7 +124,7 @@ def test_data_of_odd_shape_is_refused_with_the_remedy(tmp_path, case):
 
 def test_an_unreadable_folder_is_named(tmp_path):
     root = write(tmp_path / "data", "a/0.jpg")
-    script = "import sys; from pipelines import build_pipeline; build_pipeline(sys.argv[1], batch_size=1)"
+    script = "import sys; from spark_fast.pipelines import build_pipeline; build_pipeline(sys.argv[1], batch_size=1)"
     place = Path(__file__).parents[2]
     tmp_path.chmod(0o755)
     (root / "a").chmod(0)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import build_pipeline
-from pipelines.ffcv_pipeline import FfcvPipeline
+from spark_fast.pipelines import build_pipeline
+from spark_fast.pipelines.ffcv_pipeline import FfcvPipeline
 from tests.pipelines.test_beton import flip
 
 backends = pytest.mark.parametrize(

@@ -17,8 +17,8 @@ import time
 from collections.abc import Generator
 from pathlib import Path
 
-from pipelines import Batch, Pipeline
 from spark_fast import train
+from spark_fast.pipelines import Batch, Pipeline
 from spark_fast.training import command
 
 

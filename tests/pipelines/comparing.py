@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import Batch, build_pipeline
-from pipelines.augment import MEAN, STD
+from spark_fast.pipelines import Batch, build_pipeline
+from spark_fast.pipelines.augment import MEAN, STD
 
 
 def batches(root: Path, epoch: int = 0, start_step: int = 0, **settings: object) -> list[Batch]:
@@ -34,7 +34,7 @@ ways_to_end = pytest.mark.parametrize(
 )
 SCRIPT = """
 import sys, time
-from pipelines import build_pipeline
+from spark_fast.pipelines import build_pipeline
 path, pipeline, batch_size = sys.argv[1:]
 pipeline = build_pipeline(path, pipeline=pipeline, batch_size=int(batch_size), input_size=256, workers=2, prefetch=2)
 iterator = pipeline.epoch(0)

@@ -7,9 +7,9 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import normalize, to_tensor
 
-from pipelines import augment
-from pipelines.augment import MEAN, STD, Normalise, cut
-from pipelines.crops import Box
+from spark_fast.pipelines import augment
+from spark_fast.pipelines.augment import MEAN, STD, Normalise, cut
+from spark_fast.pipelines.crops import Box
 from tests.pipelines.pictures import picture
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import DataError, build_pipeline
-from pipelines.augment import cut
-from pipelines.crops import DRAWS, Augmentation
-from pipelines.open_source import open_source
-from pipelines.samples import SUBSTITUTES, load_sample, read_patiently
+from spark_fast.pipelines import DataError, build_pipeline
+from spark_fast.pipelines.augment import cut
+from spark_fast.pipelines.crops import DRAWS, Augmentation
+from spark_fast.pipelines.open_source import open_source
+from spark_fast.pipelines.samples import SUBSTITUTES, load_sample, read_patiently
 from tests.pipelines.pictures import encoded, jpeg, picture
 
 RGB = Image.fromarray(picture(1))
@@ -49,7 +49,7 @@ def zoo(tmp_path: Path) -> Path:
 
 def test_readable_ones_are_counted_and_unreadable_ones_replaced_and_named(zoo, caplog):
     pipeline = build_pipeline(zoo, batch_size=13, input_size=64, augment=False)
-    with caplog.at_level(logging.WARNING, "pipelines"):
+    with caplog.at_level(logging.WARNING, "spark_fast.pipelines"):
         (first,) = pipeline.epoch(0)
         (second,) = pipeline.epoch(1)
     names = sorted([*READABLE, *UNREADABLE])

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import DataError
-from pipelines.beton import BetonSource, checks_path, find_beton
-from pipelines.beton_writer import BetonSettings
-from pipelines.contract import SettingsError
-from pipelines.convert import ConvertSettings, convert
-from pipelines.decode import decode
-from pipelines.open_source import open_source
-from pipelines.shards import BETON, read_manifest
-from pipelines.stored import StoredImages
-from pipelines.verify import verify
+from spark_fast.pipelines import DataError
+from spark_fast.pipelines.beton import BetonSource, checks_path, find_beton
+from spark_fast.pipelines.beton_writer import BetonSettings
+from spark_fast.pipelines.contract import SettingsError
+from spark_fast.pipelines.convert import ConvertSettings, convert
+from spark_fast.pipelines.decode import decode
+from spark_fast.pipelines.open_source import open_source
+from spark_fast.pipelines.shards import BETON, read_manifest
+from spark_fast.pipelines.stored import StoredImages
+from spark_fast.pipelines.verify import verify
 from tests.pipelines.comparing import batches, same
 from tests.pipelines.pictures import jpeg
 from tests.pipelines.test_convert import contents
@@ -128,7 +128,7 @@ def test_shards_asked_for_since_a_beton_alone_was_stopped_are_kept(image_folder,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.beton_writer._write", stop)
+        patch.setattr("spark_fast.pipelines.beton_writer._write", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(root, out, KEEP_SIZE, beton=alone)
     convert(root, out, KEEP_SIZE)

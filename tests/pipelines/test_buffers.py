@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import build_pipeline
-from pipelines.buffers import Buffers
+from spark_fast.pipelines import build_pipeline
+from spark_fast.pipelines.buffers import Buffers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import DataError, build_pipeline
-from pipelines.beton import CHECKS, RAW, BetonSource
-from pipelines.build import choose_pipeline
-from pipelines.synthetic import IMAGES
-from pipelines.torch_pipeline import TorchPipeline
+from spark_fast.pipelines import DataError, build_pipeline
+from spark_fast.pipelines.beton import CHECKS, RAW, BetonSource
+from spark_fast.pipelines.build import choose_pipeline
+from spark_fast.pipelines.synthetic import IMAGES
+from spark_fast.pipelines.torch_pipeline import TorchPipeline
 
 
 def test_a_batch_larger_than_the_data_is_refused_with_both_numbers(image_folder):
@@ -79,7 +79,7 @@ def test_synthetic_data_smaller_than_a_batch_are_refused():
 
 
 def test_auto_takes_the_default_for_jpegs_and_says_so(image_folder, caplog):
-    with caplog.at_level("INFO", "pipelines"):
+    with caplog.at_level("INFO", "spark_fast.pipelines"):
         pipeline = build_pipeline(image_folder(), batch_size=4, input_size=32)
     assert isinstance(pipeline, TorchPipeline)
     assert "pipeline torch: it decodes JPEGs faster" in caplog.text
@@ -92,7 +92,7 @@ def test_auto_takes_ffcv_for_raw_pixels_where_it_is_installed(monkeypatch, insta
         if not installed:
             raise DataError(f"{purpose} needs FFCV: pip install it")
 
-    monkeypatch.setattr("pipelines.build.require_ffcv", require)
+    monkeypatch.setattr("spark_fast.pipelines.build.require_ffcv", require)
     source = object.__new__(BetonSource)
     source.checks = np.zeros(3, CHECKS)
     assert choose_pipeline(source)[0] == "torch"

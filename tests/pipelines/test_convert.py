@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from torch.nn.functional import avg_pool2d, cosine_similarity
 
-from pipelines import build_pipeline
-from pipelines.contract import DataError, SettingsError, StorageError
-from pipelines.convert import ConvertSettings, convert
-from pipelines.open_source import open_source
-from pipelines.shards import MANIFEST, read_manifest
-from pipelines.stored import StoredImages
-from pipelines.verify import verify
+from spark_fast.pipelines import build_pipeline
+from spark_fast.pipelines.contract import DataError, SettingsError, StorageError
+from spark_fast.pipelines.convert import ConvertSettings, convert
+from spark_fast.pipelines.open_source import open_source
+from spark_fast.pipelines.shards import MANIFEST, read_manifest
+from spark_fast.pipelines.stored import StoredImages
+from spark_fast.pipelines.verify import verify
 from tests.pipelines.pictures import encoded, jpeg, picture
 from tests.pipelines.tars import tar_of
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from pipelines.crops import DRAWS, Augmentation, Box, centre_box, crops, random_box
-from pipelines.order import uniform
+from spark_fast.pipelines.crops import DRAWS, Augmentation, Box, centre_box, crops, random_box
+from spark_fast.pipelines.order import uniform
 
 sides = st.integers(1, 3000)
 SCALE, RATIO = (0.67, 1.0), (3 / 4, 4 / 3)

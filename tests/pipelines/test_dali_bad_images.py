@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipelines import build_pipeline
-from pipelines.shards import INDEX_FILE, Manifest, write_index, write_manifest, write_shard
+from spark_fast.pipelines import build_pipeline
+from spark_fast.pipelines.shards import INDEX_FILE, Manifest, write_index, write_manifest, write_shard
 from tests.pipelines.comparing import alike
 from tests.pipelines.comparing import dali_batches as batches
 from tests.pipelines.pictures import encoded, jpeg, picture
@@ -54,7 +54,7 @@ def test_what_dali_refuses_though_it_is_sound_is_found_named_and_decoded_without
     data = marker.read_bytes()
     marker.write_bytes(data[:2] + b"\xff\x01" + data[2:])  # TEM: stands alone in a header, which DALI does not know
     pipeline = build_pipeline(root, pipeline="dali", batch_size=12, input_size=32, seed=5)
-    with caplog.at_level(logging.WARNING, "pipelines"):
+    with caplog.at_level(logging.WARNING, "spark_fast.pipelines"):
         got = [batch for epoch in range(3) for batch in pipeline.epoch(epoch)]
     pipeline.close()
     (record,) = caplog.records  # once, and no other image of its batch

@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import Batch, DataError, build_pipeline
-from pipelines.crops import Augmentation, Box, crops
-from pipelines.dali_decoder import DaliDecoder, as_ppm
-from pipelines.encoded_pipeline import Encoded
-from pipelines.open_source import open_source
+from spark_fast.pipelines import Batch, DataError, build_pipeline
+from spark_fast.pipelines.crops import Augmentation, Box, crops
+from spark_fast.pipelines.dali_decoder import DaliDecoder, as_ppm
+from spark_fast.pipelines.encoded_pipeline import Encoded
+from spark_fast.pipelines.open_source import open_source
 from tests.pipelines.comparing import alike, left_open, pixels, same, ways_to_end
 from tests.pipelines.comparing import dali_batches as batches
 from tests.pipelines.pictures import picture

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.contract import ImageError
-from pipelines.decode import decode
+from spark_fast.pipelines.contract import ImageError
+from spark_fast.pipelines.decode import decode
 from tests.pipelines.pictures import encoded, jpeg, picture
 
 RGB = Image.fromarray(picture(1))

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines import DataError, build_pipeline
-from pipelines.crops import Box
-from pipelines.device_augment import DeviceAugment, bicubic_weights
+from spark_fast.pipelines import DataError, build_pipeline
+from spark_fast.pipelines.crops import Box
+from spark_fast.pipelines.device_augment import DeviceAugment, bicubic_weights
 from tests.pipelines.comparing import alike, batches, pixels, same
 from tests.pipelines.pictures import picture
 

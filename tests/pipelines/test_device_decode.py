@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import build_pipeline, device_decode
+from spark_fast.pipelines import build_pipeline, device_decode
 from tests.pipelines.comparing import alike, batches, same
 from tests.pipelines.pictures import encoded, jpeg, picture
 
@@ -55,7 +55,7 @@ def test_what_the_decoder_refuses_though_it_is_sound_is_decoded_without_it(image
 
     decode = device_decode.decode_jpeg
     monkeypatch.setattr(device_decode, "decode_jpeg", picky)
-    with caplog.at_level(logging.WARNING, "pipelines"):
+    with caplog.at_level(logging.WARNING, "spark_fast.pipelines"):
         ours = batches(root, decode_on="device")
     (record,) = caplog.records
     assert "image 11 (n0001/0011.JPEG) is sound, but torchvision's decoder refuses it" in record.getMessage()

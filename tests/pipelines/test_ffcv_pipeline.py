@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import Batch, DataError, build_pipeline
-from pipelines.beton import CHECKS, checks_path, sealed_checks
-from pipelines.contract import SettingsError
-from pipelines.crops import Augmentation, crops
-from pipelines.open_source import open_source
-from pipelines.shards import BETON
+from spark_fast.pipelines import Batch, DataError, build_pipeline
+from spark_fast.pipelines.beton import CHECKS, checks_path, sealed_checks
+from spark_fast.pipelines.contract import SettingsError
+from spark_fast.pipelines.crops import Augmentation, crops
+from spark_fast.pipelines.open_source import open_source
+from spark_fast.pipelines.shards import BETON
 from tests.pipelines.comparing import alike, left_open, pixels, same, ways_to_end
 from tests.pipelines.comparing import ffcv_batches as batches
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.contract import DataError, SettingsError, StorageError
-from pipelines.convert import ConvertSettings, convert, convert_part
-from pipelines.merge import merge
-from pipelines.open_source import open_source
-from pipelines.parts import Part
-from pipelines.shards import MANIFEST
-from pipelines.stored import StoredImages
-from pipelines.verify import verify
+from spark_fast.pipelines.contract import DataError, SettingsError, StorageError
+from spark_fast.pipelines.convert import ConvertSettings, convert, convert_part
+from spark_fast.pipelines.merge import merge
+from spark_fast.pipelines.open_source import open_source
+from spark_fast.pipelines.parts import Part
+from spark_fast.pipelines.shards import MANIFEST
+from spark_fast.pipelines.stored import StoredImages
+from spark_fast.pipelines.verify import verify
 from tests.pipelines.tars import tar_of, tar_of_tars
 
 SETTINGS = ConvertSettings(StoredImages(short_side=40), images_per_shard=5)

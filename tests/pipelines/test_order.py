@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.order import Schedule, batch_ids, order, uniform
+from spark_fast.pipelines.order import Schedule, batch_ids, order, uniform
 
 seeds = st.integers(0, 2**32)
 

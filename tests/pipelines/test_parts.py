@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.contract import SettingsError
-from pipelines.parts import Part
+from spark_fast.pipelines.contract import SettingsError
+from spark_fast.pipelines.parts import Part
 
 
 @pytest.mark.parametrize("text", ["", "2", "0/4", "5/4", "1/0", "-1/4", "1/4/2", "a/b", "1.0/2", "1/99999", "1 / 2"])

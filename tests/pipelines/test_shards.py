@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines import build_pipeline
-from pipelines.contract import DataError, ImageError
-from pipelines.order import Schedule
-from pipelines.shard_source import ShardSource
-from pipelines.shards import (
+from spark_fast.pipelines import build_pipeline
+from spark_fast.pipelines.contract import DataError, ImageError
+from spark_fast.pipelines.order import Schedule
+from spark_fast.pipelines.shard_source import ShardSource
+from spark_fast.pipelines.shards import (
     INDEX,
     INDEX_FILE,
     MANIFEST,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from torchvision.datasets import ImageFolder
 
-from pipelines.contract import DataError, ImageError
-from pipelines.open_source import TARS, open_source
-from pipelines.sources import MAX_FILE_BYTES
+from spark_fast.pipelines.contract import DataError, ImageError
+from spark_fast.pipelines.open_source import TARS, open_source
+from spark_fast.pipelines.sources import MAX_FILE_BYTES
 from tests.pipelines.pictures import jpeg
 
 
@@ -57,7 +57,7 @@ def test_a_flat_folder_is_unlabelled(tmp_path):
 
 def test_images_beside_class_folders_are_left_out_with_a_warning(tmp_path, caplog):
     write(tmp_path, "x/a.jpg", "loose.jpg")
-    with caplog.at_level(logging.WARNING, "pipelines"):
+    with caplog.at_level(logging.WARNING, "spark_fast.pipelines"):
         assert names_of(tmp_path) == ["x/a.jpg"]
     assert "1 images outside the class folders are left out" in caplog.text
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.contract import ImageError
-from pipelines.decode import decode
-from pipelines.stored import StoredImages
+from spark_fast.pipelines.contract import ImageError
+from spark_fast.pipelines.decode import decode
+from spark_fast.pipelines.stored import StoredImages
 from tests.pipelines.pictures import encoded, picture
 
 KEEP_SIZE = StoredImages(short_side=0)

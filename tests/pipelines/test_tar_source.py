@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.contract import DataError, ImageError
-from pipelines.sources import MAX_FILE_BYTES, folder_source
-from pipelines.tar_source import TarSource, tar_source
+from spark_fast.pipelines.contract import DataError, ImageError
+from spark_fast.pipelines.sources import MAX_FILE_BYTES, folder_source
+from spark_fast.pipelines.tar_source import TarSource, tar_source
 from tests.pipelines.tars import tar_of, tar_of_tars
 
 

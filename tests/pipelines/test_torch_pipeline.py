@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import Batch, Pipeline, build_pipeline
-from pipelines.augment import MEAN, STD
-from pipelines.crops import Augmentation, crops
-from pipelines.open_source import open_source
+from spark_fast.pipelines import Batch, Pipeline, build_pipeline
+from spark_fast.pipelines.augment import MEAN, STD
+from spark_fast.pipelines.crops import Augmentation, crops
+from spark_fast.pipelines.open_source import open_source
 from tests.pipelines.comparing import batches, same
 
 
@@ -169,7 +169,7 @@ def test_many_pipelines_leave_no_memory_and_no_threads(image_folder):
 
 SCRIPT = """
 import sys, time
-from pipelines import build_pipeline
+from spark_fast.pipelines import build_pipeline
 pipeline = build_pipeline(sys.argv[1], batch_size=12, input_size=512, workers=2, prefetch=2)
 iterator = pipeline.epoch(0)
 next(iterator)

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from pipelines import DataError, build_pipeline
+from spark_fast.pipelines import DataError, build_pipeline
 from tests.pipelines.comparing import batches
 
 BACKENDS = [

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from pipelines.contract import DataError
-from pipelines.convert import ConvertSettings, convert
-from pipelines.open_source import TARS, open_source
-from pipelines.stored import StoredImages
+from spark_fast.pipelines.contract import DataError
+from spark_fast.pipelines.convert import ConvertSettings, convert
+from spark_fast.pipelines.open_source import TARS, open_source
+from spark_fast.pipelines.stored import StoredImages
 from tests.commands import run_here
 from tests.pipelines.tars import tar_of, tar_of_tars
 from tools.convert_imagenet import main

@@ -11,7 +11,7 @@ import simplejpeg
 import torch
 import tyro
 
-from pipelines.ffcv_install import COMMAND
+from spark_fast.pipelines.ffcv_install import COMMAND
 from tools import doctor
 
 

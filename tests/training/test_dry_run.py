@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
-from pipelines.order import Schedule
-from pipelines.synthetic import SyntheticPipeline
+from spark_fast.pipelines.order import Schedule
+from spark_fast.pipelines.synthetic import SyntheticPipeline
 from spark_fast.train import open_model
 from spark_fast.training.distributed import Ranks
 from spark_fast.training.dry_run import plan, print_plan

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.order import Schedule, batch_ids, order
-from pipelines.synthetic import SyntheticPipeline
+from spark_fast.pipelines.order import Schedule, batch_ids, order
+from spark_fast.pipelines.synthetic import SyntheticPipeline
 from spark_fast.train import open_model
 from spark_fast.training.distributed import Ranks
 from spark_fast.training.loop import PretrainRun
