@@ -17,10 +17,10 @@ import torch
 import tyro
 from measuring import machine
 
-from spark_fast.pipelines.augment import cut
-from spark_fast.pipelines.crops import DRAWS, Augmentation
-from spark_fast.pipelines.open_source import open_source
-from spark_fast.pipelines.samples import load_sample
+from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.sources.load_sample import load_sample
+from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation
+from spark_fast.pipelines.transforms.resize import cut
 
 
 def measure(data_path: Path, repeats: int = 7) -> None:

@@ -27,11 +27,15 @@ from ways import WAYS, Shape, Way, build, inputs, median_seconds, tf32, train_st
 
 from spark_fast.encoder import Visible
 from spark_fast.masking import sample_visible
-from spark_fast.training.cost import count as cost_of
-from spark_fast.training.device import matmul_rate, peak_memory
+from spark_fast.reporting.flops import count as cost_of
+from spark_fast.reporting.mfu import matmul_rate, peak_memory
 
 ROOT = Path(__file__).parents[1]
-GPU_TESTS = ("tests/encoder/test_kernels.py", "tests/training/test_step_graph.py", "tests/training/test_timing.py")
+GPU_TESTS = (
+    "tests/encoder/conv/test_kernels.py",
+    "tests/training/test_cuda_graph.py",
+    "tests/reporting/test_step_timer.py",
+)
 
 
 class NotHereError(Exception):
@@ -305,8 +309,8 @@ def _consume(batches: Iterator[Any], shape: Shape, way: Way | None, scale: Scale
 
 def _images(folder: Path, scale: Scale, *, shards: bool, beton: bool) -> Path:
     """Photograph-like JPEGs, shorter side 256 px: noise that is smooth at several scales."""
-    from spark_fast.pipelines.beton_writer import BetonSettings
-    from spark_fast.pipelines.convert import ConvertSettings, convert
+    from spark_fast.pipelines.convert.beton_writer import BetonSettings
+    from spark_fast.pipelines.convert.convert import ConvertSettings, convert
 
     source, rng = folder / "source" / "class0", np.random.default_rng(0)
     source.mkdir(parents=True)

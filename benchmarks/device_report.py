@@ -8,7 +8,7 @@ into the time is listed as skipped, whatever fails is listed with its error. A t
 kept as benchmarks/results/device_report_<device>_<date>. On a CPU it is a smoke test of itself with tiny networks,
 whose figures mean nothing.
 
-MFU here: needed FLOPs alone (`spark_fast.training.cost`), over the rate of a bf16 matrix product on this device.
+MFU here: needed FLOPs alone (`spark_fast.reporting.flops`), over the rate of a bf16 matrix product on this device.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from torch.autograd.profiler import profile
 from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, Visible
 from spark_fast.masking import num_visible, sample_visible
 from spark_fast.networks import build_network
-from spark_fast.training.heap import keep_heap
+from spark_fast.run.malloc import keep_heap
 
 PLOT = Path(__file__).parents[1] / "docs" / "encoder_scaling.png"
 

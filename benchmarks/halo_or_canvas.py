@@ -23,10 +23,10 @@ from rich.table import Table
 from torch import nn
 
 from spark_fast.encoder import Visible
-from spark_fast.encoder.convolve import convolve, plan
-from spark_fast.encoder.geometry import axes
+from spark_fast.encoder.conv.convolve import convolve, plan
+from spark_fast.encoder.conv.geometry import axes
 from spark_fast.masking import sample_visible
-from spark_fast.training.heap import keep_heap
+from spark_fast.run.malloc import keep_heap
 
 
 class Layer(NamedTuple):

@@ -29,9 +29,9 @@ from learning_runs import PUBLISHED, VARIANTS, Bench, Finetuning, Images, Pretra
 from learning_table import markdown, put_between_marks
 from measuring import machine, save, versions
 
-from spark_fast.training.distributed import join
-from spark_fast.training.heap import keep_heap
-from spark_fast.training.settings_tree import take_option
+from spark_fast.run.config import take_option
+from spark_fast.run.distributed import join
+from spark_fast.run.malloc import keep_heap
 
 Part = Literal["sweep", "main", "ablations", "decoder"]
 

@@ -20,24 +20,24 @@ from measuring import clock, medians
 from torch import Tensor
 from ways import Shape, Way, inputs, train_step
 
+from spark_fast.cli.train import open_images
 from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, Visible
 from spark_fast.evaluation import settings as evaluation
+from spark_fast.evaluation.accuracy import judge
 from spark_fast.evaluation.backbone import build_classifier
 from spark_fast.evaluation.data import open_train, open_val
 from spark_fast.evaluation.finetune import FinetuneRun
 from spark_fast.evaluation.recipes import Recipe
-from spark_fast.evaluation.scores import judge
 from spark_fast.evaluation.weights import read_weights
-from spark_fast.export import encoder_state_dict, write_encoder
 from spark_fast.networks import build_network
-from spark_fast.pipelines.convert import ConvertSettings, convert
+from spark_fast.pipelines.convert.convert import ConvertSettings, convert
+from spark_fast.run.distributed import Ranks
+from spark_fast.run.watchdog import Watchdog
 from spark_fast.spark import SparK
-from spark_fast.train import open_images
 from spark_fast.training import settings as training
-from spark_fast.training.distributed import Ranks
 from spark_fast.training.loop import PretrainRun
 from spark_fast.training.step import DTYPES, resolve_precision
-from spark_fast.training.watchdog import Watchdog
+from spark_fast.weights.timm_keys import encoder_state_dict, write_encoder
 
 SIZE = 64  # pixels
 STAGES = 2  # patches of 8 px

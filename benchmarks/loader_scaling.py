@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from spark_fast.pipelines.open_source import open_source
+from spark_fast.pipelines.sources.detect import open_source
 
 OURS = "torch (ours)"
 

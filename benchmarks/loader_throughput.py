@@ -31,11 +31,11 @@ from rich.progress import track
 from rich.table import Table
 
 from spark_fast.pipelines import build_pipeline
-from spark_fast.pipelines.augment import MEAN, STD, Normalise
-from spark_fast.pipelines.crops import DRAWS, random_box
-from spark_fast.pipelines.device_augment import DeviceAugment
-from spark_fast.pipelines.open_source import open_source
-from spark_fast.pipelines.order import order, uniform
+from spark_fast.pipelines.sampler import order, uniform
+from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.transforms.crops import DRAWS, random_box
+from spark_fast.pipelines.transforms.device_augment import DeviceAugment
+from spark_fast.pipelines.transforms.resize import MEAN, STD, Normalise
 
 STORES = {"max 256": ("--max_side", "256"), "short 256": ("--short_side", "256"), "max 400": ("--max_side", "400")}
 ORIGINALS = "originals"
@@ -95,7 +95,7 @@ class HostPart(DeviceAugment):
 
 def host_part(store: Path, batch: int, cores: int) -> Iterator[None]:
     """The host's work when the device augments: crops decoded into cells, ready for the transfer."""
-    with patch("spark_fast.pipelines.torch_pipeline.DeviceAugment", HostPart):
+    with patch("spark_fast.pipelines.backends.torch_threads.DeviceAugment", HostPart):
         yield from ours("torch", augment_on="device")(store, batch, cores)
 
 

@@ -75,9 +75,7 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
 
 def repeated(data_path: Path, copies: int, folder: Path) -> int:
     """Class folders in `folder` with `copies` copies of each image at `data_path`; returns how many files."""
-    from spark_fast.pipelines.open_source import (
-        open_source,  # here: the other functions are used where no JPEG decoder is
-    )
+    from spark_fast.pipelines.sources.detect import open_source
 
     source = open_source(data_path)
     for i, copy in itertools.product(range(len(source)), range(copies)):

@@ -26,8 +26,8 @@ from rich.table import Table
 from ways import Shape, Way, build, inputs, train_step
 
 from spark_fast.encoder import Visible
-from spark_fast.training.device import is_emulated, matmul_rate
-from spark_fast.training.heap import keep_heap
+from spark_fast.reporting.mfu import is_emulated, matmul_rate
+from spark_fast.run.malloc import keep_heap
 from spark_fast.training.step import DTYPES
 
 NCHW = torch.contiguous_format

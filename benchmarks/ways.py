@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spark_fast import SparK, build_spark
 from spark_fast.decoder import UNetBlock
-from spark_fast.encoder.masked import MaskedNorm
+from spark_fast.encoder.layers.masked import MaskedNorm
 from spark_fast.masking import sample_visible
 from spark_fast.training.optim import build_optimizer
 from spark_fast.training.step import Schedule, TrainStep, compiled

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 
-from spark_fast.pipelines.beton import RAW, BetonSource, find_beton
-from spark_fast.pipelines.contract import DataError, Pipeline
-from spark_fast.pipelines.crops import Augmentation
-from spark_fast.pipelines.dali_pipeline import DaliPipeline
-from spark_fast.pipelines.device_decode import DeviceDecodePipeline
+from spark_fast.pipelines.backends.dali_pipeline import DaliPipeline
+from spark_fast.pipelines.backends.ffcv import FfcvPipeline
+from spark_fast.pipelines.backends.nvjpeg import DeviceDecodePipeline
+from spark_fast.pipelines.backends.synthetic import SyntheticPipeline
+from spark_fast.pipelines.backends.torch_threads import TorchPipeline
+from spark_fast.pipelines.base import DataError, Pipeline
 from spark_fast.pipelines.ffcv_install import require_ffcv
-from spark_fast.pipelines.ffcv_pipeline import FfcvPipeline
-from spark_fast.pipelines.open_source import open_source
-from spark_fast.pipelines.order import Schedule
-from spark_fast.pipelines.sources import Source
-from spark_fast.pipelines.synthetic import SyntheticPipeline
-from spark_fast.pipelines.torch_pipeline import TorchPipeline
+from spark_fast.pipelines.sampler import Schedule
+from spark_fast.pipelines.sources.beton import RAW, BetonSource, find_beton
+from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.sources.folder import Source
+from spark_fast.pipelines.transforms.crops import Augmentation
 
 PIPELINES = ("auto", "torch", "dali", "ffcv", "synthetic")
 PLACES = ("host", "device")

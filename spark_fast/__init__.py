@@ -8,10 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spark_fast.encoder import pack
+    from spark_fast.encoder import convert as pack
     from spark_fast.encoder.verify import verify
-    from spark_fast.published import load_spark_state_dict
     from spark_fast.spark import SparK, build_spark
+    from spark_fast.weights.spark_keys import load_spark_state_dict
 
 __all__ = ["SparK", "build_spark", "load_spark_state_dict", "pack", "verify"]
 __version__ = "0.1.0"
@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "SparK": "spark_fast.spark",
     "build_spark": "spark_fast.spark",
-    "load_spark_state_dict": "spark_fast.published",
+    "load_spark_state_dict": "spark_fast.weights.spark_keys",
     "pack": "spark_fast.encoder",
     "verify": "spark_fast.encoder.verify",
 }

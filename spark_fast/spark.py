@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from spark_fast.decoder import Decoder
 from spark_fast.densify import densify
 from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, Visible
-from spark_fast.encoder.sparse import SparseEncoder
+from spark_fast.encoder.sparseconvnet import SparseEncoder
 from spark_fast.encoder.verify import verify
 from spark_fast.masking import num_visible
 from spark_fast.networks import build_network
-from spark_fast.proven import is_proven
+from spark_fast.verified_networks import is_proven
 
 log = logging.getLogger("spark_fast")
 
@@ -159,7 +159,7 @@ def build_spark(
         model: a timm name, your own as "package.module:function", or an nn.Module that returns a list of feature
             maps (it is converted in place).
         input_size: pixels, one number or (H, W); a multiple of the network's total stride.
-        encoder: "packed", "masked" for the published way, or "sparseconvnet" (see `spark_fast.encoder.sparse`).
+        encoder: "packed", "masked" for the published way, or "sparseconvnet" (see `spark_fast.encoder.sparseconvnet`).
         model_kwargs: passed to `timm.create_model`, e.g. {"drop_path_rate": 0.05}.
         stages: keep the first so many levels of the pyramid (stride 4, 8, 16, ...): 3 gives patches of 16 px, 2 of
             8 px. By default all, 32 px for most networks.

@@ -15,7 +15,7 @@ from torch.distributed.run import get_args_parser
 
 import spark_fast.evaluation.settings as evaluation
 import spark_fast.training.settings as training
-from spark_fast.training.settings_tree import tomllib
+from spark_fast.run.config import tomllib
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -187,7 +187,7 @@ def test_every_flag_in_the_text_is_one_of_a_command():
     known |= set(re.findall(r"`--(\w+)`", (ROOT / "docs" / "settings.md").read_text()))  # written from the settings
     known |= {flag.lstrip("-") for action in get_args_parser()._actions for flag in action.option_strings}
     known |= set("|".join(re.findall(r"--\((.*?)\)", (ROOT / "tools" / "pt.sh").read_text())).split("|"))
-    for folder in ("tools", "benchmarks"):
+    for folder in ("tools", "benchmarks", "spark_fast/cli"):
         known |= {flag for path in (ROOT / folder).glob("*.py") for flag in flags_of_a_script(path)}
     for page in PAGES:
         text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)

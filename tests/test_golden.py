@@ -55,7 +55,7 @@ def test_trajectory_equals_the_published_code(golden, name, encoder):
 
 
 def check_final_norms(model, figures):
-    from spark_fast.published import _plain, _translate
+    from spark_fast.weights.spark_keys import _plain, _translate
 
     final = {_plain(k): v for k, v in model.state_dict().items()}
     for name, (norm, _) in figures["final_norm_and_sum"].items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spark_fast.networks import build_network
-from spark_fast.proven import is_proven, table
+from spark_fast.verified_networks import is_proven, table
 
 
 def test_stages_of_an_efficientnet_leave_the_later_blocks_out():

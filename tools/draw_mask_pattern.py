@@ -19,10 +19,10 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from spark_fast.checkpoint.file import CheckpointError, write_atomically
 from spark_fast.encoder import PackedEncoder, Visible
 from spark_fast.masking import num_visible, sample_visible
 from spark_fast.networks import build_network
-from spark_fast.training.checkpoint import CheckpointError, write_atomically
 
 PICTURE = Path(__file__).parents[1] / "docs" / "mask_pattern.png"
 

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spark_fast.checkpoint.file import write_atomically
 from spark_fast.encoder import Visible
-from spark_fast.encoder.geometry import axes
+from spark_fast.encoder.conv.geometry import axes
 from spark_fast.encoder.visible import Places
 from spark_fast.masking import num_visible, sample_visible
-from spark_fast.training.checkpoint import write_atomically
-from spark_fast.training.command import run_tool
-from spark_fast.training.settings_tree import SettingsError
+from spark_fast.run.command import run_tool
+from spark_fast.run.config import SettingsError
 
 PICTURE = Path(__file__).parents[1] / "docs" / "packed.png"
 COLUMNS = 4  # packed patches in a row of the picture

@@ -7,10 +7,10 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from spark_fast.encoder.current import Current
-from spark_fast.encoder.halo import Halo
-from spark_fast.encoder.kinds import UnsupportedLayerError, register
-from spark_fast.encoder.pack import MASKED, PACKED, Table, check_layers, convert
+from spark_fast.encoder.context import Current
+from spark_fast.encoder.convert import MASKED, PACKED, Table, check_layers, convert
+from spark_fast.encoder.layer_registry import UnsupportedLayerError, register
+from spark_fast.encoder.layers.halo import Halo
 from spark_fast.encoder.pyramid import feature_maps, meta_images, pyramid, run_on_meta
 from spark_fast.encoder.visible import Visible
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from spark_fast.encoder import PackedEncoder
-from spark_fast.encoder.grouped import FastGroups
-from spark_fast.encoder.pack import check_layers
+from spark_fast.encoder.convert import check_layers
+from spark_fast.encoder.grouped_float64 import FastGroups
 from spark_fast.encoder.pyramid import feature_maps, pyramid
 from spark_fast.encoder.visible import Visible
 from spark_fast.masking import sample_visible

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from spark_fast.evaluation.weights import Weights, load_into
-from spark_fast.export import timm_names
 from spark_fast.networks import build_network
-from spark_fast.training.settings_tree import SettingsError
+from spark_fast.run.config import SettingsError
+from spark_fast.weights.timm_keys import timm_names
 
 
 class Backbone(nn.Module):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from spark_fast.evaluation.settings import Evaluation
 from spark_fast.pipelines import DataError, Pipeline
-from spark_fast.training.command import open_pipeline
-from spark_fast.training.distributed import Ranks
+from spark_fast.run.command import open_pipeline
+from spark_fast.run.distributed import Ranks
 
 SYNTHETIC_IMAGES = 1024
 NO_LABELS = "has no labels: images must lie in class folders, or be listed with them"

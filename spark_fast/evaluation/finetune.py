@@ -20,31 +20,31 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from spark_fast.evaluation.batches import Augment, Mix
+from spark_fast.checkpoint import file as checkpoint
+from spark_fast.checkpoint.async_writer import Saver
+from spark_fast.checkpoint.manager import CHECKPOINT, Store
+from spark_fast.evaluation.accuracy import Scores, judge
 from spark_fast.evaluation.data import Labelled
-from spark_fast.evaluation.layers import parameter_groups
-from spark_fast.evaluation.probe import share_statistics
+from spark_fast.evaluation.layer_decay import parameter_groups
+from spark_fast.evaluation.linear_probe import share_statistics
+from spark_fast.evaluation.mixup import Augment, Mix
 from spark_fast.evaluation.report import Report
-from spark_fast.evaluation.scores import Scores, judge
 from spark_fast.evaluation.settings import Finetune
-from spark_fast.export import write_encoder
 from spark_fast.pipelines import Pipeline
-from spark_fast.published import load_strictly
-from spark_fast.training import checkpoint
+from spark_fast.reporting.run_logger import Meter
+from spark_fast.run.config import SettingsError
+from spark_fast.run.cpu_sync_batchnorm import HostSyncBatchNorm
+from spark_fast.run.data_parallel import data_parallel
+from spark_fast.run.distributed import Ranks
+from spark_fast.run.folder import versions
+from spark_fast.run.watchdog import Watchdog
 from spark_fast.training.bad_steps import BadSteps
-from spark_fast.training.distributed import Ranks
-from spark_fast.training.host_sync_norm import HostSyncBatchNorm
-from spark_fast.training.journal import Meter
 from spark_fast.training.lamb import Lamb
 from spark_fast.training.loop import INTERRUPTED, Interrupt
-from spark_fast.training.parallel import data_parallel
 from spark_fast.training.resume import differing, refuse_differences
-from spark_fast.training.run_folder import versions
-from spark_fast.training.saver import Saver
-from spark_fast.training.settings_tree import SettingsError
 from spark_fast.training.step import DTYPES, Schedule, TrainStep, resolve_precision
-from spark_fast.training.store import CHECKPOINT, Store
-from spark_fast.training.watchdog import Watchdog
+from spark_fast.weights.spark_keys import load_strictly
+from spark_fast.weights.timm_keys import write_encoder
 
 log = logging.getLogger("spark_fast")
 

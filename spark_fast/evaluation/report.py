@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from spark_fast.training.checkpoint import write_atomically
-from spark_fast.training.metrics_file import MetricsFile, line_of
-from spark_fast.training.run_folder import RESULT, versions
+from spark_fast.checkpoint.file import write_atomically
+from spark_fast.reporting.metrics_file import MetricsFile, line_of
+from spark_fast.run.folder import RESULT, versions
 
 log = logging.getLogger("spark_fast")
 

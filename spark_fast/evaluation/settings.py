@@ -1,4 +1,4 @@
-"""Every setting of an evaluation, a tree a mode, in the manner of `training.settings`: defaults < --config < flags.
+"""Every setting of an evaluation, a tree a mode, in the manner of `spark_fast.training.settings`: defaults < --config < flags.
 
 A setting of fine-tuning that is not given is the published recipe's for the network (`recipes`), so 0 is a value like
 any other: `--mixup 0` switches it off.
@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 from tyro.conf import OmitArgPrefixes, arg
 
 from spark_fast.evaluation.recipes import RECIPES, Recipe, recipe_for
-from spark_fast.training.settings_tree import SettingsError, Tree, nearest, read, switches_of
+from spark_fast.run.config import SettingsError, Tree, nearest, read, switches_of
 
 E = TypeVar("E", bound="Evaluation")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from spark_fast.published import encoder_name, load_strictly, strip_prefixes
-from spark_fast.training.checkpoint import CheckpointError, read
-from spark_fast.training.settings_tree import PUBLISHED_MODELS
-from spark_fast.training.store import candidates
+from spark_fast.checkpoint.file import CheckpointError, read
+from spark_fast.checkpoint.manager import candidates
+from spark_fast.run.config import PUBLISHED_MODELS
+from spark_fast.weights.spark_keys import encoder_name, load_strictly, strip_prefixes
 
 log = logging.getLogger("spark_fast")
 

@@ -1,1 +1,1 @@
-"""Everything around one training step: settings, optimiser, ranks, checkpoints, the run folder."""
+"""Pre-training: settings, loop, step, optimiser."""

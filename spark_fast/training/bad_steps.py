@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from spark_fast.training.distributed import Ranks
-from spark_fast.training.guard import Guard
+from spark_fast.run.distributed import Ranks
+from spark_fast.training.nonfinite import Guard
 
 log = logging.getLogger("spark_fast")
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from spark_fast.training.checkpoint import tensor_bytes
-from spark_fast.training.device import peak_memory
+from spark_fast.checkpoint.file import tensor_bytes
+from spark_fast.reporting.mfu import peak_memory
+from spark_fast.run.folder import CHECKPOINT
 from spark_fast.training.loop import PretrainRun
-from spark_fast.training.run_folder import CHECKPOINT
 
 STEPS = 2
 

@@ -13,30 +13,30 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spark_fast.export import encoder_names, renamed, write_encoder
+from spark_fast.checkpoint import file as checkpoint
+from spark_fast.checkpoint.async_writer import Saver
+from spark_fast.checkpoint.manager import CHECKPOINT, Store
 from spark_fast.masking import sample_visible
 from spark_fast.pipelines import Pipeline
+from spark_fast.reporting.flops import count
+from spark_fast.reporting.loggers import open_boards
+from spark_fast.reporting.loss_spikes import Spikes
+from spark_fast.reporting.mfu import Gauge, matmul_rate
+from spark_fast.reporting.profiler import Profile
+from spark_fast.reporting.reconstructions import reconstruction_grid, save_png
+from spark_fast.reporting.run_logger import Journal, Meter
+from spark_fast.run.config import SettingsError
+from spark_fast.run.data_parallel import data_parallel, gather_state
+from spark_fast.run.distributed import Ranks
+from spark_fast.run.folder import versions
+from spark_fast.run.watchdog import Watchdog
 from spark_fast.spark import SparK
-from spark_fast.training import checkpoint
 from spark_fast.training.bad_steps import BadSteps
-from spark_fast.training.boards import open_boards
-from spark_fast.training.cost import count
-from spark_fast.training.device import Gauge, matmul_rate
-from spark_fast.training.distributed import Ranks
-from spark_fast.training.journal import Journal, Meter
 from spark_fast.training.optim import build_optimizer
-from spark_fast.training.parallel import data_parallel, gather_state
-from spark_fast.training.pictures import reconstruction_grid, save_png
-from spark_fast.training.profiling import Profile
 from spark_fast.training.resume import check_same_run, read_newest
-from spark_fast.training.run_folder import versions
-from spark_fast.training.saver import Saver
 from spark_fast.training.settings import Settings
-from spark_fast.training.settings_tree import SettingsError
-from spark_fast.training.spikes import Spikes
 from spark_fast.training.step import Schedule, TrainStep, compiled, resolve_precision
-from spark_fast.training.store import CHECKPOINT, Store
-from spark_fast.training.watchdog import Watchdog
+from spark_fast.weights.timm_keys import encoder_names, renamed, write_encoder
 
 log = logging.getLogger("spark_fast")
 

@@ -6,12 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from spark_fast.pipelines.contract import Pipeline
-from spark_fast.training.checkpoint import CheckpointError, read_run
-from spark_fast.training.run_folder import versions
+from spark_fast.checkpoint.file import CheckpointError, read_run
+from spark_fast.checkpoint.manager import candidates
+from spark_fast.pipelines.base import Pipeline
+from spark_fast.run.config import Tree
+from spark_fast.run.folder import versions
 from spark_fast.training.settings import Settings
-from spark_fast.training.settings_tree import Tree
-from spark_fast.training.store import candidates
 
 log = logging.getLogger("spark_fast")
 

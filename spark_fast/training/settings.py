@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from spark_fast.training.settings_tree import SettingsError, Tree, read, switch, switches_of
+from spark_fast.run.config import SettingsError, Tree, read, switch, switches_of
 
 PUBLISHED_DROP_PATH = {
     "resnet50": 0.05,

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spark_fast.training.device import is_emulated, matmul_rate
-from spark_fast.training.guard import Guard
+from spark_fast.reporting.mfu import is_emulated, matmul_rate
+from spark_fast.reporting.step_timer import StepClock
+from spark_fast.training.cuda_graph import StepGraph
 from spark_fast.training.lamb import Lamb
+from spark_fast.training.nonfinite import Guard
 from spark_fast.training.optim import clip_gradients, learning_rate, set_rates, weight_decay
-from spark_fast.training.step_graph import StepGraph
-from spark_fast.training.timing import StepClock
 
 log = logging.getLogger("spark_fast")
 

@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from spark_fast import build_spark
-from spark_fast.evaluate import main
-from spark_fast.pipelines.convert import ConvertSettings, convert
-from spark_fast.pipelines.stored import StoredImages
-from spark_fast.published import spark_state_dict
+from spark_fast.cli.evaluate import main
+from spark_fast.pipelines.convert.convert import ConvertSettings, convert
+from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.weights.spark_keys import spark_state_dict
 from tests.evaluation.conftest import CLASSES, TINY, write_pictures
 
 FRESH = "--weights=none"

@@ -5,17 +5,17 @@ import timm
 import torch
 
 from spark_fast import build_spark
+from spark_fast.checkpoint.file import CheckpointError, write
+from spark_fast.evaluation.accuracy import Scores
 from spark_fast.evaluation.backbone import build_backbone, build_classifier
-from spark_fast.evaluation.batches import Augment, Mix
-from spark_fast.evaluation.layers import parameter_groups
-from spark_fast.evaluation.neighbours import nearest, votes
+from spark_fast.evaluation.knn import nearest, votes
+from spark_fast.evaluation.layer_decay import parameter_groups
+from spark_fast.evaluation.mixup import Augment, Mix
 from spark_fast.evaluation.recipes import RECIPES, recipe_for
 from spark_fast.evaluation.report import draw_confusion
-from spark_fast.evaluation.scores import Scores
 from spark_fast.evaluation.settings import parse
 from spark_fast.evaluation.weights import read_weights
-from spark_fast.export import encoder_state_dict, write_encoder
-from spark_fast.training.checkpoint import CheckpointError, write
+from spark_fast.weights.timm_keys import encoder_state_dict, write_encoder
 
 CPU = torch.device("cpu")
 PUBLISHED = {  # SparK, downstream_imagenet/arg.py: bs, ep, wp_ep, opt, base_lr, lr_scale, wd, mixup, rep_aug, dp, ema

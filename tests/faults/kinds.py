@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from tests.pipelines.pictures import encoded, jpeg, picture
-from tests.pipelines.test_decode import ODD, PLAIN, bad_huffman_code, with_size
+from tests.pipelines.transforms.test_decode import ODD, PLAIN, bad_huffman_code, with_size
 
 
 def _scan_flipped(data: bytes) -> bytes:

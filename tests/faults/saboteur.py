@@ -50,7 +50,7 @@ def arm(point: str, number: int, action: Callable[[], None]) -> None:
 
 def _arm_write(left: list[int], action: Callable[[], None]) -> None:
     """Half of the bytes of the largest write are on disk."""
-    from spark_fast.training.checkpoint import _Hashed
+    from spark_fast.checkpoint.file import _Hashed
 
     write = _Hashed.write
 
@@ -101,7 +101,7 @@ ACTIONS: dict[str, Callable[[], None]] = {
 }
 
 if __name__ == "__main__":
-    from spark_fast.train import main
+    from spark_fast.cli.train import main
 
     arm(sys.argv[1], int(sys.argv[2]), ACTIONS[sys.argv[3]])
     sys.exit(main(sys.argv[4:]))

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from spark_fast.train import main
-from spark_fast.training import checkpoint
-from spark_fast.training.checkpoint import read
+from spark_fast.checkpoint import file as checkpoint
+from spark_fast.checkpoint.file import read
+from spark_fast.checkpoint.manager import CHECKPOINT, FOLDER, RECORD, Store, candidates, published
+from spark_fast.checkpoint.validate_file import sidecar
+from spark_fast.cli.train import main
 from spark_fast.training.resume import read_newest
-from spark_fast.training.store import CHECKPOINT, FOLDER, RECORD, Store, candidates, published
-from spark_fast.training.untrusted import sidecar
+from tests.checkpoint.test_file import trained
+from tests.cli.test_train import TINY, assert_same_weights, here, pictures  # noqa: F401
 from tests.faults import saboteur
-from tests.test_train import TINY, assert_same_weights, here, pictures  # noqa: F401
-from tests.training.test_checkpoint import trained
 
 SABOTEUR = Path(saboteur.__file__)
 STEPS = 6  # of a run here, one epoch
@@ -139,7 +139,7 @@ def test_killed_inside_a_save_of_a_run_it_ends_with_the_same_bits(unbroken, tmp_
     """Row 2 once more, with the command itself."""
     folder, flags = unbroken
     if not times(0, 30):
-        pytest.skip("with --full; tests/test_train.py kills the command at random moments")
+        pytest.skip("with --full; tests/cli/test_train.py kills the command at random moments")
     for i in range(30):
         point = list(saboteur.POINTS)[(i + 4) % len(saboteur.POINTS)]
         words = [*flags, f"--exp_dir={tmp_path / str(i)}"]

@@ -18,20 +18,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spark_fast.pipelines import DataError, processes
-from spark_fast.pipelines.beton import BetonSource
-from spark_fast.pipelines.beton_writer import BetonSettings
-from spark_fast.pipelines.contract import StorageError
-from spark_fast.pipelines.convert import ConvertSettings, Progress, convert
-from spark_fast.pipelines.open_source import open_source
-from spark_fast.pipelines.processes import run_jobs
-from spark_fast.pipelines.shards import BETON, MANIFEST, PARTIAL, read_manifest
-from spark_fast.pipelines.stored import StoredImages
-from spark_fast.pipelines.verify import verify
+from spark_fast.pipelines import DataError
+from spark_fast.pipelines.base import StorageError
+from spark_fast.pipelines.convert import process_pool as processes
+from spark_fast.pipelines.convert.beton_writer import BetonSettings
+from spark_fast.pipelines.convert.convert import ConvertSettings, Progress, convert
+from spark_fast.pipelines.convert.process_pool import run_jobs
+from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.convert.verify_shards import verify
+from spark_fast.pipelines.sources.beton import BetonSource
+from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.sources.shard_format import BETON, MANIFEST, PARTIAL, read_manifest
 from tests.faults import jobs
+from tests.pipelines.convert.test_convert import contents
 from tests.pipelines.pictures import jpeg
-from tests.pipelines.test_beton import flip
-from tests.pipelines.test_convert import contents
+from tests.pipelines.sources.test_beton import flip
 
 ROOT = Path(__file__).parents[2]
 SHARDS = 12
@@ -50,7 +51,7 @@ def convert_here(src: Path, dst: Path, form: str, made: ConvertSettings) -> None
 
 def start(src: Path, dst: Path, form: str, made: ConvertSettings) -> subprocess.Popen[str]:
     """The converter as a person starts it, with two worker processes."""
-    words = [sys.executable, "-m", "tools.convert_imagenet", str(src), str(dst), "--workers", "2", "--format", form]
+    words = [sys.executable, "-m", "spark_fast.cli.convert", str(src), str(dst), "--workers", "2", "--format", form]
     words += ["--images_per_shard", str(made.images_per_shard), "--short_side", str(made.images.short_side)]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 

@@ -11,8 +11,8 @@ import torch
 HOSTILE = """
 import resource, sys
 from pathlib import Path
-from spark_fast.training.checkpoint import CheckpointError
-from spark_fast.training.weights import load_weights
+from spark_fast.checkpoint.file import CheckpointError
+from spark_fast.weights.load import load_weights
 from torch import nn
 
 def peak():

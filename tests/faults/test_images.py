@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 
 from spark_fast.pipelines import Batch, DataError, Problems, build_pipeline
-from spark_fast.pipelines.beton import BetonSource, checks_path, sealed_checks
-from spark_fast.pipelines.beton_writer import BetonSettings
-from spark_fast.pipelines.convert import ConvertSettings, convert
-from spark_fast.pipelines.crops import DRAWS, Augmentation
-from spark_fast.pipelines.open_source import open_source
-from spark_fast.pipelines.shards import (
+from spark_fast.pipelines.convert.beton_writer import BetonSettings
+from spark_fast.pipelines.convert.convert import ConvertSettings, convert
+from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.convert.verify_shards import verify
+from spark_fast.pipelines.sources.beton import BetonSource, checks_path, sealed_checks
+from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.sources.shard_format import (
     BETON,
     INDEX_FILE,
     Manifest,
@@ -29,12 +30,11 @@ from spark_fast.pipelines.shards import (
     write_manifest,
     write_shard,
 )
-from spark_fast.pipelines.stored import StoredImages
-from spark_fast.pipelines.verify import verify
+from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation
+from tests.cli.test_train import TINY, here
 from tests.faults.kinds import DAMAGED, VALID, bombs
 from tests.pipelines.comparing import pixels
 from tests.pipelines.pictures import jpeg
-from tests.test_train import TINY, here
 
 STORES = [
     pytest.param("torch", "folder"),
@@ -181,7 +181,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from spark_fast.pipelines import build_pipeline
-from spark_fast.pipelines.convert import ConvertSettings, convert
+from spark_fast.pipelines.convert.convert import ConvertSettings, convert
 small, bombs, out, backend = sys.argv[1:]
 
 def read(path):

@@ -12,9 +12,9 @@ import time
 import numpy as np
 import pytest
 
+from tests.cli.test_train import assert_same_weights, pictures, weights  # noqa: F401
 from tests.faults import trainee
 from tests.faults.test_run import STEPS, flags_of, here, rows, samples
-from tests.test_train import assert_same_weights, pictures, weights  # noqa: F401
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -16,12 +16,12 @@ import torch
 from spark_fast import build_spark
 from spark_fast.masking import num_visible, sample_visible
 from spark_fast.pipelines import build_pipeline
-from spark_fast.pipelines.open_source import open_source
-from spark_fast.pipelines.tally import JUDGED_AFTER
+from spark_fast.pipelines.sources.bad_images import JUDGED_AFTER
+from spark_fast.pipelines.sources.detect import open_source
+from tests.cli.test_train import TINY, assert_same_weights, pictures, weights  # noqa: F401
 from tests.commands import run_here
 from tests.faults import trainee
 from tests.pipelines.pictures import jpeg
-from tests.test_train import TINY, assert_same_weights, pictures, weights  # noqa: F401
 
 STEPS = 6  # an epoch
 
@@ -145,7 +145,7 @@ def test_a_run_that_stands_still_ends_with_5(pictures, tmp_path):  # noqa: F811
 
 def test_storage_that_stumbles_is_asked_again_and_what_is_lost_is_counted(tmp_path, monkeypatch, times):
     """Row 12: a hundred faults in ten thousand reads, some of which pass, and files that vanish."""
-    monkeypatch.setattr("spark_fast.pipelines.samples.RETRY_SECONDS", (0.001, 0.002))
+    monkeypatch.setattr("spark_fast.pipelines.sources.load_sample.RETRY_SECONDS", (0.001, 0.002))
     for i in range(250):
         (tmp_path / f"{i:03d}.jpg").write_bytes(jpeg(i, 16, 16))
     source = open_source(tmp_path)

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from tests.cli.test_train import pictures, train  # noqa: F401
 from tests.faults.test_run import flags_of
-from tests.test_train import pictures, train  # noqa: F401
 
 
 def test_no_gpu(pictures, tmp_path):  # noqa: F811

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from spark_fast.pipelines import DataError, build_pipeline
-from spark_fast.pipelines.beton_writer import BetonSettings
-from spark_fast.pipelines.contract import ImageError
-from spark_fast.pipelines.convert import ConvertSettings, convert
-from spark_fast.pipelines.open_source import open_source
-from spark_fast.pipelines.shards import BETON
-from spark_fast.pipelines.stored import StoredImages
-from spark_fast.pipelines.verify import verify
+from spark_fast.pipelines.base import ImageError
+from spark_fast.pipelines.convert.beton_writer import BetonSettings
+from spark_fast.pipelines.convert.convert import ConvertSettings, convert
+from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.convert.verify_shards import verify
+from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.sources.shard_format import BETON
 from tests.pipelines.comparing import batches
 from tests.pipelines.pictures import jpeg
-from tests.pipelines.test_beton import flip
+from tests.pipelines.sources.test_beton import flip
 
 
 def read_all(path: Path) -> list[tuple[bytes, int] | str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from spark_fast.pipelines import build_pipeline
-from spark_fast.pipelines.ffcv_pipeline import FfcvPipeline
-from tests.pipelines.test_beton import flip
+from spark_fast.pipelines.backends.ffcv import FfcvPipeline
+from tests.pipelines.sources.test_beton import flip
 
 backends = pytest.mark.parametrize(
     "backend",

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.cli.test_train import TINY, here
 from tests.optional import missing
-from tests.test_train import TINY, here
 
 OPTIONAL = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("dali", "ffcv")]
 TOLERANCE = {"torch": 0, "dali": 1e-3, "ffcv": 1e-2}  # relative; resizing rounds otherwise, FFCV's DCT is rougher
@@ -22,7 +22,7 @@ def trained(imagenet_sample: Path, tmp_path_factory: pytest.TempPathFactory):
     """backend -> losses of three steps over the same conversion."""
     place = tmp_path_factory.mktemp("trained")
     form = "shards" if missing("ffcv") else "both"
-    tool = [sys.executable, "-m", "tools.convert_imagenet", str(imagenet_sample), str(place / "data")]
+    tool = [sys.executable, "-m", "spark_fast.cli.convert", str(imagenet_sample), str(place / "data")]
     subprocess.run([*tool, "--format", form, "--verify"], check=True, capture_output=True)
     losses: dict[str, list[float]] = {}
 

@@ -17,9 +17,9 @@ import time
 from collections.abc import Generator
 from pathlib import Path
 
-from spark_fast import train
+from spark_fast.cli import train
 from spark_fast.pipelines import Batch, Pipeline
-from spark_fast.training import command
+from spark_fast.run import command
 
 
 class Watched:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spark_fast.pipelines import Batch, build_pipeline
-from spark_fast.pipelines.augment import MEAN, STD
+from spark_fast.pipelines.transforms.resize import MEAN, STD
 
 
 def batches(root: Path, epoch: int = 0, start_step: int = 0, **settings: object) -> list[Batch]:

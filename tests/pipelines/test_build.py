@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from spark_fast.pipelines import DataError, build_pipeline
-from spark_fast.pipelines.beton import CHECKS, RAW, BetonSource
+from spark_fast.pipelines.backends.synthetic import IMAGES
+from spark_fast.pipelines.backends.torch_threads import TorchPipeline
 from spark_fast.pipelines.build import choose_pipeline
-from spark_fast.pipelines.synthetic import IMAGES
-from spark_fast.pipelines.torch_pipeline import TorchPipeline
+from spark_fast.pipelines.sources.beton import CHECKS, RAW, BetonSource
 
 
 def test_a_batch_larger_than_the_data_is_refused_with_both_numbers(image_folder):

@@ -6,14 +6,14 @@ import re
 import pytest
 import torch
 
-from spark_fast.pipelines.order import Schedule
-from spark_fast.pipelines.synthetic import SyntheticPipeline
-from spark_fast.train import open_model
-from spark_fast.training.distributed import Ranks
+from spark_fast.cli.train import open_model
+from spark_fast.pipelines.backends.synthetic import SyntheticPipeline
+from spark_fast.pipelines.sampler import Schedule
+from spark_fast.run.distributed import Ranks
+from spark_fast.run.watchdog import Watchdog
 from spark_fast.training.dry_run import plan, print_plan
 from spark_fast.training.loop import PretrainRun
 from spark_fast.training.settings import parse
-from spark_fast.training.watchdog import Watchdog
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from spark_fast.run.config import SettingsError
 from spark_fast.training.settings import Settings, parse
-from spark_fast.training.settings_tree import SettingsError
 
 NAMED = ["name", "--data_path=images"]
 

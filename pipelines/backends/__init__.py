@@ -1,0 +1,1 @@
+"""Who turns samples into batches on the device: threads, nvJPEG, DALI, FFCV, or generated images."""

@@ -1,0 +1,94 @@
+"""What the decoding backends have in common: their settings, and an epoch that is refused once they are closed."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+
+import torch
+from torch import Tensor
+
+from spark_fast.pipelines.backends.buffers import Buffers
+from spark_fast.pipelines.base import Batch
+from spark_fast.pipelines.sampler import Schedule, Share
+from spark_fast.pipelines.sources.bad_images import Tally
+from spark_fast.pipelines.sources.folder import Source, num_classes
+from spark_fast.pipelines.transforms.crops import Augmentation
+from spark_fast.pipelines.transforms.resize import Normalise
+
+
+class Backend(ABC):
+    """Batches of `source` on `device`; see `build_pipeline` for the settings."""
+
+    def __init__(
+        self,
+        source: Source,
+        schedule: Schedule,
+        augmentation: Augmentation,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        workers: int = 2,
+        prefetch: int = 2,
+        max_bad_fraction: float = 0.01,
+    ) -> None:
+        self.num_samples, self.listing = len(source), source.fingerprint()
+        self.classes = source.classes
+        self.num_classes = num_classes(source)
+        self._tally = Tally(source, max_bad_fraction)
+        self.problems = self._tally.problems
+        self.device = _numbered(torch.device(device))
+        self._source = source
+        self._dtype = dtype
+        self._augmentation = augmentation
+        self._schedule = schedule
+        self._workers, self._prefetch = max(workers, 1), max(prefetch, 1)
+        self._share = schedule.batch_size // schedule.world_size  # samples of this rank in a step
+        self._shape = (self._share, *augmentation.input_size, 3)  # of a batch's pixels
+        self._on_cuda = self.device.type == "cuda"  # there the device normalises, else the host
+        where = self.device if self._on_cuda else torch.device("cpu")
+        self._normalise = Normalise(augmentation.input_size[1], where, dtype)
+        self._buffers = Buffers(self._shape, dtype, kept=self._prefetch + 2)
+        self._closed = threading.Event()
+
+    def __len__(self) -> int:
+        return len(self._schedule)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
+        """Batches start_step ... len(self) - 1 of this epoch.
+
+        The iterator raises DataError when too many images are unreadable. Leaving it early cancels what
+        is in the making.
+        """
+        if self._closed.is_set():
+            raise RuntimeError("this pipeline was closed")
+        return self._batches(self._schedule.epoch(epoch, start_step))
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 -> (B, 3, H, W) on the device, channels_last; from the host in memory used again."""
+        if self._on_cuda:
+            return self._normalise(pixels.to(self.device))
+        batch = self._buffers.take()[: len(pixels)]
+        for place, image in zip(batch, pixels, strict=True):
+            self._normalise.into(place, image)
+        return self._from_host(batch)
+
+    def _from_host(self, batch: Tensor) -> Tensor:
+        """A normalised batch of the host's, (B, H, W, 3) -> (B, 3, H, W) on the device, channels_last."""
+        return batch.to(self.device).permute(0, 3, 1, 2)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop the threads and close the source."""
+
+    @abstractmethod
+    def _batches(self, steps: Iterator[Share]) -> Generator[Batch, None, None]:
+        """The batches of these steps."""
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """The device with its index: the current one may change, and DALI knows none."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -1,0 +1,242 @@
+"""Batches decoded whole, by DALI or on the device, in our order, with our crops.
+
+Three stages: `workers` threads read the files and examine them; a decoder takes a whole batch of encoded images
+with their boxes and flips; the device normalises. Order, boxes and flips come from `order` and `crops`, as for
+every backend.
+
+The decoder is only given what it is known to decode as the other backends do: colour and grey JPEGs. All else
+(CMYK, PNG ...) is decoded by `decode` and handed over as pixels. And these decoders show a damaged scan as grey
+without a word, or end with an error that does not name the image. So the first time that an image is met, `decode`
+judges it, strictly; its checksum is kept (4 bytes an image), and as long as that is the same, the image goes to
+the decoder unseen. This costs a second decoding in a pipeline's first epoch, and none after it.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import zlib
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spark_fast.pipelines.backends.base import Backend
+from spark_fast.pipelines.base import Batch
+from spark_fast.pipelines.sampler import Schedule, Share, uniform
+from spark_fast.pipelines.sources.folder import Source
+from spark_fast.pipelines.sources.load_sample import Loaded, first_readable, labels_on, load_each, thread_parts
+from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation, Box
+from spark_fast.pipelines.transforms.decode import decode
+from spark_fast.pipelines.transforms.resize import crop
+
+logger = logging.getLogger("spark_fast.pipelines")
+
+
+class DecoderError(RuntimeError):
+    """A decoder could not decode a batch; the message is its reason."""
+
+
+class Encoded(NamedTuple):
+    """One image for a decoder."""
+
+    data: NDArray[np.uint8]  # (bytes,) of a JPEG; or pixels (h, w, 3), of the box alone
+    box: Box
+    flip: bool
+
+
+class BatchDecoder(Protocol):
+    """Decodes, crops, resizes and flips a batch at once; for one thread at a time."""
+
+    name: str
+
+    def decode(self, images: Sequence[Encoded]) -> Tensor:
+        """The images on the device, in memory that no later call writes to.
+
+        Raises DecoderError when one of them cannot be decoded; the decoder can be used again.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of threads and buffers."""
+        ...
+
+
+Examined = tuple[Encoded, Loaded]
+
+
+class _Wanted(NamedTuple):
+    """Samples to be read, a batch or part of one."""
+
+    ids: NDArray[np.int64]  # (n,)
+    draws: NDArray[np.float64]  # (n, DRAWS)
+    left: threading.Event  # set when the consumer is gone
+
+
+class _Pending(NamedTuple):
+    """A batch in the making."""
+
+    ids: NDArray[np.int64]
+    read: list[Future[list[Examined]]]
+    decoded: Future[tuple[Tensor, list[Loaded]]]
+
+
+class EncodedPipeline(Backend):
+    """Batches of `source` on `device`; see `build_pipeline` for the settings. DataError without the decoder."""
+
+    def __init__(self, source: Source, schedule: Schedule, augmentation: Augmentation, **settings: Any) -> None:
+        super().__init__(source, schedule, augmentation, **settings)
+        self._sound = np.zeros(len(source), np.uint32)  # checksums of the images that `decode` approved
+        self._refused: set[int] = set()  # samples that the decoder cannot decode, though they are sound
+        self._told = False
+        # On CUDA two take turns: one is fed while the other decodes.
+        self._decoders = [self._make_decoder() for _ in range(2 if self._on_cuda else 1)]
+        self._idle: queue.SimpleQueue[BatchDecoder] = queue.SimpleQueue()
+        for decoder in self._decoders:
+            self._idle.put(decoder)
+        self._readers = ThreadPoolExecutor(self._workers, thread_name_prefix="decode-read")
+        self._conductors = ThreadPoolExecutor(len(self._decoders), thread_name_prefix="decode-batch")
+
+    @abstractmethod
+    def _make_decoder(self) -> BatchDecoder:
+        """A decoder for this pipeline's batches."""
+
+    @abstractmethod
+    def _finished(self, decoded: Tensor) -> Tensor:
+        """What the decoder gave as a batch's images, (B, 3, H, W)."""
+
+    def close(self) -> None:
+        """Stop the threads, let go of the decoders and close the source."""
+        self._closed.set()
+        self._readers.shutdown(wait=True, cancel_futures=True)
+        self._conductors.shutdown(wait=True, cancel_futures=True)
+        for decoder in self._decoders:
+            decoder.close()
+        self._source.close()
+
+    def _batches(self, steps: Iterator[Share]) -> Generator[Batch, None, None]:
+        left = threading.Event()
+        pending: deque[_Pending] = deque()
+
+        def submit_next() -> None:
+            if (share := next(steps, None)) is not None:
+                draws = uniform(self._schedule.seed, share.views, share.ids, DRAWS)
+                pending.append(self._submit(_Wanted(share.ids, draws, left)))
+
+        try:
+            for _ in range(self._prefetch):
+                submit_next()
+            while pending:
+                images = self._collect(pending[0])
+                ids = pending.popleft().ids
+                submit_next()
+                yield Batch(images, labels_on(self.device, self._source, ids), torch.from_numpy(ids.copy()))
+        finally:
+            left.set()
+            futures: list[Future[Any]] = [batch.decoded for batch in pending]
+            futures += [part for batch in pending for part in batch.read]
+            wait([future for future in futures if not future.cancel()])
+
+    def _submit(self, batch: _Wanted) -> _Pending:
+        """Have the threads make this batch."""
+        ids, draws, left = batch
+        parts = [_Wanted(ids[part], draws[part], left) for part in thread_parts(len(ids), self._workers)]
+        read = [self._readers.submit(self._read, part) for part in parts]
+        return _Pending(ids, read, self._conductors.submit(self._decode, batch, read))
+
+    def _read(self, wanted: _Wanted) -> list[Examined]:
+        """In a reader thread: these samples, ready for the decoder."""
+        numbers = wanted.draws.tolist()
+        return load_each(
+            self._source,
+            wanted.ids,
+            lambda place, sample: self._load(sample, numbers[place]),
+            lambda: wanted.left.is_set() or self._closed.is_set(),
+        )
+
+    def _load(self, sample: int, draws: Sequence[float]) -> Examined:
+        """A sample, or the image that stands in, as its file or as pixels."""
+        augmentation = self._augmentation
+        flip = augmentation.flips(draws)
+
+        def examine(i: int, data: bytes | memoryview) -> tuple[Encoded, bool]:
+            height, width, colours = _jpeg_header(data)
+            checksum = zlib.crc32(data)
+            plain = colours in ("YCbCr", "Gray")
+            for_decoder = plain and sample not in self._refused
+            if for_decoder and checksum and self._sound[i] == checksum:
+                box = augmentation.box(draws, height, width)
+                return Encoded(np.frombuffer(data, np.uint8), box, flip), colours == "Gray"
+            pixels, converted = decode(data)  # raises ImageError
+            box = augmentation.box(draws, *pixels.shape[:2])
+            if for_decoder:
+                self._sound[i] = checksum
+                return Encoded(np.frombuffer(data, np.uint8), box, flip), converted
+            if not plain:
+                self._tell(i)
+            return Encoded(crop(pixels, box), Box(0, 0, box.height, box.width), flip), converted
+
+        (encoded, converted), replaced = first_readable(self._source, sample, examine)
+        return encoded, Loaded(converted, replaced)
+
+    def _decode(self, batch: _Wanted, read: list[Future[list[Examined]]]) -> tuple[Tensor, list[Loaded]]:
+        """In a conductor thread: wait for a batch's files, run the decoder."""
+        examined = [image for part in read for image in part.result()]
+        if batch.left.is_set() or self._closed.is_set():
+            raise CancelledError
+        decoder = self._idle.get()
+        try:
+            pixels = decoder.decode([encoded for encoded, _ in examined])
+        except DecoderError:
+            self._find_refused(decoder, batch.ids, examined)
+            examined = self._read(batch)  # now with the pixels of those
+            pixels = decoder.decode([encoded for encoded, _ in examined])
+        finally:
+            self._idle.put(decoder)
+        return pixels, [loaded for _, loaded in examined]
+
+    def _find_refused(self, decoder: BatchDecoder, ids: NDArray[np.int64], examined: list[Examined]) -> None:
+        """Note which images of a batch the decoder refuses, though `decode` reads them; each once in a run."""
+        for sample, (encoded, _) in zip(ids.tolist(), examined, strict=True):
+            try:
+                decoder.decode([encoded])
+            except DecoderError as error:  # noqa: PERF203
+                self._refused.add(sample)
+                name = self._source.name(sample)
+                text = "image %d (%s) is sound, but %s refuses it (%s): decoded without"
+                logger.warning(text, sample, name, decoder.name, error)
+
+    def _collect(self, batch: _Pending) -> Tensor:
+        """Wait for a batch, and count its problems: (B, 3, H, W)."""
+        try:
+            decoded, loaded = batch.decoded.result()
+        except CancelledError:
+            raise RuntimeError("this pipeline was closed while it was being read") from None
+        self._tally.count(batch.ids.tolist(), loaded)
+        if decoded.is_cuda:
+            decoded.record_stream(torch.cuda.current_stream(self.device))  # it was allocated on another
+        return self._finished(decoded)
+
+    def _tell(self, i: int) -> None:
+        if not self._told:
+            self._told = True
+            name = self._source.name(i)
+            text = "image %d (%s) and others that are no colour or grey JPEG are decoded without %s"
+            logger.info(text, i, name, self._decoders[0].name)
+
+
+def _jpeg_header(data: bytes | memoryview) -> tuple[int, int, str]:
+    """Height, width and colours of a JPEG; (0, 0, "") of anything else, and of what needs a closer look."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return 0, 0, ""
+    return height, width, colours

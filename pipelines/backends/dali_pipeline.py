@@ -1,0 +1,18 @@
+"""Batches decoded by NVIDIA DALI, in our order, with our crops: `encoded_pipeline` with DALI's decoder."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from spark_fast.pipelines.backends.batch_decoder import BatchDecoder, EncodedPipeline
+from spark_fast.pipelines.backends.dali import DaliDecoder
+
+
+class DaliPipeline(EncodedPipeline):
+    """Batches of `source` on `device`; see `build_pipeline` for the settings. DataError without DALI."""
+
+    def _make_decoder(self) -> BatchDecoder:
+        return DaliDecoder(self._share, self._augmentation.input_size, self.device, self._workers)
+
+    def _finished(self, decoded: Tensor) -> Tensor:
+        return self._normalised(decoded)

@@ -1,0 +1,110 @@
+"""Batches decoded by FFCV from a `.beton`, in our order, with our crops.
+
+FFCV's thread decodes a batch at a time with `workers` compiled threads (`ffcv_loader`, `ffcv_kernel`); the
+device normalises. What the kernel cannot show, because the bytes are not those that were written or do not
+decode, is decoded here as the default pipeline does it, the next readable image standing in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spark_fast.pipelines.backends.base import Backend
+from spark_fast.pipelines.base import Batch, DataError, SettingsError
+from spark_fast.pipelines.ffcv_install import require_ffcv
+from spark_fast.pipelines.sampler import Schedule, Share, uniform
+from spark_fast.pipelines.sources.beton import BetonSource
+from spark_fast.pipelines.sources.load_sample import Loaded, labels_on, load_each, load_sample
+from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation
+from spark_fast.pipelines.transforms.resize import cut
+
+RESIZES = ("bicubic", "area")  # as the published code does it; FFCV's own
+
+
+class FfcvPipeline(Backend):
+    """Batches of a .beton on `device`; see `build_pipeline` for the settings. DataError without FFCV."""
+
+    def __init__(
+        self,
+        source: BetonSource,
+        schedule: Schedule,
+        augmentation: Augmentation,
+        *,
+        resize: str = "bicubic",
+        **settings: Any,
+    ) -> None:
+        if resize not in RESIZES:
+            raise SettingsError(f"resize {resize!r} is unknown; there are: {', '.join(RESIZES)}")
+        super().__init__(source, schedule, augmentation, **settings)
+        require_ffcv("--pipeline ffcv")
+        from spark_fast.pipelines.backends.ffcv_kernel import PLAN
+        from spark_fast.pipelines.backends.ffcv_loader import PlannedEpoch, PlannedLoader
+
+        self._beton = source
+        self._bytes = source.size()
+        self._heights, self._widths = (source.checks[side].astype(int) for side in ("height", "width"))
+        self._plan_type = PLAN
+        self._loader = PlannedLoader(
+            source, self._share, augmentation.input_size, resize == "bicubic", self._workers, self._prefetch
+        )
+        self._open: set[PlannedEpoch] = set()
+
+    def close(self) -> None:
+        """Stop FFCV's threads and close the file."""
+        self._closed.set()
+        for epoch in list(self._open):
+            epoch.close()
+        self._source.close()
+
+    def _batches(self, steps: Iterator[Share]) -> Generator[Batch, None, None]:
+        shares = list(steps)
+        if not shares:
+            return
+        ids, views = (np.concatenate(column) for column in zip(*shares, strict=True))
+        plan = np.zeros(len(ids), self._plan_type)
+        plan["sample"], plan["view"], plan["crc"] = ids, views, self._beton.checks["crc"][ids]
+        decoded = self._loader.planned(plan, self._prepare, self._finish)
+        self._open.add(decoded)
+        try:
+            for rows, pixels, loaded in decoded:
+                ids = rows["sample"].astype(np.int64)
+                self._tally.count(ids.tolist(), loaded)
+                images = self._normalised(pixels)
+                yield Batch(images, labels_on(self.device, self._source, ids), torch.from_numpy(ids))
+        finally:
+            decoded.close()
+            self._open.discard(decoded)
+
+    def _prepare(self, plan: NDArray[np.void]) -> list[list[float]]:
+        """In FFCV's thread: boxes and flips of a batch; returns the samples' random numbers."""
+        if self._beton.size() != self._bytes:  # a memory map of it would end the process
+            raise DataError(f"{self._beton.path} has changed its size while in use: copy it again")
+        ids, augmentation = plan["sample"], self._augmentation
+        draws = uniform(self._schedule.seed, plan["view"], ids, DRAWS).tolist()
+        heights, widths = self._heights[ids].tolist(), self._widths[ids].tolist()
+        boxes = [augmentation.box(row, h, w) for row, h, w in zip(draws, heights, widths, strict=True)]
+        for side, values in zip(("top", "left", "height", "width"), zip(*boxes, strict=True), strict=True):
+            plan[side] = values
+        plan["flip"] = [augmentation.flips(row) for row in draws]
+        return draws
+
+    def _finish(self, plan: NDArray[np.void], draws: list[list[float]], pixels: Tensor) -> list[Loaded]:
+        """In FFCV's thread: see to what the kernel could not show."""
+        loaded, places = [Loaded(False, None)] * len(plan), np.flatnonzero(plan["fault"]).tolist()
+
+        def load(k: int, sample: int) -> Loaded:
+            place = places[k]
+            put = partial(cut, out=pixels[place])
+            return load_sample(self._source, sample, draws[place], self._augmentation, put)
+
+        mended = load_each(self._source, plan["sample"][places].astype(np.int64), load, self._closed.is_set)
+        for place, sample in zip(places, mended, strict=True):
+            loaded[place] = sample
+        return loaded

@@ -1,0 +1,56 @@
+"""Generated images, rendered and normalised once: what training does with no data to wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import interpolate
+
+from spark_fast.pipelines.base import Batch, Problems
+from spark_fast.pipelines.sampler import Schedule
+from spark_fast.pipelines.transforms.resize import Normalise
+
+IMAGES = 16  # different ones; sample i shows image i % IMAGES
+
+
+class SyntheticPipeline:
+    """Random smooth colour fields on the device, in batches as any other pipeline's."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        input_size: tuple[int, int],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.num_samples, self.num_classes = schedule.num_samples, IMAGES
+        self.listing = "generated"
+        self.classes: list[str] = []
+        self.problems = Problems()
+        self.device = torch.device(device)
+        self._schedule = schedule
+        coarse = torch.rand(IMAGES, 3, 8, 8, generator=torch.Generator().manual_seed(schedule.seed))
+        images = interpolate(coarse, size=input_size, mode="bicubic").clamp(0, 1)
+        pixels = (255 * images).byte().permute(0, 2, 3, 1).contiguous()  # -> (IMAGES, H, W, 3)
+        # (IMAGES, H, W, 3), so that picking images keeps them channels_last
+        normalise = Normalise(input_size[1], self.device, dtype)
+        self._images = normalise(pixels.to(self.device)).permute(0, 2, 3, 1)
+
+    def __len__(self) -> int:
+        return len(self._schedule)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
+        """Batches start_step ... len(self) - 1 of this epoch; the labels are the numbers of the images."""
+        return (self._batch(share.ids) for share in self._schedule.epoch(epoch, start_step))
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def _batch(self, sample_ids: NDArray[np.int64]) -> Batch:
+        ids = torch.from_numpy(sample_ids.copy())
+        shown = (ids % IMAGES).to(self.device, non_blocking=True)
+        self.problems.read += len(ids)
+        return Batch(self._images[shown].permute(0, 3, 1, 2), shown, ids)

@@ -1,0 +1,1 @@
+"""Converting images into shards or a .beton."""

@@ -1,0 +1,106 @@
+"""One of N parts of a conversion, so that N machines can share the work: which shards it is, what it leaves.
+
+A part is every N-th shard. Done, it leaves part-I-of-N.json beside its shards and their reports: what it wrote, from
+what, and with which settings.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from spark_fast.pipelines.base import DataError, SettingsError
+from spark_fast.pipelines.sources.shard_format import whole_file
+
+Job = TypeVar("Job")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part `number` (1 ... of) of `of`."""
+
+    number: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """From "I/N"; SettingsError when that is none."""
+        found = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text, re.ASCII)
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            raise SettingsError(f"part {text!r} is no I/N with 1 <= I <= N <= 9999: 2/4 is the second of four")
+        return cls(int(found[1]), int(found[2]))
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+    @property
+    def name(self) -> str:
+        """Of its files, without suffix."""
+        return f"part-{self.number:04d}-of-{self.of:04d}"
+
+    def share(self, jobs: list[Job]) -> list[Job]:
+        """This part's of all jobs."""
+        return jobs[self.number - 1 :: self.of]
+
+
+@dataclass(frozen=True)
+class PartManifest:
+    """The contents of part-I-of-N.json."""
+
+    number: int
+    of: int
+    splits: list[str]  # of the whole conversion: names of the folders; empty: no splits
+    root: str  # where the images were
+    labelled: bool
+    classes: list[str]
+    made_from: dict[str, Any]  # as in the manifest of the whole
+    shards: list[str]  # file names, also of shards with no readable image in them
+
+    @property
+    def part(self) -> Part:
+        """Which part this is."""
+        return Part(self.number, self.of)
+
+
+def write_part(folder: Path, manifest: PartManifest) -> None:
+    """Declare a part finished; raises OSError."""
+    with whole_file(folder / f"{manifest.part.name}.json") as file:
+        file.write(json.dumps(asdict(manifest), indent=1).encode())
+
+
+def read_parts(folder: Path) -> list[PartManifest]:
+    """The parts in `folder`, all of them, in order.
+
+    Raises DataError when one is missing or damaged, or they do not belong together.
+    """
+    parts = [_read_part(path) for path in sorted(folder.glob("part-????-of-????.json"))]
+    if not parts:
+        raise DataError(f"no part is finished in {folder}: it holds no part-I-of-N.json. Run --part I/N for each first")
+    if len(divisions := sorted({p.of for p in parts})) > 1:
+        raise DataError(f"{folder} holds parts of different divisions (into {divisions}): remove all but one kind")
+    if missing := sorted(set(range(1, parts[0].of + 1)) - {p.number for p in parts}):
+        names = ", ".join(f"{number}/{parts[0].of}" for number in missing)
+        raise DataError(f"{folder}: part {names} is missing: run it, or copy its files here, then merge again")
+    for p in parts[1:]:
+        if found := _differences(parts[0], p):
+            raise DataError(f"{folder}: part {p.part} was made otherwise than part {parts[0].part} ({found})")
+    return parts
+
+
+def _read_part(path: Path) -> PartManifest:
+    try:
+        manifest = PartManifest(**json.loads(path.read_bytes()))
+        if path.stem != manifest.part.name:
+            raise ValueError(f"it is of part {manifest.part}")
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}): run this part again") from error
+    return manifest
+
+
+def _differences(one: PartManifest, other: PartManifest) -> str:
+    a = {**one.made_from, "splits": one.splits, "labelled": one.labelled, "classes": one.classes}
+    b = {**other.made_from, "splits": other.splits, "labelled": other.labelled, "classes": other.classes}
+    return "; ".join(f"{key}: {a.get(key)} -> {b.get(key)}" for key in a | b if a.get(key) != b.get(key))

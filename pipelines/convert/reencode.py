@@ -1,0 +1,84 @@
+"""What of an image goes into a shard: a baseline JPEG, 4:2:0, RGB colours, not larger than need be.
+
+So every decoder, those in hardware too, takes its fast path. An image that is like that already is copied
+byte for byte: no second generation of JPEG artefacts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import simplejpeg
+
+from spark_fast.pipelines.base import ImageError, SettingsError
+from spark_fast.pipelines.transforms.decode import decode
+from spark_fast.pipelines.transforms.resize import resize
+
+_MAX_JPEG_SIDE = 65500  # libjpeg's limit
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """How images are stored. Images are never enlarged; 0 for both sides keeps their size."""
+
+    short_side: int = 256
+    max_side: int = 0
+    quality: int = 90
+
+    def __post_init__(self) -> None:
+        if self.short_side and self.max_side:
+            raise SettingsError(
+                f"short_side {self.short_side} and max_side {self.max_side} exclude each other: give one"
+            )
+        if self.short_side < 0 or self.max_side < 0:
+            raise SettingsError("short_side and max_side are numbers of pixels, or 0 to keep the size")
+        if not 1 <= self.quality <= 100:
+            raise SettingsError(f"quality {self.quality} is no JPEG quality: take 1 to 100, 90 is usual")
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Stored height and width of an image."""
+        factor = 1.0
+        if self.short_side:
+            factor = self.short_side / min(height, width)
+        elif self.max_side:
+            factor = self.max_side / max(height, width)
+        if factor >= 1:
+            return height, width
+        return max(round(height * factor), 1), max(round(width * factor), 1)
+
+    def encode(self, data: bytes | memoryview) -> tuple[bytes, str | None]:
+        """The JPEG to store for an encoded image, and what was repaired (None: nothing).
+
+        Raises ImageError when the image cannot be read or stored.
+        """
+        image, converted = decode(data, fast_chroma=True)  # a coarser chroma is stored than is made here
+        height, width = image.shape[:2]
+        size = self.size(height, width)
+        if size == (height, width) and not converted and _is_plain(data):
+            return bytes(data), None
+        if size != (height, width):
+            fewer_rows = resize(image, (size[0], width))  # first: the pass along rows is the slower one
+            image = resize(fewer_rows, size)
+        if max(size) > _MAX_JPEG_SIDE:
+            raise ImageError(f"{size[1]} x {size[0]} pixels: a JPEG cannot be longer than {_MAX_JPEG_SIDE}")
+        jpeg = simplejpeg.encode_jpeg(image, self.quality, "RGB", "420")
+        return jpeg, _what_it_was(data) if converted else None
+
+
+def _is_plain(data: bytes | memoryview) -> bool:
+    """Whether a readable JPEG is baseline with YCbCr colours, which every decoder takes."""
+    if simplejpeg.decode_jpeg_header(data, strict=False)[2] != "YCbCr":
+        return False
+    view, at = memoryview(data), 2
+    while at + 4 <= len(view) and view[at] == 0xFF:  # segments: FF, marker, length (2 bytes), content
+        marker = view[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame, of any kind
+            return marker == 0xC0
+        at += 2 + int.from_bytes(view[at + 2 : at + 4], "big")
+    return False  # fill bytes or other oddities between segments: rather encode it anew
+
+
+def _what_it_was(data: bytes | memoryview) -> str:
+    if bytes(data[:2]) == b"\xff\xd8":
+        return "JPEG of other colours (grey, CMYK ...), stored as RGB"
+    return f"not a JPEG (it starts with {bytes(data[:8])!r}), stored as one"

@@ -1,0 +1,83 @@
+"""The unit of conversion: write one shard, and a report that makes it count.
+
+Runs in a process of its own and takes all it needs with it, so jobs are small and can be pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spark_fast.pipelines.base import DataError, ImageError
+from spark_fast.pipelines.convert.process_pool import Advance
+from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.sources.folder import FileSource
+from spark_fast.pipelines.sources.load_sample import read_patiently
+from spark_fast.pipelines.sources.shard_format import whole_file, write_shard
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard to write."""
+
+    path: Path
+    source: FileSource  # its images alone, in the order of the shard
+    numbers: NDArray[np.int64]  # theirs in the whole listing
+    images: StoredImages
+    made_from: dict[str, Any]
+
+    def describe(self, done: int) -> str:
+        """Which image is next when `done` are."""
+        where = f"image {self.source.name(done)}" if done < len(self.numbers) else "its end"
+        return f"{self.path}, {where}"
+
+
+def write_job(job: ShardJob, advance: Advance) -> None:
+    """Write a shard, its .idx, and last its .json, which makes it count."""
+    repaired: list[dict[str, str]] = []
+    refused: list[dict[str, str]] = []
+
+    def samples() -> Iterator[tuple[int, str, int, bytes]]:
+        for i, number in enumerate(job.numbers.tolist()):
+            name = job.source.name(i)
+            data: bytes | memoryview = b""
+            try:
+                data = read_patiently(job.source, i)
+                jpeg, repair = job.images.encode(data)
+            except (ImageError, OSError) as error:
+                _check_source_is_there(job.source.root)
+                refused.append({"name": name, "reason": str(error)})
+            else:
+                if repair:
+                    repaired.append({"name": name, "reason": repair})
+                label = -1 if job.source.labels is None else int(job.source.labels[i])
+                yield number, name, label, jpeg
+            advance(1, len(data))
+
+    shard, records = write_shard(job.path, samples())
+    report = {
+        "made_from": job.made_from,
+        "shard": asdict(shard),
+        "records": records,
+        "repaired": repaired,
+        "refused": refused,
+    }
+    with whole_file(job.path.with_suffix(".json")) as file:
+        file.write(json.dumps(report).encode())
+
+
+def _check_source_is_there(root: Path) -> None:
+    """An unmounted source must not pass for a million unreadable images."""
+    try:
+        os.close(os.open(root, os.O_RDONLY))  # a folder, or a tar
+    except OSError as error:
+        raise DataError(
+            f"{root} is gone ({error}). Whole shards are kept: bring it back and run the same command again."
+        ) from error

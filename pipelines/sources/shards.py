@@ -1,0 +1,102 @@
+"""Random access to converted shards.
+
+Read with `pread` rather than through a memory map: a shard that is cut short or lies on a failing disk
+then gives an error that names the record, where a memory map would kill the process with SIGBUS. The
+checksum of each JPEG is compared on reading, since zeroed bytes inside a scan decode without an error.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spark_fast.pipelines.base import DataError
+from spark_fast.pipelines.sources.shard_format import (
+    MANIFEST,
+    Manifest,
+    ShardFile,
+    read_index,
+    read_manifest,
+    read_record,
+)
+
+
+class ShardSource:
+    """The images of a folder of shards; 24 bytes of memory an image."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open `folder`; DataError when a shard is missing, has another size, or the manifest is unusable."""
+        manifest = read_manifest(folder)
+        self.folder = folder
+        self.classes = manifest.classes
+        self._index = read_index(folder, manifest)
+        self._listing = manifest.listing
+        self.labels: NDArray[np.int32] | None = self._index["label"].copy() if manifest.labelled else None
+        self._names = [shard.file for shard in manifest.shards]
+        _check_open_files(manifest, folder)
+        self._files: list[BinaryIO] = []
+        for shard in manifest.shards:
+            self._files.append(_open_shard(folder, shard))
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def sizes(self) -> NDArray[np.uint32]:
+        """Bytes of each JPEG, (n,)."""
+        return self._index["size"]
+
+    def stored_order(self) -> NDArray[np.int64]:
+        """The samples as they lie in the shards, (n,)."""
+        return np.lexsort((self._index["offset"], self._index["shard"]))
+
+    def read(self, i: int) -> bytes:
+        """The JPEG of sample i; ImageError when the shard was cut short or changed under our hands."""
+        row = self._index[i]
+        return read_record(self._files[row["shard"]], self._names[row["shard"]], row, int(row["offset"]))
+
+    def name(self, i: int) -> str:
+        """Shard and member, as `tar -t` lists it."""
+        row = self._index[i]
+        header = os.pread(self._files[row["shard"]].fileno(), 100, int(row["offset"]) - 512)
+        member = header.split(b"\0")[0].decode("ascii", "backslashreplace")
+        return f"{self._names[row['shard']]}:{member}"
+
+    def fingerprint(self) -> str:
+        """Of what was converted."""
+        return self._listing
+
+    def close(self) -> None:
+        """Close the shards."""
+        for file in self._files:
+            file.close()
+
+
+def _open_shard(folder: Path, shard: ShardFile) -> BinaryIO:
+    path = folder / shard.file
+    try:
+        file = path.open("rb", buffering=0)
+    except OSError as error:
+        raise DataError(f"{folder / MANIFEST} lists {shard.file}, which cannot be read: {error}") from error
+    size = os.fstat(file.fileno()).st_size
+    if size != shard.bytes:
+        file.close()
+        raise DataError(
+            f"{path} has {size} bytes, {MANIFEST} says {shard.bytes}: it was cut short or changed."
+            " Copy it again, or delete it and convert again."
+        )
+    return file
+
+
+def _check_open_files(manifest: Manifest, folder: Path) -> None:
+    needed = len(manifest.shards) + 256  # the rest of the program needs some, too
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and needed > limit:
+        raise DataError(
+            f"{folder} has {len(manifest.shards)} shards, each an open file, but this process may open only"
+            f" {limit}: run `ulimit -n {needed}` first"
+        )

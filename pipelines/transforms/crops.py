@@ -1,0 +1,105 @@
+"""Where an image is cropped and whether it is flipped: SparK's augmentation as pure arithmetic.
+
+The semantics are torchvision's `RandomResizedCrop.get_params` and `RandomHorizontalFlip`
+(torchvision/transforms/transforms.py), with the random numbers handed in: the crop of a sample is a
+function of (seed, epoch, sample, image size). One image costs about 2 us of plain Python, which is less
+than numpy needs for its first call on so few numbers, and leaves one implementation for all backends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from numpy.typing import ArrayLike
+
+from spark_fast.pipelines.sampler import uniform
+
+ATTEMPTS = 10  # torchvision's number, before it falls back to a central crop
+DRAWS = 2 * ATTEMPTS + 3  # (area, aspect) of every attempt, then top, left, flip
+
+
+class Box(NamedTuple):
+    """A rectangle of whole pixels inside an image."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a decoded image becomes an input. `random=False`: central crop, no flip (pictures, evaluation)."""
+
+    input_size: tuple[int, int] = (224, 224)  # height, width
+    scale: tuple[float, float] = (0.67, 1.0)  # share of the image's area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, drawn uniformly in its logarithm
+    flip: bool = True  # with probability 1/2
+    random: bool = True
+    centre: float = 1.0  # side of the central crop, of the largest one's; timm's crop_pct
+
+    def box(self, draws: Sequence[float], height: int, width: int) -> Box:
+        """The crop of an image of this size, given the sample's DRAWS numbers in [0, 1)."""
+        if not self.random:
+            return centre_box(height, width, self.input_size, self.centre)
+        return random_box(draws, height, width, self.scale, self.ratio)
+
+    def flips(self, draws: Sequence[float]) -> bool:
+        """Whether the sample is mirrored."""
+        return self.random and self.flip and draws[-1] < 0.5
+
+
+def random_box(
+    draws: Sequence[float], height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Box:
+    """`RandomResizedCrop.get_params`, drawing from `draws` (at least DRAWS numbers in [0, 1))."""
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for attempt in range(ATTEMPTS):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[2 * attempt])
+        aspect = math.exp(low + (high - low) * draws[2 * attempt + 1])
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(draws[2 * ATTEMPTS] * (height - h + 1))
+            left = int(draws[2 * ATTEMPTS + 1] * (width - w + 1))
+            return Box(top, left, h, w)
+    return _largest_box(height, width, ratio)
+
+
+def _largest_box(height: int, width: int, ratio: tuple[float, float]) -> Box:
+    """The largest central crop whose aspect lies within `ratio` (torchvision's fallback)."""
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def centre_box(height: int, width: int, input_size: tuple[int, int], share: float = 1.0) -> Box:
+    """The largest central box with the input's aspect, or one whose sides are a `share` of that one's.
+
+    Resizing it gives what resizing the shorter side to 1 / share of the input's and cropping the centre would.
+    """
+    scale = share * min(height / input_size[0], width / input_size[1])
+    h = min(max(round(input_size[0] * scale), 1), height)
+    w = min(max(round(input_size[1] * scale), 1), width)
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def crops(
+    augmentation: Augmentation,
+    seed: int,
+    epoch: int,
+    sample_ids: ArrayLike,
+    heights: Sequence[int],
+    widths: Sequence[int],
+) -> list[tuple[Box, bool]]:
+    """Box and flip of many samples of known size, for backends that decode and crop in one go."""
+    draws = uniform(seed, epoch, sample_ids, DRAWS).tolist()
+    return [
+        (augmentation.box(row, height, width), augmentation.flips(row))
+        for row, height, width in zip(draws, heights, widths, strict=True)
+    ]

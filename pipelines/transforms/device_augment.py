@@ -1,0 +1,88 @@
+"""Augmentation where the batch is used: the host decodes and copies crops, the device does the arithmetic.
+
+The host puts the pixels of each crop into the corner of a cell, all cells of one size, so that shapes are static
+whatever the images are. On the device an antialiased bicubic resize of B different crops is two batched matrix
+products, W_y @ cell @ W_x^T, with the weights of each sample's size; zero weights skip the rest of the cell, and
+weights in reverse order flip. Then clamp, normalise and cast; one pass when compiled, as it is on CUDA.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spark_fast.pipelines.transforms.crops import Box
+from spark_fast.pipelines.transforms.resize import MEAN, STD, crop, cut
+
+CELL = 2  # sides of a cell, in input sizes
+
+
+class DeviceAugment:
+    """Crops in cells to normalised images of `input_size` (H, W), (B, 3, H, W) of `dtype`, channels_last."""
+
+    def __init__(self, input_size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> None:
+        self.input_size, self._dtype = input_size, dtype
+        self.cell = (CELL * input_size[0], CELL * input_size[1])  # height, width
+        self._mean = 255 * torch.tensor(MEAN, device=device)[:, None, None]  # (3, 1, 1)
+        self._std = 255 * torch.tensor(STD, device=device)[:, None, None]
+        # fp16 holds bytes exactly and weights to 2^-12; the products are summed in fp32 by the tensor cores
+        self._compute = torch.float16 if device.type == "cuda" else torch.float32
+        self._run = torch.compile(self._resize, dynamic=False) if device.type == "cuda" else self._resize
+
+    def holds(self, height: int, width: int) -> bool:
+        """Whether a crop of this size fits into a cell."""
+        return height <= self.cell[0] and width <= self.cell[1]
+
+    def put(self, image: NDArray[np.uint8], box: Box, flip: bool, cell: Tensor) -> tuple[int, int, int]:
+        """On the host: copy the crop `box` of `image` (h, w, 3) into the corner of `cell`, uint8 of size `cell`.
+
+        Returns (height, width, flip) of what is there. A crop that does not fit is resized here, to the input's size.
+        """
+        height, width = box.height, box.width
+        if self.holds(height, width):
+            cell.numpy()[:height, :width] = crop(image, box)
+            return height, width, flip
+        height, width = self.input_size
+        cut(image, box, False, cell[:height, :width])
+        return height, width, flip
+
+    def __call__(self, cells: Tensor, crops: Tensor) -> Tensor:
+        """(B, *cell, 3) uint8 and (B, 3) int64 as `put` returned them, both on the device."""
+        return self._run(cells, crops)
+
+    def _resize(self, cells: Tensor, crops: Tensor) -> Tensor:
+        count, rows, columns, _ = cells.shape
+        height, width = self.input_size
+        across = bicubic_weights(crops[:, 1], columns, width)  # (B, W, columns)
+        across = torch.where(crops[:, 2, None, None] != 0, across.flip(1), across).to(self._compute)
+        down = bicubic_weights(crops[:, 0], rows, height).to(self._compute)  # (B, H, rows)
+        pixels = torch.bmm(down, cells.to(self._compute).view(count, rows, columns * 3))  # (B, H, columns * 3)
+        planes = pixels.view(count, height, columns, 3).permute(0, 3, 1, 2).reshape(count, 3 * height, columns)
+        images = torch.bmm(planes, across.mT).view(count, 3, height, width).float().clamp(0, 255)
+        images = (images - self._mean) / self._std
+        return images.to(self._dtype, memory_format=torch.channels_last)
+
+
+def bicubic_weights(sizes: Tensor, longest: int, out: int) -> Tensor:
+    """Pillow's antialiased bicubic resize of lines as matrices: `sizes[i]` pixels to `out` pixels.
+
+    The kernel is Keys' cubic with a = -1/2, stretched by the reduction, its weights normalised at the borders
+    (precompute_coeffs in Pillow's src/libImaging/Resample.c).
+
+    Args:
+        sizes: (B,), each between 1 and `longest`.
+
+    Returns:
+        (B, out, longest) fp32; zero from column sizes[i] on.
+    """
+    scale = (sizes.float() / out)[:, None, None]
+    centre = (torch.arange(out, device=sizes.device)[:, None] + 0.5) * scale  # (B, out, 1)
+    pixel = torch.arange(longest, device=sizes.device)
+    x = ((pixel + 0.5 - centre) / scale.clamp(min=1)).abs()  # (B, out, longest)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    weights = torch.where(pixel < sizes[:, None, None], weights, 0.0)
+    return weights / weights.sum(2, keepdim=True)

@@ -1,0 +1,1 @@
+"""A run's checkpoints: written whole, validated before they are opened, kept and pruned, written in the background."""

@@ -1,0 +1,217 @@
+"""Checkpoints: written whole or not at all, with a SHA-256 beside; read without running anything that they contain."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from spark_fast.checkpoint.validate_file import RefusedError, check_safetensors, check_sha256, check_zip, sidecar
+from spark_fast.weights.spark_keys import load_strictly
+
+log = logging.getLogger("spark_fast")
+
+FORMAT = 1
+RUN_STATE = {"model", "optimizer", "step", "epoch", "loss", "settings", "num_samples", "random_state", "scaler"}
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be written, read or used; the message names the file."""
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file so that `path` holds the old content or the new, whatever happens, power failure included.
+
+    Raises:
+        CheckpointError: the file system refuses (full, read-only); what was there before stays.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink()
+        if isinstance(error, (OSError, RuntimeError)):  # torch.save reports a full disk as RuntimeError
+            raise CheckpointError(f"cannot write {path}: {error}; the file before it is kept") from error
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames within a folder durable."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def snapshot(state: Any) -> Any:
+    """A copy of nested dictionaries, lists and tensors on the host, which the next step does not change."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: snapshot(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(snapshot(value) for value in state)
+    return state
+
+
+def run_state(model: nn.Module, optimizer: torch.optim.Optimizer, **state: Any) -> dict[str, Any]:
+    """A snapshot of model, optimiser and `state` (step, epoch, loss, settings, ...; plain types and tensors)."""
+    content = {"format": FORMAT, "model": model.state_dict(), "optimizer": optimizer.state_dict(), **state}
+    return snapshot(content)
+
+
+def tensor_bytes(state: Any) -> int:
+    """Bytes of all tensors in nested dictionaries and lists: a checkpoint's size but for some kilobytes."""
+    if isinstance(state, Tensor):
+        return state.nbytes
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(tensor_bytes(part) for part in parts)
+
+
+def write(path: Path, content: dict[str, Any]) -> str:
+    """Write a checkpoint and its checksum, the file itself last; returns the SHA-256.
+
+    A kill leaves the old file, or the new one, or the old one with the new checksum, which is then refused as
+    damaged: never a file that looks whole and is not.
+
+    Raises:
+        CheckpointError: the file system refuses; it says how much space is needed.
+    """
+    hashed = _Hashed()
+
+    def put(file: BinaryIO) -> None:
+        try:
+            # written front to back, so it can be hashed on the way
+            torch.save(content, cast(BinaryIO, hashed.into(file)))
+        except RuntimeError as error:
+            raise hashed.error or error from None
+        file.flush()
+        os.fsync(file.fileno())
+        line = f"{hashed.sha256.hexdigest()}  {path.name}\n"  # what `sha256sum --check` reads
+        write_atomically(sidecar(path), lambda beside: beside.write(line.encode()))
+
+    try:
+        write_atomically(path, put)
+    except CheckpointError as error:
+        room = ""
+        with suppress(OSError):
+            room = f", {shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free there"
+        raise CheckpointError(f"{error}. It needs {tensor_bytes(content) / 1e6:.1f} MB{room}") from error
+    return hashed.sha256.hexdigest()
+
+
+class _Hashed:
+    """Passes on to a file what is written, and hashes it on the way."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+        self._file: BinaryIO
+        self.error: OSError | None = None  # torch raises a puzzle of its own instead
+
+    def into(self, file: BinaryIO) -> _Hashed:
+        self._file = file
+        return self
+
+    def write(self, part: bytes) -> int:
+        self.sha256.update(part)
+        try:
+            return self._file.write(part)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a checkpoint file, tensors on the host: torch's zip format, or safetensors.
+
+    The checksum beside it is checked, or where there is none the zip format's own.
+
+    Raises:
+        CheckpointError: missing, damaged, or one that would run code (it is refused, nothing is run).
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        proven = check_sha256(path)
+        if path.suffix == ".safetensors":
+            check_safetensors(path)
+            return dict(load_file(path))
+        check_zip(path, crc=not proven)
+        if not proven:
+            log.info("no checksum lies beside %s (%s): accepted without", path, sidecar(path).name)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except RefusedError as error:
+        raise CheckpointError(f"{path} {error}") from None
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is refused: it is damaged, or contains pickled code beyond tensors ({_first_line(error)})"
+        ) from None
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read, it is damaged ({_first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
+    return content
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Read a checkpoint that a run can go on from.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    content = read(path)
+    if isinstance(content.get("format"), int) and content["format"] != FORMAT:
+        raise CheckpointError(f"{path} is of format {content['format']}, this version reads {FORMAT}")
+    if content.get("format") != FORMAT or not set(content) >= RUN_STATE:
+        raise CheckpointError(
+            f"{path} is no checkpoint that a run can go on from; --init_weight starts from its weights"
+        )
+    return content
+
+
+def restore(path: Path, content: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load what `read_run` returned into model and optimiser, and restore the random state.
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
+    try:
+        load_strictly(model, content["model"])
+        optimizer.load_state_dict(content["optimizer"])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    torch.set_rng_state(content["random_state"]["cpu"])
+    if "cuda" in content["random_state"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(content["random_state"]["cuda"])
+
+
+def random_state() -> dict[str, Tensor]:
+    """The state of torch's generators on this rank."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,193 @@
+"""Convert images into shards, or a .beton for FFCV, that any of the pipelines reads fast.
+
+    python tools/convert_imagenet.py /data/imagenet /data/imagenet_256
+
+then train with --data_path /data/imagenet_256. Stopped, it goes on where it was when started again. Exit
+codes: 0 done, 2 settings, 3 data, 6 storage, 130 Ctrl-C.
+
+Several machines share the work: on machine I of N add --part I/N, then once, with all files in one folder,
+
+    python tools/convert_imagenet.py /data/imagenet_256 --merge
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from spark_fast.pipelines.base import DataError, SettingsError, StorageError
+from spark_fast.pipelines.convert.beton_writer import BetonSettings
+from spark_fast.pipelines.convert.convert import ConvertSettings, Progress, convert, convert_part
+from spark_fast.pipelines.convert.merge import merge
+from spark_fast.pipelines.convert.parts import Part
+from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.convert.verify_shards import verify
+from spark_fast.pipelines.ffcv_install import require_ffcv
+from spark_fast.pipelines.sources.shard_format import Manifest
+
+LINE_SECONDS = 10  # between progress lines when the output is no terminal
+
+
+def convert_imagenet(
+    src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
+    dst: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = None,
+    *,
+    short_side: int | None = None,
+    max_side: int = 0,
+    quality: int = 90,
+    images_per_shard: int = 0,
+    seed: int = 0,
+    workers: int = 0,
+    overwrite: bool = False,
+    format: Literal["shards", "ffcv", "both"] = "shards",
+    ffcv_raw: float = 0.0,
+    part: str = "",
+    merge_parts: Annotated[bool, tyro.conf.arg(name="merge")] = False,
+    verify_shards: Annotated[bool, tyro.conf.arg(name="verify")] = False,
+) -> int:
+    """Convert a folder of images into shards.
+
+    Args:
+        src: ImageNet folder (train/, val/, or the tars as downloaded), tar, folder of class folders or of images, or
+            file list. With merge: the folder of the parts.
+        dst: Where the shards go: a new or empty folder, or an unfinished conversion.
+        short_side: Reduce larger images to this shorter side; 0 keeps their size. Default 256.
+        max_side: Reduce larger images to this longer side, instead of short_side.
+        quality: JPEG quality.
+        images_per_shard: 0 chooses: 4096 for ImageNet (about 120 MB), fewer for small data sets.
+        seed: Of the order in which the shards hold the images.
+        workers: Processes; 0 is one for each core.
+        overwrite: Delete an earlier conversion in dst first.
+        format: tar shards (any pipeline reads them), a .beton for FFCV alone, or both.
+        ffcv_raw: Share, 0 to 1, of the .beton's records stored as pixels: no decoding, six times the space.
+        part: I/N converts the I-th of N parts alone; merge joins them.
+        merge_parts: Join the parts in a folder: writes the manifest that makes them one conversion.
+        verify_shards: Read everything again and compare: checksums, counts, indices, images.
+    """
+    short_side = (0 if max_side else 256) if short_side is None else short_side
+    if images_per_shard < 0 or workers < 0:
+        raise SettingsError("images_per_shard and workers are counts, or 0 to let the program choose")
+    settings = ConvertSettings(StoredImages(short_side, max_side, quality), images_per_shard, seed)
+    beton = None if format == "shards" else BetonSettings(ffcv_raw, alone=format == "ffcv")
+    if beton is not None:
+        require_ffcv(f"--format {format}")
+    workers = workers or len(os.sched_getaffinity(0))
+    console = Console()
+    if merge_parts:
+        if dst or part or overwrite:
+            raise SettingsError("--merge takes one folder, that of the parts, and neither --part nor --overwrite")
+        return _report(merge(src), verify_shards, workers, console)
+    if dst is None:
+        raise SettingsError("give SRC and DST: what to convert, and the folder for the shards")
+    if part:
+        if beton or overwrite or verify_shards:
+            raise SettingsError("--part goes neither with --overwrite nor, before --merge, with --format or --verify")
+        return _convert_part(src, dst, settings, Part.parse(part), workers, console)
+    with Display(console) as display:
+        show = display.show
+        written = convert(src, dst, settings, workers=workers, overwrite=overwrite, beton=beton, on_progress=show)
+    return _report(written, verify_shards, workers, console)
+
+
+def _convert_part(src: Path, dst: Path, settings: ConvertSettings, part: Part, workers: int, console: Console) -> int:
+    with Display(console) as display:
+        written = convert_part(src, dst, settings, part, workers=workers, on_progress=display.show)
+    for folder, manifest in written:
+        line = f"{folder}: part {part} is done, {len(manifest.shards)} shards; --merge makes one of all parts"
+        console.print(line, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _report(written: list[tuple[Path, Manifest]], verify_too: bool, workers: int, console: Console) -> int:
+    for folder, manifest in written:
+        console.print(_summary(folder, manifest), highlight=False, soft_wrap=True)
+    if verify_too:
+        faults = [f"{folder}/{fault}" for folder, _ in written for fault in verify(folder, workers)]
+        if faults:
+            raise DataError("\n".join([*faults, f"{len(faults)} faults: convert again with --overwrite"]))
+        console.print("verified: every shard, record and index is as written")
+    return 0
+
+
+def _summary(folder: Path, manifest: Manifest) -> str:
+    size = sum(shard.bytes for shard in manifest.shards)
+    made = f"{len(manifest.shards)} shards, {size / 1e6:.0f} MB"
+    if manifest.beton is not None:
+        whole = f"{manifest.beton.data.file}, {manifest.beton.data.bytes / 1e6:.0f} MB"
+        made = whole if manifest.beton.alone else f"{made}, and {whole}"
+    return (
+        f"{folder}: {manifest.count} images in {made}; {len(manifest.repaired)} converted to RGB JPEG,"
+        f" {len(manifest.refused)} left out as unreadable (listed in manifest.json)"
+    )
+
+
+class Display:
+    """Progress as a bar on a terminal, as a line now and then elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._folder: Path | None = None
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def show(self, progress: Progress) -> None:
+        """Called after every image."""
+        now = time.monotonic()
+        if progress.folder != self._folder:
+            self._folder, self._start, self._before, self._line = progress.folder, now, progress.done, now
+            self._task = self._bar.add_task(progress.folder.name, total=progress.total, speed="")
+        seconds = max(now - self._start, 1e-3)
+        rate = (progress.done - self._before) / seconds
+        speed = f"{rate:.0f} images/s, {progress.bytes / seconds / 1e6:.1f} MB/s"
+        self._bar.update(self._task, completed=progress.done, speed=speed)
+        if self._bar.disable and (now - self._line > LINE_SECONDS or progress.done == progress.total):
+            self._line = now
+            left = (progress.total - progress.done) / rate if rate else 0
+            self._console.print(
+                f"{progress.folder}: {progress.done}/{progress.total} images, {speed}, {left:.0f} s left",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run the command with these words, else those of the command line; returns the exit code."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        return tyro.cli(convert_imagenet, args=words, use_underscores=True, description=__doc__)
+    except (SettingsError, DataError, StorageError) as error:
+        print(f"convert_imagenet: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(
+            "convert_imagenet: interrupted. Whole shards are kept: the same command goes on from there.",
+            file=sys.stderr,
+        )
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

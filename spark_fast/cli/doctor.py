@@ -1,0 +1,250 @@
+"""What of this machine training can use, what is missing, and what to install or set.
+
+    python tools/doctor.py [--data_path FOLDER] [--exp_dir FOLDER]
+
+Exit codes: 0 training can run, 1 something that it needs is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from spark_fast.run.command import run_tool
+
+FFCV = (
+    "apt-get install -y --no-install-recommends libturbojpeg0-dev libopencv-dev pkg-config"
+    " && pip install 'spark-fast[ffcv]'"
+)
+OPTIONAL = {  # module: (what it is for, how to get it)
+    "triton": ("kernels on a GPU", "comes with torch's builds for Linux with a GPU"),
+    "ffcv": ("--pipeline ffcv", FFCV),
+    "nvidia.dali": ("--pipeline dali", "pip install 'spark-fast[dali]'"),
+    "sparseconvnet": ("--sparse_conv=1", "docs/how_it_works.md, True sparse convolutions"),
+    "wandb": ("--wandb", "pip install 'spark-fast[wandb]'"),
+    "matplotlib": ("tools/plot_run.py", "pip install 'spark-fast[plots]'"),
+}
+SAMPLE = 256 * 2**20  # bytes read or written to tell a disk's speed
+OPEN_FILES = 1024
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+ABSENT, BROKEN = "not installed", "does not load"
+
+
+@dataclass
+class Finding:
+    """One line of the table."""
+
+    what: str
+    found: str
+    advice: str = ""  # empty: nothing to do
+    needed: bool = False  # training cannot run as it is
+
+
+def doctor(
+    data_path: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None,
+    exp_dir: Annotated[Path, tyro.conf.arg(metavar="PATH")] = Path(),
+) -> int:
+    """Say what of this machine training can use, and what to install or set.
+
+    Args:
+        data_path: Also measure how fast the images there are read.
+        exp_dir: Where runs will be written: free space and speed.
+    """
+    findings = [*packages()]
+    if _is_missing(found := _load("torch")):
+        findings.append(Finding("importing torch", found, "https://pytorch.org/get-started/locally", needed=True))
+    else:
+        findings += [*devices(), *decoders()]
+    findings += [*optional_parts(), *limits(), written_to(exp_dir)]
+    if data_path is not None:
+        findings.append(read_from(data_path))
+    table = Table(show_lines=False)
+    for title in ("", "found", "what to do"):
+        table.add_column(title, overflow="fold")
+    for finding in findings:
+        style = "red" if finding.needed else "yellow" if finding.advice else ""
+        table.add_row(*map(escape, (finding.what, finding.found, finding.advice)), style=style)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    missing = [finding.what for finding in findings if finding.needed]
+    print(f"missing: {', '.join(missing)}" if missing else "training can run here")
+    return 1 if missing else 0
+
+
+def packages() -> Iterator[Finding]:
+    """Python and what `pip install spark-fast` brings, against the versions it asks for."""
+    new_enough = sys.version_info >= (3, 10)
+    yield Finding("Python", platform.python_version(), "" if new_enough else "3.10 or newer", not new_enough)
+    try:
+        wanted = [line for line in requires("spark-fast") or [] if ";" not in line]
+    except PackageNotFoundError:
+        yield Finding("spark-fast", "not installed", "pip install -e . in the checkout", needed=True)
+        return
+    for line in wanted:
+        name, lowest = re.split(r"\s*>=\s*", line)
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            yield Finding(name, "missing", f"pip install '{line}'", needed=True)
+            continue
+        old = _numbers(found) < _numbers(lowest)
+        yield Finding(name, found, f"pip install '{line}'" if old else "", needed=old)
+
+
+def devices() -> Iterator[Finding]:
+    """GPUs, and the compiler of torch.compile."""
+    import torch
+
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            of = torch.cuda.get_device_properties(i)
+            bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16, no bf16"
+            yield Finding(f"GPU {i}", f"{of.name}, {of.total_memory / 2**30:.0f} GiB, {bf16}")
+    else:
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
+        yield Finding("GPU", f"none; {built}", "training runs on the CPU")
+    yield Finding("CPU", f"{os.cpu_count()} cores, bf16 {'native' if _native_bf16() else 'emulated: use fp32'}")
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    yield Finding("C++ compiler", compiler or "none", "" if compiler else "apt-get install g++, for --compile on a CPU")
+
+
+def decoders() -> Iterator[Finding]:
+    """JPEG decoders, tried on a small picture: libjpeg-turbo (simplejpeg), which all need, and nvJPEG (torchvision)."""
+    import numpy as np
+    import torch
+
+    jpeg = b""
+    try:
+        import simplejpeg
+
+        jpeg = simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))
+        simplejpeg.decode_jpeg(jpeg)
+        yield Finding("libjpeg-turbo", "decodes")
+    except (ImportError, OSError, ValueError) as error:
+        yield Finding("libjpeg-turbo", f"{BROKEN}: {error}", "pip install --force-reinstall simplejpeg", needed=True)
+    if not torch.cuda.is_available():
+        yield Finding("nvJPEG", "no GPU")
+        return
+    try:
+        from torchvision.io import decode_jpeg
+
+        decode_jpeg(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), device="cuda")
+        yield Finding("nvJPEG", "decodes")
+    except (ImportError, RuntimeError, ValueError) as error:
+        told = str(error).splitlines()[0]
+        yield Finding("nvJPEG", told, "for --decode device: a torchvision built for torch's version of CUDA")
+
+
+def optional_parts() -> Iterator[Finding]:
+    """What not everybody needs."""
+    for module, (purpose, remedy) in OPTIONAL.items():
+        found = _load(module)
+        yield Finding(module, found, f"for {purpose}: {remedy}" if _is_missing(found) else "")
+
+
+def _load(module: str) -> str:
+    """Its version, or why there is none."""
+    try:
+        return str(getattr(importlib.import_module(module), "__version__", "yes"))
+    except (ImportError, OSError) as error:
+        absent = isinstance(error, ModuleNotFoundError) and module.startswith(error.name or "?")
+        return ABSENT if absent else f"{BROKEN}: {error}"
+
+
+def _is_missing(found: str) -> bool:
+    return found == ABSENT or found.startswith(BROKEN)
+
+
+def limits() -> Iterator[Finding]:
+    """Open files (every shard is one, and every connection between ranks), and shared memory."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield Finding("open files", f"{soft} of at most {hard}", f"ulimit -n {hard}" if soft < OPEN_FILES else "")
+    if SHARED_MEMORY.exists():
+        size = shutil.disk_usage(SHARED_MEMORY).total
+        advice = "several GPUs (NCCL) want 1 GiB; docker run --shm-size=1g" if size < 2**30 else ""
+        yield Finding("shared memory", f"{size / 2**20:.0f} MiB", advice)
+
+
+def written_to(folder: Path) -> Finding:
+    """Room and speed of the disk that runs are written to."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    what = f"disk of {folder}"
+    probe = place / f".spark_fast_doctor_{os.getpid()}"
+    size = min(SAMPLE, shutil.disk_usage(place).free // 2)
+    start = time.perf_counter()
+    try:
+        with probe.open("wb") as file:
+            file.write(os.urandom(2**20) * (size // 2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return Finding(what, str(error), "choose another --exp_dir", needed=True)
+    finally:
+        probe.unlink(missing_ok=True)
+    rate = size / 2**20 / (time.perf_counter() - start)
+    free = shutil.disk_usage(place).free / 2**30
+    advice = "a checkpoint of ResNet-50 is 0.6 GB, of ConvNeXt-L 3 GB" if free < 10 else ""
+    return Finding(what, f"{free:.0f} GiB free, written at {rate:.0f} MB/s", advice)
+
+
+def read_from(data_path: Path) -> Finding:
+    """How fast the files at `data_path` are read, from the disk where the system lets its cache be dropped."""
+    what, files = f"images at {data_path}", _files(data_path)
+    count = read = 0
+    start = time.perf_counter()
+    for path in files:
+        with path.open("rb") as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            read += len(file.read(SAMPLE - read))
+        count += 1
+        if read >= SAMPLE:
+            break
+    if not read:
+        return Finding(what, "nothing to read", "check --data_path", needed=True)
+    seconds = time.perf_counter() - start
+    small = read / count < 2**20
+    advice = "many small files: tools/convert_imagenet.py makes shards of them" if small else ""
+    return Finding(what, f"{read / 2**20 / seconds:.0f} MB/s, {count / seconds:.0f} files/s", advice)
+
+
+def _files(data_path: Path) -> Iterator[Path]:
+    if data_path.is_file():
+        yield data_path
+    for folder, folders, names in os.walk(data_path):
+        folders.sort()
+        yield from (Path(folder, name) for name in sorted(names))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """(2, 14, 1) of 2.14.1+cu130."""
+    return tuple(int(part) for part in re.findall(r"\d+", text.split("+")[0])[:3])
+
+
+def _native_bf16() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and bool(re.search(r"avx512_bf16|amx_bf16|\bbf16\b", cpuinfo.read_text()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    return run_tool(doctor, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""The command `spark-fast-eval`: what an encoder is worth, by nearest neighbours, a linear probe, or fine-tuning.
+
+    spark-fast-eval finetune NAME --data_path imagenet --weights output_my_run
+    torchrun --nproc_per_node=8 -m spark_fast.evaluate knn NAME --data_path imagenet --weights resnet50_timm.safetensors
+
+Exit codes: see `run.command`.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spark_fast.checkpoint.file import CheckpointError
+from spark_fast.evaluation.accuracy import Scores
+from spark_fast.evaluation.backbone import build_backbone, build_classifier
+from spark_fast.evaluation.data import Labelled, open_train, open_val
+from spark_fast.evaluation.features import extract, frozen
+from spark_fast.evaluation.finetune import FinetuneRun
+from spark_fast.evaluation.knn import classify_by_neighbours
+from spark_fast.evaluation.linear_probe import LinearProbe, shuffled, train_probe
+from spark_fast.evaluation.report import Report
+from spark_fast.evaluation.settings import Evaluation, Finetune, Knn, Linear, parse
+from spark_fast.evaluation.weights import Weights, read_weights
+from spark_fast.pipelines import Pipeline
+from spark_fast.run.command import open_store, run_command, running
+from spark_fast.run.config import SettingsError
+from spark_fast.run.distributed import Ranks
+from spark_fast.run.folder import open_run_folder, refuse_another_run
+from spark_fast.run.lock import RunLock
+from spark_fast.run.watchdog import Watchdog
+from spark_fast.training.resume import checkpoints_to_resume, read_newest
+from spark_fast.training.step import resolve_precision
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    return run_command("spark-fast-eval", sys.argv[1:] if argv is None else argv, parse, evaluate)
+
+
+def evaluate(settings: Evaluation, ranks: Ranks, watchdog: Watchdog) -> int:
+    """Evaluate in the mode of the settings; returns the exit code."""
+    with running(settings, ranks, watchdog) as (lock, closing):
+        mode = finetune if isinstance(settings, Finetune) else on_features
+        return mode(settings, ranks, watchdog, lock, closing)  # type: ignore[arg-type]
+
+
+def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLock, closing: ExitStack) -> int:
+    """k-NN or a linear probe: the network is frozen."""
+    refuse_another_run(asked)
+    weights = _weights(asked)
+    settings: Any = asked.resolved(*_network(asked, weights))
+    backbone = build_backbone(settings.network, settings.model.stages, weights)
+    features = frozen(backbone, ranks.device, resolve_precision(settings.run.precision, ranks.device))
+    fresh = isinstance(settings, Linear) and settings.probe.augment
+    view = {"scale": (0.08, 1.0)} if fresh else {"augment": False, "in_order": True, "centre": settings.data.crop_pct}
+    train = open_train(settings, ranks, **view)
+    learned = Labelled(train, train.num_classes, None, lambda step: watchdog.at(step, "reading the training images"))
+    closing.callback(learned.close)
+    val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "reading the images to judge by"))
+    closing.callback(val.close)
+    _check_sizes(settings, train)
+    report = Report(open_run_folder(settings, lock) if ranks.main else None)
+    closing.callback(report.close)
+    queries = extract(features, val)
+    if isinstance(settings, Knn):
+        scores = classify_by_neighbours(
+            extract(features, learned),
+            queries,
+            k=settings.knn.k,
+            temperature=settings.knn.temperature,
+            classes=train.num_classes,
+            ranks=ranks,
+        )
+    else:
+        scores = _probe(settings, ranks, learned, features, queries, fresh, report)
+    seen = {"train_images": train.num_samples, "replaced": val.pipeline.problems.replaced}
+    found = {"mode": settings.mode, **scores.accuracy(), **seen, "settings": settings.to_dict()}
+    report.result(scores.matrix, train.classes, **found)
+    return 0
+
+
+def _probe(
+    settings: Linear, ranks: Ranks, train: Labelled, features: Any, queries: Any, fresh: bool, report: Report
+) -> Scores:
+    """Train a linear layer, and judge it after every epoch; the scores of the last one."""
+    batch_size, images = settings.batch_size, train.pipeline.num_samples
+    steps = images // batch_size
+    batches = (
+        train.seen_through(features)
+        if fresh
+        else shuffled(*extract(features, train), batch_size // ranks.world_size, steps, settings.run.seed)
+    )
+    channels = max(ranks.gather(queries[0].shape[1]))
+    probe = LinearProbe(channels, train.num_classes).to(ranks.device)
+    scores = Scores(train.num_classes, ranks.device)
+
+    def tell(epoch: int, loss: float, rate: float) -> None:
+        nonlocal scores
+        probe.eval()
+        scores = Scores(train.num_classes, ranks.device)
+        if len(queries[1]):
+            with torch.no_grad():
+                scores.add(probe(queries[0]), queries[1])
+        found = scores.reduce(ranks).accuracy()
+        text = f"epoch {epoch}/{settings.probe.epochs}  loss {loss:.4f}  top-1 {found['top1']:.2f} %"
+        report.epoch(epoch * steps, text, epoch=epoch, loss=loss, lr=rate, top1=found["top1"], top5=found["top5"])
+
+    train_probe(probe, batches, steps, settings.probe, batch_size, ranks, tell)
+    return scores
+
+
+def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, closing: ExitStack) -> int:
+    """Train the whole network."""
+    if not asked.run.resume:
+        refuse_another_run(asked)
+    checkpoints = checkpoints_to_resume(asked)
+    path, state = read_newest(checkpoints) if checkpoints else (Path(), {})
+    weights = None if state else _weights(asked)
+    network, stages = _network(asked, weights) if not state else _resumed(asked, path, state)
+    settings = asked.resolved(network, stages)
+    recipe: Any = settings.recipe
+    train = open_train(settings, ranks, scale=(recipe.min_scale, 1.0), repeats=recipe.repeats)
+    closing.callback(train.close)
+    val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "judging"))
+    closing.callback(val.close)
+    model = build_classifier(network, stages, weights, train.num_classes, recipe.drop_path, settings.size)
+    run = FinetuneRun(settings, ranks, train, val, model, watchdog)
+    closing.callback(run.interrupt.release)
+    if state:
+        run.restore(path, state)
+    return run.train(open_store(settings, lock, run) if ranks.main else None)
+
+
+def _weights(settings: Evaluation) -> Weights | None:
+    return None if settings.model.weights == "none" else read_weights(settings.model.weights)
+
+
+def _network(settings: Evaluation, weights: Weights | None) -> tuple[str, int]:
+    """Name and stages: as asked, or as the weights say."""
+    name = settings.network or (weights.network if weights else "")
+    if not name:
+        raise SettingsError(f"--model is missing: {settings.model.weights} does not say of which network it is")
+    return name, settings.model.stages or (weights.stages if weights else 0)
+
+
+def _resumed(settings: Finetune, path: Path, state: dict[str, Any]) -> tuple[str, int]:
+    """Name and stages: as asked, or as the checkpoint says, so that --weights need not be there any more."""
+    try:
+        before = state["settings"]["model"]
+        return settings.network or before["model"], settings.model.stages or before["stages"]
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{path} is no checkpoint of a fine-tuning run") from None
+
+
+def _check_sizes(settings: Evaluation, train: Pipeline) -> None:
+    if isinstance(settings, Knn) and settings.knn.k > train.num_samples:
+        raise SettingsError(f"--k {settings.knn.k} neighbours are more than the {train.num_samples} training images")
+    if isinstance(settings, Linear) and settings.batch_size > train.num_samples:
+        raise SettingsError(
+            f"--batch_size {settings.batch_size} is more than the {train.num_samples} training images: take less"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

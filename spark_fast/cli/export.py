@@ -1,0 +1,55 @@
+"""Write pre-trained weights in the form that others read, with a model card, proven by loading them.
+
+    python tools/export.py output_my_run --to timm --out resnet50.safetensors
+
+The source is a run folder (its newest checkpoint), a checkpoint, or a published file, with decoder or without.
+Exit codes: 0 done, 2 settings, 6 storage or checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from spark_fast.run.command import run_tool
+from spark_fast.weights.export_formats import export
+from spark_fast.weights.pretrained import open_pretrained
+
+
+def export_weights(
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CKPT")],
+    *,
+    to: Literal["timm", "torchvision", "safetensors", "hf_folder", "spark"],
+    out: Path,
+    model: str = "",
+) -> int:
+    """Write pre-trained weights in the form that others read.
+
+    Args:
+        source: Run folder, or .pth or .safetensors file.
+        to: timm and hf_folder: all of timm's network but the classifier. torchvision: all of its network. safetensors:
+            the encoder's tensors and no others. spark: encoder and decoder in the published code's names.
+        out: File to write (.safetensors or .pth), or folder for hf_folder.
+        model: The network, where the file does not tell (timm name), or if it is your own (package.module:function).
+    """
+    pretrained = open_pretrained(source, model)
+    made = export(pretrained, to, out)
+    print(
+        f"{out}: {len(made.state)} tensors of {pretrained.settings.network} from {pretrained.path}, loaded and compared"
+    )
+    if made.new:
+        print(f"not pre-trained, at their initial values: {', '.join(made.new)}")
+    print(made.usage.replace("PATH", str(out)))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    return run_tool(export_weights, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

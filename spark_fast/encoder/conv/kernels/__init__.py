@@ -1,0 +1,72 @@
+"""GPU kernels (Triton) for the layers that look across patches, and when they are used.
+
+Each is registered as a `torch.library` operator with a fake and a gradient, so that `torch.compile(fullgraph=True)` and
+CUDA graphs take it. The PyTorch way in `spark_fast.encoder.conv.convolve` computes the same: it serves every other
+device and dtype, and is the oracle in tests. With TRITON_INTERPRET=1 in the environment (Triton's own variable, read
+when it is imported) the kernels run on the CPU, slowly.
+
+docs/gpu.md has the bytes and FLOPs of each.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("spark_fast")
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+if INSTALLED:
+    from spark_fast.encoder.conv.kernels.depthwise import depthwise_convolution
+    from spark_fast.encoder.conv.kernels.halo import gather_windows, sum_windows
+
+__all__ = ["depthwise_convolution", "gather_windows", "sum_windows", "use_kernels"]
+
+
+def use_kernels(wanted: bool | None, like: Tensor) -> bool:
+    """Whether tensors such as `like` (device and dtype) go to the kernels.
+
+    Args:
+        wanted: None: on CUDA, where Triton is installed and the dtype is fp32, bf16 or fp16, and if not the log says
+            so once. True or False forces it.
+
+    Raises:
+        RuntimeError: forced, where they cannot run.
+    """
+    if wanted is False or like.is_meta or (wanted is None and not like.is_cuda):
+        return False
+    obstacle = _obstacle(like.device.type, like.dtype)
+    if obstacle and wanted:
+        raise RuntimeError(f"the GPU kernels were asked for but cannot run: {obstacle}")
+    if obstacle:
+        _say(obstacle)
+    return not obstacle
+
+
+def _obstacle(device: str, dtype: torch.dtype) -> str:
+    """Why the kernels cannot run, nothing where they can."""
+    if not INSTALLED:
+        return "triton is not installed (pip install triton)"
+    if device != "cuda" and not INTERPRETED:
+        return f"the tensors are on {device}, which takes TRITON_INTERPRET=1 in the environment from the start"
+    if dtype not in DTYPES:
+        return f"they compute in fp32, bf16 or fp16, not in {str(dtype).removeprefix('torch.')}"
+    return ""
+
+
+@torch.compiler.assume_constant_result  # run by the compiler while it traces: a log call in a graph would break it
+def _say(obstacle: str) -> None:
+    _say_once(obstacle)
+
+
+@cache
+def _say_once(obstacle: str) -> None:
+    log.warning("layers that look across patches run by PyTorch, not by the GPU kernels: %s", obstacle)

@@ -1,0 +1,157 @@
+"""What kind of layer each type is: the table by which a network is packed, or refused by name.
+
+pointwise    it sees one cell at a time: untouched
+norm         its statistics run over all cells of the batch (BatchNorm): untouched when packed
+conv, pool   it looks across the edge of a patch: takes its halo first
+local        it looks across in a way of its own (reflected borders, bilinear resizing): on the dense map
+mixer        it reduces over an image and returns the map: over the image's visible cells
+image_pool   it reduces an image to one cell: over the image's visible cells
+per_image    it draws a random number per image
+block        it mixes positions in its own `forward`: written again in `blocks`
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import timm.layers as tl
+from timm.layers import activations as timm_activations
+from timm.layers import grn
+from timm.models import (
+    _efficientnet_blocks,
+    efficientformer,
+    fastvit,
+    focalnet,
+    hgnet,
+    metaformer,
+    mlp_mixer,
+    nfnet,
+    selecsls,
+    senet,
+    swiftformer,
+)
+from torch import nn
+from torch.nn.modules import activation as torch_activations
+
+from spark_fast.encoder.layers import timm_blocks as blocks
+
+
+class UnsupportedLayerError(ValueError):
+    """A network has a layer that cannot be packed; the message names its place and type."""
+
+
+def _activations() -> set[type]:
+    """Every elementwise activation of torch and timm (not attention, not a softmax)."""
+    modules = (torch_activations, timm_activations)
+    found = {c for m in modules for c in vars(m).values() if isinstance(c, type) and issubclass(c, nn.Module)}
+    return {c for c in found if "Softmax" not in c.__name__ and "Softmin" not in c.__name__} - {
+        nn.Module,
+        nn.MultiheadAttention,
+        nn.GLU,
+    }
+
+
+KINDS: dict[type, str] = {}
+
+
+def register(kind: str, *types: type) -> None:
+    """Say of what kind your own layers are, e.g. `register("pointwise", MyScale)`; see the module's text.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    known = ("pointwise", "norm", "conv", "pool", "local", "mixer", "image_pool", "per_image")
+    if kind not in known:
+        raise ValueError(f"unknown kind of layer {kind!r}; there are {', '.join(known)}")
+    KINDS.update(dict.fromkeys(types, kind))
+
+
+def _timm(module: Any, *names: str) -> list[type]:
+    """The types that this version of timm has."""
+    return [vars(module)[n] for n in names if n in vars(module)]
+
+
+register("pointwise", *_activations(), nn.Identity, nn.Dropout, nn.Linear, nn.LayerNorm, nn.ChannelShuffle)
+register("pointwise", nn.PixelShuffle, nn.PixelUnshuffle)  # whole patches only: checked by tracing
+register("pointwise", *_timm(tl, "LayerNorm", "LayerNorm2d", "LayerNormAct2d", "RmsNorm2d", "RmsNormAct2d"))
+register("pointwise", *_timm(tl, "SimpleNorm2d", "SpaceToDepth", "DepthToSpace"))
+register("pointwise", *_timm(tl.layer_scale, "LayerScale", "LayerScale2d"))
+register("pointwise", *_timm(metaformer, "Scale", "LayerNorm2dNoBias", "LayerNormNoBias"))
+register("pointwise", *_timm(fastvit, "LayerScale2d"), *_timm(swiftformer, "LayerScale2d"))
+register("pointwise", *_timm(efficientformer, "LayerScale2d"), *_timm(hgnet, "LearnableAffineBlock"))
+register("pointwise", *_timm(nfnet, "GammaAct"), *_timm(selecsls, "SelectSeq"))
+register(
+    "norm", nn.BatchNorm2d, nn.SyncBatchNorm, *_timm(tl, "BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
+)
+register("norm", *_timm(tl, "EvoNorm2dB0", "EvoNorm2dB1", "EvoNorm2dB2"))
+register("conv", nn.Conv2d, *_timm(tl, "Conv2dSame", "StdConv2d", "StdConv2dSame", "ScaledStdConv2d"))
+register("conv", *_timm(tl, "ScaledStdConv2dSame"))
+register("pool", nn.MaxPool2d, nn.AvgPool2d, *_timm(tl.pool2d_same, "MaxPool2dSame", "AvgPool2dSame"))
+register("local", *_timm(tl, "BlurPool2d", "DropBlock2d"))
+register("mixer", nn.GroupNorm, nn.InstanceNorm2d, nn.Dropout2d, *_timm(tl, "GroupNorm", "GroupNorm1", "GroupNormAct"))
+register("mixer", *_timm(tl, "GroupNorm1Act", "EvoNorm2dS0", "EvoNorm2dS0a", "EvoNorm2dS1", "EvoNorm2dS1a"))
+register("mixer", *_timm(tl, "EvoNorm2dS2", "EvoNorm2dS2a", "FilterResponseNormTlu2d", "FilterResponseNormAct2d"))
+register("mixer", grn.GlobalResponseNorm, *_timm(metaformer, "GroupNorm1NoBias"))
+register("mixer", *_timm(tl, "SEModule", "EffectiveSEModule", "EcaModule", "CecaModule", "GlobalContext"))
+register("mixer", *_timm(tl.cbam, "ChannelAttn", "LightChannelAttn"), *_timm(_efficientnet_blocks, "SqueezeExcite"))
+register("mixer", *_timm(senet, "SEModule"), *_timm(hgnet, "EseModule"))
+register("per_image", tl.DropPath)
+
+BLOCKS: dict[type, type] = {
+    tl.SplitAttn: blocks.SplitAttention,
+    tl.selective_kernel.SelectiveKernelAttn: blocks.KernelSelection,
+    focalnet.FocalModulation: blocks.FocalModulation,
+    _efficientnet_blocks.CondConvResidual: blocks.ConditionalResidual,
+    tl.CondConv2d: blocks.ConditionalConv,
+    **dict.fromkeys(_timm(hgnet, "StemV2"), blocks.PaddedStem),
+}
+PADS = (nn.ZeroPad2d, nn.ConstantPad2d)
+ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+
+REASONS = [
+    (r"LSTM|GRU|^RNN|SSD$|Mamba(?!Out)", "recurrent: a cell depends on all cells before it"),
+    (r"^(?!Positional).*Fourier|Dct|FFT|GlobalFilter", "Fourier: every output depends on the whole image"),
+    (
+        r"Attention|Attn|MHSA|SHSA|SHMA|XCA|MLA$|GPSA|LambdaLayer|Outlook|ParallelScalingBlock",
+        "attention: positions look at one another",
+    ),
+]
+"""Layers of torch and timm that mix positions by their nature, by name, and why they are refused."""
+TOKEN_MIXERS = tuple(_timm(mlp_mixer, "MixerBlock", "SpatialGatingBlock", "ResBlock"))  # too common to go by name
+
+
+def kind(module: nn.Module) -> str | None:
+    """The kind of a layer, "block", or None for a module that is none (a container, or unknown)."""
+    cls = type(module)
+    if cls in BLOCKS:
+        return "block"
+    if isinstance(module, nn.Upsample):
+        return "pointwise" if module.mode == "nearest" and _whole(module.scale_factor) else "local"
+    if isinstance(module, ADAPTIVE):
+        return "image_pool" if module.output_size in (1, (1, 1)) else None
+    if isinstance(module, tl.GatherExcite):
+        if module.gather is not None:
+            return None  # strided convolutions and an upsampling by nearest: its layers do
+        return "local" if module.extent else "mixer"
+    return KINDS.get(cls)
+
+
+def _whole(factor: Any) -> bool:
+    return factor is not None and all(
+        float(f).is_integer() for f in (factor if isinstance(factor, tuple) else (factor,))
+    )
+
+
+def reason(module: nn.Module) -> str | None:
+    """Why a layer that mixes positions by its nature is refused, None for any other.
+
+    Your own class is not judged by its name, but by its layers, and by the checks of what it computes (`verify`).
+    """
+    if kind(module):
+        return None
+    if isinstance(module, TOKEN_MIXERS):
+        return "token mixing: linear layers over all positions of an image"
+    if type(module).__module__.partition(".")[0] not in ("torch", "timm"):
+        return None
+    return next((why for pattern, why in REASONS if re.search(pattern, type(module).__name__)), None)

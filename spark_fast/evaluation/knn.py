@@ -1,0 +1,73 @@
+"""k-NN on frozen features, by DINO's protocol (Caron et al., ICCV 2021; eval_knn.py of its code).
+
+The k training images with the largest cosine similarity vote, each with weight exp(similarity / temperature). The bank
+of training features stays where it was made: each rank finds the nearest of all queries in its own part, and the
+candidates are merged, so the result is that of one rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from spark_fast.evaluation.accuracy import Scores
+from spark_fast.run.distributed import Ranks
+
+CHUNK = 1024  # queries compared with a bank at a time
+
+
+def nearest(queries: Tensor, bank: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k most similar (fewer where the bank holds fewer) of a bank, for each query.
+
+    Args:
+        queries: (Q, C); bank: (N, C), both normalised; labels: (N,).
+
+    Returns:
+        (Q, k) similarities and (Q, k) labels, the most similar first.
+    """
+    found = [(chunk @ bank.T).topk(min(k, len(bank)), dim=1) for chunk in queries.split(CHUNK)]
+    return torch.cat([f.values for f in found]), labels[torch.cat([f.indices for f in found])]
+
+
+def votes(similarities: Tensor, labels: Tensor, classes: int, temperature: float) -> Tensor:
+    """(Q, k) and (Q, k) -> (Q, classes), the weight of each class."""
+    weights = (similarities / temperature).exp()
+    return weights.new_zeros(len(labels), classes).scatter_add_(1, labels, weights)
+
+
+def classify_by_neighbours(
+    bank: tuple[Tensor, Tensor],
+    queries: tuple[Tensor, Tensor],
+    *,
+    k: int,
+    temperature: float,
+    classes: int,
+    ranks: Ranks,
+) -> Scores:
+    """Scores of the queries of all ranks.
+
+    Args:
+        bank, queries: features and labels of this rank's training images, and of those to classify.
+    """
+    asked = _of_all_ranks(queries, ranks)
+    features, labels = (part.to(ranks.device) for part in bank)
+    candidates: list[tuple[Tensor, Tensor]] = []
+    if len(features):
+        wanted = normalize(asked[0].to(ranks.device), dim=1)
+        candidates = [tuple(t.cpu() for t in nearest(wanted, normalize(features, dim=1), labels, k))]  # type: ignore
+    candidates = [found for of_rank in ranks.gather(candidates) for found in of_rank]
+    similarities, neighbours = (torch.cat(column, dim=1) for column in zip(*candidates, strict=True))
+    best = similarities.topk(k, dim=1)
+    scores = Scores(classes, torch.device("cpu"))
+    for similar, voters, truth in zip(
+        best.values.split(CHUNK), neighbours.gather(1, best.indices).split(CHUNK), asked[1].split(CHUNK), strict=True
+    ):
+        scores.add(votes(similar, voters, classes, temperature), truth)
+    return scores  # every rank has merged the same
+
+
+def _of_all_ranks(rows: tuple[Tensor, Tensor], ranks: Ranks) -> tuple[Tensor, Tensor]:
+    shares = [share for share in ranks.gather(tuple(row.cpu() for row in rows)) if len(share[1])]
+    features, labels = zip(*shares, strict=True)
+    return torch.cat(features), torch.cat(labels)

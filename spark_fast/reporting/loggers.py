@@ -1,0 +1,160 @@
+"""Where the figures of a run are shown: metrics.jsonl, TensorBoard, Weights & Biases. None of them can stop training.
+
+A board that fails (a full disk, no network, an error of its own) is warned of once; what it could not take is lost,
+and it is tried again at the next log point.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from spark_fast.reporting.metrics_file import MetricsFile
+from spark_fast.run.config import SettingsError
+from spark_fast.training.settings import Settings
+
+log = logging.getLogger("spark_fast")
+
+PATIENCE = 60.0  # seconds that W&B may take to start, and to send the rest at the end
+
+
+class Board(Protocol):
+    """Takes the figures of a log point."""
+
+    def point(self, row: dict[str, Any], step: int) -> None:
+        """The row of `Journal.point` after `step` steps."""
+        ...
+
+    def picture(self, grid: Tensor, step: int) -> None:
+        """(3, H, W) uint8 on the host."""
+        ...
+
+    def close(self) -> None:
+        """The run ends."""
+        ...
+
+
+class Harmless:
+    """Calls what may fail without harm: an error is a warning, the first time, and the call returns None."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._warned = name, False
+
+    def __call__(self, action: Callable[..., Any], *args: Any) -> Any:
+        """action(*args), or None if that raises."""
+        try:
+            return action(*args)
+        except Exception as error:
+            if not self._warned:
+                first = (str(error).strip().splitlines() or [""])[0]
+                log.warning("%s fails (%s: %s); training goes on without it", self._name, type(error).__name__, first)
+            self._warned = True
+            return None
+
+
+class HarmlessBoard:
+    """A board that never raises; one that cannot be opened is none."""
+
+    def __init__(self, name: str, open_board: Callable[[], Board]) -> None:
+        self._harmless = Harmless(name)
+        self._board: Board | None = self._harmless(open_board)
+
+    def point(self, row: dict[str, Any], step: int) -> None:
+        """As `Board`."""
+        if self._board is not None:
+            self._harmless(self._board.point, row, step)
+
+    def picture(self, grid: Tensor, step: int) -> None:
+        """As `Board`."""
+        if self._board is not None:
+            self._harmless(self._board.picture, grid, step)
+
+    def close(self) -> None:
+        """As `Board`."""
+        if self._board is not None:
+            self._harmless(self._board.close)
+
+
+class TensorBoard:
+    """Figures as train/<name>; events of steps that will be run again are hidden."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+
+    def point(self, row: dict[str, Any], step: int) -> None:
+        """As `Board`."""
+        for key, value in row.items():
+            if key not in ("step", "epoch"):
+                self._writer.add_scalar(f"train/{key}", value, step)
+
+    def picture(self, grid: Tensor, step: int) -> None:
+        """As `Board`."""
+        self._writer.add_image("reconstruction", grid, step)
+
+    def close(self) -> None:
+        """As `Board`."""
+        self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases, the same one after a resume: its id is kept in the run folder.
+
+    Where it is sent, offline mode and login are W&B's own matter (WANDB_MODE, WANDB_API_KEY, ...).
+    """
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self._wandb = require_wandb()
+        kept = folder / "wandb_id.txt"
+        if not kept.exists():
+            kept.write_text(uuid.uuid4().hex)
+        self._run = self._wandb.init(
+            project=settings.run.wandb,
+            name=settings.run.exp_name or folder.name,
+            id=kept.read_text().strip(),
+            resume="allow",
+            dir=str(folder),
+            config=settings.to_dict(),
+            settings=self._wandb.Settings(init_timeout=PATIENCE, finish_timeout=PATIENCE),
+        )
+
+    def point(self, row: dict[str, Any], step: int) -> None:
+        """As `Board`."""
+        self._run.log({f"train/{k}": v for k, v in row.items() if k != "step"}, step=step)
+
+    def picture(self, grid: Tensor, step: int) -> None:
+        """As `Board`."""
+        self._run.log({"reconstruction": self._wandb.Image(grid.permute(1, 2, 0).numpy())}, step=step)
+
+    def close(self) -> None:
+        """As `Board`."""
+        self._run.finish()
+
+
+def require_wandb() -> Any:
+    """The module `wandb`; raises SettingsError where it cannot be imported."""
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise SettingsError(
+            f"--wandb needs Weights & Biases, which does not load ({error}): pip install 'spark-fast[wandb]'"
+        ) from error
+
+
+def open_boards(folder: Path | None, settings: Settings, step: int) -> list[HarmlessBoard]:
+    """The boards of a run; none on ranks that do not write (`folder` is None)."""
+    if folder is None:
+        return []
+    boards = [
+        HarmlessBoard("metrics.jsonl", lambda: MetricsFile(folder / "metrics.jsonl", step)),
+        HarmlessBoard("TensorBoard", lambda: TensorBoard(folder, step)),
+    ]
+    if settings.run.wandb:
+        boards.append(HarmlessBoard("Weights & Biases", lambda: WandB(folder, settings)))
+    return boards

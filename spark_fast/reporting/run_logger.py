@@ -1,0 +1,192 @@
+"""What a run tells: its boards (metrics.jsonl, ...) at every log point, log.txt every epoch, a progress bar.
+
+Losses stay on the device between log points; reading them there is the only time the host waits for it. Durations
+come from a monotonic clock; the wall clock, which may jump, is only shown.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from spark_fast.reporting.loggers import Board, Harmless
+from spark_fast.reporting.metrics_file import line_of
+
+T = TypeVar("T")
+
+
+class Meter:
+    """Sums over the steps since the last reading."""
+
+    def __init__(self) -> None:
+        self.loss, self.finite = torch.zeros(()), torch.zeros(())
+        self.grad_norm = torch.tensor(math.nan)
+        self.steps, self.wait = 0, 0.0
+        self.since = time.perf_counter()
+
+    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Count one step; nothing is read back from the device. Steps that are not finite were skipped: not so here."""
+        finite = loss.isfinite() & grad_norm.isfinite()
+        self.loss = self.loss.to(loss.device) + torch.where(finite, loss, 0.0)
+        self.finite = self.finite.to(loss.device) + finite
+        self.grad_norm = torch.where(finite, grad_norm, self.grad_norm.to(loss.device))
+        self.steps += 1
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """Pass batches on, counting the seconds spent waiting for them."""
+        iterator = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.wait += time.perf_counter() - asked
+            yield batch
+
+    def read(self, images_per_step: int, mean_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Means since the last reading, and start over. Synchronises host and device."""
+        loss = mean_over_ranks(self.loss / self.finite).item()
+        norm = self.grad_norm.item()  # the same on every rank
+        seconds = time.perf_counter() - self.since
+        means = {
+            "loss": loss,
+            "grad_norm": norm,
+            "images_per_second": self.steps * images_per_step / seconds,
+            "data_wait": self.wait / seconds,
+            "seconds": seconds,
+            "steps": self.steps,
+            "skipped": self.steps - round(self.finite.item()),
+        }
+        self.loss, self.finite, self.steps = torch.zeros(()), torch.zeros(()), 0
+        self.wait, self.since = 0.0, time.perf_counter()
+        return means
+
+
+class Journal:
+    """Writes the run's story; on ranks other than the first it does nothing.
+
+    Args:
+        folder: the run folder, None on ranks that do not write.
+        total_steps, steps_per_epoch, epochs: of the run; `step`: where this process begins.
+        boards: what shows the figures, see `loggers.open_boards`.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        total_steps: int,
+        steps_per_epoch: int,
+        epochs: int,
+        step: int,
+        boards: Sequence[Board] = (),
+    ) -> None:
+        self.folder, self.epochs, self.boards = folder, epochs, boards
+        self.keep = Harmless("log.txt")
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.rate = 0.0  # seconds per step, smoothed
+        self.epoch_sums = {"loss": 0.0, "seconds": 0.0, "wait": 0.0, "images": 0.0, "steps": 0.0, "counted": 0.0}
+        if folder is None:
+            return
+        console = Console(file=sys.__stderr__)
+        columns = ("[bold]epoch {task.fields[epoch]}", BarColumn(), MofNCompleteColumn())
+        numbers = ("loss {task.fields[loss]}", "{task.fields[speed]} images/s", "wait {task.fields[wait]}")
+        self.progress = Progress(
+            *[TextColumn(c) if isinstance(c, str) else c for c in (*columns, *numbers)],
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self.bar = self.progress.add_task("", total=total_steps, completed=step, epoch="", loss="", speed="", wait="")
+        self.live = console.is_terminal
+        if self.live:
+            self.progress.start()
+
+    def advance(self, step: int) -> None:
+        """One step is done; `step` of the run are."""
+        if self.folder is not None and self.live:
+            self.progress.update(self.bar, completed=step)
+
+    def point(self, step: int, means: dict[str, float], lr: float, weight_decay: float) -> None:
+        """A log point after `step` steps, with the means since the last one (`Meter.read`, and what the loop adds)."""
+        counted = means["steps"] - means["skipped"]
+        self.epoch_sums["loss"] += means["loss"] * counted if counted else 0.0
+        self.epoch_sums["counted"] += counted
+        self.epoch_sums["seconds"] += means["seconds"]
+        self.epoch_sums["wait"] += means["data_wait"] * means["seconds"]
+        self.epoch_sums["images"] += means["images_per_second"] * means["seconds"]
+        self.epoch_sums["steps"] += means["steps"]
+        latest = means["seconds"] / means["steps"]
+        self.rate = latest if self.rate == 0 else 0.7 * self.rate + 0.3 * latest
+        if self.folder is None:
+            return
+        epoch = (step - 1) // self.steps_per_epoch + 1
+        row = {"step": step, "epoch": epoch, "lr": lr, "weight_decay": weight_decay}
+        row |= {key: value for key, value in means.items() if key not in ("seconds", "steps")}
+        for board in self.boards:
+            board.point(row, step)
+        text: dict[str, Any] = {
+            "epoch": f"{epoch}/{self.epochs}",
+            "loss": f"{means['loss']:.4f}",
+            "speed": f"{means['images_per_second']:.1f}",
+            "wait": f"{means['data_wait']:.1%}",
+        }
+        self.progress.update(self.bar, completed=step, **text)
+        if not self.live:
+            print(
+                f"epoch {text['epoch']}  step {step}/{self.total_steps}  loss {text['loss']}  "
+                f"{text['speed']} images/s  MFU {means['mfu']:.1%}  data wait {text['wait']}",
+                flush=True,
+            )
+
+    def epoch(self, step: int, notes: dict | None = None) -> None:
+        """An epoch, or this process's part of it, is complete after `step` steps."""
+        sums = self.epoch_sums
+        self.epoch_sums = dict.fromkeys(sums, 0.0)
+        if self.folder is None or sums["steps"] == 0:
+            return
+        remaining = timedelta(seconds=round((self.total_steps - step) * self.rate))
+        row = {
+            "epoch": f"{step // self.steps_per_epoch}/{self.epochs}",
+            "step": step,
+            "loss": sums["loss"] / sums["counted"] if sums["counted"] else math.nan,
+            "images_per_second": sums["images"] / sums["seconds"],
+            "data_wait": sums["wait"] / sums["seconds"],
+            "remaining": str(remaining),
+            "finish": (datetime.now() + remaining).strftime("%Y-%m-%d %H:%M"),
+            **(notes or {}),
+        }
+        self.keep(_append_line, self.folder / "log.txt", row)
+        print(
+            f"epoch {row['epoch']} done: loss {row['loss']:.4f}, {row['images_per_second']:.1f} images/s, "
+            f"{row['data_wait']:.1%} of the time waiting for data, {remaining} to go",
+            flush=True,
+        )
+
+    def picture(self, grid: Tensor, step: int) -> None:
+        """A picture (3, H, W) uint8 for the boards that show some."""
+        for board in self.boards:
+            board.picture(grid, step)
+
+    def close(self) -> None:
+        """End the progress bar and the files."""
+        if self.folder is not None:
+            self.progress.stop()
+        for board in self.boards:
+            board.close()
+
+
+def _append_line(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(line_of(row))

@@ -1,0 +1,43 @@
+"""Data parallelism over the ranks: how gradients are averaged, and who keeps the optimiser's state."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+from spark_fast.run.distributed import Ranks
+
+
+def data_parallel(model: nn.Module, ranks: Ranks, *, static: bool, gradients_in_bf16: bool) -> nn.Module:
+    """The model with its gradients averaged over the ranks, in buckets while backward goes on; alone, itself.
+
+    Args:
+        static: every step does the same, so that buckets can be ordered by the first one; not with accumulation.
+        gradients_in_bf16: exchange half the bytes; the average is then of rounded gradients.
+    """
+    if ranks.world_size == 1:
+        return model
+    with warnings.catch_warnings():
+        # torch 2.14 calls broadcast_buffers deprecated, 2.11 knows nothing else
+        warnings.simplefilter("ignore", FutureWarning)
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+            broadcast_buffers=False,  # as published: statistics are synchronised or each rank's own
+            gradient_as_bucket_view=True,
+            static_graph=static,
+        )
+    if gradients_in_bf16:
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    return wrapped
+
+
+def gather_state(optimizer: torch.optim.Optimizer) -> None:
+    """Bring the whole state to the first rank, before `state_dict` there; all ranks together."""
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.consolidate_state_dict(to=0)

@@ -1,0 +1,1 @@
+"""Every reader and writer of weights: published names, timm's, torchvision's, export formats, model cards."""

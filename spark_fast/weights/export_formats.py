@@ -1,0 +1,246 @@
+"""The forms in which pre-trained weights leave: for timm, torchvision, a Hugging Face folder, SparK's own code.
+
+Nothing is believed: a file is written beside its place, loaded strictly into a new network by the reader's own
+function, compared tensor by tensor, and only then moved to its place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from spark_fast.checkpoint.file import CheckpointError, read, sync_folder, write_atomically
+from spark_fast.networks import build_network
+from spark_fast.pipelines.transforms.resize import MEAN, STD
+from spark_fast.run.config import SettingsError
+from spark_fast.weights.model_card import model_card
+from spark_fast.weights.pretrained import Pretrained, new_model
+from spark_fast.weights.spark_keys import load_spark_state_dict, load_strictly, spark_state_dict
+from spark_fast.weights.timm_keys import encoder_state_dict, timm_names
+from spark_fast.weights.torchvision_keys import torchvision_names
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to write weights.
+
+    Attributes:
+        state: what is written.
+        new: names in `state` that pre-training has not: the reader's initial values (a final norm, a classifier).
+        endings: of the file, the first by preference; () for a folder.
+        load: reads what was written, strictly, into a new network, and returns its state under the names of `state`.
+        usage: Python that loads it, with PATH for the place.
+        wrapped: what lies beside the state in a .pth, and the state then under "module"; None for a plain state dict.
+    """
+
+    state: State
+    new: list[str]
+    endings: tuple[str, ...]
+    load: Callable[[Path], State]
+    usage: str
+    wrapped: dict[str, Any] | None = None
+
+
+def export(source: Pretrained, form: str, out: Path) -> Form:
+    """Write weights to `out` and a model card beside it (README.md in a folder), all of it proven, or nothing.
+
+    Args:
+        form: one of FORMS.
+
+    Raises:
+        SettingsError: an unknown form, a place that is taken or does not suit it, a network that the form has not.
+        CheckpointError: the file system refuses, or what was written does not load as it should.
+    """
+    if form not in FORMS:
+        raise SettingsError(f"there is no form {form!r}: there are {', '.join(FORMS)}")
+    try:
+        made = FORMS[form](source)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    if made.endings and out.suffix not in made.endings:
+        raise SettingsError(f"{out} must end with {' or '.join(made.endings)} for --to {form}")
+    card = out / "README.md" if not made.endings else out.with_suffix(".README.md")
+    for place in (out, card):
+        if place.exists():
+            raise SettingsError(f"{place} exists already: remove it, or choose another place")
+    if not out.parent.is_dir():
+        raise SettingsError(f"there is no folder {out.parent} to write {out.name} into")
+    odd = [name for name, value in made.state.items() if not value.isfinite().all()]
+    if odd:
+        raise CheckpointError(f"{source.path} holds numbers that are not finite, as in {odd[0]}: nothing is written")
+    try:
+        with TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
+            _write(source, form, made, Path(folder) / out.name, Path(folder) / card.relative_to(out.parent))
+            _prove(made, Path(folder) / out.name, out)
+            (Path(folder) / out.name).replace(out)
+            if made.endings:
+                (Path(folder) / card.name).replace(card)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}: {error}") from error
+    return made
+
+
+def _write(source: Pretrained, form: str, made: Form, path: Path, card: Path) -> None:
+    if not made.endings:
+        path.mkdir()
+        config = json.dumps(_timm_config(source), indent=2) + "\n"
+        write_atomically(path / "config.json", lambda file: file.write(config.encode()))
+    weights = path if made.endings else path / "model.safetensors"
+    if weights.suffix == ".safetensors":
+        content = save(made.state, metadata={"format": "pt", "architecture": source.settings.network})
+        write_atomically(weights, lambda file: file.write(content))
+    else:
+        whole = {**made.wrapped, "module": made.state} if made.wrapped else made.state
+        write_atomically(weights, lambda file: torch.save(whole, file))
+    text = model_card(source, form, made.new, made.usage.replace("PATH", path.name))
+    write_atomically(card, lambda file: file.write(text.encode()))
+
+
+def _prove(made: Form, path: Path, out: Path) -> None:
+    try:
+        loaded = made.load(path)
+    except (RuntimeError, ValueError, CheckpointError) as error:
+        raise CheckpointError(f"{out} would not load, so it is not written: {error}") from error
+    wrong = [k for k in {**made.state, **loaded} if not _same(made.state.get(k), loaded.get(k))]
+    if wrong:
+        raise CheckpointError(f"{out} would load with other values, so it is not written: {', '.join(wrong[:3])}")
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _timm(source: Pretrained) -> Form:
+    name = _of_timm(source, "timm")
+    state, new = _completed(encoder_state_dict(source.model, name), lambda: timm.create_model(name, num_classes=0))
+
+    def load(path: Path) -> State:
+        return timm.create_model(name, num_classes=0, checkpoint_path=str(path)).state_dict()
+
+    usage = f'import timm\n\nnetwork = timm.create_model("{name}", num_classes=0, checkpoint_path="PATH")'
+    return Form(state, new, (".safetensors", ".pth"), load, usage)
+
+
+def _hf_folder(source: Pretrained) -> Form:
+    made = _timm(source)
+
+    def load(path: Path) -> State:
+        return timm.create_model(f"local-dir:{path}", pretrained=True).state_dict()
+
+    usage = (
+        'import timm\n\nnetwork = timm.create_model("local-dir:PATH", pretrained=True)  # num_classes=1000 adds a head'
+    )
+    return Form(made.state, made.new, (), load, usage)
+
+
+def _torchvision(source: Pretrained) -> Form:
+    name = _of_timm(source, "torchvision")
+    torchvision_names(name, [])  # refused early where torchvision has none
+    network = torchvision.models.get_model(name, weights=None)
+    shapes = {k: v.shape for k, v in network.state_dict().items()}
+    encoder = encoder_state_dict(source.model, name)
+    names = torchvision_names(name, list(encoder))
+    trained = {names[k]: v.reshape(shapes[names[k]]) for k, v in encoder.items()}
+    state, new = _completed(trained, lambda: torchvision.models.get_model(name, weights=None))
+
+    def load(path: Path) -> State:
+        load_strictly(network, read(path))
+        return network.state_dict()
+
+    usage = (
+        f'import torch\nimport torchvision\n\nnetwork = torchvision.models.get_model("{name}")\n'
+        'network.load_state_dict(torch.load("PATH", weights_only=True))'
+    )
+    return Form(state, new, (".pth",), load, usage)
+
+
+def _safetensors(source: Pretrained) -> Form:
+    name, stages = source.settings.network, source.settings.model.stages or None
+    state = encoder_state_dict(source.model, name)
+
+    def load(path: Path) -> State:
+        network = build_network(name, stages=stages)
+        keys = list(network.state_dict())
+        names = dict(zip(keys, keys, strict=True)) if ":" in name else timm_names(keys, name)
+        found = read(path)
+        load_strictly(network, {k: found[names[k]] for k in keys if names[k] in found})
+        return {names[k]: v for k, v in network.state_dict().items()}
+
+    usage = (
+        'from safetensors.torch import load_file\n\nstate = load_file("PATH")  # the encoder\'s tensors and no others'
+    )
+    return Form(state, [], (".safetensors",), load, usage)
+
+
+def _spark(source: Pretrained) -> Form:
+    if not source.has_decoder:
+        raise ValueError(
+            f"{source.path} holds an encoder alone, and the published form has a decoder: "
+            f"choose --to timm, torchvision, safetensors or hf_folder"
+        )
+    settings = source.settings
+    height, width = settings.size
+    wrapped = {"arch": settings.network, "input_size": height if height == width else [height, width]}
+
+    def load(path: Path) -> State:
+        model = new_model(settings)
+        load_spark_state_dict(model, read(path))
+        return spark_state_dict(model)
+
+    usage = (
+        'import torch\n\nstate = torch.load("PATH", weights_only=True)["module"]  # the published code: --init_weight'
+    )
+    return Form(spark_state_dict(source.model), [], (".pth",), load, usage, wrapped)
+
+
+FORMS: dict[str, Callable[[Pretrained], Form]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "safetensors": _safetensors,
+    "hf_folder": _hf_folder,
+    "spark": _spark,
+}
+
+
+def _of_timm(source: Pretrained, form: str) -> str:
+    name = source.settings.network
+    if ":" in name:
+        raise ValueError(f"{name} is your own network, which {form} does not have: choose --to safetensors or spark")
+    return name
+
+
+def _completed(trained: State, build: Callable[[], nn.Module]) -> tuple[State, list[str]]:
+    """The whole state of a network: what is trained, and its own initial values (of seed 0) for the rest."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        whole = build().state_dict()
+    new = [name for name in whole if name not in trained]
+    return {name: trained.get(name, value).contiguous() for name, value in whole.items()}, new
+
+
+def _timm_config(source: Pretrained) -> dict[str, Any]:
+    """What timm reads of a model folder: the network, and how its input was prepared."""
+    name = source.settings.network
+    with torch.device("meta"):
+        network: Any = timm.create_model(name, num_classes=0)
+    known = {k: network.pretrained_cfg.get(k) for k in ("first_conv", "classifier")}
+    prepared = {"input_size": (3, *source.settings.size), "crop_pct": 1.0, "interpolation": "bicubic"}
+    return {
+        "architecture": name,
+        "num_classes": 0,
+        "num_features": network.num_features,
+        "pretrained_cfg": {**known, **prepared, "mean": MEAN, "std": STD, "num_classes": 0},
+    }

@@ -1,0 +1,72 @@
+"""The pre-trained encoder as a file: in timm's own names, or those of your own network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from spark_fast.checkpoint.file import write_atomically
+from spark_fast.spark import SparK
+
+
+def timm_names(keys: list[str], name: str) -> dict[str, str]:
+    """Names of a features_only network -> names of `timm.create_model(name, num_classes=0)`.
+
+    timm writes `stages_0` for `stages.0` there, and puts some networks under `model.` or `body.`.
+
+    Raises:
+        ValueError: a name has no counterpart.
+    """
+    with torch.device("meta"):
+        full = {k.replace(".", "_"): k for k in timm.create_model(name, num_classes=0).state_dict()}
+    found, unknown = {}, []
+    for key in keys:
+        flat = key.replace(".", "_")
+        spellings = (flat, flat.removeprefix("model_"), flat.removeprefix("body_"))
+        match = next((full[s] for s in spellings if s in full), None)
+        if match is None:
+            unknown.append(key)
+        else:
+            found[key] = match
+    if unknown:
+        raise ValueError(f"{name} in timm has no tensor for {', '.join(unknown[:3])}")
+    return found
+
+
+def encoder_names(model: SparK, name: str) -> dict[str, str]:
+    """Names of the encoder's tensors in the model -> in its file: timm's, or for `package.module:function` its own.
+
+    Raises:
+        ValueError: a tensor has no counterpart in timm's model.
+    """
+    keys = list(model.encoder.network.state_dict())
+    names = {k: k for k in keys} if ":" in name else timm_names(keys, name)
+    return {f"encoder.network.{key}": names[key] for key in keys}
+
+
+def renamed(state: Mapping[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    """The tensors of a state dict that have a new name, on the host."""
+    return {new: state[name].detach().cpu().contiguous() for name, new in names.items()}
+
+
+def encoder_state_dict(model: SparK, name: str) -> dict[str, Tensor]:
+    """The encoder's tensors under their `encoder_names`.
+
+    Every tensor of the encoder is there. What timm's classifier has beyond it (a final norm, in some networks) was
+    not trained and is left out: `load_state_dict(..., strict=False)` then reports just that as missing.
+    """
+    return renamed(model.state_dict(), encoder_names(model, name))
+
+
+def write_encoder(state: dict[str, Tensor], name: str, folder: Path) -> Path:
+    """Write an `encoder_state_dict` as safetensors into `folder`, whole or not at all; returns the file."""
+    own = ":" in name
+    path = folder / ("encoder.safetensors" if own else f"{name}_timm.safetensors")
+    content = save(state, metadata={"format": "pt", "architecture": name})
+    write_atomically(path, lambda file: file.write(content))
+    return path

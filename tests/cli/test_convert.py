@@ -1,0 +1,201 @@
+"""The command as a person runs it: exit codes, messages, and what is left on the disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from spark_fast.cli.convert import main
+from spark_fast.pipelines.base import DataError
+from spark_fast.pipelines.convert.convert import ConvertSettings, convert
+from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.sources.detect import TARS, open_source
+from tests.commands import run_here
+from tests.pipelines.tars import tar_of, tar_of_tars
+
+TOOL = Path(__file__).parents[2] / "tools" / "convert_imagenet.py"
+
+
+@pytest.fixture
+def src(tmp_path: Path) -> Path:
+    """40 images of noise (slow to encode) in an ImageNet layout."""
+    random = np.random.default_rng(0)
+    for i in range(40):
+        folder = tmp_path / "src" / ("val" if i % 8 == 7 else "train") / f"n{i % 4}"
+        folder.mkdir(parents=True, exist_ok=True)
+        noise = random.integers(0, 256, (300, 400, 3), dtype=np.uint8)
+        (folder / f"{i}.JPEG").write_bytes(simplejpeg.encode_jpeg(noise, 90))
+    return tmp_path / "src"
+
+
+def command(src: Path, dst: Path, *options: str) -> list[str]:
+    fixed = ["--images_per_shard", "5", "--short_side", "200"]
+    return [sys.executable, str(TOOL), str(src), str(dst), *fixed, *options]
+
+
+def run(src: Path, dst: Path, *options: str, **popen: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(  # type: ignore[call-overload]
+        command(src, dst, *options), capture_output=True, text=True, timeout=60, check=False, **popen
+    )
+
+
+def here(src: Path, dst: Path, *options: str, code: int) -> SimpleNamespace:
+    """`run` in this process."""
+    return run_here(main, *command(src, dst, *options)[2:], code=code)
+
+
+def convert_here(src: Path, dst: Path) -> None:
+    """What `command` does, without the seconds that a new interpreter takes."""
+    convert(src, dst, ConvertSettings(StoredImages(short_side=200), images_per_shard=5))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_parts_of_tars_killed_at_random_moments_merge_to_the_same_bytes(src, tmp_path, seed):
+    convert_here(src, tmp_path / "whole")
+    tars, dst = tmp_path / "tars", tmp_path / "out"
+    tars.mkdir()
+    for split in ("train", "val"):
+        (tars / f"ILSVRC2012_img_{split}.tar").write_bytes(tar_of_tars(src / split))
+    pauses = np.random.default_rng(seed).uniform(0, 0.15, 2)
+    for pause in pauses:
+        process = subprocess.Popen(
+            command(tars, dst, "--part", "2/2", "--workers", "2"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        wait_for(lambda: list(dst.glob("train/*.tar*")), process)
+        time.sleep(pause)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    ended = run(tars, dst, "--part", "2/2", "--workers", "2")
+    assert ended.returncode == 0, ended.stderr
+    assert "val: part 2/2 is done" in ended.stdout
+    assert "val: part 1/2 is done" in here(tars, dst, "--part", "1/2", "--workers", "1", code=0).stdout
+    merged = run_here(main, dst, "--merge", "--verify", code=0)
+    assert "train: 35 images in 7 shards" in merged.stdout
+    assert "verified: every shard" in merged.stdout
+    assert contents(dst) == contents(tmp_path / "whole")
+
+
+def test_it_reports_progress_result_and_verification_in_plain_lines(src, tmp_path):
+    (src / "train" / "n0" / "0.JPEG").write_bytes(b"")
+    ended = run(src, tmp_path / "out", "--verify", "--workers", "1")
+    assert ended.returncode == 0, ended.stderr
+    assert "train: 35/35 images," in ended.stdout
+    assert "images/s" in ended.stdout
+    assert "MB/s" in ended.stdout
+    assert "train: 34 images in 7 shards" in ended.stdout
+    assert "1 left out as unreadable" in ended.stdout
+    assert "val: 5 images in 1 shards" in ended.stdout
+    assert "verified: every shard" in ended.stdout
+    assert "\x1b" not in ended.stdout
+
+
+def test_a_flipped_byte_is_found_by_verify(src, tmp_path):
+    convert_here(src, tmp_path / "out")
+    shard = tmp_path / "out" / "train" / "shard-000002.tar"
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 1
+    shard.write_bytes(data)
+    ended = run(src, tmp_path / "out", "--verify")
+    assert ended.returncode == 3
+    assert "train/shard-000002.tar, record at byte 512" in ended.stderr
+    assert "checksum differs" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_tars_train_after_the_command_that_their_refusal_names(src, tmp_path):
+    tars, dst = tmp_path / "tars", tmp_path / "out"
+    tars.mkdir()
+    (tars / TARS["train"]).write_bytes(tar_of_tars(src / "train"))
+    (tars / TARS["val"]).write_bytes(tar_of({path.name: path.read_bytes() for path in (src / "val").rglob("*.JPEG")}))
+    with pytest.raises(DataError, match=f"as downloaded .* Convert once: python tools/convert_imagenet.py {tars} DST"):
+        open_source(tars)
+    ended = run(tars, dst)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("\n") == 1, ended.stderr
+    assert f"WARNING: {tars / TARS['val']} names no classes: its images are converted without labels" in ended.stderr
+    assert len(open_source(dst)) == 35
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_leaves_whole_shards_and_says_how_to_go_on(src, tmp_path, workers):
+    dst = tmp_path / "out"
+    process = subprocess.Popen(
+        command(src, dst, "--workers", workers),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(lambda: list(dst.glob("train/*.json")), process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert stderr == "convert_imagenet: interrupted. Whole shards are kept: the same command goes on from there.\n"
+    left = [path.name for path in dst.rglob("*") if path.is_file()]
+    assert not any(name.endswith(".partial") or name == "manifest.json" for name in left)
+    convert_here(src, dst)  # goes on without a complaint
+
+
+def test_a_failing_write_is_exit_code_6(src, tmp_path):
+    def limit_file_size() -> None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    ended = run(src, tmp_path / "out", "--workers", "1", preexec_fn=limit_file_size)
+    assert ended.returncode == 6
+    assert "writing to" in ended.stderr
+    assert "File too large" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max_side", "300"], "exclude each other"),
+        (["--quality", "0"], "quality 0"),
+        (["--workers", "-1"], "counts"),
+        (["--part", "3/2"], "part '3/2' is no I/N"),
+        (["--part", "1/2", "--overwrite"], "--part goes neither with --overwrite"),
+        (["--merge"], "--merge takes one folder"),
+        (["--no_such_option", "1"], "no_such_option"),
+    ],
+)
+def test_senseless_settings_are_exit_code_2(src, tmp_path, options, message):
+    ended = here(src, tmp_path / "out", *options, code=2)
+    assert message in ended.stderr + ended.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_sources_are_exit_code_3_and_bad_destinations_2(src, tmp_path):
+    missing = here(tmp_path / "nothing", tmp_path / "out", code=3)
+    assert missing.stderr.count("\n") == 1
+    assert "nothing does not exist" in missing.stderr
+    unmerged = run_here(main, tmp_path / "nothing", "--merge", code=3)
+    assert unmerged.stderr.count("\n") == 1
+    (tmp_path / "empty").mkdir()
+    assert "no images in" in here(tmp_path / "empty", tmp_path / "out", code=3).stderr
+    assert "images' own folder" in here(src, src / "out", code=2).stderr
+    assert not (tmp_path / "out").exists()

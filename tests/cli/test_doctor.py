@@ -1,0 +1,134 @@
+"""tools/doctor.py says what is there, what is missing, and what to do."""
+
+import importlib
+import shutil
+from collections import namedtuple
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+import simplejpeg
+import torch
+import tyro
+
+from spark_fast.cli import doctor
+from spark_fast.pipelines.ffcv_install import COMMAND
+
+
+def run(capsys, *flags):
+    code = tyro.cli(doctor.doctor, args=[*map(str, flags)])
+    return code, " ".join(capsys.readouterr().out.split())
+
+
+def test_a_machine_that_can_train(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(bytes(1000))
+    code, told = run(capsys, "--data_path", tmp_path, "--exp_dir", tmp_path / "not" / "yet")
+    assert code == 0
+    for expected in ("torch", "timm", "GPU", "open files", "GiB free", "many small files", "training can run here"):
+        assert expected in told
+    assert [path.name for path in tmp_path.iterdir()] == ["images"], "the probe of the disk is gone"
+
+
+def test_a_missing_and_an_old_package_are_needed(monkeypatch, capsys, tmp_path):
+    def version(name):
+        if name == "timm":
+            raise PackageNotFoundError(name)
+        return "2.1.0" if name == "torch" else "99.0"
+
+    monkeypatch.setattr(doctor, "version", version)
+    code, told = run(capsys, "--exp_dir", tmp_path)
+    assert code == 1
+    assert "missing: torch, timm" in told
+    assert "pip install 'timm>=" in told
+
+
+def test_an_optional_part_that_is_broken_is_told_from_one_that_is_absent(monkeypatch):
+    def load(name):
+        if name == "ffcv":
+            raise OSError("libturbojpeg.so.0: cannot open shared object file")
+        raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+    monkeypatch.setattr(importlib, "import_module", load)
+    found = {finding.what: finding for finding in doctor.optional_parts()}
+    assert found["ffcv"].found.startswith("does not load: libturbojpeg")
+    assert found["wandb"].found == "not installed"
+    assert not any(finding.needed for finding in found.values())
+    assert "spark-fast[wandb]" in found["wandb"].advice
+
+
+def test_the_table_keeps_what_stands_in_brackets(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(doctor, "OPTIONAL", {"no_such_module": ("nothing", "pip install 'spark-fast[nothing]'")})
+    _, told = run(capsys, "--exp_dir", tmp_path)
+    assert "spark-fast[nothing]" in told
+
+
+@pytest.mark.parametrize(
+    "error", [ModuleNotFoundError("No module named 'torch'", name="torch"), OSError("libcudart.so")]
+)
+def test_without_torch_the_table_is_shown_all_the_same(monkeypatch, capsys, tmp_path, error):
+    load = importlib.import_module
+
+    def without_torch(name):
+        if name == "torch":
+            raise error
+        return load(name)
+
+    monkeypatch.setattr(importlib, "import_module", without_torch)
+    code, told = run(capsys, "--exp_dir", tmp_path)
+    assert code == 1
+    assert "missing: importing torch" in told
+    assert "shared memory" in told
+
+
+def test_decoders_are_tried(monkeypatch):
+    found = {finding.what: finding for finding in doctor.decoders()}
+    assert found["libjpeg-turbo"].found == "decodes"
+
+    def refuse(*_):
+        raise ValueError("no such codec")
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", refuse)
+    found = {finding.what: finding for finding in doctor.decoders()}
+    assert found["libjpeg-turbo"].needed
+    assert "no such codec" in found["libjpeg-turbo"].found
+
+
+def test_a_gpu_whose_torchvision_lacks_nvjpeg_can_still_train(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("this GPU may have nvJPEG")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    nvjpeg = {finding.what: finding for finding in doctor.decoders()}["nvJPEG"]
+    assert "--decode device" in nvjpeg.advice
+    assert not nvjpeg.needed
+
+
+def test_little_shared_memory_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "SHARED_MEMORY", tmp_path)
+    sizes = [64 * 2**20, 2**30]
+    usage = namedtuple("usage", "total")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(sizes.pop(0)))
+    small, enough = ({finding.what: finding for finding in doctor.limits()}["shared memory"] for _ in range(2))
+    assert (small.found, enough.found) == ("64 MiB", "1024 MiB")
+    assert "--shm-size" in small.advice
+    assert not enough.advice
+
+
+@pytest.mark.parametrize("folder", ["nothing", "gone"])
+def test_no_images_is_a_fault(tmp_path, folder):
+    (tmp_path / "nothing").mkdir()
+    assert doctor.read_from(tmp_path / folder).needed
+
+
+def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    finding = doctor.written_to(tmp_path)
+    assert finding.needed
+    assert "Permission denied" in finding.found
+
+
+def test_the_command_for_ffcv_is_the_pipelines_own():
+    assert doctor.OPTIONAL["ffcv"][1] == COMMAND

@@ -1,0 +1,128 @@
+"""The GPU kernels: run by Triton's interpreter, compiled for a GPU that is not there, and chosen where they can run."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from spark_fast.encoder import Visible
+from spark_fast.encoder.conv import kernels as gpu
+
+triton = pytest.importorskip("triton", reason="triton has no build for this platform")
+
+ROOT = Path(__file__).parents[3]
+CASES = "tests/encoder/conv/kernel_cases.py"
+
+
+def run_cases(**environment):
+    """The cases in a process of their own, for Triton reads TRITON_INTERPRET when it is imported."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
+    done = subprocess.run(
+        [*command, CASES],
+        cwd=ROOT,
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def test_kernels_interpreted_on_the_cpu_equal_pytorch():
+    run_cases(TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
+def test_kernels_on_the_gpu_equal_pytorch():
+    run_cases()
+
+
+def launches(c, b, k, reach):
+    """(kernel, constants) of a layer as the operators launch them, its tensors in bf16."""
+    halo, depthwise = (sys.modules[f"spark_fast.encoder.conv.kernels.{name}"] for name in ("halo", "depthwise"))
+    tile, p = halo.channel_tile(c), k // 2
+    window = {"C": c, "B": b, "N_Y": b + k - 1, "N_X": b + k - 1, "LO_Y": p, "LO_X": p}
+    window |= {"ROWS": 4096 // max(64, tile), "CHANNELS": tile}
+    if reach == 1:
+        yield halo._gather_kernel, window
+        yield halo._sum_kernel, window
+    layer = {"C": c, "B": b, "B_OUT": b, "K_Y": k, "K_X": k, "LO_Y": p, "LO_X": p, "D_Y": 1, "D_X": 1, "REACH": reach}
+    yield (
+        depthwise._convolve_kernel,
+        layer | {"UP": 1, "DOWN": 1, "BIAS": True, "ROWS": 64, "CHANNELS": depthwise.channel_tile(c, 64)},
+    )
+    sizes = {
+        "STRIDE": 1,
+        "RUN": 50,
+        "TAPS": depthwise.TAPS,
+        "CELLS": depthwise.CELLS,
+        "CHANNELS": depthwise.channel_tile(c, 32),
+    }
+    yield depthwise._weight_gradient_kernel, layer | sizes
+
+
+@pytest.mark.parametrize(("c", "b", "k", "reach"), [(96, 8, 7, 1), (384, 2, 7, 2)])
+def test_they_compile_for_a_gpu_that_is_not_there_and_read_16_bytes_at_a_time(c, b, k, reach, tmp_path, monkeypatch):
+    """Compute capability 9.0 (H100, H200). A row of channels is read in vectors, and nothing spills to memory."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    types = {"neighbours": "*i32", "partial": "*fp32", "V": "i32", "fill": "fp32"}
+    for kernel, constants in launches(c, b, k, reach):
+        names = kernel.arg_names
+        signature = {n: "constexpr" if n in constants else types.get(n, "*bf16") for n in names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+        source = triton.compiler.ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+        made = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", 90, 32))
+        assert "ld.global.v4" in made.asm["ptx"]
+        assert "ld.local" not in made.asm["ptx"]
+        assert made.asm["cubin"]
+
+
+def test_pytorch_computes_on_the_cpu_and_forced_kernels_say_what_they_lack():
+    like = torch.zeros(1)
+    assert not gpu.use_kernels(None, like)
+    assert not gpu.use_kernels(False, like)
+    assert not gpu.use_kernels(True, torch.zeros(1, device="meta"))
+    with pytest.raises(RuntimeError, match=r"asked for but cannot run: the tensors are on cpu.*TRITON_INTERPRET=1"):
+        gpu.use_kernels(True, like)
+
+
+def on_cuda(dtype):
+    return SimpleNamespace(is_meta=False, is_cuda=True, device=torch.device("cuda"), dtype=dtype)
+
+
+def test_on_cuda_the_kernels_are_chosen_and_a_fallback_is_logged_once(caplog):
+    gpu._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "spark_fast"):
+        assert gpu.use_kernels(None, on_cuda(torch.bfloat16))
+        assert not caplog.messages
+        for _ in range(3):
+            assert not gpu.use_kernels(None, on_cuda(torch.float64))
+    assert len(caplog.messages) == 1
+    assert "by PyTorch, not by the GPU kernels: they compute in fp32, bf16 or fp16, not in float64" in caplog.text
+
+
+def test_a_fallback_that_is_logged_does_not_break_a_compiled_graph(caplog):
+    gpu._say_once.cache_clear()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def layer(x):
+        gpu._say("there is no kernel")
+        return x + 1
+
+    with caplog.at_level(logging.WARNING, "spark_fast"):
+        assert layer(torch.zeros(1)) == 1
+    assert "there is no kernel" in caplog.text
+
+
+def test_neighbours_further_than_the_next():
+    seen = Visible(torch.tensor([[0, 4, 5]]), (2, 3))  # x..    numbers 0..
+    around = seen.neighbourhood(2)  # .xx            .12
+    assert around.dtype == torch.int32
+    assert around[0].tolist() == [[3] * 5, [3] * 5, [3, 3, 0, 3, 3], [3, 3, 3, 1, 2], [3] * 5]
+    assert torch.equal(around[:, 1:4, 1:4].long(), seen.neighbours)

@@ -1,0 +1,184 @@
+"""Every way to convolve and pool patches gives what the dense layer gives on the map with its holes zeroed."""
+
+import itertools
+
+import pytest
+import torch
+from timm.layers import AvgPool2dSame, BlurPool2d, Conv2dSame, ScaledStdConv2d, StdConv2d, StdConv2dSame
+from timm.layers.pool2d_same import MaxPool2dSame
+from torch import nn
+
+from spark_fast.encoder import Visible
+from spark_fast.encoder.context import Current
+from spark_fast.encoder.conv.convolve import convolve, plan
+from spark_fast.encoder.conv.geometry import axes
+from spark_fast.encoder.convert import PACKED, convert
+from spark_fast.masking import sample_visible
+
+GRID = (3, 4)
+WAYS = ("window", "columns", "canvas")
+
+
+def visible(batch=2, keep=5):
+    return Visible(sample_visible(0, 0, torch.arange(batch), GRID, keep), GRID)
+
+
+def converted(layer):
+    current = Current(dense=False)
+    return convert(layer, PACKED, current)[0], current
+
+
+def both(layer, seen, b, channels, fill=0.0):
+    """(packed output and gradients, dense ones) of one layer."""
+    dense = torch.randn(seen.batch, channels, GRID[0] * b, GRID[1] * b, dtype=torch.float64)
+    packed_layer, current = converted(layer)
+    current.visible = seen
+    x = seen.pack(dense).requires_grad_()
+    y = seen.unpack(packed_layer(x))
+    weights = torch.randn_like(y) * seen.cells(y.shape[2])
+    packed = torch.autograd.grad((y * weights).sum(), [x, *packed_layer.parameters()])
+    current.visible = None
+    z = dense.clone().requires_grad_()
+    out = packed_layer(z.masked_fill(~seen.cells(z.shape[2]), fill))
+    out = out.masked_fill(~seen.cells(out.shape[2]), 0)
+    expected = torch.autograd.grad((out * weights).sum(), [z, *packed_layer.parameters()])
+    return (y, seen.unpack(packed[0]), *packed[1:]), (out, *expected)
+
+
+def agree(layer, b, channels=4, fill=0.0):
+    for got, expected in zip(*both(layer.double(), visible(), b, channels, fill), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+CONVOLUTIONS = [
+    (b, k, s, d, groups)
+    for b, k, s, d, groups in itertools.product([1, 2, 4, 8, 16], [1, 2, 3, 4, 5, 7], [1, 2, 4], [1, 2], [1, 2, 4])
+    if b % s == 0 and (k >= s or k == 1) and (d == 1 or k == 3) and not (k % 2 == 0 and k != s)
+]
+
+
+@pytest.mark.parametrize(("b", "k", "s", "d", "groups"), CONVOLUTIONS)
+def test_convolution(b, k, s, d, groups):
+    padding = d * (k - 1) // 2 if k % 2 else 0
+    agree(nn.Conv2d(4, 4, k, s, padding, d, groups, bias=k % 2 == 1), b)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("k", "s", "groups"), [((3, 3), 1, 1), ((1, 5), 1, 4), ((3, 1), 1, 1), ((3, 3), 2, 2)])
+def test_all_ways_are_one_convolution(way, k, s, groups):
+    if way == "columns" and groups > 1:
+        pytest.skip("a matrix product has no groups")
+    torch.manual_seed(0)
+    seen, b = visible(), 4
+    layer = nn.Conv2d(4, 8, k, s, (k[0] // 2, k[1] // 2), groups=groups).double()
+    dense = torch.randn(2, 4, GRID[0] * b, GRID[1] * b, dtype=torch.float64) * seen.cells(GRID[0] * b)
+    runs = []
+    for packed in (True, False):
+        x = dense.clone().requires_grad_()
+        if packed:
+            y = convolve(seen.pack(x), layer.weight, layer.bias, axes(layer), groups, seen, way)
+        else:
+            y = seen.pack(layer(x))
+        weights = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+        gradients = torch.autograd.grad((y * weights).sum(), [x, layer.weight, layer.bias])
+        runs.append([y, gradients[0] * seen.cells(x.shape[2]), *gradients[1:]])
+    for got, expected in zip(*runs, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_what_backward_keeps_is_the_input_alone():
+    """Windows, columns and canvases are made again: that is where the memory would go."""
+    seen, b = visible(), 8
+    kept = {}
+    for way in WAYS:
+        x, weight = torch.randn(seen.count, 16, b, b, requires_grad=True), torch.randn(16, 16, 3, 3)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=sizes: s.append((t.dtype, t.numel())) or t, lambda t: t
+        ):
+            convolve(x, weight, None, axes(nn.Conv2d(16, 16, 3, padding=1)), 1, seen, way)
+        kept[way] = sum(n for dtype, n in sizes if dtype == torch.float32)
+    assert set(kept.values()) == {seen.count * 16 * b * b + 16 * 16 * 9}
+
+
+def test_the_grid_of_convolutions_takes_every_way():
+    ways = set()
+    for b, k, s, d, groups in CONVOLUTIONS:
+        if k % 2:
+            layer = nn.Conv2d(64 * groups, 64 * groups, k, s, d * (k - 1) // 2, d, groups, device="meta")
+            ways.add(plan(b, axes(layer), layer.weight, groups, 5 / 12))
+    assert ways == {"rows", *WAYS}
+
+
+SPECIAL = [
+    (nn.Conv2d(4, 6, (1, 7), padding=(0, 3), groups=2), 4),
+    (nn.Conv2d(4, 4, (11, 1), padding=(5, 0), groups=4), 2),
+    (nn.Conv2d(4, 4, 3, padding="same", dilation=2), 4),
+    (Conv2dSame(4, 4, 3, 2), 4),
+    (Conv2dSame(4, 4, 5, 2, groups=4), 8),
+    (Conv2dSame(4, 4, 1, 2), 2),
+    (StdConv2d(4, 4, 3, padding=1), 4),
+    (StdConv2dSame(4, 4, 3, 2), 4),
+    (ScaledStdConv2d(4, 4, 3, padding=1), 2),
+    (BlurPool2d(4), 4),
+    (nn.Upsample(scale_factor=2, mode="bilinear"), 2),
+    (nn.Upsample(scale_factor=2, mode="nearest"), 2),
+    (nn.AvgPool2d(3, 1, 1, count_include_pad=False), 4),
+    (nn.AvgPool2d(3, 2, ceil_mode=True), 4),
+    (AvgPool2dSame(3, 2), 4),
+    (nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3)), 4),
+    (nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(4, 4, 3, 2)), 4),
+]
+
+
+@pytest.mark.parametrize(("layer", "b"), SPECIAL, ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else v)
+def test_layers_with_a_geometry_of_their_own(layer, b):
+    agree(layer, b)
+
+
+@pytest.mark.parametrize(
+    ("pool", "b"),
+    [
+        (nn.MaxPool2d(3, 2, 1), 8),
+        (nn.MaxPool2d(3, 2, 1), 2),
+        (nn.MaxPool2d(2, 2), 4),
+        (nn.MaxPool2d(3, 1, 1), 4),
+        (nn.MaxPool2d(5, 1, 2), 8),
+        (nn.MaxPool2d(13, 1, 6), 1),  # further than one patch
+        (nn.MaxPool2d(3, 2, 0, ceil_mode=True), 4),
+        (MaxPool2dSame(3, 2), 4),
+    ],
+)
+def test_max_pooling_is_the_maximum_over_visible_cells(pool, b):
+    agree(pool, b, 3, fill=float("-inf"))
+    layer, current = converted(pool)
+    current.visible = visible()
+    assert (layer(torch.full((10, 1, b, b), -5.0)) == -5).all(), "a hole's zero won over a visible value"
+
+
+def test_a_zero_padded_maximum_sees_the_padding_and_not_the_holes():
+    """BiT pads with zeros before its max pooling: at the image's border a zero is real, beside a hole it is not."""
+    layer, current = converted(nn.Sequential(nn.ConstantPad2d(1, 0.0), nn.MaxPool2d(3, 2)))
+    current.visible = Visible(torch.tensor([[4]]), (3, 3))
+    assert (layer(torch.full((1, 1, 4, 4), -5.0)) == -5).all()
+    current.visible = Visible(torch.tensor([[0]]), (3, 3))
+    assert layer(torch.full((1, 1, 4, 4), -5.0))[0, 0].tolist() == [[0, 0], [0, -5]]
+
+
+@pytest.mark.parametrize(("b", "k", "s", "p"), [(4, 2, 2, 0), (4, 3, 2, 1), (2, 3, 1, 1)])
+def test_average_pooling_divides_as_the_original(b, k, s, p):
+    agree(nn.AvgPool2d(k, s, p), b, 3)
+
+
+def test_called_without_patches_a_converted_layer_is_the_ordinary_one():
+    layer = nn.Conv2d(3, 5, 3, 2, 1)
+    x = torch.randn(2, 3, 9, 9)
+    expected = layer(x)
+    assert torch.equal(converted(layer)[0](x), expected)
+
+
+def test_the_printed_layer_says_how_it_is_computed():
+    layer, _ = converted(nn.Conv2d(3, 5, 3, padding=1))
+    assert "way" not in repr(layer)
+    layer.cells, layer.keep = 8, 0.4
+    assert "b=8, way=window" in repr(layer)

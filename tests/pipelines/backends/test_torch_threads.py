@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spark_fast.pipelines import Batch, Pipeline, build_pipeline
+from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.transforms.crops import Augmentation, crops
+from spark_fast.pipelines.transforms.resize import MEAN, STD
+from tests.pipelines.comparing import batches, same
+
+
+def decoders() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+
+def test_batches_are_as_the_contract_says(image_folder):
+    root = image_folder(26)
+    labels = open_source(root).labels
+    got = batches(root, input_size=(32, 48), dtype=torch.bfloat16)
+    assert len(got) == 4  # of 6; the last 2 images are dropped
+    for images, targets, ids in got:
+        assert images.shape == (6, 3, 32, 48)
+        assert images.dtype == torch.bfloat16
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert ids.dtype == targets.dtype == torch.int64
+        assert targets.tolist() == labels[ids.numpy()].tolist()
+    seen = torch.cat([batch.ids for batch in got]).tolist()
+    assert len(set(seen)) == 24
+
+
+def test_an_image_is_what_the_published_transforms_would_make_of_it(image_folder):
+    root = image_folder()
+    source = open_source(root)
+    (images, _, ids), *_ = batches(root, epoch=3, input_size=(48, 32))
+    for image, i in zip(images, ids.tolist(), strict=True):
+        pil = Image.open(source.root / source.name(i))
+        ((box, flip),) = crops(Augmentation((48, 32)), 5, 3, [i], [pil.height], [pil.width])
+        top, left, height, width = box
+        pil = pil.crop((left, top, left + width, top + height)).resize((32, 48), Image.Resampling.BICUBIC)
+        pixels = np.asarray(pil)[:, ::-1] if flip else np.asarray(pil)
+        back = 255 * (image.permute(1, 2, 0).numpy() * STD + MEAN)
+        assert np.abs(back - pixels).mean() < 0.2
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 4])
+def test_starting_at_a_step_gives_the_tail_of_the_epoch(image_folder, start):
+    root = image_folder()
+    assert same(batches(root, epoch=2, start_step=start), batches(root, epoch=2)[start:])
+
+
+@pytest.mark.parametrize("prefetch", [1, 5])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_workers_and_prefetch_change_nothing(image_folder, workers, prefetch):
+    root = image_folder()
+    assert same(batches(root, workers=workers, prefetch=prefetch), batches(root, workers=2))
+
+
+def test_two_ranks_together_see_the_batches_of_one(image_folder):
+    root = image_folder()
+    whole = batches(root)
+    ranks = [batches(root, rank=rank, world_size=2) for rank in range(2)]
+    both = [Batch(*(torch.cat(parts) for parts in zip(*pair, strict=True))) for pair in zip(*ranks, strict=True)]
+    assert same(both, whole)
+
+
+def test_epochs_and_seeds_differ_in_order_and_crops(image_folder):
+    root = image_folder()
+    first = batches(root, batch_size=24)[0]
+    for other in (batches(root, batch_size=24, epoch=1)[0], batches(root, batch_size=24, seed=6)[0]):
+        assert first.ids.tolist() != other.ids.tolist()
+        again = torch.argsort(other.ids)[torch.argsort(torch.argsort(first.ids))]
+        assert not torch.equal(first.images, other.images[again])
+
+
+def test_without_augmentation_every_epoch_has_the_same_images(image_folder):
+    root = image_folder()
+    first, second = (batches(root, batch_size=24, epoch=e, augment=False)[0] for e in (0, 1))
+    assert torch.equal(first.images[first.ids.argsort()], second.images[second.ids.argsort()])
+
+
+def test_a_delivered_batch_is_never_written_again(image_folder):
+    pipeline = build_pipeline(image_folder(), batch_size=4, input_size=32, prefetch=1)
+    kept = [(batch.images, batch.images.clone()) for epoch in range(3) for batch in pipeline.epoch(epoch)]
+    assert all(torch.equal(images, copy) for images, copy in kept)
+    pipeline.close()
+
+
+def test_one_pipeline_serves_two_epochs_at_once(image_folder):
+    root = image_folder()
+    pipeline = build_pipeline(root, batch_size=6, input_size=32, seed=5)
+    pairs = list(zip(pipeline.epoch(0), pipeline.epoch(1), strict=True))
+    assert same([a for a, _ in pairs], batches(root, epoch=0))
+    assert same([b for _, b in pairs], batches(root, epoch=1))
+    pipeline.close()
+
+
+def test_threads_are_gone_after_close_and_torch_keeps_its_own(image_folder):
+    before = torch.get_num_threads()
+    pipeline = build_pipeline(image_folder(), batch_size=6, input_size=32, workers=3)
+    assert len(decoders()) == 3
+    assert torch.get_num_threads() == before
+    seen: list[int] = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert seen == [before]
+    next(iter(pipeline.epoch(0)))
+    pipeline.close()
+    pipeline.close()
+    assert not decoders()
+    with pytest.raises(RuntimeError, match="was closed"):
+        pipeline.epoch(0)
+
+
+def test_decoder_threads_use_one_core_each(image_folder):
+    pipeline = build_pipeline(image_folder(), batch_size=6, input_size=32, workers=2)
+    assert pipeline._pool.submit(torch.get_num_threads).result() == 1
+    pipeline.close()
+
+
+def test_leaving_an_epoch_early_cancels_what_is_in_the_making(image_folder):
+    pipeline = build_pipeline(image_folder(), batch_size=6, input_size=32, prefetch=4)
+    for epoch in range(20):
+        iterator = pipeline.epoch(epoch)
+        next(iterator)
+        iterator.close()
+    start = time.monotonic()
+    assert len(list(pipeline.epoch(0))) == 4
+    assert time.monotonic() - start < 5
+    assert len(pipeline._buffers._idle) <= 6
+    pipeline.close()
+
+
+def test_closing_while_an_epoch_is_open_ends_it(image_folder):
+    pipeline = build_pipeline(image_folder(), batch_size=2, input_size=32, prefetch=1)
+    iterator = pipeline.epoch(0)
+    next(iterator)
+    pipeline.close()
+    with pytest.raises(RuntimeError, match=r"closed|shutdown"):
+        list(iterator)
+    assert not decoders()
+
+
+def test_many_pipelines_leave_no_memory_and_no_threads(image_folder):
+    root = image_folder()
+
+    def resident() -> int:
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    for _ in range(3):
+        batches(root, input_size=128)
+    before = resident()
+    for _ in range(30):
+        batches(root, input_size=128)
+    assert not decoders()
+    assert resident() - before < 30e6  # one batch in bytes and fp32 is 1.5 MB, of 30 x 4
+
+
+SCRIPT = """
+import sys, time
+from spark_fast.pipelines import build_pipeline
+pipeline = build_pipeline(sys.argv[1], batch_size=12, input_size=512, workers=2, prefetch=2)
+iterator = pipeline.epoch(0)
+next(iterator)
+print("running", flush=True)
+{then}
+"""
+
+
+def run_script(root: Path, then: str) -> subprocess.CompletedProcess[str]:
+    script = SCRIPT.format(then=then)
+    return subprocess.run(
+        [sys.executable, "-c", script, str(root)], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_the_interpreter_ends_with_an_epoch_left_open(image_folder):
+    ended = run_script(image_folder(), "")
+    assert (ended.returncode, ended.stdout) == (0, "running\n"), ended.stderr
+
+
+def test_ctrl_c_ends_the_program(image_folder):
+    ended = run_script(image_folder(), "import os, signal; os.kill(os.getpid(), signal.SIGINT); time.sleep(30)")
+    assert ended.returncode == -2
+    assert "KeyboardInterrupt" in ended.stderr
+
+
+def test_real_images_make_real_batches(imagenet_sample):
+    pipeline: Pipeline = build_pipeline(imagenet_sample, batch_size=16, input_size=224)
+    images, labels, _ = next(iter(pipeline.epoch(0)))
+    assert images.shape == (16, 3, 224, 224)
+    assert abs(images.mean()) < 0.5
+    assert 0.7 < images.std() < 1.5
+    assert labels is not None
+    pipeline.close()
+
+
+def test_start_steps_outside_the_epoch_are_refused(image_folder):
+    pipeline = build_pipeline(image_folder(), batch_size=6, input_size=32)
+    with pytest.raises(ValueError, match="start_step 5 lies outside an epoch of 4 steps"):
+        pipeline.epoch(0, 5)
+    assert list(pipeline.epoch(0, 4)) == []
+    pipeline.close()
+
+
+def test_for_a_device_that_is_neither_cpu_nor_cuda_the_host_normalises(image_folder):
+    pipeline = build_pipeline(image_folder(), batch_size=6, input_size=32, device="meta")
+    assert pipeline._normalise._factor.device.type == "cpu"  # meta tensors would hide a mixture of devices
+    first = next(pipeline.epoch(0))
+    pipeline.close()
+    assert first.images.device.type == "meta"
+    assert first.images.shape == (6, 3, 32, 32)
+    assert first.images.is_contiguous(memory_format=torch.channels_last)

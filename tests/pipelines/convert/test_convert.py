@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import avg_pool2d, cosine_similarity
+
+from spark_fast.pipelines import build_pipeline
+from spark_fast.pipelines.base import DataError, SettingsError, StorageError
+from spark_fast.pipelines.convert.convert import ConvertSettings, convert
+from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.convert.verify_shards import verify
+from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.sources.shard_format import MANIFEST, read_manifest
+from tests.pipelines.pictures import encoded, jpeg, picture
+from tests.pipelines.tars import tar_of
+
+KEEP_SIZE = StoredImages(short_side=0)
+
+
+def settings(images: StoredImages = KEEP_SIZE, images_per_shard: int = 5, seed: int = 0) -> ConvertSettings:
+    return ConvertSettings(images, images_per_shard, seed)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def batches(root: Path) -> list:
+    pipeline = build_pipeline(root, batch_size=6, input_size=32, seed=1)
+    got = list(pipeline.epoch(0))
+    pipeline.close()
+    return got
+
+
+def test_training_on_shards_is_training_on_the_folder(image_folder, tmp_path):
+    root = image_folder()
+    convert(root, tmp_path / "shards", settings())
+    raw, shards = open_source(root), open_source(tmp_path / "shards")
+    assert len(shards) == len(raw) == 24
+    for i in range(24):
+        assert shards.read(i) == raw.read(i)  # baseline RGB and small enough: copied byte for byte
+        assert Path(raw.name(i)).stem == shards.name(i).split("-")[-1].removesuffix(".jpg")
+    assert shards.labels.tolist() == raw.labels.tolist()
+    assert shards.classes == raw.classes
+    assert shards.fingerprint() == raw.fingerprint()
+    for a, b in zip(batches(root), batches(tmp_path / "shards"), strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+        assert torch.equal(a.ids, b.ids)
+
+
+def test_the_shards_are_shuffled_by_the_seed_and_hold_each_image_once(image_folder, tmp_path):
+    root = image_folder()
+    orders = []
+    for seed in (0, 1):
+        convert(root, tmp_path / str(seed), settings(seed=seed))
+        idx = sorted((tmp_path / str(seed) / "train").glob("*.idx"))
+        lines = [line for path in idx for line in path.read_text().splitlines()[1:]]
+        orders.append([int(line.split()[3].split("-")[0]) for line in lines])
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(24))
+    assert orders[0] != orders[1]
+    assert orders[0] != list(range(24))
+
+
+def test_the_number_of_processes_does_not_change_a_byte(image_folder, tmp_path):
+    root = image_folder()
+    (root / "val").mkdir()
+    (root / "train" / "n0000").rename(root / "val" / "n0000")
+    small = settings(StoredImages(short_side=40))
+    convert(root, tmp_path / "one", small, workers=1)
+    convert(root, tmp_path / "three", small, workers=3)
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+    names = set(contents(tmp_path / "one"))
+    assert {"train/manifest.json", "val/manifest.json", "train/index.npy", "val/shard-000000.idx"} <= names
+    assert not any(name.endswith((".partial", "0.json")) for name in names)
+
+
+def test_repaired_and_refused_images_are_listed_and_the_rest_keeps_its_order(image_folder, tmp_path):
+    root = image_folder()
+    files = sorted((root / "train").rglob("*.JPEG"))
+    files[3].write_bytes(b"")
+    files[10].write_bytes(jpeg(3)[:-100])
+    files[5].write_bytes(encoded(Image.fromarray(picture(2)).convert("CMYK"), "JPEG"))
+    ((_, manifest),) = convert(root, tmp_path / "out", settings())
+    assert manifest == read_manifest(tmp_path / "out" / "train")
+    assert manifest.count == 22
+    assert [entry["name"] for entry in manifest.refused] == ["n0000/0003.JPEG", "n0001/0010.JPEG"]
+    assert manifest.refused[0]["reason"] == "the file has zero bytes"
+    assert "Premature end" in manifest.refused[1]["reason"]
+    assert [entry["name"] for entry in manifest.repaired] == ["n0000/0005.JPEG"]
+    shards = open_source(tmp_path / "out")
+    left = [int(shards.name(i).split(":")[1].split("-")[0]) for i in range(len(shards))]
+    assert left == [i for i in range(24) if i not in (3, 10)]
+    assert verify(tmp_path / "out" / "train") == []
+
+
+def test_shards_without_any_readable_image_are_left_out(tmp_path):
+    for i in range(6):
+        (tmp_path / f"{i}.jpg").write_bytes(jpeg(i) if i == 2 else b"broken")
+    convert(tmp_path, tmp_path.parent / "out", settings(images_per_shard=2))
+    manifest = read_manifest(tmp_path.parent / "out")
+    assert [shard.count for shard in manifest.shards] == [1]
+    assert len(manifest.refused) == 5
+    (tmp_path / "2.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"none of the 6 images of .* is readable"):
+        convert(tmp_path, tmp_path.parent / "none", settings())
+
+
+def test_flat_folders_and_lists_convert_too(tmp_path):
+    src = tmp_path / "src"
+    src.mkdir()
+    for i in range(7):
+        (src / f"{i}.jpg").write_bytes(jpeg(i))
+    (src / "list.txt").write_text("5.jpg 1\n2.jpg 0\n")
+    convert(src, tmp_path / "flat", settings())
+    convert(src / "list.txt", tmp_path / "listed", settings())
+    flat, listed = open_source(tmp_path / "flat"), open_source(tmp_path / "listed")
+    assert (len(flat), flat.labels) == (7, None)
+    assert [listed.read(0), listed.read(1)] == [jpeg(5), jpeg(2)]
+    assert listed.labels.tolist() == [1, 0]
+    assert not list((tmp_path / "flat").glob("*.cls"))
+
+
+def test_a_tar_without_classes_becomes_unlabelled_and_says_how_to_give_labels(tmp_path, caplog):
+    src = tmp_path / "src"
+    src.mkdir()
+    images = {f"ILSVRC2012_val_{i}.JPEG": jpeg(i) for i in range(3)}
+    (src / "ILSVRC2012_img_val.tar").write_bytes(tar_of(images))
+    convert(src, tmp_path / "out", settings())
+    assert read_manifest(tmp_path / "out" / "val").labelled is False
+    assert re.search(r"_val.tar names no classes: .* without labels.* a file list: lines of `path label`", caplog.text)
+    caplog.clear()
+    for name, content in images.items():  # what it says: unpack, list, convert in its place
+        (src / name).write_bytes(content)
+    (src / "labels.txt").write_text("".join(f"{name} {7 - i}\n" for i, name in enumerate(images)))
+    convert(src / "labels.txt", tmp_path / "out" / "val", settings(), overwrite=True)
+    labelled = open_source(tmp_path / "out" / "val")
+    assert labelled.labels.tolist() == [7, 6, 5]
+    assert [labelled.read(i) for i in range(3)] == list(images.values())
+    assert not caplog.text
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [1, 7, 16, 24])
+def test_an_interrupted_conversion_goes_on_to_the_same_bytes(image_folder, tmp_path, stop_after):
+    root = image_folder()
+    convert(root, tmp_path / "whole", settings())
+
+    def stop(progress) -> None:
+        if progress.done == stop_after:
+            raise StopError
+
+    with pytest.raises(StopError):
+        convert(root, tmp_path / "out", settings(), on_progress=stop)
+    left = contents(tmp_path / "out")
+    assert not any(name.endswith(".partial") or name.endswith(MANIFEST) for name in left)
+    assert sum(name.endswith(".tar") for name in left) == (stop_after - 1) // 5
+    (tmp_path / "out/train/shard-000004.tar.partial").write_bytes(b"of a killed process")
+    (tmp_path / "out/train/shard-000004.tar").write_bytes(b"renamed, but its report was never written")
+    done = []
+    convert(root, tmp_path / "out", settings(), on_progress=lambda progress: done.append(progress.done))
+    assert done[0] == (stop_after - 1) // 5 * 5  # these were not read again
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_kept_shard_that_was_damaged_is_written_again(image_folder, tmp_path):
+    root = image_folder()
+    convert(root, tmp_path / "whole", settings())
+
+    def stop(progress) -> None:
+        if progress.done == 12:
+            raise StopError
+
+    with pytest.raises(StopError):
+        convert(root, tmp_path / "out", settings(), on_progress=stop)
+    shard = tmp_path / "out/train/shard-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[1000] ^= 1
+    shard.write_bytes(data)
+    (tmp_path / "out/train/shard-000001.json").write_text("{")
+    convert(root, tmp_path / "out", settings())
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_other_settings_or_data_are_refused_with_the_difference(image_folder, tmp_path):
+    root = image_folder()
+    convert(root, tmp_path / "out", settings())
+    before = contents(tmp_path / "out")
+    assert len(convert(root, tmp_path / "out", settings())) == 1  # nothing to do
+    with pytest.raises(SettingsError, match=r"with other settings \(seed: 0 -> 1\).*--overwrite"):
+        convert(root, tmp_path / "out", settings(seed=1))
+    next((root / "train").rglob("*.JPEG")).unlink()
+    with pytest.raises(SettingsError, match=r"other data .*count: 24 -> 23; listing"):
+        convert(root, tmp_path / "out", settings())
+    assert contents(tmp_path / "out") == before
+    convert(root, tmp_path / "out", settings(), overwrite=True)
+    assert len(open_source(tmp_path / "out")) == 23
+
+
+def test_destinations_that_would_destroy_something_are_refused(image_folder, tmp_path):
+    root = image_folder()
+    before = contents(root)
+    for dst in (root, root / "train" / "shards", root / "." / "train" / ".."):
+        with pytest.raises(SettingsError, match="would be written into the images' own folder"):
+            convert(root, dst, settings())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(SettingsError, match=r"holds something else already \(thesis.tex\)"):
+            convert(root, other, settings(), overwrite=overwrite)
+    (other / "thesis.tex").rename(tmp_path / "file")
+    with pytest.raises(SettingsError, match="is no folder"):
+        convert(root, tmp_path / "file", settings())
+    (other / "train").mkdir()
+    (other / "train" / "notes.md").write_text("")
+    with pytest.raises(SettingsError, match=r"something else already \(notes.md\)"):
+        convert(root, other, settings(), overwrite=True)
+    assert contents(root) == before
+
+
+def test_two_conversions_cannot_write_to_one_folder(image_folder, tmp_path):
+    root = image_folder()
+
+    def again(progress) -> None:
+        if progress.done == 3:
+            convert(root, tmp_path / "out", settings())
+
+    with pytest.raises(StorageError, match="another conversion is writing to"):
+        convert(root, tmp_path / "out", settings(), on_progress=again)
+
+
+def test_a_source_that_goes_away_is_not_taken_for_unreadable_images(image_folder, tmp_path):
+    root = image_folder()
+
+    def unmount(progress) -> None:
+        if progress.done == 8:
+            root.rename(tmp_path / "elsewhere")
+
+    with pytest.raises(DataError, match=r"train is gone .*Whole shards are kept"):
+        convert(root, tmp_path / "out", settings(), on_progress=unmount)
+    assert (tmp_path / "out/train/shard-000000.tar").exists()
+    assert not (tmp_path / "out/train" / MANIFEST).exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"short_side": 256, "max_side": 400}, "exclude each other"),
+        ({"short_side": -1}, "numbers of pixels"),
+        ({"quality": 0}, "quality 0 is no JPEG quality"),
+        ({"quality": 101}, "quality 101"),
+    ],
+)
+def test_senseless_settings_are_refused(values, message):
+    with pytest.raises(SettingsError, match=message):
+        StoredImages(**values)
+
+
+def test_small_data_sets_are_split_for_several_processes():
+    assert [ConvertSettings().shard_size(n) for n in (100, 10_000, 60_000, 1_281_167)] == [
+        256,
+        625,
+        3750,
+        4096,
+    ]
+
+
+def damage(folder: Path, what: str) -> str:
+    """Do one kind of damage; returns what verify must say about it."""
+    shard, idx = folder / "shard-000001.tar", folder / "shard-000001.idx"
+    data = bytearray(shard.read_bytes())
+    if what == "image":
+        data[900] ^= 4
+        shard.write_bytes(data)
+        return r"shard-000001.tar, record at byte 512 \(\d{8}-\d{4}.jpg\): checksum differs"
+    if what == "label":
+        at = data.index(b".cls")
+        data[at - at % 512 + 512] ^= 1
+        shard.write_bytes(data)
+        return "shard-000001.tar: members or labels differ from the index"
+    if what == "padding":
+        data[-1] = 1
+        shard.write_bytes(data)
+        return "shard-000001.tar: sha256 differs"
+    if what == "cut":
+        shard.write_bytes(data[:3000])
+        return "shard-000001.tar, record at byte .*: cut short"
+    if what == "missing":
+        shard.unlink()
+        return "shard-000001.tar: cannot be read"
+    assert what == "idx"
+    idx.write_text(idx.read_text().replace("jpg 512", "jpg 513"))
+    return "shard-000001.idx: does not fit its shard"
+
+
+@pytest.mark.parametrize("what", ["image", "label", "padding", "cut", "missing", "idx"])
+def test_verify_finds_every_damage_and_names_it(image_folder, tmp_path, what):
+    convert(image_folder(), tmp_path / "out", settings())
+    folder = tmp_path / "out" / "train"
+    assert verify(folder, workers=2) == []
+    expected = damage(folder, what)
+    faults = verify(folder, workers=2)
+    assert any(re.search(expected, fault) for fault in faults), faults
+    assert all("shard-000001" in fault for fault in faults)
+
+
+def test_real_images_convert_and_train(imagenet_sample, tmp_path):
+    written = convert(imagenet_sample, tmp_path / "out", ConvertSettings(images_per_shard=64), workers=2)
+    assert [(folder.name, manifest.count) for folder, manifest in written] == [("train", 160), ("val", 40)]
+    assert all(verify(folder, workers=2) == [] for folder, _ in written)
+    made_from = json.loads((tmp_path / "out/train" / MANIFEST).read_text())["made_from"]
+    assert made_from["images"] == {"short_side": 256, "max_side": 0, "quality": 90}
+    pipeline = build_pipeline(tmp_path / "out", batch_size=32)
+    raw = build_pipeline(imagenet_sample, batch_size=32)
+    other_views = 0
+    for a, b in zip(pipeline.epoch(0), raw.epoch(0), strict=True):
+        assert a.ids.tolist() == b.ids.tolist()
+        small = [avg_pool2d(batch.images, 8).flatten(1) for batch in (a, b)]
+        other_views += int((cosine_similarity(*small) < 0.99).sum())
+    # The same views, give or take JPEG's loss. Seldom an attempt just fits the one size and not the other.
+    assert other_views <= 3
+    assert pipeline.problems.converted == 0
+    pipeline.close()
+    raw.close()

@@ -1,0 +1,86 @@
+"""An image as the converter stores it: its size, what is copied, what a reduction loses."""
+
+import io
+
+import numpy as np
+import pytest
+import simplejpeg
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from spark_fast.pipelines.base import ImageError
+from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.transforms.decode import decode
+from tests.pipelines.pictures import encoded, picture
+
+KEEP_SIZE = StoredImages(short_side=0)
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 400), st.booleans())
+def test_sizes_are_reduced_to_the_side_asked_for_and_never_enlarged(height, width, side, short):
+    images = StoredImages(short_side=side if short else 0, max_side=0 if short else side)
+    h, w = images.size(height, width)
+    of = min if short else max
+    assert of(h, w) == (min(of(height, width), side) if side else of(height, width))
+    assert h <= height
+    assert w <= width
+    if h > 20 and w > 20:
+        assert (w / h) / (width / height) == pytest.approx(1, abs=0.06)
+
+
+def test_larger_images_are_stored_as_pil_would_reduce_them():
+    original = picture(1, 300, 400)
+    stored, repair = StoredImages(short_side=150, quality=95).encode(encoded(Image.fromarray(original), "PNG"))
+    image = Image.open(io.BytesIO(stored))
+    assert image.size == (200, 150)
+    assert "not a JPEG" in (repair or "")
+    assert image.info.get("progressive") is None
+    expected = np.asarray(Image.fromarray(original).resize((200, 150), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(np.asarray(image) - expected).mean() < 2
+
+
+RGB = Image.fromarray(picture(2))
+
+
+@pytest.mark.parametrize(
+    ("data", "copied", "repaired"),
+    [
+        (encoded(RGB, "JPEG"), True, False),
+        (encoded(RGB, "JPEG", subsampling=0), True, False),
+        (encoded(RGB, "JPEG", progressive=True), False, False),
+        (encoded(RGB, "JPEG", keep_rgb=True), False, False),
+        (encoded(RGB.convert("L"), "JPEG"), False, True),
+        (encoded(RGB.convert("CMYK"), "JPEG"), False, True),
+        (encoded(RGB, "PNG"), False, True),
+    ],
+)
+def test_only_plain_jpegs_are_copied(data, copied, repaired):
+    stored, repair = KEEP_SIZE.encode(data)
+    assert (stored == data) == copied
+    assert (repair is not None) == repaired
+    pixels, converted = decode(stored)
+    assert not converted
+    assert np.abs(pixels.astype(int) - decode(data)[0]).mean() < 3
+    if not copied:
+        assert b"\xff\xc0" in stored  # baseline
+        assert Image.open(io.BytesIO(stored)).layer[0][1:3] == (2, 2)  # 4:2:0
+
+
+def test_an_image_too_long_for_a_jpeg_is_refused():
+    with pytest.raises(ImageError, match="a JPEG cannot be longer than 65500"):
+        KEEP_SIZE.encode(encoded(Image.new("RGB", (66000, 2)), "PNG"))
+
+
+def test_real_images_lose_no_more_than_by_pillows_reduction_and_the_same_jpeg(imagenet_sample):
+    lost = []
+    for path in sorted(imagenet_sample.glob("train/*/*.JPEG"))[::8]:
+        image = Image.open(path).convert("RGB")
+        height, width = StoredImages().size(image.height, image.width)
+        reduced = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+        theirs = simplejpeg.encode_jpeg(reduced, 90, "RGB", "420")
+        ours, _ = StoredImages().encode(path.read_bytes())
+        lost.append([np.abs(decode(data)[0].astype(int) - reduced).mean() for data in (ours, theirs)])
+    assert len(lost) == 20
+    ours, theirs = np.mean(lost, axis=0)
+    assert ours < 1.01 * theirs

@@ -1,0 +1,105 @@
+"""A raw folder as people have them: every kind of odd and damaged file, met in training."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spark_fast.pipelines import DataError, build_pipeline
+from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.sources.load_sample import SUBSTITUTES, load_sample, read_patiently
+from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation
+from spark_fast.pipelines.transforms.resize import cut
+from tests.pipelines.pictures import encoded, jpeg, picture
+
+RGB = Image.fromarray(picture(1))
+READABLE = {  # name: (bytes, whether it counts as converted)
+    "alpha.JPEG": (encoded(RGB.convert("RGBA"), "PNG"), True),
+    "cmyk.JPEG": (encoded(RGB.convert("CMYK"), "JPEG", quality=95), True),
+    "grey.JPEG": (encoded(RGB.convert("L"), "JPEG"), True),
+    "narrow.JPEG": (jpeg(2, 1000, 20), False),
+    "pixel.JPEG": (jpeg(3, 1, 1), False),
+    "png.JPEG": (encoded(RGB, "PNG"), True),
+    "progressive.JPEG": (encoded(RGB, "JPEG", progressive=True), False),
+    "sixteen.JPEG": (encoded(Image.fromarray(np.full((40, 40), 30000, np.uint16)), "PNG"), True),
+    "wide.JPEG": (jpeg(4, 20, 1000), False),
+}
+UNREADABLE = {
+    "bad_empty.JPEG": b"",
+    "bad_garbage.JPEG": b"\xff\xd8\xff" + bytes(range(200)),
+    "bad_half.JPEG": jpeg(5)[:400],
+    "bad_html.JPEG": b"<html>not found</html>",
+}
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    for name, (data, _) in READABLE.items():
+        (tmp_path / name).write_bytes(data)
+    for name, data in UNREADABLE.items():
+        (tmp_path / name).write_bytes(data)
+    return tmp_path
+
+
+def test_readable_ones_are_counted_and_unreadable_ones_replaced_and_named(zoo, caplog):
+    pipeline = build_pipeline(zoo, batch_size=13, input_size=64, augment=False)
+    with caplog.at_level(logging.WARNING, "spark_fast.pipelines"):
+        (first,) = pipeline.epoch(0)
+        (second,) = pipeline.epoch(1)
+    names = sorted([*READABLE, *UNREADABLE])
+    assert sorted(first.ids.tolist()) == list(range(13))  # the ids asked for, replaced or not
+    assert pipeline.problems.read == 26
+    stand_in = "cmyk.JPEG"  # the readable one after the bad ones; it counts as converted each time
+    converted = sum(c for _, c in READABLE.values()) + len(UNREADABLE) * READABLE[stand_in][1]
+    assert pipeline.problems.converted == 2 * converted
+    assert pipeline.problems.replaced == 2 * len(UNREADABLE)
+    assert len(pipeline.problems.first_replaced) == len(UNREADABLE)  # each once
+    for name in UNREADABLE:
+        assert sum(f"({name}) is unreadable" in record.getMessage() for record in caplog.records) == 1
+    image = {names[i]: pixels for i, pixels in zip(first.ids.tolist(), first.images, strict=True)}
+    assert all(torch.equal(image[name], image[stand_in]) for name in UNREADABLE)
+    assert torch.equal(first.images[first.ids.argsort()], second.images[second.ids.argsort()])
+    pipeline.close()
+
+
+def test_when_nothing_near_is_readable_the_storage_is_questioned(tmp_path):
+    for i in range(SUBSTITUTES + 4):
+        (tmp_path / f"{i:02d}.jpg").write_bytes(b"broken" if i <= SUBSTITUTES else jpeg(i))
+    source = open_source(tmp_path)
+    out = torch.empty(32, 32, 3, dtype=torch.uint8)
+    draws = [0.5] * DRAWS
+    with pytest.raises(DataError, match=r"image 0 \(00.jpg\) cannot be read \(not a .*neither can the 16"):
+        load_sample(source, 0, draws, Augmentation((32, 32)), partial(cut, out=out))
+    assert load_sample(source, 1, draws, Augmentation((32, 32)), partial(cut, out=out)).replaced
+    assert load_sample(source, len(source) - 1, draws, Augmentation((32, 32)), partial(cut, out=out)).replaced is None
+    pipeline = build_pipeline(tmp_path, batch_size=20, input_size=32)
+    with pytest.raises(DataError, match="is the storage still there"):
+        list(pipeline.epoch(0))
+    pipeline.close()
+
+
+def test_a_stumbling_storage_is_asked_again_and_then_the_image_is_replaced(image_folder):
+    source = open_source(image_folder())
+    vanished = source.root / source.name(4)
+    data = vanished.read_bytes()
+    vanished.unlink()
+    out = torch.empty(32, 32, 3, dtype=torch.uint8)
+    loaded = load_sample(source, 4, [0.5] * DRAWS, Augmentation((32, 32)), partial(cut, out=out))
+    assert "No such file" in (loaded.replaced or "")
+
+    class Stumbling:
+        tries = 0
+
+        def read(self, i: int) -> bytes:
+            self.tries += 1
+            if self.tries < 3:
+                raise OSError(5, "Input/output error")
+            return data
+
+    assert read_patiently(Stumbling(), 0) == data

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torchvision.datasets import ImageFolder
+
+from spark_fast.pipelines.base import DataError, ImageError
+from spark_fast.pipelines.sources.detect import TARS, open_source
+from spark_fast.pipelines.sources.folder import MAX_FILE_BYTES
+from tests.pipelines.pictures import jpeg
+
+
+def write(root: Path, *names: str) -> Path:
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"image %d" % i)
+    return root
+
+
+def names_of(path: Path) -> list[str]:
+    source = open_source(path)
+    return [source.name(i) for i in range(len(source))]
+
+
+def test_class_folders_are_listed_and_labelled_as_by_torchvision(image_folder):
+    root = image_folder(20, 4)
+    (root / "train" / "n0001" / "deeper").mkdir()
+    (root / "train" / "n0001" / "deeper" / "a.png").write_bytes(jpeg(0))
+    theirs = ImageFolder(root / "train")
+    source = open_source(root)
+    assert [str(source.root / source.name(i)) for i in range(len(source))] == [p for p, _ in theirs.samples]
+    assert source.labels.tolist() == theirs.targets
+    assert source.classes == theirs.classes
+    assert source.read(3) == Path(theirs.samples[3][0]).read_bytes()
+
+
+def test_the_folder_train_itself_and_class_folders_elsewhere_are_taken(image_folder):
+    root = image_folder()
+    inside = names_of(root)
+    assert names_of(root / "train") == inside
+    (root / "train").rename(root / "pictures")
+    assert names_of(root / "pictures") == inside
+    assert names_of(str(root / "pictures")) == inside
+
+
+def test_a_flat_folder_is_unlabelled(tmp_path):
+    write(tmp_path, "b.JPG", "a.jpeg", "notes.txt", ".hidden.jpg", "._c.jpg")
+    source = open_source(tmp_path)
+    assert names_of(tmp_path) == ["a.jpeg", "b.JPG"]
+    assert source.labels is None
+    assert [source.read(0), source.read(1)] == [b"image 1", b"image 0"]
+
+
+def test_images_beside_class_folders_are_left_out_with_a_warning(tmp_path, caplog):
+    write(tmp_path, "x/a.jpg", "loose.jpg")
+    with caplog.at_level(logging.WARNING, "spark_fast.pipelines"):
+        assert names_of(tmp_path) == ["x/a.jpg"]
+    assert "1 images outside the class folders are left out" in caplog.text
+
+
+def test_strange_names_are_read_and_printable(tmp_path):
+    strange = [b"\xff\xfe.jpg", "ü ñ\n.jpg".encode(), b"a" * 200 + b".jpg", b"#1 (2).JPEG"]
+    for name in strange:
+        (tmp_path / os.fsdecode(name)).write_bytes(name)
+    source = open_source(tmp_path)
+    assert {source.read(i) for i in range(4)} == set(strange)
+    assert all(source.name(i).encode("utf-8") for i in range(4))
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("x/a.jpg\nmy pictures/b 2.jpg\n", None),
+        ("x/a.jpg\t3\nmy pictures/b 2.jpg\t0\n", [3, 0]),
+        ("x/a.jpg 3\r\n\r\nmy pictures/b 2.jpg 0", [3, 0]),
+    ],
+)
+def test_a_list_names_images_with_or_without_labels(tmp_path, text, labels):
+    write(tmp_path, "x/a.jpg", "my pictures/b 2.jpg")
+    (tmp_path / "list.txt").write_bytes(text.encode())
+    source = open_source(tmp_path / "list.txt")
+    assert names_of(tmp_path / "list.txt") == ["x/a.jpg", "my pictures/b 2.jpg"]
+    assert (source.labels is None) if labels is None else (source.labels.tolist() == labels)
+    assert [source.read(0), source.read(1)] == [b"image 0", b"image 1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "is empty: expected one image path a line"),
+        (b"a.jpg 1\nb.jpg\n", "line 2: either all lines have a label or none"),
+        (b"a.jpg\n../b.jpg\n", "line 2: '../b.jpg' lies outside the list's folder"),
+        (b"a.jpg\nx/../../b.jpg\n", "line 2: .* lies outside"),
+        (b"/etc/passwd\n", "line 1: '/etc/passwd' lies outside"),
+        (b"\0\1\2", "is no file list: it holds binary data"),
+        (b"missing.jpg\n", "names no existing file: .*missing.jpg is missing"),
+    ],
+)
+def test_bad_lists_are_refused(tmp_path, text, message):
+    write(tmp_path, "a.jpg")
+    (tmp_path / "list.txt").write_bytes(text)
+    with pytest.raises(DataError, match=message):
+        open_source(tmp_path / "list.txt")
+
+
+def test_a_missing_folder_is_named_with_its_nearest_parent(tmp_path):
+    with pytest.raises(DataError, match=rf"nowhere/deep does not exist: {tmp_path} does, but holds no 'nowhere'"):
+        open_source(tmp_path / "nowhere" / "deep")
+
+
+def test_folders_without_images_are_refused_saying_what_was_sought(tmp_path):
+    with pytest.raises(DataError, match=r"no images in .*: it holds 0 folders and 0 other"):
+        open_source(tmp_path)
+    write(tmp_path, "train/x/readme.txt", "train/notes.md")
+    with pytest.raises(DataError, match=r"train: it holds 1 folders and 1 other entries, but no .*\.jpeg, \.png"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("left", ["shard-000000.tar.partial", "shard-000000.tar"])
+def test_an_unfinished_conversion_is_never_opened(tmp_path, left):
+    write(tmp_path, f"train/{left}", "train/x/a.jpg")
+    with pytest.raises(DataError, match=r"no manifest.json: the conversion was not finished. Run .*again"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "path", "message"),
+    [
+        (["x.tar"], "x.tar", r"x.tar is a tar, .* Convert once: .*convert_imagenet.py \S+/x.tar DST"),
+        (["x.tar"], "", r"holds a tar, .*convert_imagenet.py \S+/x.tar DST"),
+        ([*TARS.values(), "LICENCE"], "", r"as downloaded \(ILSVRC2012_img_test.*convert_imagenet.py {root} DST"),
+        ([TARS["train"], "val/n1/a.jpg"], "", r"as downloaded \(.*_train.tar\).*convert_imagenet.py {root} DST"),
+        (["n1.tar", "n2.tar"], "", r"holds 2 tars \(n1.tar \.\.\.\), .*convert_imagenet.py THE_TAR_THEY_WERE_IN DST"),
+        (["train/n1.tar", "train/n1/a.jpg"], "", r"train holds a tar, .*Unpacked already\? Then move"),
+        (["shard-000000.tar"], "shard-000000.tar", r"is one shard of a conversion: give its folder, {root}$"),
+    ],
+)
+def test_tars_of_images_are_refused_with_the_command_that_makes_them_usable(tmp_path, files, path, message):
+    write(tmp_path, *files)
+    with pytest.raises(DataError, match=message.replace("{root}", str(tmp_path))):
+        open_source(tmp_path / path)
+
+
+def test_an_absurdly_large_file_is_not_read(tmp_path):
+    with (tmp_path / "huge.jpg").open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)  # sparse
+    with pytest.raises(ImageError, match="more than the limit"):
+        open_source(tmp_path).read(0)
+
+
+def test_the_index_of_a_folder_is_small_and_fingerprints_its_listing(image_folder):
+    source = open_source(image_folder(24, 3))
+    again = open_source(image_folder(24, 3, name="elsewhere"))
+    assert source.fingerprint() == again.fingerprint()
+    part = source.subset(np.array([5, 3]))
+    assert [part.name(0), part.name(1)] == [source.name(5), source.name(3)]
+    assert part.labels.tolist() == [source.labels[5], source.labels[3]]
+    assert part.fingerprint() != source.fingerprint()

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spark_fast.pipelines.sampler import Schedule, batch_ids, order, uniform
+
+seeds = st.integers(0, 2**32)
+
+
+@given(st.integers(0, 500), seeds, st.integers(0, 2000))
+def test_an_order_is_a_permutation_and_a_pure_function(n, seed, epoch):
+    permutation = order(n, seed, epoch)
+    assert sorted(permutation) == list(range(n))
+    assert np.array_equal(permutation, order(n, seed, epoch))
+
+
+def test_the_order_is_pinned_for_all_time():
+    assert order(10, seed=0, epoch=0).tolist() == [3, 1, 9, 6, 2, 4, 7, 8, 0, 5]
+    assert uniform(0, 0, [0, 1], 2).tolist() == [
+        [0.48372896864433657, 0.09243864600372742],
+        [0.2925178485036296, 0.992924263245783],
+    ]
+
+
+def test_epochs_and_seeds_differ():
+    orders = {tuple(order(100, seed, epoch)) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+
+
+@given(st.data(), st.integers(1, 8), st.integers(1, 12), seeds)
+def test_ranks_partition_the_global_batch(data, world_size, share, seed):
+    batch = world_size * share
+    n = data.draw(st.integers(batch, batch * 5))
+    permutation = order(n, seed, 0)
+    for step in range(n // batch):
+        slices = [batch_ids(permutation, step, batch, rank, world_size) for rank in range(world_size)]
+        assert all(len(ids) == share for ids in slices)
+        assert np.array_equal(np.concatenate(slices), permutation[step * batch : (step + 1) * batch])
+
+
+@given(st.integers(1, 200), st.integers(1, 20), st.integers(0, 20))
+def test_a_schedule_started_at_a_step_is_the_tail_of_the_epoch(n, batch, start):
+    schedule = Schedule(n, batch, seed=3)
+    whole = [share.ids.tolist() for share in schedule.epoch(1)]
+    assert len(whole) == len(schedule) == n // batch
+    if start <= len(schedule):
+        assert [share.ids.tolist() for share in schedule.epoch(1, start)] == whole[start:]
+    else:
+        with pytest.raises(ValueError, match=f"start_step {start} lies outside an epoch of {len(schedule)}"):
+            schedule.epoch(1, start)
+
+
+@given(st.integers(1, 200), st.integers(1, 5), st.integers(1, 5))
+def test_in_order_every_sample_is_read_once_by_one_rank_the_last_batch_perhaps_smaller(n, share, world_size):
+    schedules = [Schedule(n, share * world_size, 3, rank, world_size, in_order=True) for rank in range(world_size)]
+    read = [[s.ids.tolist() for s in schedule.epoch(2)] for schedule in schedules]
+    assert sorted(i for rank in read for ids in rank for i in ids) == list(range(n))
+    assert len(schedules[0]) == -(-n // (share * world_size))
+    whole = n // (share * world_size)
+    for k in range(whole):
+        start = k * share * world_size
+        assert [i for rank in read for i in rank[k]] == list(range(start, start + share * world_size))
+    assert all(ids for rank in read for ids in rank), "no rank is given an empty batch"
+    assert max(map(len, read)) == len(schedules[0])
+
+
+@given(st.integers(1, 200), st.integers(1, 20), st.integers(1, 5), st.integers(0, 5))
+def test_with_repeats_an_epoch_is_as_long_and_shows_so_many_views_of_fewer_samples(n, batch, repeats, epoch):
+    schedule = Schedule(n, batch, 3, repeats=repeats)
+    shares = list(schedule.epoch(epoch))
+    assert len(shares) == len(schedule) == n // batch
+    seen = [pair for ids, views in shares for pair in zip(ids.tolist(), views.tolist(), strict=True)]
+    assert len(set(seen)) == len(seen) == n // batch * batch
+    firsts = order(n, 3, epoch)[: -(-len(seen) // repeats)]
+    assert [i for i, _ in seen] == np.repeat(firsts, repeats)[: len(seen)].tolist()
+    assert all(epoch * repeats <= view < (epoch + 1) * repeats for _, view in seen), "and no other epoch's"
+
+
+@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=20), seeds)
+def test_the_numbers_of_a_sample_depend_on_no_other_sample(ids, seed):
+    together = uniform(seed, 5, ids, 4)
+    alone = np.concatenate([uniform(seed, 5, [i], 4) for i in ids])
+    assert np.array_equal(together, alone)
+    assert np.array_equal(together[:, :2], uniform(seed, 5, ids, 2))
+
+
+def test_the_numbers_are_uniform_and_uncorrelated():
+    numbers = uniform(seed=1, views=2, sample_ids=np.arange(20_000), n=3)
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    counts = [np.histogram(column, bins=20, range=(0, 1))[0] for column in numbers.T]
+    assert np.abs(np.array(counts) / 1000 - 1).max() < 0.15  # 4.7 sigma
+    correlations = np.corrcoef(np.vstack([numbers.T, uniform(1, 3, np.arange(20_000), 3).T]))
+    assert np.abs(correlations - np.eye(6)).max() < 0.04

@@ -1,0 +1,75 @@
+"""Reconstruction pictures: input, visible part and filled-in image, side by side, and the model left as it was."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spark_fast import build_spark
+from spark_fast.reporting.reconstructions import MEAN, STD, reconstruction_grid, save_png
+
+PAD = 4
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return build_spark("resnet10t", input_size=(64, 96), mask_ratio=0.5, decoder_width=32)
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    """(2, 3, 64, 96) uint8."""
+    return torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def normalised(pixels):
+    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
+    return (pixels / 255 - mean) / std
+
+
+def cut(grid, row, column):
+    top, left = PAD + row * (64 + PAD), PAD + column * (96 + PAD)
+    return grid[:, top : top + 64, left : left + 96].int()
+
+
+def test_each_row_is_an_image_what_was_seen_of_it_and_what_was_made_of_it(model, pixels):
+    grid = reconstruction_grid(model, normalised(pixels), seed=3)
+    assert grid.dtype == torch.uint8
+    assert grid.shape == (3, PAD + 2 * (64 + PAD), PAD + 3 * (96 + PAD))
+    for row in range(2):
+        image, visible, filled = (cut(grid, row, column) for column in range(3))
+        assert (image - pixels[row].int()).abs().max() <= 1
+        grey = (visible == 128).all(0)
+        patches = grey.view(2, 32, 3, 32).float().mean((1, 3))
+        assert sorted(patches.flatten().round().tolist()) == [0, 0, 0, 1, 1, 1], "half of the six patches are hidden"
+        hidden = patches.round().bool().repeat_interleave(32, 0).repeat_interleave(32, 1)
+        assert torch.equal(visible[:, ~hidden], image[:, ~hidden])
+        assert torch.equal(filled[:, ~hidden], image[:, ~hidden])
+        assert (filled[:, hidden] != image[:, hidden]).any()
+
+
+def test_the_masks_depend_on_the_seed_alone(model, pixels):
+    images = normalised(pixels)
+    first = reconstruction_grid(model, images, seed=3)
+    torch.rand(5)
+    assert torch.equal(first, reconstruction_grid(model, images, seed=3))
+    assert not torch.equal(first, reconstruction_grid(model, images, seed=4))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_picture_leaves_mode_and_statistics_as_they_were(model, pixels, training):
+    model.train(training)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    reconstruction_grid(model, normalised(pixels), seed=3)
+    assert all(m.training is training for m in model.modules())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_png_holds_the_grid_to_the_bit(tmp_path):
+    grid = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
+    save_png(grid, tmp_path / "a.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), grid.permute(1, 2, 0).numpy())

@@ -1,0 +1,24 @@
+"""Two ranks: sharing the optimiser's state changes no bit, exchanging gradients in bf16 changes little."""
+
+import numpy as np
+import torch
+
+from tests.cli.test_train import TINY, losses, pictures, torchrun, train, weights  # noqa: F401
+
+
+def test_zero_is_the_same_to_the_bit_and_its_checkpoint_is_anyones(pictures, tmp_path):  # noqa: F811
+    flags = ["name", f"--data_path={pictures}", *TINY, "--bs=8", "--ep=2", "--base_lr=0.01", "--log_every=1"]
+    torchrun(*flags, f"--exp_dir={tmp_path / 'plain'}")
+    torchrun(*flags, f"--exp_dir={tmp_path / 'zero'}", "--zero", "--max_steps=7", code=1)  # 75, which torchrun makes 1
+    torchrun(*flags, f"--exp_dir={tmp_path / 'zero'}", "--resume=auto")  # and on without
+    plain, zero = (weights(tmp_path / name) for name in ("plain", "zero"))
+    assert all(torch.equal(plain["model"][name], zero["model"][name]) for name in plain["model"])
+    moments, others = (state["optimizer"]["state"] for state in (plain, zero))
+    assert moments.keys() == others.keys()
+    for i in moments:
+        assert all(torch.equal(moments[i][name], others[i][name]) for name in ("exp_avg", "exp_avg_sq"))
+    torchrun(*flags, f"--exp_dir={tmp_path / 'bf16'}", "--allreduce=bf16")
+    both = [losses(tmp_path / name) for name in ("plain", "bf16")]
+    np.testing.assert_allclose(*both, rtol=1e-2)
+    plain, rounded = (weights(tmp_path / name)["model"]["decoder.proj.weight"] for name in ("plain", "bf16"))
+    assert not torch.equal(plain, rounded)

@@ -1,0 +1,70 @@
+"""Nothing is written that would not load as it should; networks that are unusual, or only in part, are exported too."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from spark_fast import build_spark
+from spark_fast.checkpoint.file import CheckpointError
+from spark_fast.run.config import SettingsError
+from spark_fast.training.settings import Settings
+from spark_fast.weights.export_formats import Form, _prove, export
+from spark_fast.weights.pretrained import open_pretrained
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def saved(folder, network, *, stages=None, change=None):
+    """A checkpoint of ours."""
+    settings = Settings()
+    settings.data.input_size, settings.model.decoder_width = "64", 32
+    settings.model.model, settings.model.stages = network, stages or 0
+    model = build_spark(network, input_size=64, mask_ratio=0.6, decoder_width=32, stages=stages, check=False)
+    state = model.state_dict()
+    if change:
+        state[change].view(-1)[0] = torch.nan
+    torch.save({"model": state, "settings": settings.to_dict()}, folder / "ckpt.pth")
+    return folder / "ckpt.pth", state
+
+
+def test_the_stages_that_were_not_trained_are_listed_and_the_file_still_loads_strictly(tmp_path):
+    path, state = saved(tmp_path, "resnet10t", stages=3)
+    made = export(open_pretrained(path), "timm", tmp_path / "a.safetensors")
+    assert {name.partition(".")[0] for name in made.new} == {"layer4"}
+    loaded = timm.create_model("resnet10t", num_classes=0, checkpoint_path=str(tmp_path / "a.safetensors"))
+    name = "layer3.0.conv1.weight"
+    assert torch.equal(loaded.state_dict()[name], state[f"encoder.network.{name}"])
+    again = export(open_pretrained(path), "timm", tmp_path / "b.safetensors")
+    assert all(torch.equal(v, again.state[k]) for k, v in made.state.items())
+
+
+def test_your_own_network_leaves_under_its_own_names_when_you_name_it(tmp_path, monkeypatch):
+    code = "import timm\n\ndef make():\n    return timm.create_model('resnet10t', features_only=True)\n"
+    (tmp_path / "own_exported.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    path, state = saved(tmp_path, "own_exported:make")
+    with pytest.raises(SettingsError, match="say --model own_exported:make"):
+        open_pretrained(path)
+    source = open_pretrained(path, "own_exported:make")
+    export(source, "safetensors", tmp_path / "a.safetensors")
+    found = load_file(tmp_path / "a.safetensors")
+    assert found.keys() == {k.removeprefix("encoder.network.") for k in state if k.startswith("encoder.")}
+    with pytest.raises(SettingsError, match="your own network, which timm does not have"):
+        export(source, "timm", tmp_path / "b.safetensors")
+
+
+def test_numbers_that_are_not_finite_are_not_written(tmp_path):
+    path, _ = saved(tmp_path, "resnet10t", change="encoder.network.bn1.weight")
+    with pytest.raises(CheckpointError, match=r"not finite, as in bn1\.weight"):
+        export(open_pretrained(path), "timm", tmp_path / "a.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pth"]
+
+
+@pytest.mark.parametrize(
+    "loaded", [{"a": torch.ones(2)}, {"a": torch.zeros(2), "b": torch.zeros(1)}, {"a": torch.zeros(2).half()}, {}]
+)
+def test_what_loads_as_something_else_is_refused(tmp_path, loaded):
+    made = Form({"a": torch.zeros(2)}, [], (".pth",), lambda path: loaded, "")
+    with pytest.raises(CheckpointError, match="would load with other values, so it is not written"):
+        _prove(made, tmp_path / "a.pth", tmp_path / "a.pth")

@@ -1,0 +1,101 @@
+"""Weights to begin a run from: ours, published ones, and encoders in timm's names, as .pth and as .safetensors."""
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from spark_fast import build_spark
+from spark_fast.checkpoint.file import CheckpointError
+from spark_fast.weights.load import load_weights
+from spark_fast.weights.timm_keys import encoder_state_dict, write_encoder
+from tests.checkpoint.test_file import trained
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
+def test_weights_of_our_own_checkpoints_are_loaded_whatever_wrapped_the_model(tmp_path, prefix):
+    model = trained()[0]
+    path = tmp_path / "weights.pth"
+    torch.save({"model": {prefix + k: v for k, v in model.state_dict().items()}, "epoch": 3}, path)
+    other = trained(seed=1)[0]
+    load_weights(path, other)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in other.state_dict().items())
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_weights_of_published_checkpoints_are_loaded(tmp_path, wrapped):
+    source, target = (build_spark("resnet10t", input_size=64, mask_ratio=0.5, decoder_width=32) for _ in range(2))
+    state = {
+        k.replace("encoder.network.", "sparse_encoder.sp_cnn.").replace("decoder.", "dense_decoder.", 1)
+        if k.startswith(("encoder.network.", "decoder.")) and not k.startswith("encoder.network.decoder")
+        else k: v
+        for k, v in source.state_dict().items()
+    }
+    assert any(k.startswith("dense_decoder.dec.0") for k in state)
+    torch.save({"module": state} if wrapped else state, tmp_path / "published.pth")
+    load_weights(tmp_path / "published.pth", target)
+    assert all(torch.equal(v, source.state_dict()[k]) for k, v in target.state_dict().items())
+
+
+@pytest.mark.parametrize("content", [{"model": {"a": torch.zeros(1)}}, {"a": torch.zeros(1)}, {}])
+def test_weights_that_do_not_fit_are_refused_with_the_file_and_the_tensors(tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"other\.pth: the checkpoint does not fit this model.*first\.weight"):
+        load_weights(tmp_path / "other.pth", trained()[0])
+
+
+@pytest.mark.parametrize(
+    "content", [{1: torch.zeros(1)}, {**trained()[0].state_dict(), "first.weight": 3}], ids=["number", "no tensor"]
+)
+def test_a_dictionary_of_other_things_is_refused_as_weights(tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"other\.pth"):
+        load_weights(tmp_path / "other.pth", trained()[0])
+
+
+def small(name="resnet10t", seed=0):
+    torch.manual_seed(seed)
+    return build_spark(name, input_size=64, mask_ratio=0.5, decoder_width=32)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto"])
+def test_an_exported_encoder_is_an_encoder_to_begin_from(tmp_path, name, caplog):
+    source, target = small(name), small(name, seed=1)
+    before = {k: v.clone() for k, v in target.state_dict().items()}
+    caplog.set_level("INFO", "spark_fast")
+    load_weights(write_encoder(encoder_state_dict(source, name), name, tmp_path), target)
+    for k, v in target.state_dict().items():
+        expected = source.state_dict()[k] if k.startswith("encoder.network.") else before[k]
+        assert torch.equal(v, expected), k
+    assert "the encoder is loaded, the decoder begins anew; left out: nothing" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto"])
+def test_a_classifier_of_timm_is_an_encoder_with_something_left_out(tmp_path, name, caplog):
+    caplog.set_level("INFO", "spark_fast")
+    classifier, target = timm.create_model(name), small(name)
+    safetensors.torch.save_file(classifier.state_dict(), tmp_path / "timm.safetensors")
+    load_weights(tmp_path / "timm.safetensors", target)
+    first = next(iter(classifier.state_dict().values()))
+    assert torch.equal(next(iter(target.encoder.network.state_dict().values())), first)
+    assert ("fc.bias, fc.weight" if name == "resnet10t" else "head.fc.bias, head.fc.weight") in caplog.text
+
+
+def test_a_whole_model_as_safetensors_is_loaded_whole(tmp_path):
+    source, target = small(), small(seed=1)
+    safetensors.torch.save_file({k: v.contiguous() for k, v in source.state_dict().items()}, tmp_path / "a.safetensors")
+    load_weights(tmp_path / "a.safetensors", target)
+    assert all(torch.equal(v, source.state_dict()[k]) for k, v in target.state_dict().items())
+
+
+def test_half_an_encoder_is_refused_by_name_and_changes_nothing(tmp_path):
+    target = small()
+    before = {k: v.clone() for k, v in target.state_dict().items()}
+    state = timm.create_model("resnet10t").state_dict()
+    del state["layer1.0.conv1.weight"]
+    safetensors.torch.save_file(state, tmp_path / "half.safetensors")
+    with pytest.raises(CheckpointError, match=r"half\.safetensors: the checkpoint does not fit this model"):
+        load_weights(tmp_path / "half.safetensors", target)
+    assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
