@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torchvision.datasets import ImageFolder
 
-from spark_fast.pipelines.convert.convert import ConvertSettings, convert
+from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import StoredImages
 
 LIBRARIES = ("simplejpeg", "pillow", "ffcv", "opencv-python")  # that do the work

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from ways import WAYS, Shape, Way, build, inputs, median_seconds, tf32, train_step
 
-from spark_fast.encoder import Visible
+from spark_fast.encoder import VisiblePatches
 from spark_fast.masking import sample_visible
 from spark_fast.reporting.flops import count as cost_of
 from spark_fast.reporting.mfu import matmul_rate, peak_memory
@@ -218,7 +218,7 @@ def _encoder(mask: float, scale: Scale, device: torch.device) -> dict[str, Any]:
 
     def run() -> None:
         with torch.autocast(device.type, torch.bfloat16):
-            features = model.encoder(images, Visible(seen, model.grid))
+            features = model.encoder(images, VisiblePatches(seen, model.grid))
         torch.autograd.backward(features, [torch.ones_like(f) for f in features])
         model.zero_grad()
 
@@ -310,7 +310,7 @@ def _consume(batches: Iterator[Any], shape: Shape, way: Way | None, scale: Scale
 def _images(folder: Path, scale: Scale, *, shards: bool, beton: bool) -> Path:
     """Photograph-like JPEGs, shorter side 256 px: noise that is smooth at several scales."""
     from spark_fast.pipelines.convert.beton_writer import BetonSettings
-    from spark_fast.pipelines.convert.convert import ConvertSettings, convert
+    from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 
     source, rng = folder / "source" / "class0", np.random.default_rng(0)
     source.mkdir(parents=True)

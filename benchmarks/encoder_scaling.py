@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.autograd.profiler import profile
 
-from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, Visible
+from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, VisiblePatches
 from spark_fast.masking import num_visible, sample_visible
 from spark_fast.networks import build_network
 from spark_fast.run.malloc import keep_heap
@@ -46,21 +46,21 @@ class Options:
     """the result is kept as benchmarks/results/<name>.json"""
 
 
-def visible(encoder: Encoder, ratio: float, options: Options) -> Visible:
+def visible(encoder: Encoder, ratio: float, options: Options) -> VisiblePatches:
     """A batch of masks."""
     grid = (options.size // encoder.patch,) * 2
     keep = grid[0] * grid[1] if ratio == 0 else num_visible(grid, ratio)
-    return Visible(sample_visible(0, 0, torch.arange(options.batch, device=options.device), grid, keep), grid)
+    return VisiblePatches(sample_visible(0, 0, torch.arange(options.batch, device=options.device), grid, keep), grid)
 
 
-def run(encoder: Encoder, images: Tensor, seen: Visible) -> None:
+def run(encoder: Encoder, images: Tensor, seen: VisiblePatches) -> None:
     """Forward and backward."""
-    features = encoder(images, Visible(seen.index, seen.grid))  # tables are made anew every step
+    features = encoder(images, VisiblePatches(seen.index, seen.grid))  # tables are made anew every step
     torch.autograd.backward(features, [torch.ones_like(f) for f in features])
     encoder.zero_grad()
 
 
-def timed(encoder: Encoder, images: Tensor, seen: Visible) -> Callable[[], tuple[float, ...]]:
+def timed(encoder: Encoder, images: Tensor, seen: VisiblePatches) -> Callable[[], tuple[float, ...]]:
     """A candidate for `medians`."""
 
     def one() -> tuple[float, ...]:
@@ -71,7 +71,7 @@ def timed(encoder: Encoder, images: Tensor, seen: Visible) -> Callable[[], tuple
     return one
 
 
-def kept(encoder: Encoder, images: Tensor, seen: Visible) -> int:
+def kept(encoder: Encoder, images: Tensor, seen: VisiblePatches) -> int:
     """Bytes that autograd keeps from forward to backward, parameters excepted."""
     own = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
     sizes: dict[int, tuple[int, Tensor]] = {}
@@ -86,7 +86,7 @@ def kept(encoder: Encoder, images: Tensor, seen: Visible) -> int:
     return sum(n for n, _ in sizes.values())
 
 
-def peak(encoder: Encoder, images: Tensor, seen: Visible) -> int:
+def peak(encoder: Encoder, images: Tensor, seen: VisiblePatches) -> int:
     """The most bytes allocated at once in forward and backward, gradients of parameters not counted."""
     for parameter in encoder.parameters():  # so that gradients are there before and only added to
         parameter.grad = torch.zeros_like(parameter)
@@ -96,7 +96,7 @@ def peak(encoder: Encoder, images: Tensor, seen: Visible) -> int:
         run(encoder, images, seen)
         return torch.cuda.max_memory_allocated() - before
     with profile(use_cpu=True, profile_memory=True) as recorded:
-        features = encoder(images, Visible(seen.index, seen.grid))
+        features = encoder(images, VisiblePatches(seen.index, seen.grid))
         torch.autograd.backward(features, [torch.ones_like(f) for f in features])
     now = most = 0
     events = sorted(recorded.kineto_results.events(), key=lambda e: e.start_ns())

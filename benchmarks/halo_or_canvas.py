@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from spark_fast.encoder import Visible
+from spark_fast.encoder import VisiblePatches
 from spark_fast.encoder.conv.convolve import convolve, plan
 from spark_fast.encoder.conv.geometry import axes
 from spark_fast.masking import sample_visible
@@ -101,7 +101,7 @@ def measure(layer: Layer, ratio: float, options: Options) -> dict:
     patches = options.patches**2
     keep = max(1, round(patches * (1 - ratio)))
     index = sample_visible(0, 0, torch.arange(options.batch, device=device), (options.patches,) * 2, keep)
-    seen = Visible(index, (options.patches,) * 2)
+    seen = VisiblePatches(index, (options.patches,) * 2)
     shape = (seen.count, layer.channels, layer.b, layer.b)
     x = torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
 

@@ -20,9 +20,9 @@ from measuring import clock, medians
 from torch import Tensor
 from ways import Shape, Way, inputs, train_step
 
-from spark_fast.cli.train import open_images
-from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, Visible
-from spark_fast.evaluation import settings as evaluation
+from spark_fast.cli.pretrain import open_images
+from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, VisiblePatches
+from spark_fast.evaluation import eval_settings as evaluation
 from spark_fast.evaluation.accuracy import judge
 from spark_fast.evaluation.backbone import build_classifier
 from spark_fast.evaluation.data import open_train, open_val
@@ -30,7 +30,7 @@ from spark_fast.evaluation.finetune import FinetuneRun
 from spark_fast.evaluation.recipes import Recipe
 from spark_fast.evaluation.weights import read_weights
 from spark_fast.networks import build_network
-from spark_fast.pipelines.convert.convert import ConvertSettings, convert
+from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.run.distributed import Ranks
 from spark_fast.run.watchdog import Watchdog
 from spark_fast.spark import SparK
@@ -50,7 +50,7 @@ TIMEOUT = 600.0
 class ZeroedEncoder(MaskedEncoder):
     """Zero-outing: the ordinary dense network on an image with its masked pixels zeroed."""
 
-    def forward(self, images: Tensor, visible: Visible | None = None) -> list[Tensor]:
+    def forward(self, images: Tensor, visible: VisiblePatches | None = None) -> list[Tensor]:
         """As of any encoder; no layer knows of the mask, and what they left in the holes is dropped at the end."""
         if visible is None:
             return super().forward(images)
@@ -72,7 +72,7 @@ class LossOnAllPatches(SparK):
         """The loss, a scalar."""
         seen = self._visible(images, visible)
         patches = torch.arange(self.grid[0] * self.grid[1], device=images.device).expand(len(images), -1)
-        return self._loss(self._decode(images, seen), images, on=Visible(patches, self.grid))
+        return self._loss(self._decode(images, seen), images, on=VisiblePatches(patches, self.grid))
 
 
 PUBLISHED = "as published"
@@ -247,7 +247,7 @@ class Bench:
         steps: dict[str, Callable[[], tuple[float, ...]]] = {}
         for run in runs:
             model, shape = self._model(run), Shape(run.network, SIZE, run.mask, self.options.batch, run.width)
-            model.encoder.current.kernels = None
+            model.encoder.context.kernels = None
             steps[str(run.width)] = partial(
                 _timed, train_step(way, model, device), *inputs(model, shape, way, device), device
             )

@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 from ways import Shape, Way, build, inputs, train_step
 
-from spark_fast.encoder import Visible
+from spark_fast.encoder import VisiblePatches
 from spark_fast.reporting.mfu import is_emulated, matmul_rate
 from spark_fast.run.malloc import keep_heap
 from spark_fast.training.step import DTYPES
@@ -72,7 +72,7 @@ def candidate(way: Way, shape: Shape, options: Options) -> Callable[[], tuple[fl
     def encode() -> float:
         start = clock(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            features = model.encoder(images, Visible(visible, model.grid))
+            features = model.encoder(images, VisiblePatches(visible, model.grid))
         torch.autograd.backward(features, [torch.ones_like(f) for f in features])
         seconds = clock(device) - start
         model.zero_grad()

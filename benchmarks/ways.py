@@ -71,7 +71,7 @@ def build(way: Way, shape: Shape, device: torch.device) -> SparK:
         shape.model, input_size=shape.size, mask_ratio=shape.mask, decoder_width=shape.width, encoder=way.encoder,
         check=False,
     )  # fmt: skip
-    model.encoder.current.kernels = way.kernels
+    model.encoder.context.kernels = way.kernels
     if way.plain_decoder or way.published:
         model.sparse_projections = False
         for block in model.decoder.modules():
@@ -138,7 +138,7 @@ def tf32(on: bool) -> Iterator[None]:
 
 def _norm_by_nonzero(norm: nn.Module, x: Tensor) -> Tensor:
     """As the published encoder.py: the visible cells are looked up in every norm, for which the host waits."""
-    visible: Any = norm.current.visible  # type: ignore[union-attr]
+    visible: Any = norm.context.visible  # type: ignore[union-attr]
     if visible is None:
         return type(norm).forward(norm, x)
     at = visible.cells(x.shape[2])[:, 0].nonzero(as_tuple=True)

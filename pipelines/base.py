@@ -23,13 +23,13 @@ class Batch(NamedTuple):
 
 
 @dataclass
-class Problems:
+class BadImageCounts:
     """Odd images met so far, counted as batches are delivered (an image counts once each time it is read)."""
 
     read: int = 0
     converted: int = 0  # readable, but no colour JPEG: grey, CMYK, palette, 16-bit, PNG named .JPEG ...
-    replaced: int = 0  # unreadable, another image stood in
-    first_replaced: list[str] = field(default_factory=list)  # "id name: reason" of the first ten such images
+    substituted: int = 0  # unreadable, another image stood in
+    first_substituted: list[str] = field(default_factory=list)  # "id name: reason" of the first ten such images
 
 
 class Pipeline(Protocol):
@@ -39,7 +39,7 @@ class Pipeline(Protocol):
     listing: str  # of the images, as `Source.fingerprint`
     num_classes: int  # 0 for unlabelled data
     classes: list[str]  # name of each label, empty when not known
-    problems: Problems
+    bad_images: BadImageCounts
 
     def __len__(self) -> int:
         """Steps per epoch; an incomplete last batch is dropped, unless the samples are read in order."""
@@ -52,25 +52,3 @@ class Pipeline(Protocol):
     def close(self) -> None:
         """Let go of threads and files; no batch can be had afterwards."""
         ...
-
-
-class DataError(Exception):
-    """The data cannot be used; the message says what was found where, and what to do. Exit code 3."""
-
-    exit_code = 3
-
-
-class SettingsError(Exception):
-    """What was asked for makes no sense, or would destroy something. Exit code 2."""
-
-    exit_code = 2
-
-
-class StorageError(Exception):
-    """Writing failed; the message says what was kept. Exit code 6."""
-
-    exit_code = 6
-
-
-class ImageError(Exception):
-    """One image cannot be read; the message is the reason."""

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 
+from spark_fast.errors import DataError
 from spark_fast.pipelines.backends.dali_pipeline import DaliPipeline
 from spark_fast.pipelines.backends.ffcv import FfcvPipeline
 from spark_fast.pipelines.backends.nvjpeg import DeviceDecodePipeline
 from spark_fast.pipelines.backends.synthetic import SyntheticPipeline
 from spark_fast.pipelines.backends.torch_threads import TorchPipeline
-from spark_fast.pipelines.base import DataError, Pipeline
+from spark_fast.pipelines.base import Pipeline
 from spark_fast.pipelines.ffcv_install import require_ffcv
-from spark_fast.pipelines.sampler import Schedule
+from spark_fast.pipelines.sampler import Sampler
 from spark_fast.pipelines.sources.beton import RAW, BetonSource, find_beton
 from spark_fast.pipelines.sources.detect import open_source
 from spark_fast.pipelines.sources.folder import Source
@@ -60,7 +61,7 @@ def build_pipeline(
     `batch_size` is the *global* batch, over all ranks; `input_size` a side or (height, width); `workers` the decoder
     threads of this rank, `prefetch` the batches they may be ahead. With `augment=False` nothing is drawn: the crop
     is central, of `centre` times the largest one's side. For `split` see `open_source`, for `in_order` and `repeats`
-    `Schedule`. "synthetic" ignores the path and has `synthetic_samples` samples (ImageNet's number). "auto" is the
+    `Sampler`. "synthetic" ignores the path and has `synthetic_samples` samples (ImageNet's number). "auto" is the
     fastest installed one for these data, and is told to the log. "ffcv" reads a .beton and resizes as `ffcv_resize`
     says, bicubic as all others, or area, FFCV's own.
     With `augment_on="device"` "torch" leaves resize, flip and the rest to the device (see `device_augment`), with
@@ -134,8 +135,8 @@ def _check_settings(pipeline: str, batch_size: int, world_size: int, repeats: in
 
 def _schedule(
     batch_size: int, seed: int, rank: int, world_size: int, repeats: int, in_order: bool, num_samples: int, where: str
-) -> Schedule:
-    schedule = Schedule(num_samples, batch_size, seed, rank, world_size, repeats, in_order)
+) -> Sampler:
+    schedule = Sampler(num_samples, batch_size, seed, rank, world_size, repeats, in_order)
     if not len(schedule):
         raise DataError(
             f"a global batch of {batch_size} is larger than the {num_samples} images of {where}:"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from spark_fast.pipelines.base import DataError
+from spark_fast.errors import DataError
 
 COMMAND = (
     "apt-get install -y --no-install-recommends libturbojpeg0-dev libopencv-dev pkg-config"

@@ -75,7 +75,7 @@ class Share(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Sampler:
     """Which samples one rank reads at which step; `batch_size` is the global one."""
 
     num_samples: int

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spark_fast.encoder import convert as pack
+    from spark_fast.encoder import pack
     from spark_fast.encoder.verify import verify
     from spark_fast.spark import SparK, build_spark
     from spark_fast.weights.spark_keys import load_spark_state_dict

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from spark_fast.encoder.visible import Visible
+from spark_fast.encoder.visible import VisiblePatches
 from spark_fast.upsample import autocast
 
 ADDRESSING = 28  # fitted to 24 projections on two CPU cores: to address nine taps costs 28/C of the dense products
@@ -28,7 +28,7 @@ def pays(x: Tensor, keep: float) -> bool:
     return x.device.type == "cpu" and keep + ADDRESSING / x.shape[1] < 1
 
 
-def densify(x: Tensor, token: Tensor, project: nn.Module, seen: Visible, sparse: bool | None = None) -> Tensor:
+def densify(x: Tensor, token: Tensor, project: nn.Module, seen: VisiblePatches, sparse: bool | None = None) -> Tensor:
     """project(seen.unpack(x, fill=token)), to rounding.
 
     Args:
@@ -92,7 +92,7 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.permute(2, 3, 0, 1).flatten(0, 2)
 
 
-def _tables(seen: Visible, b: int) -> tuple[Tensor, Tensor, Tensor]:
+def _tables(seen: VisiblePatches, b: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where the nine taps of a 3x3 convolution lead, numbered y-major; n = V*b*b visible cells, m = B*H*W in all.
 
     Returns:

@@ -1,8 +1,8 @@
-"""`torchrun ... -m spark_fast.evaluate`: the command spark-fast-eval, which is spark_fast/cli/evaluate.py."""
+"""`torchrun ... -m spark_fast.evaluate`: the command spark-fast-eval, which is spark_fast/cli/eval.py."""
 
 import sys
 
-from spark_fast.cli.evaluate import main
+from spark_fast.cli.eval import main
 
 __all__ = ["main"]
 

@@ -14,6 +14,17 @@ from torch import nn
 
 from spark_fast.encoder.pyramid import MIN_STRIDE
 
+# the short names of the published script
+PUBLISHED_MODELS = {
+    "res50": "resnet50",
+    "res101": "resnet101",
+    "res152": "resnet152",
+    "res200": "resnet200",
+    "cnxS": "convnext_small",
+    "cnxB": "convnext_base",
+    "cnxL": "convnext_large",
+}
+
 
 def build_network(model: str, kwargs: dict | None = None, stages: int | None = None) -> nn.Module:
     """Build the network that `model` names; it returns a list of feature maps.

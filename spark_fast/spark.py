@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from spark_fast.decoder import Decoder
 from spark_fast.densify import densify
-from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, Visible
+from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, VisiblePatches
 from spark_fast.encoder.sparseconvnet import SparseEncoder
 from spark_fast.encoder.verify import verify
 from spark_fast.masking import num_visible
@@ -104,7 +104,7 @@ class SparK(nn.Module):
         seen = self._visible(images, visible)
         return [seen.unpack(f) for f in self.encoder(images, seen)]
 
-    def _decode(self, images: Tensor, seen: Visible) -> Tensor:
+    def _decode(self, images: Tensor, seen: VisiblePatches) -> Tensor:
         """Encode, densify, decode: (B, 3, H, W), every patch in units of its own deviation."""
         levels = []
         layers = zip(self.densify_norms, self.mask_tokens, self.densify_projs, strict=True)
@@ -113,7 +113,7 @@ class SparK(nn.Module):
         return self.decoder(levels)
 
     @staticmethod
-    def _loss(pixels: Tensor, images: Tensor, on: Visible) -> Tensor:
+    def _loss(pixels: Tensor, images: Tensor, on: VisiblePatches) -> Tensor:
         """The squared error on these patches, each in units of its own deviation; both maps are (B, 3, H, W)."""
         predicted = on.pack(pixels)  # (M, 3, p, p)
         wide = torch.float64 if images.dtype == torch.float64 else torch.float32
@@ -121,7 +121,7 @@ class SparK(nn.Module):
         mean, std = _patch_statistics(target)
         return (predicted.to(wide) - (target - mean) / std).square().mean()
 
-    def _visible(self, images: Tensor, visible: Tensor | None) -> Visible:
+    def _visible(self, images: Tensor, visible: Tensor | None) -> VisiblePatches:
         if tuple(images.shape[1:]) != (3, *self.input_size):
             raise ValueError(
                 f"images must be (B, 3, {self.input_size[0]}, {self.input_size[1]}), got {tuple(images.shape)}"
@@ -130,9 +130,9 @@ class SparK(nn.Module):
             keys = torch.rand(len(images), self.grid[0] * self.grid[1], device=images.device)
             visible = keys.argsort(dim=1)[:, : self.num_visible].sort(dim=1).values
         if visible.dtype == torch.int64 and visible.dim() == 2 and len(visible) == len(images):
-            seen = Visible(visible, self.grid)
+            seen = VisiblePatches(visible, self.grid)
         elif visible.dtype == torch.bool and tuple(visible.shape) == (len(images), *self.grid):
-            seen = Visible.from_mask(visible)
+            seen = VisiblePatches.from_mask(visible)
         else:
             raise ValueError(
                 f"visible must be bool ({len(images)}, {self.grid[0]}, {self.grid[1]}) or int64 ({len(images)}, L), "

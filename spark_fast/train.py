@@ -1,8 +1,8 @@
-"""`torchrun ... -m spark_fast.train`: the command spark-fast-train, which is spark_fast/cli/train.py."""
+"""`torchrun ... -m spark_fast.train`: the command spark-fast-train, which is spark_fast/cli/pretrain.py."""
 
 import sys
 
-from spark_fast.cli.train import main
+from spark_fast.cli.pretrain import main
 
 __all__ = ["main"]
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from spark_fast import build_spark
 from spark_fast.densify import densify
-from spark_fast.encoder import Visible
+from spark_fast.encoder import VisiblePatches
 from spark_fast.masking import sample_visible
 
 size = st.integers(1, 4)
@@ -16,7 +16,7 @@ size = st.integers(1, 4)
 
 def problem(batch=2, grid=(3, 4), keep=5, b=2, c=6, n=4, k=3, dtype=torch.float64):
     torch.manual_seed(0)
-    seen = Visible(sample_visible(0, 0, torch.arange(batch), grid, keep), grid)
+    seen = VisiblePatches(sample_visible(0, 0, torch.arange(batch), grid, keep), grid)
     x = torch.randn(seen.count, c, b, b, dtype=dtype).to(memory_format=torch.channels_last)
     project = nn.Conv2d(c, n, k, padding=k // 2).to(dtype)
     return seen, project, (x.requires_grad_(), torch.randn(c, dtype=dtype, requires_grad=True), *project.parameters())
@@ -45,7 +45,7 @@ def test_it_compiles_as_one_graph():
     seen, project, inputs = problem(dtype=torch.float32)
 
     def run(x, token):
-        return densify(x, token, project, Visible(seen.index, seen.grid), True).square().mean()
+        return densify(x, token, project, VisiblePatches(seen.index, seen.grid), True).square().mean()
 
     y, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(*inputs[:2]), run(*inputs[:2])
     torch.testing.assert_close(y, expected)

@@ -13,7 +13,7 @@ import pytest
 import tyro
 from torch.distributed.run import get_args_parser
 
-import spark_fast.evaluation.settings as evaluation
+import spark_fast.evaluation.eval_settings as evaluation
 import spark_fast.training.settings as training
 from spark_fast.run.config import tomllib
 

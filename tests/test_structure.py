@@ -39,7 +39,7 @@ def below(names, *packages):
 
 def test_there_is_something_to_look_at():
     assert len(FILES) > 30
-    assert below(imported(ROOT / "spark_fast" / "cli" / "train.py"), "spark_fast.training", "spark_fast.pipelines")
+    assert below(imported(ROOT / "spark_fast" / "cli" / "pretrain.py"), "spark_fast.training", "spark_fast.pipelines")
 
 
 @every_file

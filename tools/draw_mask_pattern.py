@@ -19,8 +19,8 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from spark_fast.checkpoint.file import CheckpointError, write_atomically
-from spark_fast.encoder import PackedEncoder, Visible
+from spark_fast.encoder import PackedEncoder, VisiblePatches
+from spark_fast.files import atomic_write
 from spark_fast.masking import num_visible, sample_visible
 from spark_fast.networks import build_network
 
@@ -74,7 +74,7 @@ def patterns(options: Options) -> dict[str, tuple[Tensor, Tensor]]:
     packed = PackedEncoder(copy.deepcopy(network), size)
     grid = (size[0] // packed.patch, size[1] // packed.patch)
     keep = num_visible(grid, options.mask_ratio)
-    seen = Visible(sample_visible(options.seed, 0, torch.zeros(1, dtype=torch.int64), grid, keep), grid)
+    seen = VisiblePatches(sample_visible(options.seed, 0, torch.zeros(1, dtype=torch.int64), grid, keep), grid)
     images = seen.cells(size[0]).double().expand(1, 3, *size)  # 1 where visible, 0 where hidden
     dense_maps = outputs(network, options.layers, lambda: network(images))
     packed_maps = outputs(packed.network, options.layers, lambda: packed(images, seen))
@@ -140,10 +140,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         found = patterns(options)
         picture = draw(found)
-        write_atomically(options.out, lambda file: file.write(picture))
-    except (ValueError, CheckpointError) as error:
+        with atomic_write(options.out) as file:
+            file.write(picture)
+    except (ValueError, OSError) as error:
         print(f"draw_mask_pattern: {error}", file=sys.stderr)
-        return 6 if isinstance(error, CheckpointError) else 2
+        return 6 if isinstance(error, OSError) else 2
     print(table(found))
     return 0
 

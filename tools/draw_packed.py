@@ -2,8 +2,8 @@
 
     python tools/draw_packed.py                       # docs/packed.png
 
-Every cell has the colour of its patch, and the real code moves them: `Visible.pack`, and `Visible.window_table` for
-the halos. So the colours in a window's border show from which neighbours its cells came. Needs matplotlib.
+Every cell has the colour of its patch, and the real code moves them: `VisiblePatches.pack`, and `window_table` for the
+halos. So the colours in a window's border show from which neighbours its cells came. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spark_fast.checkpoint.file import write_atomically
-from spark_fast.encoder import Visible
+from spark_fast.encoder import VisiblePatches
 from spark_fast.encoder.conv.geometry import axes
 from spark_fast.encoder.visible import Places
+from spark_fast.errors import SettingsError
+from spark_fast.files import atomic_write
 from spark_fast.masking import num_visible, sample_visible
 from spark_fast.run.command import run_tool
-from spark_fast.run.config import SettingsError
 
 PICTURE = Path(__file__).parents[1] / "docs" / "packed.png"
 COLUMNS = 4  # packed patches in a row of the picture
@@ -65,7 +65,8 @@ def draw_packed(
     except ValueError as error:
         raise SettingsError(str(error)) from None
     picture = draw(drawn)
-    write_atomically(out, lambda file: file.write(picture))
+    with atomic_write(out) as file:
+        file.write(picture)
     print(f"{out}: {len(drawn.packed)} visible patches")
     return 0
 
@@ -77,7 +78,7 @@ def arrange(grid: tuple[int, int], b: int, mask_ratio: float, seed: int) -> Draw
         ValueError: a mask ratio that does not fit the grid.
     """
     index = sample_visible(seed, 0, torch.zeros(1, dtype=torch.int64), grid, num_visible(grid, mask_ratio))
-    seen = Visible(index, grid)
+    seen = VisiblePatches(index, grid)
     one_each = _colours(seen.count)[:, :, None, None].expand(-1, -1, b, b)
     dense = seen.unpack(one_each, fill=torch.full((3,), HOLE))  # (1, 3, h*b, w*b), the masked map
     packed = seen.pack(dense)  # (V, 3, b, b)

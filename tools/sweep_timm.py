@@ -27,7 +27,7 @@ import torch
 from rich.progress import track
 
 from spark_fast.encoder import UnsupportedLayerError
-from spark_fast.encoder.convert import check_layers
+from spark_fast.encoder.convert_network import check_layers
 from spark_fast.encoder.verify import verify
 from spark_fast.networks import build_network
 

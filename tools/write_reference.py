@@ -12,7 +12,7 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from spark_fast.evaluation.settings import Finetune, Knn, Linear
+from spark_fast.evaluation.eval_settings import Finetune, Knn, Linear
 from spark_fast.training.settings import Settings
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"

@@ -29,9 +29,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spark_fast.pipelines.backends.base import Backend
+from spark_fast.pipelines.backends.backend import Backend
 from spark_fast.pipelines.base import Batch
-from spark_fast.pipelines.sampler import Schedule, Share, uniform
+from spark_fast.pipelines.sampler import Sampler, Share, uniform
 from spark_fast.pipelines.sources.folder import Source
 from spark_fast.pipelines.sources.load_sample import Loaded, first_readable, labels_on, load_each, thread_parts
 from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation, Box
@@ -92,7 +92,7 @@ class _Pending(NamedTuple):
 class EncodedPipeline(Backend):
     """Batches of `source` on `device`; see `build_pipeline` for the settings. DataError without the decoder."""
 
-    def __init__(self, source: Source, schedule: Schedule, augmentation: Augmentation, **settings: Any) -> None:
+    def __init__(self, source: Source, schedule: Sampler, augmentation: Augmentation, **settings: Any) -> None:
         super().__init__(source, schedule, augmentation, **settings)
         self._sound = np.zeros(len(source), np.uint32)  # checksums of the images that `decode` approved
         self._refused: set[int] = set()  # samples that the decoder cannot decode, though they are sound
@@ -184,8 +184,8 @@ class EncodedPipeline(Backend):
                 self._tell(i)
             return Encoded(crop(pixels, box), Box(0, 0, box.height, box.width), flip), converted
 
-        (encoded, converted), replaced = first_readable(self._source, sample, examine)
-        return encoded, Loaded(converted, replaced)
+        (encoded, converted), substituted = first_readable(self._source, sample, examine)
+        return encoded, Loaded(converted, substituted)
 
     def _decode(self, batch: _Wanted, read: list[Future[list[Examined]]]) -> tuple[Tensor, list[Loaded]]:
         """In a conductor thread: wait for a batch's files, run the decoder."""
@@ -215,7 +215,7 @@ class EncodedPipeline(Backend):
                 logger.warning(text, sample, name, decoder.name, error)
 
     def _collect(self, batch: _Pending) -> Tensor:
-        """Wait for a batch, and count its problems: (B, 3, H, W)."""
+        """Wait for a batch, and count its bad images: (B, 3, H, W)."""
         try:
             decoded, loaded = batch.decoded.result()
         except CancelledError:

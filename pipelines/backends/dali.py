@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spark_fast.errors import DataError
 from spark_fast.pipelines.backends.batch_decoder import DecoderError, Encoded
-from spark_fast.pipelines.base import DataError
 
 
 def as_ppm(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

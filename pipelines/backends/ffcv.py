@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spark_fast.pipelines.backends.base import Backend
-from spark_fast.pipelines.base import Batch, DataError, SettingsError
+from spark_fast.errors import DataError, SettingsError
+from spark_fast.pipelines.backends.backend import Backend
+from spark_fast.pipelines.base import Batch
 from spark_fast.pipelines.ffcv_install import require_ffcv
-from spark_fast.pipelines.sampler import Schedule, Share, uniform
+from spark_fast.pipelines.sampler import Sampler, Share, uniform
 from spark_fast.pipelines.sources.beton import BetonSource
 from spark_fast.pipelines.sources.load_sample import Loaded, labels_on, load_each, load_sample
 from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation
@@ -34,7 +35,7 @@ class FfcvPipeline(Backend):
     def __init__(
         self,
         source: BetonSource,
-        schedule: Schedule,
+        schedule: Sampler,
         augmentation: Augmentation,
         *,
         resize: str = "bicubic",

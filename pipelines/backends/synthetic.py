@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import interpolate
 
-from spark_fast.pipelines.base import Batch, Problems
-from spark_fast.pipelines.sampler import Schedule
+from spark_fast.pipelines.base import BadImageCounts, Batch
+from spark_fast.pipelines.sampler import Sampler
 from spark_fast.pipelines.transforms.resize import Normalise
 
 IMAGES = 16  # different ones; sample i shows image i % IMAGES
@@ -21,7 +21,7 @@ class SyntheticPipeline:
 
     def __init__(
         self,
-        schedule: Schedule,
+        schedule: Sampler,
         input_size: tuple[int, int],
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -29,7 +29,7 @@ class SyntheticPipeline:
         self.num_samples, self.num_classes = schedule.num_samples, IMAGES
         self.listing = "generated"
         self.classes: list[str] = []
-        self.problems = Problems()
+        self.bad_images = BadImageCounts()
         self.device = torch.device(device)
         self._schedule = schedule
         coarse = torch.rand(IMAGES, 3, 8, 8, generator=torch.Generator().manual_seed(schedule.seed))
@@ -52,5 +52,5 @@ class SyntheticPipeline:
     def _batch(self, sample_ids: NDArray[np.int64]) -> Batch:
         ids = torch.from_numpy(sample_ids.copy())
         shown = (ids % IMAGES).to(self.device, non_blocking=True)
-        self.problems.read += len(ids)
+        self.bad_images.read += len(ids)
         return Batch(self._images[shown].permute(0, 3, 1, 2), shown, ids)

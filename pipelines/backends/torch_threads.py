@@ -25,10 +25,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spark_fast.pipelines.backends.base import Backend
+from spark_fast.pipelines.backends.backend import Backend
 from spark_fast.pipelines.backends.buffers import Buffers
 from spark_fast.pipelines.base import Batch
-from spark_fast.pipelines.sampler import Schedule, Share, uniform
+from spark_fast.pipelines.sampler import Sampler, Share, uniform
 from spark_fast.pipelines.sources.folder import Source
 from spark_fast.pipelines.sources.load_sample import Loaded, labels_on, load_each, load_sample, thread_parts
 from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation, Box
@@ -62,7 +62,7 @@ class TorchPipeline(Backend):
     def __init__(
         self,
         source: Source,
-        schedule: Schedule,
+        schedule: Sampler,
         augmentation: Augmentation,
         *,
         augment_on: str = "host",
@@ -159,7 +159,7 @@ class TorchPipeline(Backend):
         return put
 
     def _collect(self, order: Future[_Pending]) -> _Pending:
-        """Wait for a batch and count its problems; here, so that counts and warnings come in order."""
+        """Wait for a batch and count its bad images; here, so that counts and warnings come in order."""
         try:
             batch = order.result()
             loaded = [sample for chunk in batch.chunks for sample in chunk.result()]

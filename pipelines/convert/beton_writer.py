@@ -23,20 +23,12 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from spark_fast.pipelines.base import DataError, ImageError, SettingsError
-from spark_fast.pipelines.convert.verify_shards import file_sha256
+from spark_fast.errors import DataError, ImageError, SettingsError
+from spark_fast.files import atomic_write, file_sha256
 from spark_fast.pipelines.ffcv_install import require_ffcv
 from spark_fast.pipelines.sampler import uniform
 from spark_fast.pipelines.sources.beton import CHECKS, JPEG, RAW, checks_path, sealed_checks
-from spark_fast.pipelines.sources.shard_format import (
-    BETON,
-    INDEX_FILE,
-    BetonFiles,
-    Manifest,
-    ShardFile,
-    whole_file,
-    write_manifest,
-)
+from spark_fast.pipelines.sources.shard_format import BETON, INDEX_FILE, BetonFiles, Manifest, ShardFile, write_manifest
 from spark_fast.pipelines.sources.shards import ShardSource
 from spark_fast.pipelines.transforms.decode import decode
 
@@ -121,10 +113,10 @@ def _write(folder: Path, settings: BetonSettings, workers: int, on_record: OnRec
     try:
         raw = uniform(0, 0, np.arange(len(source)), 1)[:, 0] < settings.raw
         path = folder / BETON
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             checks = _write_records(file, source, raw, workers, on_record)
             size, sha256 = file.seek(0, io.SEEK_END), file_sha256(Path(file.name))
-            with Path(file.name).open("rb") as written, whole_file(checks_path(path)) as beside:
+            with Path(file.name).open("rb") as written, atomic_write(checks_path(path)) as beside:
                 length = beside.write(sealed_checks(checks, written))
             summed = file_sha256(checks_path(path))
     finally:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from spark_fast.pipelines.base import DataError
-from spark_fast.pipelines.convert.convert import finish, remove_leftovers
+from spark_fast.errors import DataError
+from spark_fast.pipelines.convert.conversion import finish, remove_leftovers
 from spark_fast.pipelines.convert.output_dir import locked, storage
 from spark_fast.pipelines.convert.parts import PartManifest, read_parts
 from spark_fast.pipelines.sources.detect import SPLITS

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from spark_fast.pipelines.base import StorageError
+from spark_fast.errors import StorageError
 
 logger = logging.getLogger("spark_fast.pipelines")
 

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spark_fast.pipelines.base import DataError, SettingsError
-from spark_fast.pipelines.sources.shard_format import whole_file
+from spark_fast.errors import DataError, SettingsError
+from spark_fast.files import atomic_write
 
 Job = TypeVar("Job")
 
@@ -67,7 +67,7 @@ class PartManifest:
 
 def write_part(folder: Path, manifest: PartManifest) -> None:
     """Declare a part finished; raises OSError."""
-    with whole_file(folder / f"{manifest.part.name}.json") as file:
+    with atomic_write(folder / f"{manifest.part.name}.json") as file:
         file.write(json.dumps(asdict(manifest), indent=1).encode())
 
 

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from spark_fast.pipelines.base import DataError, StorageError
+from spark_fast.errors import DataError, StorageError
 
 Job = TypeVar("Job")
 REPORT_SECONDS = 0.1

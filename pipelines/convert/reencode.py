@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import simplejpeg
 
-from spark_fast.pipelines.base import ImageError, SettingsError
+from spark_fast.errors import ImageError, SettingsError
 from spark_fast.pipelines.transforms.decode import decode
 from spark_fast.pipelines.transforms.resize import resize
 

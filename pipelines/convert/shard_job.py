@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spark_fast.pipelines.base import DataError, ImageError
+from spark_fast.errors import DataError, ImageError
+from spark_fast.files import atomic_write
 from spark_fast.pipelines.convert.process_pool import Advance
 from spark_fast.pipelines.convert.reencode import StoredImages
 from spark_fast.pipelines.sources.folder import FileSource
 from spark_fast.pipelines.sources.load_sample import read_patiently
-from spark_fast.pipelines.sources.shard_format import whole_file, write_shard
+from spark_fast.pipelines.sources.shard_format import write_shard
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def write_job(job: ShardJob, advance: Advance) -> None:
         "repaired": repaired,
         "refused": refused,
     }
-    with whole_file(job.path.with_suffix(".json")) as file:
+    with atomic_write(job.path.with_suffix(".json")) as file:
         file.write(json.dumps(report).encode())
 
 

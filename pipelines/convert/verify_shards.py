@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -13,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spark_fast.pipelines.base import DataError, ImageError
+from spark_fast.errors import DataError, ImageError
+from spark_fast.files import file_sha256
 from spark_fast.pipelines.sources.beton import BetonSource
 from spark_fast.pipelines.sources.shard_format import (
     BetonFiles,
@@ -26,19 +26,8 @@ from spark_fast.pipelines.sources.shard_format import (
 )
 from spark_fast.pipelines.transforms.decode import decode
 
-_CHUNK = 2**20
 
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal; raises OSError."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def verify(folder: Path, workers: int = 1) -> list[str]:
+def verify_shards(folder: Path, workers: int = 1) -> list[str]:
     """What is wrong with the shards and the .beton in `folder`, one line a fault, naming file and record.
 
     Raises DataError when there is no usable manifest or index to compare with.

@@ -18,8 +18,9 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from spark_fast.pipelines.base import DataError
-from spark_fast.pipelines.sources.shard_format import BETON, MANIFEST, PARTIAL, read_manifest, read_record
+from spark_fast.errors import DataError
+from spark_fast.files import PARTIAL
+from spark_fast.pipelines.sources.shard_format import BETON, MANIFEST, read_manifest, read_record
 
 CHECKS = np.dtype(
     [("ptr", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4"), ("height", "<u2"), ("width", "<u2"),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from spark_fast.pipelines.base import DataError
+from spark_fast.errors import DataError
+from spark_fast.files import PARTIAL
 from spark_fast.pipelines.sources.beton import BetonSource
 from spark_fast.pipelines.sources.folder import Source, folder_source, list_source
-from spark_fast.pipelines.sources.shard_format import MANIFEST, PARTIAL, read_manifest
+from spark_fast.pipelines.sources.shard_format import MANIFEST, read_manifest
 from spark_fast.pipelines.sources.shards import ShardSource
 
 SPLITS = ("train", "val", "test")

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from spark_fast.pipelines.base import DataError, ImageError
+from spark_fast.errors import DataError, ImageError
 
 logger = logging.getLogger("spark_fast.pipelines")
 

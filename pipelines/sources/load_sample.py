@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spark_fast.pipelines.base import DataError, ImageError
+from spark_fast.errors import DataError, ImageError
 from spark_fast.pipelines.sources.folder import Source
 from spark_fast.pipelines.transforms.crops import Augmentation, Box
 from spark_fast.pipelines.transforms.decode import decode
@@ -32,7 +32,7 @@ class Loaded(NamedTuple):
     """What happened to one sample."""
 
     converted: bool  # the image is no colour JPEG
-    replaced: str | None  # why the sample's own image could not be read
+    substituted: str | None  # why the sample's own image could not be read
 
 
 def load_sample(

@@ -21,8 +21,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -30,13 +29,13 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from spark_fast.pipelines.base import DataError, ImageError
+from spark_fast.errors import DataError, ImageError
+from spark_fast.files import atomic_write
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 INDEX_FILE = "index.npy"
 BETON = "images.beton"
-PARTIAL = ".partial"
 # offset and size of the JPEG in its shard, label (-1: none), number of the shard, CRC-32 of the JPEG
 INDEX = np.dtype([("offset", "<u8"), ("size", "<u4"), ("label", "<i4"), ("shard", "<u4"), ("crc", "<u4")])
 
@@ -105,32 +104,12 @@ def record_key(number: int, name: str) -> str:
     return f"{number:08d}-{re.sub(r'[^A-Za-z0-9_-]', '_', Path(name).stem)[:60]}"
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under `path` only when all of it is on the disk, or not at all."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # makes the new name durable
-        finally:
-            os.close(folder)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def write_shard(path: Path, samples: Iterable[tuple[int, str, int, bytes]]) -> tuple[ShardFile, list[Record]]:
     """Write (number, name, label, JPEG) samples to a tar and its .idx; raises OSError."""
     records = []
     sha256 = hashlib.sha256()
     size = 0
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
 
         def write(data: bytes) -> None:
             nonlocal size
@@ -144,7 +123,7 @@ def write_shard(path: Path, samples: Iterable[tuple[int, str, int, bytes]]) -> t
             of_label = _member(f"{key}.cls", str(label).encode()) if label >= 0 else b""
             write(_member(f"{key}.jpg", jpeg) + of_label)
         write(bytes(2 * _BLOCK + -(size + 2 * _BLOCK) % tarfile.RECORDSIZE))  # the end mark
-    with whole_file(path.with_suffix(".idx")) as file:
+    with atomic_write(path.with_suffix(".idx")) as file:
         file.write(dali_index(records).encode())
     return ShardFile(path.name, len(records), size, sha256.hexdigest()), records
 
@@ -196,14 +175,14 @@ def write_index(path: Path, shards: Iterable[list[Record]]) -> ShardFile:
     index = np.array([row[1:] for row in rows], dtype=INDEX)
     buffer = io.BytesIO()
     np.save(buffer, index)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(buffer.getbuffer())
     return ShardFile(path.name, 0, buffer.tell(), hashlib.sha256(buffer.getbuffer()).hexdigest())
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Declare the conversion in `folder` finished."""
-    with whole_file(folder / MANIFEST) as file:
+    with atomic_write(folder / MANIFEST) as file:
         file.write(sealed(json.dumps(asdict(manifest), indent=1).encode()))
 
 

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from spark_fast.pipelines.base import DataError
+from spark_fast.errors import DataError
 from spark_fast.pipelines.sources.shard_format import (
     MANIFEST,
     Manifest,

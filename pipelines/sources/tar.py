@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from spark_fast.pipelines.base import DataError
+from spark_fast.errors import DataError
 from spark_fast.pipelines.sources.folder import IMAGE_EXTENSIONS, FileSource, check_file_size, is_image
 
 logger = logging.getLogger("spark_fast.pipelines")

@@ -16,7 +16,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from spark_fast.pipelines.base import ImageError
+from spark_fast.errors import ImageError
 
 MAX_PIXELS = 64 * 2**20  # a decompression bomb is refused from its header; 64 Mpx is 192 MiB as RGB
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 log = logging.getLogger("spark_fast")
 
 
-class Saver:
+class AsyncWriter:
     """When a save is due, and the thread that writes it. One write is in flight at most, so memory holds one copy.
 
     A save that falls due while the disk is still busy is put off to the first point after: a slow disk then costs

@@ -7,7 +7,6 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -16,48 +15,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from spark_fast.checkpoint.state_dict import load_strictly
 from spark_fast.checkpoint.validate_file import RefusedError, check_safetensors, check_sha256, check_zip, sidecar
-from spark_fast.weights.spark_keys import load_strictly
+from spark_fast.errors import CheckpointError
+from spark_fast.files import atomic_write
 
 log = logging.getLogger("spark_fast")
 
 FORMAT = 1
 RUN_STATE = {"model", "optimizer", "step", "epoch", "loss", "settings", "num_samples", "random_state", "scaler"}
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be written, read or used; the message names the file."""
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file so that `path` holds the old content or the new, whatever happens, power failure included.
-
-    Raises:
-        CheckpointError: the file system refuses (full, read-only); what was there before stays.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            partial.unlink()
-        if isinstance(error, (OSError, RuntimeError)):  # torch.save reports a full disk as RuntimeError
-            raise CheckpointError(f"cannot write {path}: {error}; the file before it is kept") from error
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the renames within a folder durable."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def snapshot(state: Any) -> Any:
@@ -95,25 +61,23 @@ def write(path: Path, content: dict[str, Any]) -> str:
         CheckpointError: the file system refuses; it says how much space is needed.
     """
     hashed = _Hashed()
-
-    def put(file: BinaryIO) -> None:
-        try:
-            # written front to back, so it can be hashed on the way
-            torch.save(content, cast(BinaryIO, hashed.into(file)))
-        except RuntimeError as error:
-            raise hashed.error or error from None
-        file.flush()
-        os.fsync(file.fileno())
-        line = f"{hashed.sha256.hexdigest()}  {path.name}\n"  # what `sha256sum --check` reads
-        write_atomically(sidecar(path), lambda beside: beside.write(line.encode()))
-
     try:
-        write_atomically(path, put)
-    except CheckpointError as error:
+        with atomic_write(path) as file:
+            try:
+                # written front to back, so it can be hashed on the way
+                torch.save(content, cast(BinaryIO, hashed.into(file)))
+            except RuntimeError as error:
+                raise hashed.error or OSError(str(error)) from None
+            file.flush()
+            os.fsync(file.fileno())
+            with atomic_write(sidecar(path)) as beside:
+                beside.write(f"{hashed.sha256.hexdigest()}  {path.name}\n".encode())  # what `sha256sum --check` reads
+    except OSError as error:
         room = ""
         with suppress(OSError):
             room = f", {shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free there"
-        raise CheckpointError(f"{error}. It needs {tensor_bytes(content) / 1e6:.1f} MB{room}") from error
+        text = f"{error.strerror or error}. It needs {tensor_bytes(content) / 1e6:.1f} MB{room}"
+        raise CheckpointError(text) from error
     return hashed.sha256.hexdigest()
 
 

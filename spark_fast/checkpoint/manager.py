@@ -17,8 +17,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from spark_fast.checkpoint.file import CheckpointError, sync_folder, write
+from spark_fast.checkpoint.file import read_run, write
 from spark_fast.checkpoint.validate_file import sidecar
+from spark_fast.errors import CheckpointError
+from spark_fast.files import sync_folder
 
 log = logging.getLogger("spark_fast")
 
@@ -27,7 +29,7 @@ FOLDER = "checkpoints"
 RECORD = "checkpoints.jsonl"
 
 
-class Store:
+class CheckpointManager:
     """The checkpoints of one run, written by one process (`RunLock`).
 
     Args:
@@ -146,3 +148,23 @@ def check_space(folder: Path, size: int, keep_last: int) -> None:
             f"{folder} has no room for checkpoints ({keep_last} are kept while one is written): {missing} more of "
             f"{size / 1e6:.1f} MB need {missing * size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free at {place}"
         )
+
+
+def read_newest(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
+    """The first checkpoint that can be read, and what is in it; those before it are named in a warning.
+
+    Raises:
+        CheckpointError: none can be read; with the reason for each.
+    """
+    reasons = []
+    for path in paths:
+        try:
+            state = read_run(path)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            continue
+        for reason in reasons:
+            log.warning("%s; going on from the one before it, %s", reason, path)
+        return path, state
+    more = "" if len(paths) == 1 else f"no checkpoint of {paths[0].parent} can be used: "
+    raise CheckpointError(more + "; ".join(reasons))

@@ -24,13 +24,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from spark_fast.pipelines.base import DataError, SettingsError, StorageError
+from spark_fast.errors import DataError, SettingsError, StorageError
 from spark_fast.pipelines.convert.beton_writer import BetonSettings
-from spark_fast.pipelines.convert.convert import ConvertSettings, Progress, convert, convert_part
+from spark_fast.pipelines.convert.conversion import ConvertSettings, Progress, convert, convert_part
 from spark_fast.pipelines.convert.merge import merge
 from spark_fast.pipelines.convert.parts import Part
 from spark_fast.pipelines.convert.reencode import StoredImages
-from spark_fast.pipelines.convert.verify_shards import verify
+from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.ffcv_install import require_ffcv
 from spark_fast.pipelines.sources.shard_format import Manifest
 
@@ -52,7 +52,7 @@ def convert_imagenet(
     ffcv_raw: float = 0.0,
     part: str = "",
     merge_parts: Annotated[bool, tyro.conf.arg(name="merge")] = False,
-    verify_shards: Annotated[bool, tyro.conf.arg(name="verify")] = False,
+    verify: Annotated[bool, tyro.conf.arg(name="verify")] = False,
 ) -> int:
     """Convert a folder of images into shards.
 
@@ -71,7 +71,7 @@ def convert_imagenet(
         ffcv_raw: Share, 0 to 1, of the .beton's records stored as pixels: no decoding, six times the space.
         part: I/N converts the I-th of N parts alone; merge joins them.
         merge_parts: Join the parts in a folder: writes the manifest that makes them one conversion.
-        verify_shards: Read everything again and compare: checksums, counts, indices, images.
+        verify: Read everything again and compare: checksums, counts, indices, images.
     """
     short_side = (0 if max_side else 256) if short_side is None else short_side
     if images_per_shard < 0 or workers < 0:
@@ -85,17 +85,17 @@ def convert_imagenet(
     if merge_parts:
         if dst or part or overwrite:
             raise SettingsError("--merge takes one folder, that of the parts, and neither --part nor --overwrite")
-        return _report(merge(src), verify_shards, workers, console)
+        return _report(merge(src), verify, workers, console)
     if dst is None:
         raise SettingsError("give SRC and DST: what to convert, and the folder for the shards")
     if part:
-        if beton or overwrite or verify_shards:
+        if beton or overwrite or verify:
             raise SettingsError("--part goes neither with --overwrite nor, before --merge, with --format or --verify")
         return _convert_part(src, dst, settings, Part.parse(part), workers, console)
     with Display(console) as display:
         show = display.show
         written = convert(src, dst, settings, workers=workers, overwrite=overwrite, beton=beton, on_progress=show)
-    return _report(written, verify_shards, workers, console)
+    return _report(written, verify, workers, console)
 
 
 def _convert_part(src: Path, dst: Path, settings: ConvertSettings, part: Part, workers: int, console: Console) -> int:
@@ -111,7 +111,7 @@ def _report(written: list[tuple[Path, Manifest]], verify_too: bool, workers: int
     for folder, manifest in written:
         console.print(_summary(folder, manifest), highlight=False, soft_wrap=True)
     if verify_too:
-        faults = [f"{folder}/{fault}" for folder, _ in written for fault in verify(folder, workers)]
+        faults = [f"{folder}/{fault}" for folder, _ in written for fault in verify_shards(folder, workers)]
         if faults:
             raise DataError("\n".join([*faults, f"{len(faults)} faults: convert again with --overwrite"]))
         console.print("verified: every shard, record and index is as written")

@@ -16,10 +16,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from spark_fast.checkpoint.file import write_atomically
+from spark_fast.errors import SettingsError
+from spark_fast.files import atomic_write
 from spark_fast.reporting.metrics_file import read_metrics
 from spark_fast.run.command import run_tool
-from spark_fast.run.config import SettingsError
 
 PANELS = {  # key of a row -> title
     "loss": "loss",
@@ -46,7 +46,8 @@ def plot_run(
         raise SettingsError("give one run folder or more")
     curves = {str(run): _rows(run) for run in runs}
     picture = draw(curves)
-    write_atomically(out, lambda file: file.write(picture))
+    with atomic_write(out) as file:
+        file.write(picture)
     for name, rows in curves.items():
         print(f"{name}: {len(rows)} log points to step {rows[-1]['step']}, loss {rows[-1]['loss']:.4f}")
     print(f"{out}: {', '.join(PANELS.values())}")

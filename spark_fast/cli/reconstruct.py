@@ -15,12 +15,11 @@ from typing import Annotated
 
 import tyro
 
-from spark_fast.checkpoint.file import CheckpointError
+from spark_fast.errors import CheckpointError, SettingsError
 from spark_fast.mask_file import chosen_mask
 from spark_fast.masking import num_visible
 from spark_fast.reporting.reconstructions import filled_grid, open_images, reconstruction_grid, save_png
 from spark_fast.run.command import run_tool
-from spark_fast.run.config import SettingsError
 from spark_fast.weights.pretrained import Pretrained, open_pretrained
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from spark_fast.encoder.visible import Visible
+from spark_fast.encoder.visible import VisiblePatches
 
 
-class Current:
+class EncoderContext:
     """The visible patches of the running call, or None in a dense call.
 
     A network out of timm is called as `network(x)`, so the patches reach its layers by this object, which
@@ -26,7 +26,7 @@ class Current:
     def __init__(self, dense: bool) -> None:
         self.dense = dense
         self.kernels: bool | None = None
-        self.visible: Visible | None = None
+        self.visible: VisiblePatches | None = None
 
     def image_mean(self, x: Tensor) -> Tensor:
         """The mean over the visible cells of each image, in a shape that broadcasts against `x`.

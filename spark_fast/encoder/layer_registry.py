@@ -52,7 +52,7 @@ def _activations() -> set[type]:
     }
 
 
-KINDS: dict[type, str] = {}
+LAYER_KINDS: dict[type, str] = {}
 
 
 def register(kind: str, *types: type) -> None:
@@ -61,10 +61,10 @@ def register(kind: str, *types: type) -> None:
     Raises:
         ValueError: an unknown kind.
     """
-    known = ("pointwise", "norm", "conv", "pool", "local", "mixer", "image_pool", "per_image")
+    known = ("pointwise", "norm", "conv", "pool", "local", "global_reduction", "image_pool", "per_image")
     if kind not in known:
         raise ValueError(f"unknown kind of layer {kind!r}; there are {', '.join(known)}")
-    KINDS.update(dict.fromkeys(types, kind))
+    LAYER_KINDS.update(dict.fromkeys(types, kind))
 
 
 def _timm(module: Any, *names: str) -> list[type]:
@@ -89,13 +89,25 @@ register("conv", nn.Conv2d, *_timm(tl, "Conv2dSame", "StdConv2d", "StdConv2dSame
 register("conv", *_timm(tl, "ScaledStdConv2dSame"))
 register("pool", nn.MaxPool2d, nn.AvgPool2d, *_timm(tl.pool2d_same, "MaxPool2dSame", "AvgPool2dSame"))
 register("local", *_timm(tl, "BlurPool2d", "DropBlock2d"))
-register("mixer", nn.GroupNorm, nn.InstanceNorm2d, nn.Dropout2d, *_timm(tl, "GroupNorm", "GroupNorm1", "GroupNormAct"))
-register("mixer", *_timm(tl, "GroupNorm1Act", "EvoNorm2dS0", "EvoNorm2dS0a", "EvoNorm2dS1", "EvoNorm2dS1a"))
-register("mixer", *_timm(tl, "EvoNorm2dS2", "EvoNorm2dS2a", "FilterResponseNormTlu2d", "FilterResponseNormAct2d"))
-register("mixer", grn.GlobalResponseNorm, *_timm(metaformer, "GroupNorm1NoBias"))
-register("mixer", *_timm(tl, "SEModule", "EffectiveSEModule", "EcaModule", "CecaModule", "GlobalContext"))
-register("mixer", *_timm(tl.cbam, "ChannelAttn", "LightChannelAttn"), *_timm(_efficientnet_blocks, "SqueezeExcite"))
-register("mixer", *_timm(senet, "SEModule"), *_timm(hgnet, "EseModule"))
+register(
+    "global_reduction",
+    nn.GroupNorm,
+    nn.InstanceNorm2d,
+    nn.Dropout2d,
+    *_timm(tl, "GroupNorm", "GroupNorm1", "GroupNormAct"),
+)
+register("global_reduction", *_timm(tl, "GroupNorm1Act", "EvoNorm2dS0", "EvoNorm2dS0a", "EvoNorm2dS1", "EvoNorm2dS1a"))
+register(
+    "global_reduction", *_timm(tl, "EvoNorm2dS2", "EvoNorm2dS2a", "FilterResponseNormTlu2d", "FilterResponseNormAct2d")
+)
+register("global_reduction", grn.GlobalResponseNorm, *_timm(metaformer, "GroupNorm1NoBias"))
+register("global_reduction", *_timm(tl, "SEModule", "EffectiveSEModule", "EcaModule", "CecaModule", "GlobalContext"))
+register(
+    "global_reduction",
+    *_timm(tl.cbam, "ChannelAttn", "LightChannelAttn"),
+    *_timm(_efficientnet_blocks, "SqueezeExcite"),
+)
+register("global_reduction", *_timm(senet, "SEModule"), *_timm(hgnet, "EseModule"))
 register("per_image", tl.DropPath)
 
 BLOCKS: dict[type, type] = {
@@ -133,8 +145,8 @@ def kind(module: nn.Module) -> str | None:
     if isinstance(module, tl.GatherExcite):
         if module.gather is not None:
             return None  # strided convolutions and an upsampling by nearest: its layers do
-        return "local" if module.extent else "mixer"
-    return KINDS.get(cls)
+        return "local" if module.extent else "global_reduction"
+    return LAYER_KINDS.get(cls)
 
 
 def _whole(factor: Any) -> bool:

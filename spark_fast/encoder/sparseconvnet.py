@@ -22,9 +22,9 @@ from torch.autograd.function import once_differentiable
 
 from spark_fast.encoder import PackedEncoder
 from spark_fast.encoder.conv.geometry import Axis
-from spark_fast.encoder.convert import PACKED, Table
+from spark_fast.encoder.convert_network import PACKED, Table
 from spark_fast.encoder.layers.halo import HaloConv
-from spark_fast.encoder.visible import Visible
+from spark_fast.encoder.visible import VisiblePatches
 
 INSTALL = """\
     git clone https://github.com/facebookresearch/SparseConvNet && cd SparseConvNet
@@ -48,7 +48,7 @@ def require() -> Any:
         ) from error
 
 
-def sites(visible: Visible, b: int) -> tuple[Tensor, Any]:
+def sites(visible: VisiblePatches, b: int) -> tuple[Tensor, Any]:
     """(height and width of the map, Metadata) of the visible cells, b x b a patch, in the order of the packed rows."""
     tables: dict = visible._tables
     if ("sites", b) not in tables:
@@ -90,7 +90,7 @@ class _Submanifold(torch.autograd.Function):
 
 
 @torch.compiler.disable
-def submanifold(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Visible) -> Tensor:
+def submanifold(x: Tensor, weight: Tensor, bias: Tensor | None, visible: VisiblePatches) -> Tensor:
     """(V, C, b, b) and a torch weight (O, C, k, k) -> (V, O, b, b), in the dtype of x or of autocast."""
     (o, c, k, _), b, device = weight.shape, x.shape[2], x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -107,7 +107,7 @@ class SparseConv(HaloConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """(V, C, b, b) -> (V, O, b/stride, b/stride); a dense map when no patches are current."""
-        seen = self.current.visible
+        seen = self.context.visible
         unfit = x.dtype == torch.float64 or x.is_meta  # in tracing there are shapes alone
         if seen is None or unfit or not self.submanifold(x.shape[2]):
             return super().forward(x)

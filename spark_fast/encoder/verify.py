@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from spark_fast.encoder import PackedEncoder
-from spark_fast.encoder.convert import check_layers
+from spark_fast.encoder.convert_network import check_layers
 from spark_fast.encoder.grouped_float64 import FastGroups
 from spark_fast.encoder.pyramid import feature_maps, pyramid
-from spark_fast.encoder.visible import Visible
+from spark_fast.encoder.visible import VisiblePatches
 from spark_fast.masking import sample_visible
 
 # relative; rounding leaves 1e-13, or 1e-5 where a layer computes in fp32 whatever it is given (EvoNorm)
@@ -90,8 +90,8 @@ def _randomise_constants(network: nn.Module) -> None:
             parameter.copy_(0.5 + 0.1 * noise)
 
 
-def _everything(count: int, grid: tuple[int, int]) -> Visible:
-    return Visible(torch.arange(grid[0] * grid[1]).repeat(count, 1), grid)
+def _everything(count: int, grid: tuple[int, int]) -> VisiblePatches:
+    return VisiblePatches(torch.arange(grid[0] * grid[1]).repeat(count, 1), grid)
 
 
 def _identity(
@@ -144,7 +144,7 @@ def _projected_gradients(network: nn.Module) -> Iterator[dict[int, tuple[float, 
 
 def _leak(encoder: PackedEncoder, images: Tensor, grid: tuple[int, int]) -> float:
     keep = max(1, grid[0] * grid[1] // 2)
-    seen = Visible(sample_visible(0, 0, torch.arange(len(images)), grid, keep), grid)
+    seen = VisiblePatches(sample_visible(0, 0, torch.arange(len(images)), grid, keep), grid)
     cells = seen.cells(images.shape[2])
     outputs, leaked = [], 0.0
     for fill in (0.0, 1e3):
@@ -184,7 +184,7 @@ def _first_difference(original: nn.Module, encoder: PackedEncoder, images: Tenso
 
 
 @contextmanager
-def _recorded(network: nn.Module, seen: Visible | None) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+def _recorded(network: nn.Module, seen: VisiblePatches | None) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Path -> (input, output) of every module at its first call, as dense maps, in the order of completion."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
 

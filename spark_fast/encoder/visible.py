@@ -41,7 +41,7 @@ class Places(NamedTuple):
         return len(self.ys) * len(self.xs)
 
 
-class Visible:
+class VisiblePatches:
     """The visible patches of one batch.
 
     Args:
@@ -60,7 +60,7 @@ class Visible:
         self._tables: dict[tuple, Tensor] = {}
 
     @classmethod
-    def from_mask(cls, mask: Tensor) -> Visible:
+    def from_mask(cls, mask: Tensor) -> VisiblePatches:
         """From a bool mask (B, h, w), True where visible.
 
         Raises:
@@ -82,10 +82,10 @@ class Visible:
         flat = torch.zeros(self.batch, self.grid[0] * self.grid[1], dtype=torch.bool, device=self.index.device)
         return flat.scatter(1, self.index, True).view(self.batch, *self.grid)
 
-    def complement(self) -> Visible:
+    def complement(self) -> VisiblePatches:
         """The masked patches of the same batch."""
         holes = self.grid[0] * self.grid[1] - self.per_image
-        return Visible(_first_true(~self.mask.flatten(1))[:, :holes], self.grid)
+        return VisiblePatches(_first_true(~self.mask.flatten(1))[:, :holes], self.grid)
 
     def cells(self, height: int) -> Tensor:
         """(B, 1, height, width) bool: the visible cells of a dense map of that height."""

@@ -8,9 +8,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from spark_fast.errors import SettingsError
 from spark_fast.evaluation.weights import Weights, load_into
 from spark_fast.networks import build_network
-from spark_fast.run.config import SettingsError
 from spark_fast.weights.timm_keys import timm_names
 
 

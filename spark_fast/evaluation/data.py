@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spark_fast.evaluation.settings import Evaluation
-from spark_fast.pipelines import DataError, Pipeline
+from spark_fast.errors import DataError
+from spark_fast.evaluation.eval_settings import Evaluation
+from spark_fast.pipelines import Pipeline
 from spark_fast.run.command import open_pipeline
 from spark_fast.run.distributed import Ranks
 
@@ -63,7 +64,7 @@ def open_train(settings: Evaluation, ranks: Ranks, **view: Any) -> Pipeline:
 
 
 def open_val(settings: Evaluation, ranks: Ranks, train: Pipeline, alive: Callable[[int], None]) -> Labelled:
-    """The images to judge by, centrally cropped, in order, each once.
+    """The validation images, centrally cropped, in order, each once.
 
     Raises:
         DataError: they cannot be used, have no labels, or classes that the training images have not.
@@ -75,7 +76,7 @@ def open_val(settings: Evaluation, ranks: Ranks, train: Pipeline, alive: Callabl
             settings, ranks, path, split=split, augment=False, in_order=True, centre=settings.data.crop_pct
         )
     except DataError as error:
-        more = "" if settings.data.val_path else ". (--val_path names the images to judge by, if they lie elsewhere)"
+        more = "" if settings.data.val_path else ". (--val_path names the validation images, if they lie elsewhere)"
         raise DataError(f"{error}{more}") from error
     try:
         return Labelled(pipeline, train.num_classes, _numbers(path, train, pipeline, ranks.device), alive)

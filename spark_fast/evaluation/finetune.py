@@ -21,29 +21,28 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from spark_fast.checkpoint import file as checkpoint
-from spark_fast.checkpoint.async_writer import Saver
-from spark_fast.checkpoint.manager import CHECKPOINT, Store
+from spark_fast.checkpoint.async_writer import AsyncWriter
+from spark_fast.checkpoint.manager import CHECKPOINT, CheckpointManager
+from spark_fast.checkpoint.state_dict import load_strictly
+from spark_fast.errors import INTERRUPTED, CheckpointError, SettingsError
 from spark_fast.evaluation.accuracy import Scores, judge
 from spark_fast.evaluation.data import Labelled
+from spark_fast.evaluation.eval_settings import Finetune
 from spark_fast.evaluation.layer_decay import parameter_groups
-from spark_fast.evaluation.linear_probe import share_statistics
 from spark_fast.evaluation.mixup import Augment, Mix
 from spark_fast.evaluation.report import Report
-from spark_fast.evaluation.settings import Finetune
 from spark_fast.pipelines import Pipeline
 from spark_fast.reporting.run_logger import Meter
-from spark_fast.run.config import SettingsError
 from spark_fast.run.cpu_sync_batchnorm import HostSyncBatchNorm
-from spark_fast.run.data_parallel import data_parallel
+from spark_fast.run.data_parallel import data_parallel, share_statistics
 from spark_fast.run.distributed import Ranks
-from spark_fast.run.folder import versions
+from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
-from spark_fast.training.bad_steps import BadSteps
 from spark_fast.training.lamb import Lamb
-from spark_fast.training.loop import INTERRUPTED, Interrupt
+from spark_fast.training.nonfinite import NonfiniteReport
 from spark_fast.training.resume import differing, refuse_differences
 from spark_fast.training.step import DTYPES, Schedule, TrainStep, resolve_precision
-from spark_fast.weights.spark_keys import load_strictly
+from spark_fast.versions import versions
 from spark_fast.weights.timm_keys import write_encoder
 
 log = logging.getLogger("spark_fast")
@@ -99,8 +98,8 @@ class FinetuneRun:
             accumulate=self.recipe.accumulate,
             agree=ranks.max,
         )
-        self.bad_steps = BadSteps(self.advance.guard, ranks, settings.run.max_bad_steps)
-        self.saver = Saver(0, 0.0, begun=0)
+        self.bad_steps = NonfiniteReport(self.advance.guard, ranks, settings.run.max_bad_steps)
+        self.saver = AsyncWriter(0, 0.0, begun=0)
         self.interrupt = Interrupt()
 
     @property
@@ -127,10 +126,10 @@ class FinetuneRun:
         self.step = self.begun = state["step"]
         self.loss, self.best = state["loss"], state["best"]
         if len(set(self.ranks.gather(self.step))) > 1:
-            raise checkpoint.CheckpointError(f"{path}: the ranks do not read the same checkpoint; see their messages")
+            raise CheckpointError(f"{path}: the ranks do not read the same checkpoint; see their messages")
         log.info("resumed from %s at step %d of %d", path, self.step, self.total_steps)
 
-    def train(self, store: Store | None) -> int:
+    def train(self, store: CheckpointManager | None) -> int:
         """Train to the last epoch; `store` is the run folder's, None on ranks that do not write.
 
         Returns:
@@ -222,7 +221,7 @@ class FinetuneRun:
         text = f"epoch {epoch + 1}/{self.recipe.epochs}  step {self.step}/{self.total_steps}  loss {self.loss:.4f}"
         report.point(self.step, f"{text}  {row['images_per_second']:.1f} images/s", epoch=epoch + 1, lr=rate, **row)
 
-    def _judge(self, report: Report, store: Store | None) -> None:
+    def _judge(self, report: Report, store: CheckpointManager | None) -> None:
         """Accuracy of the weights and of their average; the best of all is written as a file for timm."""
         if not self.settings.run.sync_batchnorm:
             share_statistics(self.network, self.ranks)
@@ -258,7 +257,7 @@ class FinetuneRun:
         network.train(training)
         return scores
 
-    def _save(self, store: Store | None) -> None:
+    def _save(self, store: CheckpointManager | None) -> None:
         self.watchdog.at(self.step, "saving")
         if store is None:
             return
@@ -284,7 +283,7 @@ class FinetuneRun:
 
         self.saver.submit(write)
 
-    def _leave(self, store: Store | None) -> int:
+    def _leave(self, store: CheckpointManager | None) -> int:
         self.saver.finish()
         if store is not None:
             print(f"stopped at step {self.step} of {self.total_steps}; saved {store.folder / CHECKPOINT}. "
@@ -293,7 +292,7 @@ class FinetuneRun:
 
     def _result(self, report: Report) -> None:
         best = {key: value for key, value in self.best.items() if key not in ("confusion", "last")}
-        seen = {"train_images": self.train_images.num_samples, "replaced": self.val.pipeline.problems.replaced}
+        seen = {"train_images": self.train_images.num_samples, "replaced": self.val.pipeline.bad_images.substituted}
         report.result(
             self.best["confusion"],
             self.train_images.classes,

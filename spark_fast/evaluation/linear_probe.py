@@ -14,11 +14,11 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from spark_fast.evaluation.settings import Probe
+from spark_fast.errors import NotFiniteError
+from spark_fast.evaluation.eval_settings import Probe
 from spark_fast.pipelines.sampler import order
-from spark_fast.run.data_parallel import data_parallel
+from spark_fast.run.data_parallel import data_parallel, share_statistics
 from spark_fast.run.distributed import Ranks
-from spark_fast.training.bad_steps import NotFiniteError
 from spark_fast.training.optim import learning_rate, set_rates
 
 Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]  # epoch -> (B, C) and (B,) of this rank
@@ -102,10 +102,3 @@ def _optimizer(probe: LinearProbe, name: str) -> torch.optim.Optimizer:
         groups = [{k: v for k, v in group.items() if k != "always_adapt"} for group in groups]
     momentum = {} if name == "adamw" else {"momentum": 0.9}
     return create_optimizer_v2(groups, opt=name, lr=0.0, weight_decay=0.0, **momentum)  # type: ignore[arg-type]
-
-
-def share_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Average the running statistics of all ranks, so that all judge by the same."""
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(ranks.mean(buffer))

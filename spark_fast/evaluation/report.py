@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from spark_fast.checkpoint.file import write_atomically
+from spark_fast.files import atomic_write
 from spark_fast.reporting.metrics_file import MetricsFile, line_of
-from spark_fast.run.folder import RESULT, versions
+from spark_fast.run.folder import RESULT
+from spark_fast.versions import versions
 
 log = logging.getLogger("spark_fast")
 
@@ -56,7 +57,8 @@ class Report:
         of_class = [100 * int(matrix[i, i]) / int(n) if n else None for i, n in enumerate(counts)]
         content = {**row, "accuracy_of_class": of_class, "classes": classes, "versions": versions()}
         text = json.dumps(content, indent=1) + "\n"
-        write_atomically(self.folder / RESULT, lambda file: file.write(text.encode()))
+        with atomic_write(self.folder / RESULT) as file:
+            file.write(text.encode())
         draw_confusion(matrix, classes, self.folder / PICTURE)
         print(f"top-1 {row['top1']:.2f} %, top-5 {row['top5']:.2f} %; everything is in {self.folder}/", flush=True)
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from spark_fast.checkpoint.file import CheckpointError, read
+from spark_fast.checkpoint.file import read
 from spark_fast.checkpoint.manager import candidates
-from spark_fast.run.config import PUBLISHED_MODELS
-from spark_fast.weights.spark_keys import encoder_name, load_strictly, strip_prefixes
+from spark_fast.checkpoint.state_dict import load_strictly, strip_prefixes
+from spark_fast.errors import CheckpointError
+from spark_fast.networks import PUBLISHED_MODELS
+from spark_fast.weights.spark_keys import encoder_name
 
 log = logging.getLogger("spark_fast")
 

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from spark_fast.errors import SettingsError
 from spark_fast.reporting.metrics_file import MetricsFile
-from spark_fast.run.config import SettingsError
 from spark_fast.training.settings import Settings
 
 log = logging.getLogger("spark_fast")
@@ -25,11 +25,11 @@ log = logging.getLogger("spark_fast")
 PATIENCE = 60.0  # seconds that W&B may take to start, and to send the rest at the end
 
 
-class Board(Protocol):
+class Logger(Protocol):
     """Takes the figures of a log point."""
 
     def point(self, row: dict[str, Any], step: int) -> None:
-        """The row of `Journal.point` after `step` steps."""
+        """The row of `RunLogger.point` after `step` steps."""
         ...
 
     def picture(self, grid: Tensor, step: int) -> None:
@@ -41,7 +41,7 @@ class Board(Protocol):
         ...
 
 
-class Harmless:
+class NeverRaises:
     """Calls what may fail without harm: an error is a warning, the first time, and the call returns None."""
 
     def __init__(self, name: str) -> None:
@@ -59,25 +59,25 @@ class Harmless:
             return None
 
 
-class HarmlessBoard:
+class SafeLogger:
     """A board that never raises; one that cannot be opened is none."""
 
-    def __init__(self, name: str, open_board: Callable[[], Board]) -> None:
-        self._harmless = Harmless(name)
-        self._board: Board | None = self._harmless(open_board)
+    def __init__(self, name: str, open_board: Callable[[], Logger]) -> None:
+        self._harmless = NeverRaises(name)
+        self._board: Logger | None = self._harmless(open_board)
 
     def point(self, row: dict[str, Any], step: int) -> None:
-        """As `Board`."""
+        """As `Logger`."""
         if self._board is not None:
             self._harmless(self._board.point, row, step)
 
     def picture(self, grid: Tensor, step: int) -> None:
-        """As `Board`."""
+        """As `Logger`."""
         if self._board is not None:
             self._harmless(self._board.picture, grid, step)
 
     def close(self) -> None:
-        """As `Board`."""
+        """As `Logger`."""
         if self._board is not None:
             self._harmless(self._board.close)
 
@@ -89,17 +89,17 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
     def point(self, row: dict[str, Any], step: int) -> None:
-        """As `Board`."""
+        """As `Logger`."""
         for key, value in row.items():
             if key not in ("step", "epoch"):
                 self._writer.add_scalar(f"train/{key}", value, step)
 
     def picture(self, grid: Tensor, step: int) -> None:
-        """As `Board`."""
+        """As `Logger`."""
         self._writer.add_image("reconstruction", grid, step)
 
     def close(self) -> None:
-        """As `Board`."""
+        """As `Logger`."""
         self._writer.close()
 
 
@@ -125,15 +125,15 @@ class WandB:
         )
 
     def point(self, row: dict[str, Any], step: int) -> None:
-        """As `Board`."""
+        """As `Logger`."""
         self._run.log({f"train/{k}": v for k, v in row.items() if k != "step"}, step=step)
 
     def picture(self, grid: Tensor, step: int) -> None:
-        """As `Board`."""
+        """As `Logger`."""
         self._run.log({"reconstruction": self._wandb.Image(grid.permute(1, 2, 0).numpy())}, step=step)
 
     def close(self) -> None:
-        """As `Board`."""
+        """As `Logger`."""
         self._run.finish()
 
 
@@ -147,14 +147,14 @@ def require_wandb() -> Any:
         ) from error
 
 
-def open_boards(folder: Path | None, settings: Settings, step: int) -> list[HarmlessBoard]:
+def open_loggers(folder: Path | None, settings: Settings, step: int) -> list[SafeLogger]:
     """The boards of a run; none on ranks that do not write (`folder` is None)."""
     if folder is None:
         return []
     boards = [
-        HarmlessBoard("metrics.jsonl", lambda: MetricsFile(folder / "metrics.jsonl", step)),
-        HarmlessBoard("TensorBoard", lambda: TensorBoard(folder, step)),
+        SafeLogger("metrics.jsonl", lambda: MetricsFile(folder / "metrics.jsonl", step)),
+        SafeLogger("TensorBoard", lambda: TensorBoard(folder, step)),
     ]
     if settings.run.wandb:
-        boards.append(HarmlessBoard("Weights & Biases", lambda: WandB(folder, settings)))
+        boards.append(SafeLogger("Weights & Biases", lambda: WandB(folder, settings)))
     return boards

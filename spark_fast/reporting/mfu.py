@@ -28,7 +28,7 @@ LONG_ENOUGH = 5e-3  # seconds of a product whose rate is that of the arithmetic,
 REPEATS, PATIENCE = 10, 0.1  # products timed, or the seconds after which fewer do
 
 
-class Gauge:
+class MfuMeter:
     """MFU and memory of this rank.
 
     Args:

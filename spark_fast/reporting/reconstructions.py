@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from spark_fast.checkpoint.file import write_atomically
-from spark_fast.encoder import Visible
+from spark_fast.encoder import VisiblePatches
+from spark_fast.errors import DataError, ImageError
+from spark_fast.files import atomic_write
 from spark_fast.masking import sample_visible
-from spark_fast.pipelines.base import DataError, ImageError
 from spark_fast.pipelines.transforms.crops import centre_box
 from spark_fast.pipelines.transforms.decode import decode
 from spark_fast.pipelines.transforms.resize import MEAN, STD, Normalise, cut
@@ -40,7 +40,7 @@ def filled_grid(model: SparK, images: Tensor, visible: Tensor) -> Tensor:
     model.eval()  # running statistics, and they are not changed
     filled = model.reconstruct(images, visible)
     model.train(training)
-    seen = Visible(visible, model.grid).cells(images.shape[2])
+    seen = VisiblePatches(visible, model.grid).cells(images.shape[2])
     columns = [_pixels(images), torch.where(seen, _pixels(images), 0.5), _pixels(filled)]
     rows = torch.stack(columns, dim=1).flatten(0, 1)  # (N, 3 columns, 3, H, W) -> (N*3, 3, H, W)
     return (make_grid(rows, nrow=3, padding=4, pad_value=1.0) * 255).round().to(torch.uint8).cpu()
@@ -63,9 +63,10 @@ def open_images(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:
 
 
 def save_png(grid: Tensor, path: Path) -> None:
-    """Write (3, H, W) uint8, whole or not at all. Raises CheckpointError."""
+    """Write (3, H, W) uint8, whole or not at all. Raises OSError."""
     image = Image.fromarray(grid.permute(1, 2, 0).numpy())
-    write_atomically(path, lambda file: image.save(file, format="PNG"))
+    with atomic_write(path) as file:
+        image.save(file, format="PNG")
 
 
 def _pixels(images: Tensor) -> Tensor:

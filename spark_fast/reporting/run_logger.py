@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from spark_fast.reporting.loggers import Board, Harmless
+from spark_fast.reporting.loggers import Logger, NeverRaises
 from spark_fast.reporting.metrics_file import line_of
 
 T = TypeVar("T")
@@ -73,13 +73,13 @@ class Meter:
         return means
 
 
-class Journal:
+class RunLogger:
     """Writes the run's story; on ranks other than the first it does nothing.
 
     Args:
         folder: the run folder, None on ranks that do not write.
         total_steps, steps_per_epoch, epochs: of the run; `step`: where this process begins.
-        boards: what shows the figures, see `loggers.open_boards`.
+        boards: what shows the figures, see `loggers.open_loggers`.
     """
 
     def __init__(
@@ -90,10 +90,10 @@ class Journal:
         steps_per_epoch: int,
         epochs: int,
         step: int,
-        boards: Sequence[Board] = (),
+        boards: Sequence[Logger] = (),
     ) -> None:
         self.folder, self.epochs, self.boards = folder, epochs, boards
-        self.keep = Harmless("log.txt")
+        self.keep = NeverRaises("log.txt")
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.rate = 0.0  # seconds per step, smoothed
         self.epoch_sums = {"loss": 0.0, "seconds": 0.0, "wait": 0.0, "images": 0.0, "steps": 0.0, "counted": 0.0}

@@ -18,15 +18,14 @@ from typing import Any, TypeVar
 import torch
 import tyro
 
-from spark_fast.checkpoint.file import CheckpointError
-from spark_fast.checkpoint.manager import Store, check_space
-from spark_fast.pipelines import DataError, Pipeline, build_pipeline
-from spark_fast.run.config import SettingsError, Tree
+from spark_fast.checkpoint.manager import CheckpointManager, check_space
+from spark_fast.errors import LostRankError, SparkFastError, StorageError
+from spark_fast.pipelines import Pipeline, build_pipeline
+from spark_fast.run.config import Tree
 from spark_fast.run.distributed import Ranks, join
 from spark_fast.run.folder import open_run_folder
 from spark_fast.run.lock import RunLock
-from spark_fast.run.watchdog import STALLED, LostRankError, Watchdog
-from spark_fast.training.bad_steps import NotFiniteError
+from spark_fast.run.watchdog import Watchdog
 
 S = TypeVar("S", bound=Tree)
 
@@ -45,18 +44,14 @@ def run_command(
             settings.run.resume = "auto"
         with Watchdog(settings.run.timeout, ranks.rank, ranks.world_size, ranks.store) as watchdog:
             return run(settings, ranks, watchdog)
-    except SettingsError as error:
-        return _complain(name, error, 2)
-    except DataError as error:
-        return _complain(name, error, 3)
-    except NotFiniteError as error:
-        return _complain(name, error, 4)
-    except LostRankError as error:
-        return _complain(name, error, STALLED)
-    except CheckpointError as error:
-        return _complain(name, error, 6)
+    except SparkFastError as error:
+        return _complain(name, error, error.exit_code)
     except OSError as error:  # metrics or logs: a full disk, a lost mount
-        return _complain(name, RuntimeError(f"{error}; the last checkpoint is kept, go on with --resume auto"), 6)
+        return _complain(
+            name,
+            RuntimeError(f"{error}; the last checkpoint is kept, go on with --resume auto"),
+            StorageError.exit_code,
+        )
     finally:
         if ranks is not None:
             ranks.close()
@@ -104,10 +99,12 @@ def open_pipeline(settings: Tree, ranks: Ranks, path: str, **view: Any) -> Pipel
     )
 
 
-def open_store(settings: Tree, lock: RunLock, run: Any, keep_steps: int = 0, pictures: str = "") -> Store:
-    """The store of a run (its `step` and `checkpoint_bytes`): the last to open, so that a mistake leaves nothing."""
+def open_store(settings: Tree, lock: RunLock, run: Any, keep_steps: int = 0, pictures: str = "") -> CheckpointManager:
+    """The checkpoints of a run (its `step`, `checkpoint_bytes`): the last to open, so that a mistake leaves nothing."""
     check_space(settings.folder, run.checkpoint_bytes, settings.run.keep_last)
-    store = Store(open_run_folder(settings, lock, pictures), keep_last=settings.run.keep_last, keep_steps=keep_steps)
+    store = CheckpointManager(
+        open_run_folder(settings, lock, pictures), keep_last=settings.run.keep_last, keep_steps=keep_steps
+    )
     store.clean(run.step)
     return store
 
@@ -116,12 +113,13 @@ def run_tool(tool: Callable[..., int], argv: list[str] | None = None) -> int:
     """Run a function of tools/ on a command line, which tyro reads by its signature; returns the exit code."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     file = Path(inspect.getfile(tool))
-    codes = {SettingsError: 2, DataError: 3, CheckpointError: 6, OSError: 6}
     try:
         about = inspect.getdoc(inspect.getmodule(tool))
         return tyro.cli(tool, args=argv, use_underscores=True, prog=file.name, description=about)
-    except tuple(codes) as error:
-        return _complain(file.stem, error, next(code for kind, code in codes.items() if isinstance(error, kind)))
+    except SparkFastError as error:
+        return _complain(file.stem, error, error.exit_code)
+    except OSError as error:
+        return _complain(file.stem, error, StorageError.exit_code)
 
 
 def _complain(name: str, error: Exception, code: int) -> int:

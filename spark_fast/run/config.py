@@ -18,26 +18,16 @@ from typing import Any, ClassVar, TypeVar
 import tomli_w
 import tyro
 
+from spark_fast.errors import SettingsError
+from spark_fast.networks import PUBLISHED_MODELS
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-PUBLISHED_MODELS = {
-    "res50": "resnet50",
-    "res101": "resnet101",
-    "res152": "resnet152",
-    "res200": "resnet200",
-    "cnxS": "convnext_small",
-    "cnxB": "convnext_base",
-    "cnxL": "convnext_large",
-}
 
 Values = dict[str | None, str]  # what is said after a flag, None: nothing -> the flag that it stands for
-
-
-class SettingsError(ValueError):
-    """A setting that cannot be used, in words for the person who chose it."""
 
 
 class Tree:

@@ -41,3 +41,10 @@ def gather_state(optimizer: torch.optim.Optimizer) -> None:
     """Bring the whole state to the first rank, before `state_dict` there; all ranks together."""
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         optimizer.consolidate_state_dict(to=0)
+
+
+def share_statistics(model: nn.Module, ranks: Ranks) -> None:
+    """Average the running statistics of all ranks, so that all judge by the same."""
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(ranks.mean(buffer))

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spark_fast.run.config import SettingsError
+from spark_fast.errors import SettingsError
 
 T = TypeVar("T")
 

@@ -12,16 +12,14 @@ import sys
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-import numpy
-import timm
 import torch
-import torchvision
 
 import spark_fast
-from spark_fast.checkpoint.file import CheckpointError
 from spark_fast.checkpoint.manager import CHECKPOINT, RECORD, published
-from spark_fast.run.config import SettingsError, Tree
+from spark_fast.errors import CheckpointError, SettingsError
+from spark_fast.run.config import Tree
 from spark_fast.run.lock import RunLock
+from spark_fast.versions import versions
 
 RESULT = "result.json"  # of an evaluation
 
@@ -72,18 +70,6 @@ def describe(settings: Tree) -> dict:
         "versions": versions(),
         "machine": {"host": platform.node(), "cpus": os.cpu_count(), "gpus": torch.cuda.device_count()},
         "settings": settings.to_dict(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """The versions that decide what is computed."""
-    return {
-        "spark_fast": spark_fast.__version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),  # a class of its own, which weights_only refuses
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "numpy": numpy.__version__,
     }
 
 

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from spark_fast.checkpoint.file import CheckpointError
+from spark_fast.errors import CheckpointError
 
 LOCK = "run.lock"
 

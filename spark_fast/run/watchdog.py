@@ -17,12 +17,9 @@ import time
 from contextlib import suppress
 from typing import Any
 
-STALLED = 5  # exit code
+from spark_fast.errors import STALLED
+
 PULSE = 0.5  # seconds between two pulses
-
-
-class LostRankError(Exception):
-    """Another rank is gone."""
 
 
 class Watchdog:

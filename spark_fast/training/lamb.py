@@ -12,13 +12,11 @@ What it costs is reading and writing memory: 14 passes over the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from spark_fast.training.norms import norms
 
 LONG = 1e9  # steps after which no correction is left in any precision
 
@@ -109,3 +107,14 @@ class Lamb(torch.optim.Optimizer):
 def _laid_out_as(weights: Tensor, other: Tensor) -> Tensor:
     """`other` with the strides of `weights`: the fused kernel walks through memory, not through indices."""
     return other if other.stride() == weights.stride() else torch.empty_like(weights).copy_(other)
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of each tensor, (n,) for n of them, on their device.
+
+    torch takes the norm of a whole tensor in one thread on a CPU, and those of its rows in all: so rows come first.
+    """
+    if not tensors[0].is_cuda:
+        rows = [tuple(range(1, t.dim())) for t in tensors]
+        tensors = [torch.linalg.vector_norm(t, dim=d) if d else t for t, d in zip(tensors, rows, strict=True)]
+    return torch.stack(torch._foreach_norm(list(tensors)))

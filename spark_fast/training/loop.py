@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
-import time
 from contextlib import closing
 from itertools import count as count_from
 from itertools import islice
@@ -14,61 +12,32 @@ import torch
 from torch import Tensor, nn
 
 from spark_fast.checkpoint import file as checkpoint
-from spark_fast.checkpoint.async_writer import Saver
-from spark_fast.checkpoint.manager import CHECKPOINT, Store
+from spark_fast.checkpoint.async_writer import AsyncWriter
+from spark_fast.checkpoint.manager import CHECKPOINT, CheckpointManager, read_newest
+from spark_fast.errors import INTERRUPTED, CheckpointError, SettingsError
 from spark_fast.masking import sample_visible
 from spark_fast.pipelines import Pipeline
 from spark_fast.reporting.flops import count
-from spark_fast.reporting.loggers import open_boards
+from spark_fast.reporting.loggers import open_loggers
 from spark_fast.reporting.loss_spikes import Spikes
-from spark_fast.reporting.mfu import Gauge, matmul_rate
+from spark_fast.reporting.mfu import MfuMeter, matmul_rate
 from spark_fast.reporting.profiler import Profile
 from spark_fast.reporting.reconstructions import reconstruction_grid, save_png
-from spark_fast.reporting.run_logger import Journal, Meter
-from spark_fast.run.config import SettingsError
+from spark_fast.reporting.run_logger import Meter, RunLogger
 from spark_fast.run.data_parallel import data_parallel, gather_state
 from spark_fast.run.distributed import Ranks
-from spark_fast.run.folder import versions
+from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
 from spark_fast.spark import SparK
-from spark_fast.training.bad_steps import BadSteps
+from spark_fast.training.nonfinite import NonfiniteReport
 from spark_fast.training.optim import build_optimizer
-from spark_fast.training.resume import check_same_run, read_newest
+from spark_fast.training.resume import check_same_run
 from spark_fast.training.settings import Settings
 from spark_fast.training.step import Schedule, TrainStep, compiled, resolve_precision
+from spark_fast.versions import versions
 from spark_fast.weights.timm_keys import encoder_names, renamed, write_encoder
 
 log = logging.getLogger("spark_fast")
-
-INTERRUPTED = 75  # exit code: stopped before the end, everything is saved
-
-
-class Interrupt:
-    """Remembers a first signal to leave, so that the step in flight is finished; a second one ends the process.
-
-    The same within a second counts once: a scheduler signals torchrun and its processes, and torchrun passes it on.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm sends the last one before the time is up
-
-    def __init__(self) -> None:
-        self.asked, self._since = False, 0.0
-        self._before = {s: signal.signal(s, self._remember) for s in self.SIGNALS}
-
-    def _remember(self, number: int, frame: object) -> None:
-        if not self.asked:
-            self.asked, self._since = True, time.monotonic()
-            return
-        if time.monotonic() - self._since < 1:
-            return
-        for each in self.SIGNALS:  # at once, even while the last write hangs
-            signal.signal(each, signal.SIG_DFL)
-        signal.raise_signal(number)
-
-    def release(self) -> None:
-        """Put the earlier handlers back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 class PretrainRun:
@@ -77,7 +46,7 @@ class PretrainRun:
     def __init__(self, settings: Settings, ranks: Ranks, pipeline: Pipeline, model: SparK, watchdog: Watchdog) -> None:
         self.settings, self.ranks, self.pipeline, self.model = settings, ranks, pipeline, model
         self.watchdog = watchdog
-        self.store: Store | None = None
+        self.store: CheckpointManager | None = None
         self.pictured: Tensor | None = None
         self.step, self.begun, self.loss = 0, 0, float("nan")
         self.steps_per_epoch = len(pipeline)
@@ -91,10 +60,10 @@ class PretrainRun:
         zero = settings.optim.zero and ranks.world_size > 1
         self.optimizer = build_optimizer(settings.optim.optimizer, model, settings.beta2, zero=zero)
         self.advance = self._train_step()
-        self.bad_steps = BadSteps(self.advance.guard, ranks, settings.optim.max_bad_steps)
+        self.bad_steps = NonfiniteReport(self.advance.guard, ranks, settings.optim.max_bad_steps)
         self.spikes, self.profile = Spikes(), Profile(None, ranks.device, 0)
         rate = matmul_rate(ranks.device, self.advance.dtype)  # on every rank, as they all compute at a time
-        self.gauge = Gauge(count(model), rate, ranks.device, ranks.world_size)
+        self.gauge = MfuMeter(count(model), rate, ranks.device, ranks.world_size)
         self.interrupt = Interrupt()
 
     @property
@@ -118,10 +87,10 @@ class PretrainRun:
         self.step = self.begun = state["step"]
         self.loss = state["loss"]
         if len(set(self.ranks.gather(self.step))) > 1:
-            raise checkpoint.CheckpointError(f"{path}: the ranks do not read the same checkpoint; see their messages")
+            raise CheckpointError(f"{path}: the ranks do not read the same checkpoint; see their messages")
         log.info("resumed from %s at step %d of %d", path, self.step, self.total_steps)
 
-    def train(self, store: Store | None, pictured: Tensor | None) -> int:
+    def train(self, store: CheckpointManager | None, pictured: Tensor | None) -> int:
         """Train to the last epoch.
 
         Args:
@@ -138,14 +107,14 @@ class PretrainRun:
         self.store, self.pictured = store, pictured
         # not by the saver's thread: networks are built for it on the meta device, for torch.compile the whole process's
         self.names = encoder_names(self.model, self.settings.network) if store else {}
-        self.saver = Saver(*self.settings.save_every, begun=self.step)
-        journal = Journal(
+        self.saver = AsyncWriter(*self.settings.save_every, begun=self.step)
+        journal = RunLogger(
             self.folder,
             total_steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch,
             epochs=self.settings.optim.epochs,
             step=self.step,
-            boards=open_boards(self.folder, self.settings, self.step),
+            boards=open_loggers(self.folder, self.settings, self.step),
         )
         self.profile = Profile(self.folder if self.settings.run.profile else None, self.ranks.device, self.step)
         try:
@@ -202,7 +171,7 @@ class PretrainRun:
         )
         return compiled(model, self.settings.run.compile)
 
-    def _train_epoch(self, journal: Journal) -> bool:
+    def _train_epoch(self, journal: RunLogger) -> bool:
         """The steps of this epoch that are still to do; True when the run is to be left."""
         epoch, done = divmod(self.step, self.steps_per_epoch)
         run, meter = self.settings.run, Meter()
@@ -240,7 +209,7 @@ class PretrainRun:
         visible = sample_visible(seed, self.step, self.positions, self.model.grid, self.model.num_visible)
         return self.advance(self.step, images, visible)
 
-    def _log(self, meter: Meter, journal: Journal) -> None:
+    def _log(self, meter: Meter, journal: RunLogger) -> None:
         means = meter.read(self.settings.data.batch_size, self.ranks.mean)
         if means["skipped"] < means["steps"]:
             self.loss = means["loss"]
@@ -266,9 +235,9 @@ class PretrainRun:
                 self.step += 1
         return means | self._spent(means)
 
-    def _end_of_epoch(self, journal: Journal) -> None:
-        problems = self.pipeline.problems
-        journal.epoch(self.step, {"converted": problems.converted, "replaced": problems.replaced})
+    def _end_of_epoch(self, journal: RunLogger) -> None:
+        counts = self.pipeline.bad_images
+        journal.epoch(self.step, {"converted": counts.converted, "replaced": counts.substituted})
         self._save(encoder=True)
         every = self.settings.run.picture_every
         epoch = self.step // self.steps_per_epoch

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from spark_fast.training.lamb import Lamb
-from spark_fast.training.norms import norms
+from spark_fast.training.lamb import Lamb, norms
 
 NO_DECAY = ("cls_token", "pos_embed", "mask_token", "gamma")  # by part of the name, as published
 

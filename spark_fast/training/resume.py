@@ -6,12 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from spark_fast.checkpoint.file import CheckpointError, read_run
 from spark_fast.checkpoint.manager import candidates
+from spark_fast.errors import CheckpointError, SettingsError
 from spark_fast.pipelines.base import Pipeline
 from spark_fast.run.config import Tree
-from spark_fast.run.folder import versions
 from spark_fast.training.settings import Settings
+from spark_fast.versions import versions
 
 log = logging.getLogger("spark_fast")
 
@@ -47,26 +47,6 @@ def checkpoints_to_resume(settings: Tree) -> list[Path]:
     return found
 
 
-def read_newest(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
-    """The first checkpoint that can be read, and what is in it; those before it are named in a warning.
-
-    Raises:
-        CheckpointError: none can be read; with the reason for each.
-    """
-    reasons = []
-    for path in paths:
-        try:
-            state = read_run(path)
-        except CheckpointError as error:
-            reasons.append(str(error))
-            continue
-        for reason in reasons:
-            log.warning("%s; going on from the one before it, %s", reason, path)
-        return path, state
-    more = "" if len(paths) == 1 else f"no checkpoint of {paths[0].parent} can be used: "
-    raise CheckpointError(more + "; ".join(reasons))
-
-
 def check_same_run(path: Path, state: dict[str, Any], settings: Settings, data: Pipeline) -> None:
     """Refuse to go on with other settings or data, which would silently be another run.
 
@@ -77,7 +57,7 @@ def check_same_run(path: Path, state: dict[str, Any], settings: Settings, data: 
     """
     try:
         before = Settings.from_dict(state["settings"]).meaning()
-    except (TypeError, AttributeError, ValueError) as error:
+    except (TypeError, AttributeError, ValueError, SettingsError) as error:
         raise CheckpointError(f"{path} has settings that this version cannot read ({error})") from None
     differences = differing(before, settings.meaning(), HARMLESS)
     refuse_differences(path, state, differences, data, "--init_weight to begin a new run from its weights")

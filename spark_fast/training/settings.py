@@ -12,7 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from spark_fast.run.config import SettingsError, Tree, read, switch, switches_of
+from spark_fast.errors import SettingsError
+from spark_fast.run.config import Tree, read, switch, switches_of
 
 PUBLISHED_DROP_PATH = {
     "resnet50": 0.05,

@@ -19,7 +19,7 @@ from spark_fast.reporting.mfu import is_emulated, matmul_rate
 from spark_fast.reporting.step_timer import StepClock
 from spark_fast.training.cuda_graph import StepGraph
 from spark_fast.training.lamb import Lamb
-from spark_fast.training.nonfinite import Guard
+from spark_fast.training.nonfinite import NonfiniteGuard
 from spark_fast.training.optim import clip_gradients, learning_rate, set_rates, weight_decay
 
 log = logging.getLogger("spark_fast")
@@ -77,7 +77,7 @@ class TrainStep:
         self.dtype = DTYPES[precision]
         self.clock = StepClock(device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.guard = Guard(model, agree, overflow_is_normal=self.scaler.is_enabled())
+        self.guard = NonfiniteGuard(model, agree, overflow_is_normal=self.scaler.is_enabled())
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.graph: StepGraph | None = None
         if cuda_graph:
@@ -93,7 +93,7 @@ class TrainStep:
 
         Returns:
             the loss and the norm of the gradient before clipping, scalars on the device. Where one of them is not
-            finite nothing was changed, see `Guard`.
+            finite nothing was changed, see `NonfiniteGuard`.
         """
         set_rates(self.optimizer, *self.schedule.at(step))
         if self.graph is None:
@@ -105,7 +105,7 @@ class TrainStep:
         return loss, norm
 
     def _advance(self, images: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The device's work of a step: its loss, the norm of its gradient, and the flag of `Guard.note`."""
+        """The device's work of a step: its loss, the norm of its gradient, and the flag of `NonfiniteGuard.note`."""
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.before_step()
         parts = list(zip(images.chunk(self.accumulate), visible.chunk(self.accumulate), strict=True))

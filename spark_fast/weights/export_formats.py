@@ -19,13 +19,15 @@ import torchvision
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from spark_fast.checkpoint.file import CheckpointError, read, sync_folder, write_atomically
+from spark_fast.checkpoint.file import read
+from spark_fast.checkpoint.state_dict import load_strictly
+from spark_fast.errors import CheckpointError, SettingsError
+from spark_fast.files import atomic_write, sync_folder
 from spark_fast.networks import build_network
 from spark_fast.pipelines.transforms.resize import MEAN, STD
-from spark_fast.run.config import SettingsError
 from spark_fast.weights.model_card import model_card
 from spark_fast.weights.pretrained import Pretrained, new_model
-from spark_fast.weights.spark_keys import load_spark_state_dict, load_strictly, spark_state_dict
+from spark_fast.weights.spark_keys import load_spark_state_dict, spark_state_dict
 from spark_fast.weights.timm_keys import encoder_state_dict, timm_names
 from spark_fast.weights.torchvision_keys import torchvision_names
 
@@ -88,7 +90,7 @@ def export(source: Pretrained, form: str, out: Path) -> Form:
             if made.endings:
                 (Path(folder) / card.name).replace(card)
         sync_folder(out.parent)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
         raise CheckpointError(f"cannot write {out}: {error}") from error
     return made
 
@@ -97,16 +99,20 @@ def _write(source: Pretrained, form: str, made: Form, path: Path, card: Path) ->
     if not made.endings:
         path.mkdir()
         config = json.dumps(_timm_config(source), indent=2) + "\n"
-        write_atomically(path / "config.json", lambda file: file.write(config.encode()))
+        with atomic_write(path / "config.json") as file:
+            file.write(config.encode())
     weights = path if made.endings else path / "model.safetensors"
     if weights.suffix == ".safetensors":
         content = save(made.state, metadata={"format": "pt", "architecture": source.settings.network})
-        write_atomically(weights, lambda file: file.write(content))
+        with atomic_write(weights) as file:
+            file.write(content)
     else:
         whole = {**made.wrapped, "module": made.state} if made.wrapped else made.state
-        write_atomically(weights, lambda file: torch.save(whole, file))
+        with atomic_write(weights) as file:
+            torch.save(whole, file)
     text = model_card(source, form, made.new, made.usage.replace("PATH", path.name))
-    write_atomically(card, lambda file: file.write(text.encode()))
+    with atomic_write(card) as file:
+        file.write(text.encode())
 
 
 def _prove(made: Form, path: Path, out: Path) -> None:

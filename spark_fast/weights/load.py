@@ -8,8 +8,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from spark_fast.checkpoint.file import CheckpointError, read
-from spark_fast.weights.spark_keys import encoder_name, load_spark_state_dict, load_strictly, strip_prefixes, tensors_of
+from spark_fast.checkpoint.file import read
+from spark_fast.checkpoint.state_dict import load_strictly, strip_prefixes, tensors_of
+from spark_fast.errors import CheckpointError
+from spark_fast.weights.spark_keys import encoder_name, load_spark_state_dict
 
 log = logging.getLogger("spark_fast")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spark_fast.reporting.metrics_file import read_metrics
-from spark_fast.run.folder import versions
+from spark_fast.versions import versions
 from spark_fast.weights.pretrained import Pretrained
 
 CURVE_ROWS = 12  # epochs in the table of losses

@@ -16,15 +16,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from spark_fast.checkpoint.file import CheckpointError, read
-from spark_fast.checkpoint.manager import candidates
-from spark_fast.networks import build_network
-from spark_fast.run.config import PUBLISHED_MODELS, SettingsError
+from spark_fast.checkpoint.file import read
+from spark_fast.checkpoint.manager import candidates, read_newest
+from spark_fast.checkpoint.state_dict import strip_prefixes, tensors_of
+from spark_fast.errors import CheckpointError, SettingsError
+from spark_fast.networks import PUBLISHED_MODELS, build_network
 from spark_fast.spark import SparK, build_spark
-from spark_fast.training.resume import read_newest
 from spark_fast.training.settings import Settings
 from spark_fast.weights.load import fit
-from spark_fast.weights.spark_keys import encoder_name, strip_prefixes, tensors_of
+from spark_fast.weights.spark_keys import encoder_name
 
 # what a file without a name may be of, by shapes: networks that were published pre-trained, and their small relatives
 RECOGNISED = ("resnet18", "resnet34", "convnext_tiny", *PUBLISHED_MODELS.values())
@@ -113,7 +113,7 @@ def _own_settings(path: Path, tree: dict[str, Any]) -> Settings:
     try:
         settings = Settings.from_dict(tree)
         settings.meaning()
-    except (TypeError, AttributeError, ValueError) as error:
+    except (TypeError, AttributeError, ValueError, SettingsError) as error:
         raise CheckpointError(f"{path} has settings that this version cannot read ({error})") from None
     return settings
 

@@ -16,8 +16,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from spark_fast.checkpoint.state_dict import load_strictly, strip_prefixes, tensors_of
+
 DEPRECATED = {"imn_m", "imn_s", "norm_black"}  # buffers of the published module that were never used
-PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 
 # official ConvNeXt -> timm
 CONVNEXT = [
@@ -39,11 +40,6 @@ OFFICIAL = [
     (r"\.mlp\.grn\.weight$", ".grn.gamma"),
     (r"\.mlp\.grn\.bias$", ".grn.beta"),
 ]
-
-
-def tensors_of(content: Mapping) -> Mapping:
-    """The state dict in a checkpoint: under "model", "module" or "state_dict", or the whole of it."""
-    return next((content[k] for k in ("model", "module", "state_dict") if isinstance(content.get(k), Mapping)), content)
 
 
 def spark_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -77,43 +73,6 @@ def load_spark_state_dict(model: nn.Module, state: Mapping) -> None:
         else:
             found[target] = value
     load_strictly(model, found, unknown)
-
-
-def load_strictly(model: nn.Module, state: Mapping[str, Tensor], unknown: list[str] | None = None) -> None:
-    """Load a state dict whole, or not at all, with a message that names what does not fit.
-
-    Raises:
-        ValueError: tensors missing, unknown, or of another shape.
-    """
-    own = model.state_dict()
-    unknown = (unknown or []) + [name for name in state if name not in own]
-    missing = [name for name in own if name not in state]
-    odd = [n for n in own if n in state and not isinstance(state[n], Tensor)]
-    shapes = [
-        f"{n} is {tuple(state[n].shape)}, the model's {tuple(v.shape)}"
-        for n, v in own.items()
-        if n in state and n not in odd and state[n].shape != v.shape
-    ]
-    problems = []
-    for what, names in (
-        ("wrong shape", shapes),
-        ("not a tensor", odd),
-        ("missing", missing),
-        ("not in this model", unknown),
-    ):
-        if names:
-            more = f", and {len(names) - 3} more" if len(names) > 3 else ""
-            problems.append(f"{what}: {'; '.join(names[:3])}{more}")
-    if problems:
-        raise ValueError("the checkpoint does not fit this model. " + ". ".join(problems))
-    model.load_state_dict(state)
-
-
-def strip_prefixes(name: str) -> str:
-    """Without the prefixes that wrappers add, in any order."""
-    while name.startswith(PREFIXES):
-        name = name.partition(".")[2]
-    return name
 
 
 def encoder_name(name: str) -> str:

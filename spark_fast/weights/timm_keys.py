@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from spark_fast.checkpoint.file import write_atomically
+from spark_fast.files import atomic_write
 from spark_fast.spark import SparK
 
 
@@ -68,5 +68,6 @@ def write_encoder(state: dict[str, Tensor], name: str, folder: Path) -> Path:
     own = ":" in name
     path = folder / ("encoder.safetensors" if own else f"{name}_timm.safetensors")
     content = save(state, metadata={"format": "pt", "architecture": name})
-    write_atomically(path, lambda file: file.write(content))
+    with atomic_write(path) as file:
+        file.write(content)
     return path

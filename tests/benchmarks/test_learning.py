@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spark_fast.encoder import Visible
+from spark_fast.encoder import VisiblePatches
 from tests.benchmarks.test_device_report import BENCHMARKS
 
 LITTLE = ("--parts", "sweep", "main", "decoder", "--seeds", "1")
@@ -85,6 +85,6 @@ def test_each_variant_changes_what_it_says(learning, learning_runs, seen, one_th
     assert len(set(losses.values())) == 4
     changes = learning.changed(learning.parse(["--form", "smoke", "--data", "x", "--out", "y"]))
     assert set(changes) == {*learning_runs.VARIANTS, "mask 0.9", "decoder 16"}
-    zeroed, here = models["zero-outing"], Visible(mask, (8, 8))
+    zeroed, here = models["zero-outing"], VisiblePatches(mask, (8, 8))
     dense = zeroed.encoder.network(images * here.cells(64))[-1]
     torch.testing.assert_close(zeroed.encode(images, mask)[-1], dense * here.cells(8))

@@ -5,8 +5,8 @@ import threading
 import pytest
 
 from spark_fast.checkpoint import async_writer as module
-from spark_fast.checkpoint.async_writer import Saver
-from spark_fast.checkpoint.file import CheckpointError
+from spark_fast.checkpoint.async_writer import AsyncWriter
+from spark_fast.errors import CheckpointError
 
 
 def save(saver, step, write):
@@ -15,7 +15,7 @@ def save(saver, step, write):
 
 
 def test_steps_decide_and_a_resumed_run_keeps_the_same_steps():
-    saver = Saver(5, 0, begun=7)
+    saver = AsyncWriter(5, 0, begun=7)
     assert [s for s in range(8, 13) if saver.due(s)] == [10, 11, 12], "until it is done"
     save(saver, 10, lambda: None)
     saver.wait()
@@ -25,7 +25,7 @@ def test_steps_decide_and_a_resumed_run_keeps_the_same_steps():
 def test_minutes_decide(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    saver = Saver(0, 60, begun=0)
+    saver = AsyncWriter(0, 60, begun=0)
     now[0] = 59.0
     assert not saver.due(1)
     now[0] = 60.0
@@ -36,11 +36,11 @@ def test_minutes_decide(monkeypatch):
 
 
 def test_nothing_is_due_where_nothing_is_asked():
-    assert not any(Saver(0, 0, begun=0).due(step) for step in range(10))
+    assert not any(AsyncWriter(0, 0, begun=0).due(step) for step in range(10))
 
 
 def test_while_the_disk_is_busy_a_save_is_put_off_and_no_step_waits():
-    saver, free, written = Saver(1, 0, begun=0), threading.Event(), []
+    saver, free, written = AsyncWriter(1, 0, begun=0), threading.Event(), []
     save(saver, 1, lambda: (free.wait(), written.append(1)))
     assert not any(saver.due(step) for step in range(2, 100)), "98 steps went by while the disk hung"
     assert written == []
@@ -51,7 +51,7 @@ def test_while_the_disk_is_busy_a_save_is_put_off_and_no_step_waits():
 
 
 def test_what_must_be_saved_waits_for_the_write_before_it():
-    saver, free, written = Saver(0, 0, begun=0), threading.Event(), []
+    saver, free, written = AsyncWriter(0, 0, begun=0), threading.Event(), []
     save(saver, 1, lambda: (free.wait(), written.append(1)))
     threading.Timer(0.05, free.set).start()
     saver.begin(2)
@@ -74,7 +74,7 @@ def failing(times, written):
 
 
 def test_a_failure_is_told_at_once_and_tried_again_at_the_end(caplog):
-    saver, written = Saver(1, 0, begun=0), []
+    saver, written = AsyncWriter(1, 0, begun=0), []
     save(saver, 3, failing(1, written))
     saver.wait()
     (message,) = caplog.messages
@@ -91,14 +91,14 @@ def test_what_stays_broken_is_raised_at_the_end(error):
     def write():
         raise error
 
-    saver = Saver(1, 0, begun=0)
+    saver = AsyncWriter(1, 0, begun=0)
     save(saver, 3, write)
     with pytest.raises(type(error), match=str(error)):
         saver.finish()
 
 
 def test_a_failed_save_is_forgotten_when_a_later_one_succeeds():
-    saver, written = Saver(1, 0, begun=0), []
+    saver, written = AsyncWriter(1, 0, begun=0), []
     save(saver, 1, failing(9, written))
     save(saver, 2, lambda: written.append("later"))
     saver.finish()

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from spark_fast.checkpoint import file as checkpoint
-from spark_fast.checkpoint.file import CheckpointError, read, read_run, restore, snapshot, write, write_atomically
+from spark_fast.checkpoint.file import read, read_run, restore, snapshot, write
 from spark_fast.checkpoint.validate_file import sidecar
+from spark_fast.errors import CheckpointError
 from spark_fast.training.optim import build_optimizer, set_rates
 
 
@@ -61,69 +62,19 @@ def test_what_is_written_is_read_back_and_restored(saved):
         assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(theirs["state"][key][k])) for k, v in state.items())
 
 
-@pytest.mark.parametrize("error", [OSError("disk is full"), RuntimeError("write failed")])
-def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path, error):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def write(file):
-        file.write(b"half of the new")
-        raise error
-
-    with pytest.raises(CheckpointError, match=rf"cannot write {path}: {error}; the file before it is kept"):
-        write_atomically(path, write)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_writer_that_fails_in_any_other_way_leaves_nothing_behind(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises((CheckpointError, pickle.PicklingError, AttributeError)):
-        write_atomically(path, lambda file: torch.save({"model": lambda: 0}, file))
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_place_below_a_file_is_a_checkpoint_error(tmp_path):
-    (tmp_path / "file").write_bytes(b"no folder")
-    with pytest.raises(CheckpointError, match="cannot write"):
-        write_atomically(tmp_path / "file" / "ckpt-last.pth", lambda file: file.write(b"new"))
-
-
-def test_a_folder_that_is_not_there_is_a_checkpoint_error(tmp_path):
-    with pytest.raises(CheckpointError, match=r"cannot write .*nowhere"):
-        write_atomically(tmp_path / "nowhere" / "ckpt-last.pth", lambda file: file.write(b"new"))
-
-
-def test_a_writer_that_succeeds_replaces_the_file_and_leaves_nothing_else(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"a longer old content")
-    write_atomically(path, lambda file: file.write(b"new"))
-    assert path.read_bytes() == b"new"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_the_old_file_stands_while_the_new_one_is_written(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    seen = []
-    write_atomically(path, lambda file: seen.append(path.read_bytes()) or file.write(b"new"))
-    assert seen == [b"old"]
-
-
 FULL_DISK = """
 import resource, sys, torch
 from pathlib import Path
 from torch import nn
 from spark_fast.checkpoint import file as checkpoint
+from spark_fast.errors import CheckpointError
 path, model = Path(sys.argv[1]), nn.Linear(300, 300)
 optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
 checkpoint.write(path, checkpoint.run_state(model, optimizer, step=1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     checkpoint.write(path, checkpoint.run_state(model, optimizer, step=2))
-except checkpoint.CheckpointError as error:
+except CheckpointError as error:
     print("refused:", error)
 """
 

@@ -7,13 +7,22 @@ from collections import namedtuple
 import pytest
 import torch
 
-from spark_fast.checkpoint.file import CheckpointError, read
-from spark_fast.checkpoint.manager import CHECKPOINT, FOLDER, RECORD, Store, candidates, check_space, published
+from spark_fast.checkpoint.file import read
+from spark_fast.checkpoint.manager import (
+    CHECKPOINT,
+    FOLDER,
+    RECORD,
+    CheckpointManager,
+    candidates,
+    check_space,
+    published,
+)
 from spark_fast.checkpoint.validate_file import check_sha256, sidecar
+from spark_fast.errors import CheckpointError
 
 
 def store(folder, keep_last=2, keep_steps=0):
-    return Store(folder, keep_last=keep_last, keep_steps=keep_steps)
+    return CheckpointManager(folder, keep_last=keep_last, keep_steps=keep_steps)
 
 
 def content(step):

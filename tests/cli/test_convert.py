@@ -15,8 +15,8 @@ import pytest
 import simplejpeg
 
 from spark_fast.cli.convert import main
-from spark_fast.pipelines.base import DataError
-from spark_fast.pipelines.convert.convert import ConvertSettings, convert
+from spark_fast.errors import DataError
+from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import StoredImages
 from spark_fast.pipelines.sources.detect import TARS, open_source
 from tests.commands import run_here

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spark_fast import build_spark, load_spark_state_dict
-from spark_fast.cli import evaluate, export, reconstruct, train
+from spark_fast.cli import eval as evaluate
+from spark_fast.cli import export, reconstruct
+from spark_fast.cli import pretrain as train
 from spark_fast.weights.load import load_weights
 from spark_fast.weights.spark_keys import spark_state_dict
 from tests.commands import run_here

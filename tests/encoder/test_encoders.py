@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from spark_fast import build_spark, verify
-from spark_fast.encoder import MaskedEncoder, PackedEncoder, Visible
+from spark_fast.encoder import MaskedEncoder, PackedEncoder, VisiblePatches
 from spark_fast.encoder.verify import VerificationError, _randomise_constants
 from spark_fast.masking import sample_visible
 
@@ -63,7 +63,7 @@ def test_packed_equals_masked(network, batch, h, w, ratio, seed):
     images = torch.randn(batch, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     index = sample_visible(seed, 0, torch.arange(batch), (h, w), keep)
     runs = [
-        loss_and_gradients(kind(copy.deepcopy(network), size), images, Visible(index, (h, w)))
+        loss_and_gradients(kind(copy.deepcopy(network), size), images, VisiblePatches(index, (h, w)))
         for kind in (PackedEncoder, MaskedEncoder)
     ]
     torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-10, atol=1e-12)
@@ -146,7 +146,7 @@ def test_stochastic_depth_drops_whole_images_alike_in_both_encoders():
     network = timm.create_model("convnext_zepto_rms", features_only=True, drop_path_rate=0.9).double()
     _randomise_constants(network)
     images = torch.randn(6, 3, 64, 64, dtype=torch.float64)
-    seen = Visible(sample_visible(0, 0, torch.arange(6), (2, 2), 2), (2, 2))
+    seen = VisiblePatches(sample_visible(0, 0, torch.arange(6), (2, 2), 2), (2, 2))
     outputs = []
     for kind in (PackedEncoder, MaskedEncoder):
         torch.manual_seed(0)
@@ -188,7 +188,7 @@ def test_under_autocast_packed_and_masked_agree_to_the_rounding_of_bf16(name):
     network = timm.create_model(name, features_only=True)
     _randomise_constants(network)
     images = torch.randn(4, 3, 96, 96)
-    seen = Visible(sample_visible(0, 0, torch.arange(4), (3, 3), 4), (3, 3))
+    seen = VisiblePatches(sample_visible(0, 0, torch.arange(4), (3, 3), 4), (3, 3))
     outputs = []
     for kind, enabled in ((PackedEncoder, True), (MaskedEncoder, True), (PackedEncoder, False)):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):

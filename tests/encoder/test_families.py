@@ -7,7 +7,7 @@ import timm
 import torch
 
 from spark_fast import verify
-from spark_fast.encoder import MaskedEncoder, PackedEncoder, Visible
+from spark_fast.encoder import MaskedEncoder, PackedEncoder, VisiblePatches
 from spark_fast.encoder.grouped_float64 import FastGroups
 from spark_fast.encoder.verify import _randomise_constants
 from spark_fast.masking import sample_visible
@@ -51,7 +51,7 @@ def test_packed_equals_masked(named):
     network = copy.deepcopy(network).double()
     _randomise_constants(network)
     grid = (2, 3)
-    seen = Visible(sample_visible(1, 0, torch.arange(2), grid, 3), grid)
+    seen = VisiblePatches(sample_visible(1, 0, torch.arange(2), grid, 3), grid)
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     shared = {id(p): p for p in network.parameters()}
     runs = []

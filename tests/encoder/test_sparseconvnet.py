@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from spark_fast import build_spark
-from spark_fast.encoder import PackedEncoder, Visible
+from spark_fast.encoder import PackedEncoder, VisiblePatches
 from spark_fast.encoder.sparseconvnet import (
     INSTALL,
     SparseConv,
@@ -51,7 +51,7 @@ def smooth_network(name, patch):
 
 def masked(batch, grid, ratio, step=0):
     keep = round(grid[0] * grid[1] * (1 - ratio))
-    return Visible(sample_visible(0, step, torch.arange(batch), grid, keep), grid)
+    return VisiblePatches(sample_visible(0, step, torch.arange(batch), grid, keep), grid)
 
 
 def features_and_gradients(encoder, images, visible):

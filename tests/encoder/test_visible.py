@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark_fast.encoder.visible import Places, Visible, _in_runs
+from spark_fast.encoder.visible import Places, VisiblePatches, _in_runs
 
 
 @st.composite
@@ -12,7 +12,7 @@ def masks(draw):
     keep = draw(st.integers(1, h * w))
     keys = torch.rand(batch, h * w, generator=torch.Generator().manual_seed(draw(st.integers(0, 10**6))))
     index = keys.argsort(1)[:, :keep].sort(1).values
-    return Visible(index, (h, w))
+    return VisiblePatches(index, (h, w))
 
 
 @given(masks(), st.sampled_from([1, 2, 3, 8]), st.integers(1, 4))
@@ -31,7 +31,7 @@ def test_unpacking_what_was_packed_gives_the_map_with_holes(visible, b, channels
 @given(masks())
 @settings(max_examples=50)
 def test_a_mask_and_its_complement_share_out_the_patches(visible):
-    assert torch.equal(Visible.from_mask(visible.mask).index, visible.index)
+    assert torch.equal(VisiblePatches.from_mask(visible.mask).index, visible.index)
     holes = visible.complement()
     assert torch.equal(holes.mask, ~visible.mask)
 
@@ -97,19 +97,19 @@ def test_taps_of_one_output_cell_stand_together(visible, geometry):
 
 
 def test_a_value_per_image_reaches_every_patch_of_it():
-    visible = Visible(torch.tensor([[0, 2], [1, 3]]), (2, 2))
+    visible = VisiblePatches(torch.tensor([[0, 2], [1, 3]]), (2, 2))
     assert torch.equal(visible.spread(torch.tensor([[5.0], [7.0]])), torch.tensor([[5.0], [5.0], [7.0], [7.0]]))
 
 
 def test_unequal_or_empty_masks_are_refused_with_the_numbers():
     mask = torch.zeros(2, 2, 2, dtype=torch.bool)
     with pytest.raises(ValueError, match="at least one; got 0 to 0"):
-        Visible.from_mask(mask)
+        VisiblePatches.from_mask(mask)
     mask[0, 0, 0] = True
     with pytest.raises(ValueError, match="got 0 to 1"):
-        Visible.from_mask(mask)
+        VisiblePatches.from_mask(mask)
     with pytest.raises(ValueError, match="bool tensor"):
-        Visible.from_mask(torch.ones(2, 2, 2))
+        VisiblePatches.from_mask(torch.ones(2, 2, 2))
 
 
 @given(st.lists(st.integers(-9, 9), min_size=1, max_size=20))

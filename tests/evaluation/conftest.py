@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spark_fast.cli.evaluate import main
+from spark_fast.cli.eval import main
 from tests.commands import as_it_was
 
 CLASSES = ("blue", "green", "grey", "red")

@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from spark_fast import build_spark
-from spark_fast.cli.evaluate import main
-from spark_fast.pipelines.convert.convert import ConvertSettings, convert
+from spark_fast.cli.eval import main
+from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import StoredImages
 from spark_fast.weights.spark_keys import spark_state_dict
 from tests.evaluation.conftest import CLASSES, TINY, write_pictures
@@ -148,7 +148,7 @@ WRONG = [
     (["knn", "a", "--data_path={pictures}", *TINY, "--weights={tmp}/no.pth"], 6, "no.pth"),
     (["knn", "a", "--data_path={pictures}", *TINY, "--weights={tmp}"], 6, "holds no checkpoint of a run"),
     (["knn", "a", "--data_path={pictures}", *TINY, "--weights={other}"], 6, "missing: "),
-    (["knn", "a", "--data_path={pictures}/train", *TINY, FRESH], 3, "(--val_path names the images to judge by"),
+    (["knn", "a", "--data_path={pictures}/train", *TINY, FRESH], 3, "(--val_path names the validation images"),
     (["knn", "a", "--data_path={pictures}/train/red", *TINY, FRESH], 3, "red has no labels"),
     (["knn", "a", "--data_path={pictures}", *TINY, FRESH, "--val_path={pictures}/val/red"], 3, "red has no labels"),
     (["knn", "a", "--data_path={pictures}", *TINY, FRESH, "--val_path={tmp}/more"], 3, "1 classes that the training"),

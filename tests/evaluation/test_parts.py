@@ -5,15 +5,16 @@ import timm
 import torch
 
 from spark_fast import build_spark
-from spark_fast.checkpoint.file import CheckpointError, write
+from spark_fast.checkpoint.file import write
+from spark_fast.errors import CheckpointError
 from spark_fast.evaluation.accuracy import Scores
 from spark_fast.evaluation.backbone import build_backbone, build_classifier
+from spark_fast.evaluation.eval_settings import parse
 from spark_fast.evaluation.knn import nearest, votes
 from spark_fast.evaluation.layer_decay import parameter_groups
 from spark_fast.evaluation.mixup import Augment, Mix
 from spark_fast.evaluation.recipes import RECIPES, recipe_for
 from spark_fast.evaluation.report import draw_confusion
-from spark_fast.evaluation.settings import parse
 from spark_fast.evaluation.weights import read_weights
 from spark_fast.weights.timm_keys import encoder_state_dict, write_encoder
 

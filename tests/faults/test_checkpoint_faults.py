@@ -14,12 +14,19 @@ import torch
 
 from spark_fast.checkpoint import file as checkpoint
 from spark_fast.checkpoint.file import read
-from spark_fast.checkpoint.manager import CHECKPOINT, FOLDER, RECORD, Store, candidates, published
+from spark_fast.checkpoint.manager import (
+    CHECKPOINT,
+    FOLDER,
+    RECORD,
+    CheckpointManager,
+    candidates,
+    published,
+    read_newest,
+)
 from spark_fast.checkpoint.validate_file import sidecar
-from spark_fast.cli.train import main
-from spark_fast.training.resume import read_newest
+from spark_fast.cli.pretrain import main
 from tests.checkpoint.test_file import trained
-from tests.cli.test_train import TINY, assert_same_weights, here, pictures  # noqa: F401
+from tests.cli.test_pretrain import TINY, assert_same_weights, here, pictures  # noqa: F401
 from tests.faults import saboteur
 
 SABOTEUR = Path(saboteur.__file__)
@@ -49,7 +56,7 @@ def killed(write, point):
 @pytest.mark.parametrize("point", saboteur.POINTS)
 def test_killed_inside_a_save_the_one_before_or_the_new_one_is_whole(tmp_path, caplog, point):
     """Row 2: every point of a save, five times in a row in the same folder."""
-    store, whole = Store(tmp_path, keep_last=2, keep_steps=0), 3
+    store, whole = CheckpointManager(tmp_path, keep_last=2, keep_steps=0), 3
     for step in (1, 2, 3):
         store.write(step, state(step))
     for step in range(4, 9):
@@ -73,7 +80,7 @@ def test_killed_inside_a_save_the_one_before_or_the_new_one_is_whole(tmp_path, c
 
 def test_no_truncated_and_no_flipped_file_is_loaded(tmp_path):
     """Row 8: 64 truncations and 256 flipped bits, in the last checkpoint or its checksum."""
-    store, rng = Store(tmp_path, keep_last=2, keep_steps=0), random.Random(8)
+    store, rng = CheckpointManager(tmp_path, keep_last=2, keep_steps=0), random.Random(8)
     for step in (1, 2):
         store.write(step, state(step))
     last = published(tmp_path)[2]
@@ -139,7 +146,7 @@ def test_killed_inside_a_save_of_a_run_it_ends_with_the_same_bits(unbroken, tmp_
     """Row 2 once more, with the command itself."""
     folder, flags = unbroken
     if not times(0, 30):
-        pytest.skip("with --full; tests/cli/test_train.py kills the command at random moments")
+        pytest.skip("with --full; tests/cli/test_pretrain.py kills the command at random moments")
     for i in range(30):
         point = list(saboteur.POINTS)[(i + 4) % len(saboteur.POINTS)]
         words = [*flags, f"--exp_dir={tmp_path / str(i)}"]

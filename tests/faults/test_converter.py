@@ -18,19 +18,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spark_fast.pipelines import DataError
-from spark_fast.pipelines.base import StorageError
+from spark_fast.errors import DataError, StorageError
+from spark_fast.files import PARTIAL
 from spark_fast.pipelines.convert import process_pool as processes
 from spark_fast.pipelines.convert.beton_writer import BetonSettings
-from spark_fast.pipelines.convert.convert import ConvertSettings, Progress, convert
+from spark_fast.pipelines.convert.conversion import ConvertSettings, Progress, convert
 from spark_fast.pipelines.convert.process_pool import run_jobs
 from spark_fast.pipelines.convert.reencode import StoredImages
-from spark_fast.pipelines.convert.verify_shards import verify
+from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.beton import BetonSource
 from spark_fast.pipelines.sources.detect import open_source
-from spark_fast.pipelines.sources.shard_format import BETON, MANIFEST, PARTIAL, read_manifest
+from spark_fast.pipelines.sources.shard_format import BETON, MANIFEST, read_manifest
 from tests.faults import jobs
-from tests.pipelines.convert.test_convert import contents
+from tests.pipelines.convert.test_conversion import contents
 from tests.pipelines.pictures import jpeg
 from tests.pipelines.sources.test_beton import flip
 
@@ -46,7 +46,7 @@ def convert_here(src: Path, dst: Path, form: str, made: ConvertSettings) -> None
     """What the command does, without the seconds that its processes take to start."""
     beton = None if form == "shards" else BetonSettings(alone=form == "ffcv")
     ((folder, _),) = convert(src, dst, made, beton=beton)
-    assert verify(folder, workers=2) == []
+    assert verify_shards(folder, workers=2) == []
 
 
 def start(src: Path, dst: Path, form: str, made: ConvertSettings) -> subprocess.Popen[str]:
@@ -136,7 +136,7 @@ def test_killed_at_random_moments_and_started_again_it_ends_with_the_same_bytes(
     assert open_source(dst).labels is not None
     damaged = next(path for name in (BETON, "shard-000003.tar") if (path := dst / name).exists())
     flip(damaged, damaged.stat().st_size // 2)
-    assert any(damaged.name in fault for fault in verify(dst, workers=2))
+    assert any(damaged.name in fault for fault in verify_shards(dst, workers=2))
 
 
 @pytest.fixture

@@ -14,11 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from spark_fast.pipelines import Batch, DataError, Problems, build_pipeline
+from spark_fast.errors import DataError
+from spark_fast.pipelines import BadImageCounts, Batch, build_pipeline
 from spark_fast.pipelines.convert.beton_writer import BetonSettings
-from spark_fast.pipelines.convert.convert import ConvertSettings, convert
+from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import StoredImages
-from spark_fast.pipelines.convert.verify_shards import verify
+from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.beton import BetonSource, checks_path, sealed_checks
 from spark_fast.pipelines.sources.detect import open_source
 from spark_fast.pipelines.sources.shard_format import (
@@ -31,7 +32,7 @@ from spark_fast.pipelines.sources.shard_format import (
     write_shard,
 )
 from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation
-from tests.cli.test_train import TINY, here
+from tests.cli.test_pretrain import TINY, here
 from tests.faults.kinds import DAMAGED, VALID, bombs
 from tests.pipelines.comparing import pixels
 from tests.pipelines.pictures import jpeg
@@ -88,11 +89,11 @@ def stored(kind: str, root: Path, images: list[bytes], sound: list[bytes]) -> Pa
     return (folder_of if kind == "folder" else shards_of)(root, images)
 
 
-def epochs(path: Path, backend: str, count: int, **settings: object) -> tuple[list[Batch], Problems]:
+def epochs(path: Path, backend: str, count: int, **settings: object) -> tuple[list[Batch], BadImageCounts]:
     settings = {"input_size": 48, "augment": False, "max_bad_fraction": 1.0} | settings
     pipeline = build_pipeline(path, pipeline=backend, batch_size=count, **settings)  # type: ignore[arg-type]
     try:
-        return [batch for epoch in range(2) for batch in pipeline.epoch(epoch)], pipeline.problems
+        return [batch for epoch in range(2) for batch in pipeline.epoch(epoch)], pipeline.bad_images
     finally:
         pipeline.close()
 
@@ -115,8 +116,8 @@ def test_a_damaged_image_is_replaced_counted_and_named_and_never_black(tmp_path,
     images, sound, names = damaged_and_sound(times(1, 5))
     path = stored(store, tmp_path / "data", images, sound)
     with caplog.at_level(logging.WARNING, "spark_fast.pipelines"):
-        (first, second), problems = epochs(path, backend, len(images))
-    assert (problems.read, problems.replaced, len(problems.first_replaced)) == (2 * len(images), 2 * len(names), 10)
+        (first, second), counts = epochs(path, backend, len(images))
+    assert (counts.read, counts.substituted, len(counts.first_substituted)) == (2 * len(images), 2 * len(names), 10)
     for i in range(0, len(images), 2):
         assert sum(f"image {i} (" in record.getMessage() for record in caplog.records) == 1  # once in two epochs
     shown = in_order(first)
@@ -125,7 +126,7 @@ def test_a_damaged_image_is_replaced_counted_and_named_and_never_black(tmp_path,
     assert torch.equal(shown, in_order(second))
     assert pixels(shown).std((1, 2, 3)).min() > 10  # neither black nor grey
     if backend != "torch":
-        assert problems == epochs(path, "torch", len(images))[1]  # the same names and reasons
+        assert counts == epochs(path, "torch", len(images))[1]  # the same names and reasons
 
 
 @pytest.mark.parametrize("form", ["shards", pytest.param("beton", marks=pytest.mark.ffcv)])
@@ -138,7 +139,7 @@ def test_conversion_leaves_damaged_images_out_and_lists_them_with_reasons(tmp_pa
     assert manifest.count == len(images) - len(names)
     assert [entry["name"] for entry in manifest.refused] == [f"{i:04d}.JPEG" for i in range(0, len(images), 2)]
     assert all(entry["reason"] for entry in manifest.refused)
-    assert verify(folder) == []
+    assert verify_shards(folder) == []
 
 
 def expected(data: bytes, size: tuple[int, int]) -> np.ndarray:
@@ -163,8 +164,8 @@ def test_odd_but_valid_images_show_what_pillow_shows(tmp_path, backend, store):
         ((path, manifest),) = convert(root, tmp_path / "out", KEEP, beton=BetonSettings() if store == "beton" else None)
         assert manifest.refused == []
         path = path / BETON if store == "beton" else path
-    (batch, _), problems = epochs(path, backend, len(VALID), max_bad_fraction=0.0)
-    assert problems.replaced == 0
+    (batch, _), counts = epochs(path, backend, len(VALID), max_bad_fraction=0.0)
+    assert counts.substituted == 0
     source = open_source(path)
     different = {
         source.name(i): np.abs(shown - expected(bytes(source.read(i)), (48, 48))).mean()
@@ -181,7 +182,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from spark_fast.pipelines import build_pipeline
-from spark_fast.pipelines.convert.convert import ConvertSettings, convert
+from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 small, bombs, out, backend = sys.argv[1:]
 
 def read(path):
@@ -191,7 +192,7 @@ def read(path):
     pipeline.close()
     convert(Path(path), Path(out) / Path(path).name, ConvertSettings())
     peak = re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())  # ru_maxrss counts the parent's, too
-    return pipeline.problems.replaced, int(peak[1])
+    return pipeline.bad_images.substituted, int(peak[1])
 
 _, before = read(small)
 replaced, after = read(bombs)
@@ -234,7 +235,7 @@ def test_too_many_bad_images_end_the_epoch_with_their_count_and_names(tmp_path, 
     assert all(int(line.split()[0]) % 8 == 3 for line in lines)
     tolerant = build_pipeline(path, pipeline=backend, batch_size=100, input_size=32, max_bad_fraction=0.13)
     assert sum(len(batch.ids) for epoch in range(10) for batch in tolerant.epoch(epoch)) == 1000
-    assert tolerant.problems.replaced == 130
+    assert tolerant.bad_images.substituted == 130
     tolerant.close()
 
 

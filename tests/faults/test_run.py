@@ -18,7 +18,7 @@ from spark_fast.masking import num_visible, sample_visible
 from spark_fast.pipelines import build_pipeline
 from spark_fast.pipelines.sources.bad_images import JUDGED_AFTER
 from spark_fast.pipelines.sources.detect import open_source
-from tests.cli.test_train import TINY, assert_same_weights, pictures, weights  # noqa: F401
+from tests.cli.test_pretrain import TINY, assert_same_weights, pictures, weights  # noqa: F401
 from tests.commands import run_here
 from tests.faults import trainee
 from tests.pipelines.pictures import jpeg
@@ -169,9 +169,9 @@ def test_storage_that_stumbles_is_asked_again_and_what_is_lost_is_counted(tmp_pa
         assert len(list(pipeline.epoch(epoch))) == 5
     pipeline.close()
     assert met["passing"] >= epochs
-    assert pipeline.problems.read == 250 * epochs
-    assert pipeline.problems.replaced == 2 * epochs, "the vanished ones, each epoch; of the others none"
-    assert pipeline.problems.read > JUDGED_AFTER
+    assert pipeline.bad_images.read == 250 * epochs
+    assert pipeline.bad_images.substituted == 2 * epochs, "the vanished ones, each epoch; of the others none"
+    assert pipeline.bad_images.read > JUDGED_AFTER
 
 
 def test_masks_at_their_edges_and_constant_patches_have_a_finite_loss(one_thread, times):

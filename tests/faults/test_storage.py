@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spark_fast.pipelines import DataError, build_pipeline
-from spark_fast.pipelines.base import ImageError
+from spark_fast.errors import DataError, ImageError
+from spark_fast.pipelines import build_pipeline
 from spark_fast.pipelines.convert.beton_writer import BetonSettings
-from spark_fast.pipelines.convert.convert import ConvertSettings, convert
+from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import StoredImages
-from spark_fast.pipelines.convert.verify_shards import verify
+from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.detect import open_source
 from spark_fast.pipelines.sources.shard_format import BETON
 from tests.pipelines.comparing import batches
@@ -69,14 +69,14 @@ def drill(folder: Path, injections: int, damage: Callable[[Path, np.random.Gener
             assert all(isinstance(got[i], str) and path.name in got[i] for i in bad), [got[i] for i in bad]
             replaced, harmless = replaced + bool(bad), harmless + (not bad)
         try:
-            found += bool(verify(folder))
+            found += bool(verify_shards(folder))
         except DataError:
             found += 1
         path.write_bytes(files[path])
     print(f"{injections} times: {refused} refused, {replaced} with records named, {harmless} that change no image")
     assert found == injections
     assert refused + replaced > injections // 4
-    assert verify(folder) == []
+    assert verify_shards(folder) == []
 
 
 def test_every_flipped_bit_is_found(converted, times):

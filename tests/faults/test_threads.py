@@ -55,5 +55,5 @@ def test_what_would_block_a_thread_for_ever_is_replaced_and_named(image_folder, 
     pipeline = build_pipeline(root, pipeline=backend, batch_size=24, input_size=32, max_bad_fraction=1.0)
     list(pipeline.epoch(0))
     pipeline.close()
-    assert pipeline.problems.replaced == 1
-    assert "no plain file" in pipeline.problems.first_replaced[0]
+    assert pipeline.bad_images.substituted == 1
+    assert "no plain file" in pipeline.bad_images.first_substituted[0]

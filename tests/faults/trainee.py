@@ -17,7 +17,7 @@ import time
 from collections.abc import Generator
 from pathlib import Path
 
-from spark_fast.cli import train
+from spark_fast.cli import pretrain as train
 from spark_fast.pipelines import Batch, Pipeline
 from spark_fast.run import command
 
@@ -28,7 +28,7 @@ class Watched:
     def __init__(self, pipeline: Pipeline, rank: int, ledger: Path, plan: dict[tuple[int, int], str]) -> None:
         self._pipeline, self._rank, self._ledger, self._plan = pipeline, rank, ledger, plan
         self.num_samples, self.listing = pipeline.num_samples, pipeline.listing
-        self.problems = pipeline.problems
+        self.bad_images = pipeline.bad_images
 
     def __len__(self) -> int:
         return len(self._pipeline)

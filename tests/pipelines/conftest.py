@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spark_fast.pipelines.convert.beton_writer import BetonSettings
-from spark_fast.pipelines.convert.convert import ConvertSettings, convert
+from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import StoredImages
 from tests.pipelines.pictures import jpeg
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from spark_fast.pipelines import DataError, build_pipeline
+from spark_fast.errors import DataError
+from spark_fast.pipelines import build_pipeline
 from spark_fast.pipelines.backends.synthetic import IMAGES
 from spark_fast.pipelines.backends.torch_threads import TorchPipeline
 from spark_fast.pipelines.build import choose_pipeline

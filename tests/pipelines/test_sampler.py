@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spark_fast.pipelines.sampler import Schedule, batch_ids, order, uniform
+from spark_fast.pipelines.sampler import Sampler, batch_ids, order, uniform
 
 seeds = st.integers(0, 2**32)
 
@@ -43,7 +43,7 @@ def test_ranks_partition_the_global_batch(data, world_size, share, seed):
 
 @given(st.integers(1, 200), st.integers(1, 20), st.integers(0, 20))
 def test_a_schedule_started_at_a_step_is_the_tail_of_the_epoch(n, batch, start):
-    schedule = Schedule(n, batch, seed=3)
+    schedule = Sampler(n, batch, seed=3)
     whole = [share.ids.tolist() for share in schedule.epoch(1)]
     assert len(whole) == len(schedule) == n // batch
     if start <= len(schedule):
@@ -55,7 +55,7 @@ def test_a_schedule_started_at_a_step_is_the_tail_of_the_epoch(n, batch, start):
 
 @given(st.integers(1, 200), st.integers(1, 5), st.integers(1, 5))
 def test_in_order_every_sample_is_read_once_by_one_rank_the_last_batch_perhaps_smaller(n, share, world_size):
-    schedules = [Schedule(n, share * world_size, 3, rank, world_size, in_order=True) for rank in range(world_size)]
+    schedules = [Sampler(n, share * world_size, 3, rank, world_size, in_order=True) for rank in range(world_size)]
     read = [[s.ids.tolist() for s in schedule.epoch(2)] for schedule in schedules]
     assert sorted(i for rank in read for ids in rank for i in ids) == list(range(n))
     assert len(schedules[0]) == -(-n // (share * world_size))
@@ -69,7 +69,7 @@ def test_in_order_every_sample_is_read_once_by_one_rank_the_last_batch_perhaps_s
 
 @given(st.integers(1, 200), st.integers(1, 20), st.integers(1, 5), st.integers(0, 5))
 def test_with_repeats_an_epoch_is_as_long_and_shows_so_many_views_of_fewer_samples(n, batch, repeats, epoch):
-    schedule = Schedule(n, batch, 3, repeats=repeats)
+    schedule = Sampler(n, batch, 3, repeats=repeats)
     shares = list(schedule.epoch(epoch))
     assert len(shares) == len(schedule) == n // batch
     seen = [pair for ids, views in shares for pair in zip(ids.tolist(), views.tolist(), strict=True)]

@@ -7,7 +7,8 @@ import shutil
 import pytest
 import torch
 
-from spark_fast.pipelines import DataError, build_pipeline
+from spark_fast.errors import DataError
+from spark_fast.pipelines import build_pipeline
 from tests.pipelines.comparing import batches
 
 BACKENDS = [

@@ -12,10 +12,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from spark_fast.errors import SettingsError
 from spark_fast.reporting import loggers as boards
-from spark_fast.reporting.loggers import HarmlessBoard, open_boards, require_wandb
-from spark_fast.reporting.run_logger import Journal
-from spark_fast.run.config import SettingsError
+from spark_fast.reporting.loggers import SafeLogger, open_loggers, require_wandb
+from spark_fast.reporting.run_logger import RunLogger
 from spark_fast.training.settings import Run, Settings
 
 ROW = {"step": 2, "epoch": 1, "loss": 0.75, "lr": 0.1}
@@ -27,7 +27,7 @@ def settings(**run):
 
 
 def opened(folder, step=0, **run):
-    return open_boards(folder, settings(**run), step)
+    return open_loggers(folder, settings(**run), step)
 
 
 def use(found, steps=(2,)):
@@ -77,7 +77,7 @@ def test_tensorboard_has_every_figure_and_the_pictures(tmp_path):
 
 
 def test_a_rank_that_does_not_write_has_no_boards():
-    assert open_boards(None, settings(wandb="p"), 0) == []
+    assert open_loggers(None, settings(wandb="p"), 0) == []
 
 
 def test_wandb_is_not_loaded_unless_it_is_asked_for(tmp_path, monkeypatch):
@@ -155,7 +155,7 @@ def test_leaving_is_no_failure():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        HarmlessBoard("x", leave)
+        SafeLogger("x", leave)
 
 
 def test_what_is_no_number_reaches_tensorboard_and_leaves_the_json_valid(tmp_path, caplog):
@@ -175,7 +175,7 @@ MEANS = {"loss": 1.0, "images_per_second": 8.0, "data_wait": 0.5, "mfu": 0.1, "s
 def test_a_clock_that_jumps_changes_no_figure(tmp_path, monkeypatch):
     now = iter([2e9, 1e9, 3e9, 0.0, 1.0] * 20)
     monkeypatch.setattr(time, "time", lambda: next(now))
-    story = Journal(tmp_path, total_steps=20, steps_per_epoch=5, epochs=4, step=0, boards=opened(tmp_path))
+    story = RunLogger(tmp_path, total_steps=20, steps_per_epoch=5, epochs=4, step=0, boards=opened(tmp_path))
     story.point(5, MEANS, 0.1, 0.04)
     story.epoch(5)
     story.close()
@@ -186,7 +186,7 @@ def test_a_clock_that_jumps_changes_no_figure(tmp_path, monkeypatch):
 
 def test_log_txt_that_cannot_be_written_is_one_warning_too(tmp_path, caplog):
     (tmp_path / "log.txt").mkdir()
-    story = Journal(tmp_path, total_steps=20, steps_per_epoch=5, epochs=4, step=0)
+    story = RunLogger(tmp_path, total_steps=20, steps_per_epoch=5, epochs=4, step=0)
     for step in (5, 10):
         story.point(step, MEANS, 0.1, 0.04)
         story.epoch(step)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from spark_fast.cli.train import open_model
+from spark_fast.cli.pretrain import open_model
 from spark_fast.pipelines.backends.synthetic import SyntheticPipeline
-from spark_fast.pipelines.sampler import Schedule, batch_ids, order
+from spark_fast.pipelines.sampler import Sampler, batch_ids, order
 from spark_fast.reporting.loss_spikes import ENOUGH, WINDOW, Spikes, limit
 from spark_fast.run.distributed import Ranks
 from spark_fast.run.watchdog import Watchdog
@@ -102,7 +102,7 @@ def test_in_a_run_the_samples_are_those_of_the_pipelines_batch(caplog):
     """The steps are real, the losses they report are not."""
     settings = parse(["name", "--pipeline=synthetic", "--model=resnet10t", "--input_size=64", "--mask=0.5", "--bs=2",
                       "--decoder_width=32", "--ep=1", "--wp_ep=0", "--log_every=10"])  # fmt: skip
-    ranks, schedule = Ranks(0, 1, torch.device("cpu"), None), Schedule(num_samples=60, batch_size=2, seed=0)
+    ranks, schedule = Ranks(0, 1, torch.device("cpu"), None), Sampler(num_samples=60, batch_size=2, seed=0)
     run = PretrainRun(
         settings, ranks, SyntheticPipeline(schedule, (64, 64)), open_model(settings, ranks), Watchdog(600)
     )

@@ -7,7 +7,7 @@ import torch
 
 from spark_fast.reporting import mfu as device
 from spark_fast.reporting.flops import Cost
-from spark_fast.reporting.mfu import Gauge, matmul_rate, peak_memory
+from spark_fast.reporting.mfu import MfuMeter, matmul_rate, peak_memory
 
 CPU = torch.device("cpu")
 
@@ -45,7 +45,7 @@ def test_measuring_changes_neither_random_state_nor_precision():
 
 
 def test_mfu_is_the_share_of_the_rate_that_the_task_needs():
-    gauge = Gauge(Cost(whole=9e9, encoder=2e9, decoder=3e9), rate=6e12, device=CPU, world_size=4)
+    gauge = MfuMeter(Cost(whole=9e9, encoder=2e9, decoder=3e9), rate=6e12, device=CPU, world_size=4)
     found = gauge.read(images_per_second=400.0)  # 100 of this rank, 6 * 5e9 FLOP each
     assert found["mfu"] == pytest.approx(0.5)
     assert found["memory_gib"] == peak_memory(CPU) / 2**30

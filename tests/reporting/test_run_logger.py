@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from spark_fast.reporting.loggers import HarmlessBoard
+from spark_fast.reporting.loggers import SafeLogger
 from spark_fast.reporting.metrics_file import MetricsFile
-from spark_fast.reporting.run_logger import Journal, Meter
+from spark_fast.reporting.run_logger import Meter, RunLogger
 
 
 def means(loss=1.0, steps=2, seconds=4.0, wait=0.25, speed=8.0):
@@ -20,8 +20,8 @@ def means(loss=1.0, steps=2, seconds=4.0, wait=0.25, speed=8.0):
 
 
 def journal(folder, step=0):
-    boards = [HarmlessBoard("metrics.jsonl", lambda: MetricsFile(folder / "metrics.jsonl", step))] if folder else []
-    return Journal(folder, total_steps=20, steps_per_epoch=5, epochs=4, step=step, boards=boards)
+    boards = [SafeLogger("metrics.jsonl", lambda: MetricsFile(folder / "metrics.jsonl", step))] if folder else []
+    return RunLogger(folder, total_steps=20, steps_per_epoch=5, epochs=4, step=step, boards=boards)
 
 
 def rows(folder):

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import spark_fast
-from spark_fast.checkpoint.file import CheckpointError
-from spark_fast.run.config import SettingsError
+from spark_fast.errors import CheckpointError, SettingsError
 from spark_fast.run.folder import CHECKPOINT, describe, open_run_folder
 from spark_fast.run.lock import RunLock
 from spark_fast.training.settings import parse

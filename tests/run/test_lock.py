@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from spark_fast.checkpoint.file import CheckpointError
+from spark_fast.errors import CheckpointError
 from spark_fast.run.lock import LOCK, RunLock
 
 HOLDER = """

@@ -20,7 +20,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
 def stepper(device, name="resnet10t", kernels=None, optimizer="lamb", **settings):
     torch.manual_seed(0)
     model = build_spark(name, input_size=64, mask_ratio=0.5, decoder_width=32, check=False)
-    model.encoder.current.kernels = kernels
+    model.encoder.context.kernels = kernels
     model.to(device, memory_format=torch.channels_last).train()
     settings = {"precision": "bf16", "clip": 5.0} | settings
     return TrainStep(model, build_optimizer(optimizer, model, 0.95), SCHEDULE, device=device, **settings)

@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from spark_fast.cli.train import open_model
+from spark_fast.cli.pretrain import open_model
 from spark_fast.pipelines.backends.synthetic import SyntheticPipeline
-from spark_fast.pipelines.sampler import Schedule
+from spark_fast.pipelines.sampler import Sampler
 from spark_fast.run.distributed import Ranks
 from spark_fast.run.watchdog import Watchdog
 from spark_fast.training.dry_run import plan, print_plan
@@ -26,7 +26,7 @@ def run(tmp_path, monkeypatch):
     """A run of 200 epochs of one step."""
     monkeypatch.chdir(tmp_path)
     settings, ranks = parse(FLAGS), Ranks(0, 1, torch.device("cpu"), None)
-    schedule = Schedule(num_samples=8, batch_size=8, seed=0, rank=0, world_size=1)
+    schedule = Sampler(num_samples=8, batch_size=8, seed=0, rank=0, world_size=1)
     run = PretrainRun(
         settings, ranks, SyntheticPipeline(schedule, (64, 64)), open_model(settings, ranks), Watchdog(600)
     )

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spark_fast.training.norms import norms
+from spark_fast.training.lamb import norms
 
 shapes = st.lists(st.lists(st.integers(1, 7), max_size=4), min_size=1, max_size=5)
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from spark_fast.checkpoint.file import FORMAT, RUN_STATE, CheckpointError, write
-from spark_fast.checkpoint.manager import CHECKPOINT, FOLDER
-from spark_fast.run.folder import versions
-from spark_fast.training.resume import HARMLESS, check_same_run, checkpoints_to_resume, read_newest
+from spark_fast.checkpoint.file import FORMAT, RUN_STATE, write
+from spark_fast.checkpoint.manager import CHECKPOINT, FOLDER, read_newest
+from spark_fast.errors import CheckpointError
+from spark_fast.training.resume import HARMLESS, check_same_run, checkpoints_to_resume
 from spark_fast.training.settings import parse
+from spark_fast.versions import versions
 
 
 def settings(*words):

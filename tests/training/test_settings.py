@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from spark_fast.run.config import SettingsError
+from spark_fast.errors import SettingsError
 from spark_fast.training.settings import Settings, parse
 
 NAMED = ["name", "--data_path=images"]

@@ -6,8 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from spark_fast import build_spark
-from spark_fast.checkpoint.file import CheckpointError
-from spark_fast.run.config import SettingsError
+from spark_fast.errors import CheckpointError, SettingsError
 from spark_fast.training.settings import Settings
 from spark_fast.weights.export_formats import Form, _prove, export
 from spark_fast.weights.pretrained import open_pretrained

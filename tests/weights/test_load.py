@@ -6,7 +6,7 @@ import timm
 import torch
 
 from spark_fast import build_spark
-from spark_fast.checkpoint.file import CheckpointError
+from spark_fast.errors import CheckpointError
 from spark_fast.weights.load import load_weights
 from spark_fast.weights.timm_keys import encoder_state_dict, write_encoder
 from tests.checkpoint.test_file import trained

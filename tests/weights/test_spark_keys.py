@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spark_fast import build_spark, load_spark_state_dict
-from spark_fast.weights.spark_keys import load_strictly, strip_prefixes
+from spark_fast.checkpoint.state_dict import load_strictly, strip_prefixes
 
 NETWORKS = ["resnet10t", "convnext_zepto_rms"]
 

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from spark_fast.encoder.conv import kernels as gpu
 from spark_fast.encoder.conv.depthwise_cpu import depthwise_gradients
 from spark_fast.encoder.conv.geometry import Axis
-from spark_fast.encoder.visible import Places, Visible, collect_segments, lay_segments
+from spark_fast.encoder.visible import Places, VisiblePatches, collect_segments, lay_segments
 
 
 def costs(b: int, axes: tuple[Axis, Axis], weight: Tensor, groups: int, keep: float) -> dict[str, float]:
@@ -69,7 +69,7 @@ def convolve(
     bias: Tensor | None,
     axes: tuple[Axis, Axis],
     groups: int,
-    visible: Visible,
+    visible: VisiblePatches,
     way: str,
     kernels: bool = False,
 ) -> Tensor:
@@ -121,7 +121,7 @@ def gather_sum(rows: Tensor, table: Tensor) -> Tensor:
 
 
 def gather_windows(
-    x: Tensor, axes: tuple[Axis, Axis], visible: Visible, fill: float = 0.0, kernels: bool = False
+    x: Tensor, axes: tuple[Axis, Axis], visible: VisiblePatches, fill: float = 0.0, kernels: bool = False
 ) -> Tensor:
     """(V, C, b, b) -> (V, C, n, m), the window of every patch, `fill` where nothing is visible; with a gradient."""
     (y, x_), (c, b), cells = axes, x.shape[1:3], x.permute(0, 2, 3, 1)

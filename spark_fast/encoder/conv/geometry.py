@@ -58,13 +58,13 @@ class Axis(NamedTuple):
         return rounded == -1
 
 
-def axes(layer: nn.Module, absorbed: tuple[int, int, int, int] = (0, 0, 0, 0)) -> tuple[Axis, Axis]:
+def axes(layer: nn.Module, folded_padding: tuple[int, int, int, int] = (0, 0, 0, 0)) -> tuple[Axis, Axis]:
     """The geometry of a convolution or pooling along y and x.
 
-    `absorbed` is padding taken over from elsewhere: (left, right, top, bottom).
+    `folded_padding` is padding taken over from elsewhere: (left, right, top, bottom).
     """
     kernel, stride, dilation = (_pair(getattr(layer, n, 1)) for n in ("kernel_size", "stride", "dilation"))
-    left, right, top, bottom = absorbed
+    left, right, top, bottom = folded_padding
     both = []
     for i, (before, after) in enumerate(((top, bottom), (left, right))):
         lo, end = _padding(layer, i, kernel[i], stride[i], dilation[i])

@@ -12,27 +12,27 @@ import timm.layers as tl
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spark_fast.encoder.context import Current
+from spark_fast.encoder.context import EncoderContext
 from spark_fast.encoder.conv.convolve import convolve, gather_windows, plan
 from spark_fast.encoder.conv.geometry import Axis, axes
 from spark_fast.encoder.conv.kernels import use_kernels
 
 
 class Halo:
-    """Mixin: a layer of packed patches. See `spark_fast.encoder.convert` for how a layer becomes one.
+    """Mixin: a layer of packed patches. See `spark_fast.encoder.convert_network` for how a layer becomes one.
 
     Attributes:
         where: the layer's path in its network.
         cells: the b of the patches it was last traced with, None before; for the printed plan.
-        absorbed: (left, right, top, bottom) padding taken over from a padding layer before it.
+        folded_padding: (left, right, top, bottom) padding taken over from a padding layer before it.
         fill: what that padding holds.
     """
 
-    current: Current
+    context: EncoderContext
     where = ""
     cells: int | None = None
     keep = 1.0
-    absorbed = (0, 0, 0, 0)
+    folded_padding = (0, 0, 0, 0)
     fill = 0.0
 
     def axes(self, b: int) -> tuple[Axis, Axis]:
@@ -41,7 +41,7 @@ class Halo:
         Raises:
             ValueError: the patch is not a whole number of strides.
         """
-        both = axes(self, self.absorbed)  # type: ignore[arg-type]
+        both = axes(self, self.folded_padding)  # type: ignore[arg-type]
         if b % both[0].stride:
             raise ValueError(
                 f"{self.where} has stride {both[0].stride}, which does not divide the {b} cells of a patch"
@@ -67,15 +67,15 @@ class HaloConv(Halo):
 
     def way(self, b: int, keep: float) -> str:
         """rows, direct, window, columns or canvas: see `spark_fast.encoder.conv.convolve`."""
-        return plan(b, self.axes(b), self.weight, self.groups, keep, use_kernels(self.current.kernels, self.weight))
+        return plan(b, self.axes(b), self.weight, self.groups, keep, use_kernels(self.context.kernels, self.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """(V, C, b, b) -> (V, O, b/stride, b/stride); a dense map when no patches are current."""
-        seen = self.current.visible
+        seen = self.context.visible
         if seen is None:
             return super().forward(x)  # type: ignore[misc]
         b = x.shape[2]
-        kernels = use_kernels(self.current.kernels, self.weight)
+        kernels = use_kernels(self.context.kernels, self.weight)
         way = plan(b, self.axes(b), self.weight, self.groups, seen.keep, kernels)
         return convolve(x, self.kernel(), self.bias, self.axes(b), self.groups, seen, way, kernels)
 
@@ -98,7 +98,7 @@ class HaloPool(Halo):
     def way(self, b: int, keep: float) -> str:
         """patch (nothing to exchange), window or canvas."""
         y, x = self.axes(b)
-        if max(y.lo, y.hi, x.lo, x.hi) > b or any(self.absorbed):
+        if max(y.lo, y.hi, x.lo, x.hi) > b or any(self.folded_padding):
             return "canvas"
         # an average that leaves padding out divides by another number along the image's border
         uneven = any(a.hi > a.end or (a.lo and not getattr(self, "count_include_pad", True)) for a in (y, x))
@@ -108,7 +108,7 @@ class HaloPool(Halo):
 
     def forward(self, x: Tensor) -> Tensor:
         """(V, C, b, b) -> (V, C, b/stride, b/stride); a dense map when no patches are current."""
-        seen = self.current.visible
+        seen = self.context.visible
         if seen is None:
             return super().forward(x)  # type: ignore[misc]
         b, c = x.shape[2], x.shape[1]
@@ -117,33 +117,33 @@ class HaloPool(Halo):
         way, (y_axis, x_axis) = self.way(b, seen.keep), self.axes(b)
         if way == "canvas":
             dense = seen.unpack(x, x.new_full((c,), hole))
-            return seen.pack(super().forward(F.pad(dense, self.absorbed, value=self.fill)))  # type: ignore[misc]
+            return seen.pack(super().forward(F.pad(dense, self.folded_padding, value=self.fill)))  # type: ignore[misc]
         if way == "window":
-            x = gather_windows(x, (y_axis, x_axis), seen, hole, use_kernels(self.current.kernels, x))
+            x = gather_windows(x, (y_axis, x_axis), seen, hole, use_kernels(self.context.kernels, x))
         pool: Any = self
         if largest:
             return F.max_pool2d(x, pool.kernel_size, pool.stride, 0, pool.dilation)
         return F.avg_pool2d(x, pool.kernel_size, pool.stride, divisor_override=pool.divisor_override)
 
 
-class Canvas:
+class DenseFallback:
     """Mixin: a layer that looks across patches in a way of its own runs on the dense map, zero in the holes."""
 
-    current: Current
+    context: EncoderContext
 
     def forward(self, x: Tensor) -> Tensor:
         """(V, C, b, b) -> (V, C', b', b'); a dense map when no patches are current."""
-        seen = self.current.visible
+        seen = self.context.visible
         if seen is None:
             return super().forward(x)  # type: ignore[misc]
         return seen.pack(super().forward(seen.unpack(x)))  # type: ignore[misc]
 
 
-class Absorbed:
+class FoldedPadding:
     """Mixin: a padding layer whose padding the layer after it has taken over."""
 
-    current: Current
+    context: EncoderContext
 
     def forward(self, x: Tensor) -> Tensor:
-        """Nothing while patches are current: a patch has no border to pad."""
-        return super().forward(x) if self.current.visible is None else x  # type: ignore[misc]
+        """Nothing while patches are context: a patch has no border to pad."""
+        return super().forward(x) if self.context.visible is None else x  # type: ignore[misc]

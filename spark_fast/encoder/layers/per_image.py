@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from spark_fast.encoder.context import Current
+from spark_fast.encoder.context import EncoderContext
 
 
-class Mixer:
+class GlobalReduction:
     """Mixin: a layer that reduces over the height and width of each image and returns the same shape."""
 
-    current: Current
+    context: EncoderContext
 
     def forward(self, x: Tensor) -> Tensor:
         """(V, C, b, b), or (V, b, b, C) for a channels_last layer; the same shape comes back."""
-        seen = self.current.visible
+        seen = self.context.visible
         if seen is None:
             return super().forward(x)  # type: ignore[misc]
         if getattr(self, "channel_dim", 1) == -1:
@@ -30,21 +30,21 @@ class Mixer:
 class ImagePool:
     """Mixin: a pooling of the whole image to one cell, packed or masked."""
 
-    current: Current
+    context: EncoderContext
 
     def forward(self, x: Tensor) -> Tensor:
         """(V, C, b, b) -> (V, C, 1, 1), the same for every patch of an image; (B, C, 1, 1) for maps."""
-        return self.current.per_image(x, super().forward)  # type: ignore[misc]
+        return self.context.per_image(x, super().forward)  # type: ignore[misc]
 
 
 class PerImage:
     """Mixin: a layer that draws one random number per sample (stochastic depth)."""
 
-    current: Current
+    context: EncoderContext
 
     def forward(self, x: Tensor) -> Tensor:
         """(V, ...), patches of one image treated alike."""
-        seen = self.current.visible
+        seen = self.context.visible
         if seen is None:
             return super().forward(x)  # type: ignore[misc]
         return super().forward(x.unflatten(0, (seen.batch, seen.per_image))).flatten(0, 1)  # type: ignore[misc]

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spark_fast.encoder.context import Current
+from spark_fast.encoder.context import EncoderContext
 
 
 class Block:
-    """Mixin: what `spark_fast.encoder.convert` needs to know of a block."""
+    """Mixin: what `spark_fast.encoder.convert_network` needs to know of a block."""
 
-    current: Current
+    context: EncoderContext
     inside: tuple[str, ...] = ()  # children that see one value per image: left as they are
     padded: ClassVar[
         dict[str, tuple[int, int, int, int]]
@@ -35,7 +35,7 @@ class SplitAttention(Block):
         """(N, C, h, w) -> (N, C', h/stride, w/stride)."""
         x = self.act0(self.drop(self.bn0(self.conv(x))))
         splits = x.unflatten(1, (self.radix, -1))
-        weights = self.current.per_image(splits.sum(1), self._weights)  # (N, radix*C', 1, 1)
+        weights = self.context.per_image(splits.sum(1), self._weights)  # (N, radix*C', 1, 1)
         return (splits * weights.unflatten(1, (self.radix, -1))).sum(1).contiguous()
 
     def _weights(self: Any, images: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class KernelSelection(Block):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """(N, paths, C, h, w) -> (N, paths, C, 1, 1)."""
-        weights = self.current.per_image(x.sum(1), self._weights)
+        weights = self.context.per_image(x.sum(1), self._weights)
         return weights.unflatten(1, (self.num_paths, -1)).softmax(1)
 
     def _weights(self: Any, images: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class FocalModulation(Block):
         for level, layer in enumerate(self.focal_layers):
             context = layer(context)
             modulator = modulator + context * gates[:, level : level + 1]
-        modulator = modulator + self.act(self.current.image_mean(context)) * gates[:, self.focal_level :]
+        modulator = modulator + self.act(self.context.image_mean(context)) * gates[:, self.focal_level :]
         if self.normalize_modulator:
             modulator = modulator / (self.focal_level + 1)
         return self.proj_drop(self.proj(self.norm(query * self.h(modulator))))
@@ -80,7 +80,7 @@ class ConditionalResidual(Block):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """(N, C, h, w) -> (N, C', h/stride, w/stride)."""
-        routing = self.current.per_image(x, self._routing)  # (N, experts, 1, 1)
+        routing = self.context.per_image(x, self._routing)  # (N, experts, 1, 1)
         out = self.bn1(self.conv_pw(x, routing))
         out = self.se(self.bn2(self.conv_dw(out, routing)))
         out = self.bn3(self.conv_pwl(out, routing))
@@ -95,10 +95,10 @@ class ConditionalConv(Block):
 
     def forward(self: Any, x: Tensor, routing: Tensor) -> Tensor:
         """x as packed or masked, routing (N, experts, 1, 1)."""
-        seen = self.current.visible
+        seen = self.context.visible
         if seen is None:
             return super().forward(x, routing.flatten(1))  # type: ignore[misc]
-        if self.current.dense:
+        if self.context.dense:
             return super().forward(x.masked_fill(~seen.cells(x.shape[2]), 0.0), routing.flatten(1))  # type: ignore[misc]
         per_image = routing[:: seen.per_image].flatten(1)
         return seen.pack(super().forward(seen.unpack(x), per_image))  # type: ignore[misc]
@@ -111,7 +111,7 @@ class PaddedStem(Block):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """(N, 3, h, w) -> (N, C, h/4, w/4)."""
-        dense = self.current.visible is None
+        dense = self.context.visible is None
         pad = (lambda t: F.pad(t, (0, 1, 0, 1))) if dense else (lambda t: t)
         x = pad(self.stem1(x))
         x = torch.cat([self.pool(x), self.stem2b(pad(self.stem2a(x)))], 1)

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from spark_fast.encoder import Visible
-from spark_fast.encoder.context import Current
+from spark_fast.encoder import VisiblePatches
+from spark_fast.encoder.context import EncoderContext
 from spark_fast.encoder.conv.convolve import convolve, gather_windows
 from spark_fast.encoder.conv.geometry import Axis, axes
 from spark_fast.encoder.conv.kernels import tile
-from spark_fast.encoder.convert import PACKED, convert
+from spark_fast.encoder.convert_network import PACKED, convert_layers
 from spark_fast.masking import sample_visible
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -30,7 +30,7 @@ def visible(grid=(3, 4), batch=2, keep=5):
     """Each image another mask, most patches without some of their neighbours."""
     index = sample_visible(0, 0, torch.arange(batch), grid, keep)
     assert batch == 1 or len(index.unique(dim=0)) > 1
-    return Visible(index.to(DEVICE), grid)
+    return VisiblePatches(index.to(DEVICE), grid)
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
@@ -129,8 +129,8 @@ def network():
         nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 8, 3, padding=1, groups=2), nn.ReLU(inplace=True),
         nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1),
     )  # fmt: skip
-    current = Current(dense=False)
-    return convert(layers, PACKED, current)[0].to(DEVICE), current
+    current = EncoderContext(dense=False)
+    return convert_layers(layers, PACKED, current)[0].to(DEVICE), current
 
 
 def run(layers, current, seen, kernels, call=None):
@@ -207,7 +207,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_no_patch_no_work():
-    seen = Visible(torch.zeros(0, 5, dtype=torch.int64, device=DEVICE), (3, 4))
+    seen = VisiblePatches(torch.zeros(0, 5, dtype=torch.int64, device=DEVICE), (3, 4))
     out = gradients(depthwise_layer(4, 3, 1, 1), seen, 2, "direct", torch.float32)
     assert [len(out[0]), len(out[1])] == [0, 0]
     assert not out[2].any()
@@ -240,7 +240,7 @@ def test_a_cuda_graph_takes_them():
 def test_offsets_beyond_two_to_the_31():
     """More elements than int32 counts: the last patch of a large batch is computed as if it were alone."""
     b, c = 8, 1024
-    seen = Visible(torch.arange(4, device=DEVICE).repeat(8200, 1), (2, 2))
+    seen = VisiblePatches(torch.arange(4, device=DEVICE).repeat(8200, 1), (2, 2))
     size = seen.count * b * b * c
     assert size > 2**31
     if torch.cuda.mem_get_info()[0] < 10 * size:
@@ -248,7 +248,7 @@ def test_offsets_beyond_two_to_the_31():
     last = normal(4, c, b, b, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     x = last.new_zeros(seen.count, b, b, c).permute(0, 3, 1, 2)
     x[-4:] = last
-    layer, alone = depthwise_layer(c, 7, 1, 1).bfloat16(), Visible(torch.arange(4, device=DEVICE)[None], (2, 2))
+    layer, alone = depthwise_layer(c, 7, 1, 1).bfloat16(), VisiblePatches(torch.arange(4, device=DEVICE)[None], (2, 2))
     results = [
         convolve(cells, layer.weight, layer.bias, axes(layer), c, around, "direct")[-4:]
         for cells, around in ((x, seen), (last, alone))

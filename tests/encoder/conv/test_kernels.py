@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from spark_fast.encoder import Visible
+from spark_fast.encoder import VisiblePatches
 from spark_fast.encoder.conv import kernels as gpu
 
 triton = pytest.importorskip("triton", reason="triton has no build for this platform")
@@ -121,7 +121,7 @@ def test_a_fallback_that_is_logged_does_not_break_a_compiled_graph(caplog):
 
 
 def test_neighbours_further_than_the_next():
-    seen = Visible(torch.tensor([[0, 4, 5]]), (2, 3))  # x..    numbers 0..
+    seen = VisiblePatches(torch.tensor([[0, 4, 5]]), (2, 3))  # x..    numbers 0..
     around = seen.neighbourhood(2)  # .xx            .12
     assert around.dtype == torch.int32
     assert around[0].tolist() == [[3] * 5, [3] * 5, [3, 3, 0, 3, 3], [3, 3, 3, 1, 2], [3] * 5]

@@ -8,11 +8,11 @@ from timm.layers import AvgPool2dSame, BlurPool2d, Conv2dSame, ScaledStdConv2d, 
 from timm.layers.pool2d_same import MaxPool2dSame
 from torch import nn
 
-from spark_fast.encoder import Visible
-from spark_fast.encoder.context import Current
+from spark_fast.encoder import VisiblePatches
+from spark_fast.encoder.context import EncoderContext
 from spark_fast.encoder.conv.convolve import convolve, plan
 from spark_fast.encoder.conv.geometry import axes
-from spark_fast.encoder.convert import PACKED, convert
+from spark_fast.encoder.convert_network import PACKED, convert_layers
 from spark_fast.masking import sample_visible
 
 GRID = (3, 4)
@@ -20,12 +20,12 @@ WAYS = ("window", "columns", "canvas")
 
 
 def visible(batch=2, keep=5):
-    return Visible(sample_visible(0, 0, torch.arange(batch), GRID, keep), GRID)
+    return VisiblePatches(sample_visible(0, 0, torch.arange(batch), GRID, keep), GRID)
 
 
 def converted(layer):
-    current = Current(dense=False)
-    return convert(layer, PACKED, current)[0], current
+    current = EncoderContext(dense=False)
+    return convert_layers(layer, PACKED, current)[0], current
 
 
 def both(layer, seen, b, channels, fill=0.0):
@@ -159,9 +159,9 @@ def test_max_pooling_is_the_maximum_over_visible_cells(pool, b):
 def test_a_zero_padded_maximum_sees_the_padding_and_not_the_holes():
     """BiT pads with zeros before its max pooling: at the image's border a zero is real, beside a hole it is not."""
     layer, current = converted(nn.Sequential(nn.ConstantPad2d(1, 0.0), nn.MaxPool2d(3, 2)))
-    current.visible = Visible(torch.tensor([[4]]), (3, 3))
+    current.visible = VisiblePatches(torch.tensor([[4]]), (3, 3))
     assert (layer(torch.full((1, 1, 4, 4), -5.0)) == -5).all()
-    current.visible = Visible(torch.tensor([[0]]), (3, 3))
+    current.visible = VisiblePatches(torch.tensor([[0]]), (3, 3))
     assert layer(torch.full((1, 1, 4, 4), -5.0))[0, 0].tolist() == [[0, 0], [0, -5]]
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from spark_fast.pipelines import Batch, DataError, build_pipeline
+from spark_fast.errors import DataError
+from spark_fast.pipelines import Batch, build_pipeline
 from spark_fast.pipelines.backends.batch_decoder import Encoded
 from spark_fast.pipelines.backends.dali import DaliDecoder, as_ppm
 from spark_fast.pipelines.sources.detect import open_source
@@ -172,7 +173,7 @@ def test_leaving_epochs_early_disturbs_none_of_the_following(image_folder):
     start = time.monotonic()
     assert same(list(pipeline.epoch(0)), batches(root, batch_size=4))
     assert time.monotonic() - start < 10
-    assert pipeline.problems.read == 10 * 4 + 24  # counted when delivered
+    assert pipeline.bad_images.read == 10 * 4 + 24  # counted when delivered
     pipeline.close()
 
 

@@ -65,7 +65,7 @@ def test_what_dali_refuses_though_it_is_sound_is_found_named_and_decoded_without
     pipeline.close()
     (record,) = caplog.records  # once, and no other image of its batch
     assert "image 11 (n0001/0011.JPEG) is sound, but DALI refuses it (nvImageCodec failure" in record.getMessage()
-    assert pipeline.problems.replaced == 0
+    assert pipeline.bad_images.substituted == 0
     assert alike(got, [batch for epoch in range(3) for batch in batches(root, epoch, pipeline="torch")])
 
 
@@ -77,9 +77,9 @@ def test_a_file_that_changes_under_our_hands_is_judged_again(image_folder):
     changed = root / "train" / "n0000" / "0003.JPEG"
     changed.write_bytes(changed.read_bytes()[:-40])  # DALI would show grey, and say nothing
     list(pipeline.epoch(1))
-    assert pipeline.problems.replaced == 1
-    assert "3 n0000/0003.JPEG: damaged JPEG" in pipeline.problems.first_replaced[0]
+    assert pipeline.bad_images.substituted == 1
+    assert "3 n0000/0003.JPEG: damaged JPEG" in pipeline.bad_images.first_substituted[0]
     changed.write_bytes(encoded(Image.fromarray(picture(3)), "JPEG"))
     list(pipeline.epoch(2))
-    assert pipeline.problems.replaced == 1
+    assert pipeline.bad_images.substituted == 1
     pipeline.close()

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from spark_fast.pipelines import Batch, DataError, build_pipeline
-from spark_fast.pipelines.base import SettingsError
+from spark_fast.errors import DataError, SettingsError
+from spark_fast.pipelines import Batch, build_pipeline
 from spark_fast.pipelines.sources.beton import CHECKS, checks_path, sealed_checks
 from spark_fast.pipelines.sources.detect import open_source
 from spark_fast.pipelines.sources.shard_format import BETON
@@ -163,7 +163,7 @@ def test_leaving_epochs_early_disturbs_none_of_the_following(beton_folder):
         next(iterator)
         iterator.close()
     assert same(list(pipeline.epoch(0)), batches(folder, batch_size=4))
-    assert pipeline.problems.read == 10 * 4 + 24  # counted when delivered
+    assert pipeline.bad_images.read == 10 * 4 + 24  # counted when delivered
     pipeline.close()
 
 

@@ -35,11 +35,11 @@ def test_odd_and_damaged_images_are_met_as_on_the_host(tmp_path, caplog):
     for where in ("host", "device"):
         settings = {"batch_size": 10, "input_size": 64, "max_bad_fraction": 0.5}
         pipeline = build_pipeline(tmp_path, decode_on=where, **settings)
-        made[where] = [batch for epoch in range(2) for batch in pipeline.epoch(epoch)], pipeline.problems
+        made[where] = [batch for epoch in range(2) for batch in pipeline.epoch(epoch)], pipeline.bad_images
         pipeline.close()
     ours, theirs = made["device"], made["host"]
     assert ours[1] == theirs[1]
-    assert ours[1].replaced == 4
+    assert ours[1].substituted == 4
     for a, b in zip(ours[0], theirs[0], strict=True):
         torch.testing.assert_close(a.images, b.images, atol=0.2, rtol=0)
         assert (a.images - b.images).abs().mean() < 0.01

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from spark_fast.pipelines.base import DataError, SettingsError, StorageError
-from spark_fast.pipelines.convert.convert import ConvertSettings, convert, convert_part
+from spark_fast.errors import DataError, SettingsError, StorageError
+from spark_fast.pipelines.convert.conversion import ConvertSettings, convert, convert_part
 from spark_fast.pipelines.convert.merge import merge
 from spark_fast.pipelines.convert.parts import Part
 from spark_fast.pipelines.convert.reencode import StoredImages
-from spark_fast.pipelines.convert.verify_shards import verify
+from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.detect import open_source
 from spark_fast.pipelines.sources.shard_format import MANIFEST
 from tests.pipelines.tars import tar_of, tar_of_tars
@@ -74,7 +74,7 @@ def test_parts_merge_to_the_bytes_of_one_machine(request, whole, tmp_path, kind,
     written = merge(tmp_path / "out")
     assert [(folder.name, manifest.count) for folder, manifest in written] == [("train", 23), ("val", 6)]
     assert contents(tmp_path / "out") == whole
-    assert all(verify(folder) == [] for folder, _ in written)
+    assert all(verify_shards(folder) == [] for folder, _ in written)
     assert merge(tmp_path / "out") == written  # and again
     assert len(convert_part(src, tmp_path / "out", SETTINGS, Part(1, of))) == 2  # nothing to do
     assert contents(tmp_path / "out") == whole
@@ -230,4 +230,4 @@ def test_parts_share_a_folder_but_each_runs_once_and_merge_waits(images, tmp_pat
     convert_part(images / "val", out, SETTINGS, Part(1, 2), on_progress=meanwhile)
     merge(out)
     assert met
-    assert verify(out) == []
+    assert verify_shards(out) == []

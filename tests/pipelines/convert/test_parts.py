@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spark_fast.pipelines.base import SettingsError
+from spark_fast.errors import SettingsError
 from spark_fast.pipelines.convert.parts import Part
 
 

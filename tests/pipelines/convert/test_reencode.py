@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from spark_fast.pipelines.base import ImageError
+from spark_fast.errors import ImageError
 from spark_fast.pipelines.convert.reencode import StoredImages
 from spark_fast.pipelines.transforms.decode import decode
 from tests.pipelines.pictures import encoded, picture

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from spark_fast.pipelines import DataError, build_pipeline
+from spark_fast.errors import DataError
+from spark_fast.pipelines import build_pipeline
 from spark_fast.pipelines.sources.detect import open_source
 from spark_fast.pipelines.sources.load_sample import SUBSTITUTES, load_sample, read_patiently
 from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation
@@ -54,12 +55,12 @@ def test_readable_ones_are_counted_and_unreadable_ones_replaced_and_named(zoo, c
         (second,) = pipeline.epoch(1)
     names = sorted([*READABLE, *UNREADABLE])
     assert sorted(first.ids.tolist()) == list(range(13))  # the ids asked for, replaced or not
-    assert pipeline.problems.read == 26
+    assert pipeline.bad_images.read == 26
     stand_in = "cmyk.JPEG"  # the readable one after the bad ones; it counts as converted each time
     converted = sum(c for _, c in READABLE.values()) + len(UNREADABLE) * READABLE[stand_in][1]
-    assert pipeline.problems.converted == 2 * converted
-    assert pipeline.problems.replaced == 2 * len(UNREADABLE)
-    assert len(pipeline.problems.first_replaced) == len(UNREADABLE)  # each once
+    assert pipeline.bad_images.converted == 2 * converted
+    assert pipeline.bad_images.substituted == 2 * len(UNREADABLE)
+    assert len(pipeline.bad_images.first_substituted) == len(UNREADABLE)  # each once
     for name in UNREADABLE:
         assert sum(f"({name}) is unreadable" in record.getMessage() for record in caplog.records) == 1
     image = {names[i]: pixels for i, pixels in zip(first.ids.tolist(), first.images, strict=True)}
@@ -76,8 +77,10 @@ def test_when_nothing_near_is_readable_the_storage_is_questioned(tmp_path):
     draws = [0.5] * DRAWS
     with pytest.raises(DataError, match=r"image 0 \(00.jpg\) cannot be read \(not a .*neither can the 16"):
         load_sample(source, 0, draws, Augmentation((32, 32)), partial(cut, out=out))
-    assert load_sample(source, 1, draws, Augmentation((32, 32)), partial(cut, out=out)).replaced
-    assert load_sample(source, len(source) - 1, draws, Augmentation((32, 32)), partial(cut, out=out)).replaced is None
+    assert load_sample(source, 1, draws, Augmentation((32, 32)), partial(cut, out=out)).substituted
+    assert (
+        load_sample(source, len(source) - 1, draws, Augmentation((32, 32)), partial(cut, out=out)).substituted is None
+    )
     pipeline = build_pipeline(tmp_path, batch_size=20, input_size=32)
     with pytest.raises(DataError, match="is the storage still there"):
         list(pipeline.epoch(0))
@@ -91,7 +94,7 @@ def test_a_stumbling_storage_is_asked_again_and_then_the_image_is_replaced(image
     vanished.unlink()
     out = torch.empty(32, 32, 3, dtype=torch.uint8)
     loaded = load_sample(source, 4, [0.5] * DRAWS, Augmentation((32, 32)), partial(cut, out=out))
-    assert "No such file" in (loaded.replaced or "")
+    assert "No such file" in (loaded.substituted or "")
 
     class Stumbling:
         tries = 0

@@ -7,18 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from spark_fast.pipelines import DataError
-from spark_fast.pipelines.base import SettingsError
+from spark_fast.errors import DataError, SettingsError
 from spark_fast.pipelines.convert.beton_writer import BetonSettings
-from spark_fast.pipelines.convert.convert import ConvertSettings, convert
+from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import StoredImages
-from spark_fast.pipelines.convert.verify_shards import verify
+from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.beton import BetonSource, checks_path, find_beton
 from spark_fast.pipelines.sources.detect import open_source
 from spark_fast.pipelines.sources.shard_format import BETON, read_manifest
 from spark_fast.pipelines.transforms.decode import decode
 from tests.pipelines.comparing import batches, same
-from tests.pipelines.convert.test_convert import contents
+from tests.pipelines.convert.test_conversion import contents
 from tests.pipelines.pictures import jpeg
 
 KEEP_SIZE = ConvertSettings(StoredImages(short_side=0), images_per_shard=10)
@@ -57,7 +56,7 @@ def test_records_are_the_shards_bytes_or_their_pixels(beton_folder):
         assert (decode(beton.read(i))[0] == decode(shards.read(i))[0]).all()
         if not raw[i]:
             assert beton.read(i) == shards.read(i)  # copied, not encoded again
-    assert verify(folder) == []
+    assert verify_shards(folder) == []
     beton.close()
 
 
@@ -91,7 +90,7 @@ def test_alone_it_leaves_no_shards_and_is_read_by_the_default_pipeline_too(image
     root = image_folder()
     folder = beton_folder(root, raw=0, alone=True)
     assert names(folder) == [BETON, BETON + ".npy", "manifest.json"]
-    assert verify(folder) == []
+    assert verify_shards(folder) == []
     assert same(batches(folder), batches(root))
     assert same(batches(folder / BETON), batches(root))
 
@@ -151,7 +150,7 @@ def test_a_record_larger_than_ffcvs_page_gets_larger_pages(image_folder, beton_f
     root = image_folder(6)
     (root / "train" / "n0000" / "0000.JPEG").write_bytes(jpeg(0, 1500, 2000))  # 9 MB raw, more than 8 MiB
     folder = beton_folder(root, raw=1)
-    assert verify(folder) == []
+    assert verify_shards(folder) == []
     assert len(batches(folder, pipeline="ffcv")) == 1
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from torchvision.datasets import ImageFolder
 
-from spark_fast.pipelines.base import DataError, ImageError
+from spark_fast.errors import DataError, ImageError
 from spark_fast.pipelines.sources.detect import TARS, open_source
 from spark_fast.pipelines.sources.folder import MAX_FILE_BYTES
 from tests.pipelines.pictures import jpeg

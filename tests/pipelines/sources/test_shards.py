@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spark_fast.errors import DataError, ImageError
 from spark_fast.pipelines import build_pipeline
-from spark_fast.pipelines.base import DataError, ImageError
-from spark_fast.pipelines.sampler import Schedule
+from spark_fast.pipelines.sampler import Sampler
 from spark_fast.pipelines.sources.shard_format import (
     INDEX,
     INDEX_FILE,
@@ -25,7 +25,6 @@ from spark_fast.pipelines.sources.shard_format import (
     read_manifest,
     record_key,
     sealed,
-    whole_file,
     write_index,
     write_manifest,
     write_shard,
@@ -126,21 +125,6 @@ def test_keys_suit_tar_and_webdataset(name):
     assert "." not in key
     assert "/" not in key
     assert len(key + ".jpg") <= 100
-
-
-def test_a_file_is_whole_or_not_there(tmp_path):
-    def write_half() -> None:
-        with whole_file(tmp_path / "x") as file:
-            file.write(b"half")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        write_half()
-    assert list(tmp_path.iterdir()) == []
-    with whole_file(tmp_path / "x") as file:
-        file.write(b"whole")
-        assert [path.name for path in tmp_path.iterdir()] == ["x.partial"]
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_a_shard_of_another_size_is_refused(tmp_path):
@@ -244,7 +228,7 @@ def test_five_million_images_need_at_most_64_bytes_each(tmp_path):
     write_manifest(tmp_path, Manifest(count, True, [], {}, index, [replace(shard, count=count)]))
     tracemalloc.start()
     source = ShardSource(tmp_path)
-    steps = Schedule(count, 4096).epoch(0)
+    steps = Sampler(count, 4096).epoch(0)
     ids = next(steps).ids
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spark_fast.pipelines.base import DataError, ImageError
+from spark_fast.errors import DataError, ImageError
 from spark_fast.pipelines.sources.folder import MAX_FILE_BYTES, folder_source
 from spark_fast.pipelines.sources.tar import TarSource, tar_source
 from tests.pipelines.tars import tar_of, tar_of_tars

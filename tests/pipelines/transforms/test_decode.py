@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spark_fast.pipelines.base import ImageError
+from spark_fast.errors import ImageError
 from spark_fast.pipelines.transforms.decode import decode
 from tests.pipelines.pictures import encoded, jpeg, picture
 

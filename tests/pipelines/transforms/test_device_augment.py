@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from spark_fast.pipelines import DataError, build_pipeline
+from spark_fast.errors import DataError
+from spark_fast.pipelines import build_pipeline
 from spark_fast.pipelines.transforms.crops import Box
 from spark_fast.pipelines.transforms.device_augment import DeviceAugment, bicubic_weights
 from tests.pipelines.comparing import alike, batches, pixels, same

@@ -25,8 +25,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 if INSTALLED:
-    from spark_fast.encoder.conv.kernels.depthwise import depthwise_convolution
-    from spark_fast.encoder.conv.kernels.halo import gather_windows, sum_windows
+    from spark_fast.encoder.conv.kernels.depthwise_triton import depthwise_convolution
+    from spark_fast.encoder.conv.kernels.halo_triton import gather_windows, sum_windows
 
 __all__ = ["depthwise_convolution", "gather_windows", "sum_windows", "use_kernels"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from spark_fast.pipelines.backends.buffers import Buffers
 from spark_fast.pipelines.base import Batch
-from spark_fast.pipelines.sampler import Schedule, Share
-from spark_fast.pipelines.sources.bad_images import Tally
+from spark_fast.pipelines.sampler import Sampler, Share
+from spark_fast.pipelines.sources.bad_images import BadImages
 from spark_fast.pipelines.sources.folder import Source, num_classes
 from spark_fast.pipelines.transforms.crops import Augmentation
 from spark_fast.pipelines.transforms.resize import Normalise
@@ -24,7 +24,7 @@ class Backend(ABC):
     def __init__(
         self,
         source: Source,
-        schedule: Schedule,
+        schedule: Sampler,
         augmentation: Augmentation,
         *,
         device: torch.device | str = "cpu",
@@ -36,8 +36,8 @@ class Backend(ABC):
         self.num_samples, self.listing = len(source), source.fingerprint()
         self.classes = source.classes
         self.num_classes = num_classes(source)
-        self._tally = Tally(source, max_bad_fraction)
-        self.problems = self._tally.problems
+        self._tally = BadImages(source, max_bad_fraction)
+        self.bad_images = self._tally.bad_images
         self.device = _numbered(torch.device(device))
         self._source = source
         self._dtype = dtype

@@ -16,14 +16,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spark_fast.pipelines.base import DataError, SettingsError
+from spark_fast.errors import DataError, SettingsError
+from spark_fast.files import PARTIAL, file_sha256
 from spark_fast.pipelines.convert.beton_writer import BetonSettings, mark, with_beton
 from spark_fast.pipelines.convert.output_dir import locked, storage
 from spark_fast.pipelines.convert.parts import Part, PartManifest, write_part
 from spark_fast.pipelines.convert.process_pool import run_jobs
 from spark_fast.pipelines.convert.reencode import StoredImages
 from spark_fast.pipelines.convert.shard_job import ShardJob, write_job
-from spark_fast.pipelines.convert.verify_shards import file_sha256
 from spark_fast.pipelines.sampler import order
 from spark_fast.pipelines.sources.detect import SPLITS, TARS
 from spark_fast.pipelines.sources.folder import FileSource, folder_source, list_source
@@ -32,7 +32,6 @@ from spark_fast.pipelines.sources.shard_format import (
     FORMAT,
     INDEX_FILE,
     MANIFEST,
-    PARTIAL,
     Manifest,
     Record,
     ShardFile,

@@ -85,7 +85,7 @@ def gather_windows(
 
     Args:
         cells: (V, b, b, C), fp32, bf16 or fp16.
-        neighbours: (V, 3, 3) int32, the patch in each direction, V where there is none (`Visible.neighbourhood`).
+        neighbours: (V, 3, 3) int32, the patch in each direction, V where there is none (`VisiblePatches.neighbourhood`)
         lo: window cells before the patch along y and x, at most b.
         size: of the window along y and x; at most b cells after the patch.
         fill: what stands where no patch is.

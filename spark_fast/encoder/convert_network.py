@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from spark_fast.encoder.context import Current
+from spark_fast.encoder.context import EncoderContext
 from spark_fast.encoder.conv.geometry import axes
 from spark_fast.encoder.layer_registry import BLOCKS, PADS, UnsupportedLayerError, kind, reason
-from spark_fast.encoder.layers.halo import Absorbed, Canvas, HaloConv, HaloPool
-from spark_fast.encoder.layers.masked import MaskedLocal, MaskedMixer, MaskedNorm
-from spark_fast.encoder.layers.per_image import ImagePool, Mixer, PerImage
+from spark_fast.encoder.layers.halo import DenseFallback, FoldedPadding, HaloConv, HaloPool
+from spark_fast.encoder.layers.masked import MaskedGlobalReduction, MaskedLocal, MaskedNorm
+from spark_fast.encoder.layers.per_image import GlobalReduction, ImagePool, PerImage
 
 Table = dict[str, type]
 Sides = tuple[int, int, int, int]
@@ -25,22 +25,22 @@ UNKNOWN = "of no known kind (see spark_fast.encoder.register)"
 PACKED: Table = {
     "conv": HaloConv,
     "pool": HaloPool,
-    "local": Canvas,
-    "mixer": Mixer,
+    "local": DenseFallback,
+    "global_reduction": GlobalReduction,
     "image_pool": ImagePool,
     "per_image": PerImage,
-    "pad": Absorbed,
+    "pad": FoldedPadding,
 }
 MASKED: Table = {
     "norm": MaskedNorm,
     **dict.fromkeys(("conv", "pool", "local"), MaskedLocal),
-    "mixer": MaskedMixer,
+    "global_reduction": MaskedGlobalReduction,
     "image_pool": ImagePool,
-    "pad": Absorbed,
+    "pad": FoldedPadding,
 }
 
 
-def convert(network: nn.Module, table: Table, current: Current) -> tuple[nn.Module, Callable[[], None]]:
+def convert_layers(network: nn.Module, table: Table, context: EncoderContext) -> tuple[nn.Module, Callable[[], None]]:
     """Convert every layer of `network`, in place, by a table of kind -> mixin.
 
     Returns:
@@ -50,7 +50,7 @@ def convert(network: nn.Module, table: Table, current: Current) -> tuple[nn.Modu
         UnsupportedLayerError: a layer that cannot be packed, by its path and type. The network is then unchanged.
     """
     check_layers(network)
-    pads, absorbed = _padding(network)
+    pads, folded_padding = _padding(network)
     made: dict[int, nn.Module] = {}  # a layer used in two places stays one
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
     for path, module in list(_layers(network)):
@@ -58,15 +58,15 @@ def convert(network: nn.Module, table: Table, current: Current) -> tuple[nn.Modu
         mixin = BLOCKS[type(module)] if found == "block" else table.get(found or "")
         if mixin is None:
             continue
-        converted = made.setdefault(id(module), _convert_layer(module, mixin, current, path))
+        converted = made.setdefault(id(module), _convert_layer(module, mixin, context, path))
         if not path:
             network = converted
             continue
         parent, _, name = path.rpartition(".")
         replaced.append((network.get_submodule(parent), name, module))
         setattr(network.get_submodule(parent), name, converted)
-    for layer, (sides, value) in absorbed.items():
-        made[layer].absorbed, made[layer].fill = sides, value  # type: ignore[assignment]
+    for layer, (sides, value) in folded_padding.items():
+        made[layer].folded_padding, made[layer].fill = sides, value  # type: ignore[assignment]
 
     def undo() -> None:
         for parent, name, module in reversed(replaced):
@@ -81,14 +81,14 @@ def check_layers(network: nn.Module) -> None:
     Raises:
         UnsupportedLayerError: naming every kind of layer that cannot be, by path and type.
     """
-    pads, absorbed = _padding(network)
+    pads, folded_padding = _padding(network)
     refused: dict[tuple[str, str], list[str]] = {}
     for path, module in _layers(network):
         why = reason(module)
         if why is None and id(module) not in pads and kind(module) is None:
             why = _unknown(module)
         elif kind(module) in ("conv", "pool"):
-            why = _misfit(module, *absorbed.get(id(module), ((0, 0, 0, 0), 0.0)))
+            why = _misfit(module, *folded_padding.get(id(module), ((0, 0, 0, 0), 0.0)))
         if why:
             refused.setdefault((type(module).__name__, why), []).append(path or "network")
     if refused:
@@ -129,15 +129,16 @@ def _padding(network: nn.Module) -> tuple[set[int], dict[int, tuple[Sides, float
         the padding layers followed by a convolution or pooling, by id; and what each such layer takes over, by id:
         (left, right, top, bottom) and the value it holds.
     """
-    pads, absorbed = set(), {}
+    pads, folded_padding = set(), {}
     for parent in network.modules():
         if kind(parent) == "block":
-            absorbed.update({id(parent.get_submodule(n)): (s, 0.0) for n, s in BLOCKS[type(parent)].padded.items()})  # type: ignore[attr-defined]
+            inside: dict[str, Sides] = BLOCKS[type(parent)].padded  # type: ignore[attr-defined]
+            folded_padding.update({id(parent.get_submodule(n)): (sides, 0.0) for n, sides in inside.items()})
         for pad, layer in pairwise(parent.children()):
             if isinstance(pad, PADS) and kind(layer) in ("conv", "pool") and min(_sides(pad)) >= 0:
                 pads.add(id(pad))
-                absorbed[id(layer)] = (_sides(pad), float(getattr(pad, "value", 0.0)))
-    return pads, absorbed
+                folded_padding[id(layer)] = (_sides(pad), float(getattr(pad, "value", 0.0)))
+    return pads, folded_padding
 
 
 def _sides(pad: nn.Module) -> Sides:
@@ -164,12 +165,12 @@ def _misfit(module: Any, sides: Sides, value: float) -> str | None:
     return None
 
 
-def _convert_layer(module: nn.Module, mixin: type, current: Current, path: str) -> nn.Module:
+def _convert_layer(module: nn.Module, mixin: type, context: EncoderContext, path: str) -> nn.Module:
     """The same layer, parameters shared, as an object of class (mixin, its own class)."""
     cls: Any = _converted_class(mixin, type(module))  # type: ignore[arg-type]
     converted: nn.Module = cls.__new__(cls)
     converted.__dict__.update(module.__dict__)
-    converted.current, converted.where = current, path or "the layer"  # type: ignore[assignment]
+    converted.context, converted.where = context, path or "the layer"  # type: ignore[assignment]
     return converted
 
 

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch.nn.functional import avg_pool2d, cosine_similarity
 
+from spark_fast.errors import DataError, SettingsError, StorageError
 from spark_fast.pipelines import build_pipeline
-from spark_fast.pipelines.base import DataError, SettingsError, StorageError
-from spark_fast.pipelines.convert.convert import ConvertSettings, convert
+from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import StoredImages
-from spark_fast.pipelines.convert.verify_shards import verify
+from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.detect import open_source
 from spark_fast.pipelines.sources.shard_format import MANIFEST, read_manifest
 from tests.pipelines.pictures import encoded, jpeg, picture
@@ -96,7 +96,7 @@ def test_repaired_and_refused_images_are_listed_and_the_rest_keeps_its_order(ima
     shards = open_source(tmp_path / "out")
     left = [int(shards.name(i).split(":")[1].split("-")[0]) for i in range(len(shards))]
     assert left == [i for i in range(24) if i not in (3, 10)]
-    assert verify(tmp_path / "out" / "train") == []
+    assert verify_shards(tmp_path / "out" / "train") == []
 
 
 def test_shards_without_any_readable_image_are_left_out(tmp_path):
@@ -306,9 +306,9 @@ def damage(folder: Path, what: str) -> str:
 def test_verify_finds_every_damage_and_names_it(image_folder, tmp_path, what):
     convert(image_folder(), tmp_path / "out", settings())
     folder = tmp_path / "out" / "train"
-    assert verify(folder, workers=2) == []
+    assert verify_shards(folder, workers=2) == []
     expected = damage(folder, what)
-    faults = verify(folder, workers=2)
+    faults = verify_shards(folder, workers=2)
     assert any(re.search(expected, fault) for fault in faults), faults
     assert all("shard-000001" in fault for fault in faults)
 
@@ -316,7 +316,7 @@ def test_verify_finds_every_damage_and_names_it(image_folder, tmp_path, what):
 def test_real_images_convert_and_train(imagenet_sample, tmp_path):
     written = convert(imagenet_sample, tmp_path / "out", ConvertSettings(images_per_shard=64), workers=2)
     assert [(folder.name, manifest.count) for folder, manifest in written] == [("train", 160), ("val", 40)]
-    assert all(verify(folder, workers=2) == [] for folder, _ in written)
+    assert all(verify_shards(folder, workers=2) == [] for folder, _ in written)
     made_from = json.loads((tmp_path / "out/train" / MANIFEST).read_text())["made_from"]
     assert made_from["images"] == {"short_side": 256, "max_side": 0, "quality": 90}
     pipeline = build_pipeline(tmp_path / "out", batch_size=32)
@@ -328,6 +328,6 @@ def test_real_images_convert_and_train(imagenet_sample, tmp_path):
         other_views += int((cosine_similarity(*small) < 0.99).sum())
     # The same views, give or take JPEG's loss. Seldom an attempt just fits the one size and not the other.
     assert other_views <= 3
-    assert pipeline.problems.converted == 0
+    assert pipeline.bad_images.converted == 0
     pipeline.close()
     raw.close()

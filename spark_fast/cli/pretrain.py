@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spark_fast.errors import SettingsError
 from spark_fast.pipelines import Pipeline
 from spark_fast.reporting.loggers import require_wandb
 from spark_fast.run.command import open_pipeline, open_store, run_command, running
-from spark_fast.run.config import SettingsError
 from spark_fast.run.cpu_sync_batchnorm import HostSyncBatchNorm
 from spark_fast.run.distributed import Ranks
 from spark_fast.run.folder import refuse_another_run

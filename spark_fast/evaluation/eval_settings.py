@@ -1,4 +1,4 @@
-"""Every setting of an evaluation, a tree a mode, in the manner of `spark_fast.training.settings`: defaults < --config < flags.
+"""Every setting of an evaluation, a tree a mode, as `spark_fast.training.settings`: defaults < --config < flags.
 
 A setting of fine-tuning that is not given is the published recipe's for the network (`recipes`), so 0 is a value like
 any other: `--mixup 0` switches it off.
@@ -13,8 +13,9 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 from tyro.conf import OmitArgPrefixes, arg
 
+from spark_fast.errors import SettingsError
 from spark_fast.evaluation.recipes import RECIPES, Recipe, recipe_for
-from spark_fast.run.config import SettingsError, Tree, nearest, read, switches_of
+from spark_fast.run.config import Tree, nearest, read, switches_of
 
 E = TypeVar("E", bound="Evaluation")
 
@@ -26,7 +27,7 @@ class Data:
     data_path: str = ""
     """labelled training images: class folders (with train/ and val/), a file list with labels, shards or a .beton"""
     val_path: str = ""
-    """the images to judge by, if they are not in the folder val/ of data_path"""
+    """the validation images, if they are not in the folder val/ of data_path"""
     pipeline: str = "auto"
     """auto (the fastest for the data), torch, dali, ffcv (both extras), or synthetic (generated: no data's speed)"""
     input_size: str = "224"

@@ -15,25 +15,25 @@ from typing import Any
 
 import torch
 
-from spark_fast.checkpoint.file import CheckpointError
+from spark_fast.checkpoint.manager import read_newest
+from spark_fast.errors import CheckpointError, SettingsError
 from spark_fast.evaluation.accuracy import Scores
 from spark_fast.evaluation.backbone import build_backbone, build_classifier
 from spark_fast.evaluation.data import Labelled, open_train, open_val
+from spark_fast.evaluation.eval_settings import Evaluation, Finetune, Knn, Linear, parse
 from spark_fast.evaluation.features import extract, frozen
 from spark_fast.evaluation.finetune import FinetuneRun
 from spark_fast.evaluation.knn import classify_by_neighbours
 from spark_fast.evaluation.linear_probe import LinearProbe, shuffled, train_probe
 from spark_fast.evaluation.report import Report
-from spark_fast.evaluation.settings import Evaluation, Finetune, Knn, Linear, parse
 from spark_fast.evaluation.weights import Weights, read_weights
 from spark_fast.pipelines import Pipeline
 from spark_fast.run.command import open_store, run_command, running
-from spark_fast.run.config import SettingsError
 from spark_fast.run.distributed import Ranks
 from spark_fast.run.folder import open_run_folder, refuse_another_run
 from spark_fast.run.lock import RunLock
 from spark_fast.run.watchdog import Watchdog
-from spark_fast.training.resume import checkpoints_to_resume, read_newest
+from spark_fast.training.resume import checkpoints_to_resume
 from spark_fast.training.step import resolve_precision
 
 
@@ -61,7 +61,7 @@ def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLo
     train = open_train(settings, ranks, **view)
     learned = Labelled(train, train.num_classes, None, lambda step: watchdog.at(step, "reading the training images"))
     closing.callback(learned.close)
-    val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "reading the images to judge by"))
+    val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "reading the validation images"))
     closing.callback(val.close)
     _check_sizes(settings, train)
     report = Report(open_run_folder(settings, lock) if ranks.main else None)
@@ -78,7 +78,7 @@ def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLo
         )
     else:
         scores = _probe(settings, ranks, learned, features, queries, fresh, report)
-    seen = {"train_images": train.num_samples, "replaced": val.pipeline.problems.replaced}
+    seen = {"train_images": train.num_samples, "replaced": val.pipeline.bad_images.substituted}
     found = {"mode": settings.mode, **scores.accuracy(), **seen, "settings": settings.to_dict()}
     report.result(scores.matrix, train.classes, **found)
     return 0

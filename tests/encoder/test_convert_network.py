@@ -7,9 +7,9 @@ from torch import nn
 
 from spark_fast import pack, verify
 from spark_fast.encoder import MaskedEncoder, PackedEncoder, UnsupportedLayerError, register
-from spark_fast.encoder.context import Current
-from spark_fast.encoder.convert import PACKED, convert
-from spark_fast.encoder.layer_registry import KINDS
+from spark_fast.encoder.context import EncoderContext
+from spark_fast.encoder.convert_network import PACKED, convert_layers
+from spark_fast.encoder.layer_registry import LAYER_KINDS
 from spark_fast.encoder.verify import VerificationError
 
 
@@ -31,7 +31,7 @@ from spark_fast.encoder.verify import VerificationError
 def test_a_layer_that_cannot_be_packed_is_refused_by_name(layer, reason):
     network = nn.Sequential(nn.Conv2d(3, 3, 1), layer)
     with pytest.raises(UnsupportedLayerError, match=r"cannot be packed: 1[.01]* \(") as refused:
-        convert(network, PACKED, Current(dense=False))
+        convert_layers(network, PACKED, EncoderContext(dense=False))
     assert refused.match(reason)
     assert type(network[0]) is nn.Conv2d, "a refused network must stay as it was"
 
@@ -122,12 +122,12 @@ class Gain(nn.Module):
 def test_a_layer_of_ones_own_is_packed_once_its_kind_is_told(monkeypatch):
     with pytest.raises(UnsupportedLayerError, match=r"extra \(Gain\): of no known kind \(see spark_fast.encoder.reg"):
         pack(Halving(extra=Gain()), (32, 32))
-    monkeypatch.setitem(KINDS, nn.ReLU, "pointwise")  # restored after the test, with what register adds
+    monkeypatch.setitem(LAYER_KINDS, nn.ReLU, "pointwise")  # restored after the test, with what register adds
     register("pointwise", Gain)
     try:
         assert pack(Halving(extra=Gain()), (32, 32)).patch == 16
     finally:
-        del KINDS[Gain]
+        del LAYER_KINDS[Gain]
     with pytest.raises(ValueError, match="unknown kind of layer 'pointy'"):
         register("pointy", Gain)
 

@@ -127,7 +127,7 @@ def depthwise_convolution(
         weight: (C, 1, ky, kx).
         bias: (C,) or None.
         neighbours: (V, 2R+1, 2R+1) int32, the patch in each direction, V where there is none
-            (`Visible.neighbourhood`), R patches as far as the layer looks.
+            (`VisiblePatches.neighbourhood`), R patches as far as the layer looks.
         y, x: the fields of `Axis`.
 
     Returns:

@@ -1,0 +1,144 @@
+"""A ConvNet as an encoder of visible patches: one mathematics, computed packed or masked."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from spark_fast.encoder.context import EncoderContext
+from spark_fast.encoder.convert_network import MASKED, PACKED, Table, check_layers, convert_layers
+from spark_fast.encoder.layer_registry import UnsupportedLayerError
+from spark_fast.encoder.layers.halo import Halo
+from spark_fast.encoder.pyramid import feature_maps, meta_images, pyramid, run_on_meta
+from spark_fast.encoder.visible import VisiblePatches
+
+
+class Encoder(nn.Module):
+    """A ConvNet as an encoder of visible patches.
+
+    Args:
+        network: returns a list of feature maps of falling resolution; it is converted in place.
+        input_size: (H, W) in pixels.
+        stages: keep the first so many levels of the pyramid (maps finer than stride 4 are never used), all by
+            default. The last one kept sets the patch, so the network must not go on beyond it.
+        keep: the share of patches that will be visible, for the printed plan.
+
+    Attributes:
+        channels, strides: of the levels kept, finest first.
+
+    Raises:
+        UnsupportedLayerError: a layer that cannot be packed, by name.
+        ValueError: levels that are not a pyramid of factors of two, or an input size off the patch grid.
+    """
+
+    table: Table
+
+    def __init__(
+        self, network: nn.Module, input_size: tuple[int, int], stages: int | None = None, keep: float = 0.4
+    ) -> None:
+        super().__init__()
+        check_layers(network)
+        self.context = EncoderContext(dense=self.table is MASKED)
+        self.levels, self.channels, self.strides = pyramid(network, input_size, stages)
+        self.network, undo = convert_layers(network, self.table, self.context)
+        try:
+            self._trace(input_size, keep)
+        except Exception:
+            undo()
+            raise
+
+    @property
+    def patch(self) -> int:
+        """Pixels per patch side: the total stride."""
+        return self.strides[-1]
+
+    def forward(self, images: Tensor, visible: VisiblePatches | None = None) -> list[Tensor]:
+        """Encode (B, 3, H, W).
+
+        Returns:
+            per level, finest first: the packed features (V, C_i, b_i, b_i) of the visible patches; without
+            `visible` the dense maps (B, C_i, H_i, W_i) of the ordinary network.
+        """
+        self.context.visible = visible
+        try:
+            features = feature_maps(self.network, images if visible is None else self._enter(images, visible))
+            features = [features[i] for i in self.levels]
+            return features if visible is None else self._leave(features, visible)
+        finally:
+            self.context.visible = None
+
+    def _enter(self, images: Tensor, visible: VisiblePatches) -> Tensor:
+        raise NotImplementedError
+
+    def _leave(self, features: list[Tensor], visible: VisiblePatches) -> list[Tensor]:
+        raise NotImplementedError
+
+    def _trace(self, input_size: tuple[int, int], keep: float) -> None:
+        """Run once on the meta device: every layer learns its b, and one that does not fit is refused by name."""
+        grid = (input_size[0] // self.patch, input_size[1] // self.patch)
+        entered: list[tuple[str, nn.Module]] = [("network", self.network)]
+
+        def note(module: nn.Module, inputs: tuple) -> None:
+            entered.append((paths[module], module))
+            if isinstance(module, Halo) and inputs[0].dim() == 4:
+                module.cells, module.keep = inputs[0].shape[2], keep
+
+        paths = {module: path or "network" for path, module in self.network.named_modules()}
+        hooks = ExitStack()
+        for module in paths:
+            hooks.enter_context(module.register_forward_pre_hook(note))
+        try:
+            index = torch.arange(max(1, round(keep * grid[0] * grid[1])), device="meta").repeat(2, 1)
+            maps = run_on_meta(self, meta_images(self.network, 2, input_size), VisiblePatches(index, grid))
+            for features, stride in zip(maps, self.strides, strict=True):
+                if features.shape[2] != self.patch // stride:
+                    raise ValueError(
+                        f"a level comes out with {features.shape[2]} cells per patch side at stride {stride}"
+                    )
+        except Exception as error:
+            path, module = entered[-1]
+            raise UnsupportedLayerError(f"cannot be packed: {path} ({_own_type(module)}): {error}") from error
+        finally:
+            hooks.close()
+
+
+class PackedEncoder(Encoder):
+    """Computes on the visible patches alone, each a small image; layers exchange halos across patch edges."""
+
+    table = PACKED
+
+    def _enter(self, images: Tensor, visible: VisiblePatches) -> Tensor:
+        return visible.pack(images)  # (V, 3, patch, patch)
+
+    def _leave(self, features: list[Tensor], visible: VisiblePatches) -> list[Tensor]:
+        return features
+
+
+class MaskedEncoder(Encoder):
+    """Computes on the whole image with the holes zeroed, as the published code does."""
+
+    table = MASKED
+
+    def _enter(self, images: Tensor, visible: VisiblePatches) -> Tensor:
+        return images.masked_fill(~visible.cells(images.shape[2]), 0.0)
+
+    def _leave(self, features: list[Tensor], visible: VisiblePatches) -> list[Tensor]:
+        return [visible.pack(f) for f in features]
+
+
+def pack(network: nn.Module, input_size: tuple[int, int] = (224, 224), stages: int | None = None) -> PackedEncoder:
+    """Convert a network that returns a list of feature maps into a packed encoder, in place.
+
+    Printed, the encoder shows how each layer that looks across patches is computed, with 40 % of them visible.
+
+    Args and errors: those of `Encoder`.
+    """
+    return PackedEncoder(network, input_size, stages)
+
+
+def _own_type(module: nn.Module) -> str:
+    """The name of the layer's class before it was converted."""
+    converted = hasattr(module, "where")
+    return (type(module).__bases__[1] if converted else type(module)).__name__

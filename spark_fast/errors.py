@@ -1,0 +1,54 @@
+"""What can go wrong, in words for the person who reads it, and the exit code of a command that ends with it.
+
+0 done, 2 settings, 3 data, 4 loss not finite, 5 stalled or another rank lost, 6 storage or checkpoint, 75 interrupted
+and saved.
+"""
+
+from __future__ import annotations
+
+STALLED = 5  # exit code of a process that its own watchdog ends
+INTERRUPTED = 75  # exit code: stopped before the end, everything is saved; Slurm and others requeue by it
+
+
+class SparkFastError(Exception):
+    """The base of all of them; the message says what was found, with the value, and what to do."""
+
+    exit_code = 1
+
+
+class SettingsError(SparkFastError):
+    """A setting that cannot be used, makes no sense, or would destroy something."""
+
+    exit_code = 2
+
+
+class DataError(SparkFastError):
+    """The data cannot be used; the message says what was found where."""
+
+    exit_code = 3
+
+
+class NotFiniteError(SparkFastError):
+    """Loss or gradient were no finite numbers for too many steps in a row."""
+
+    exit_code = 4
+
+
+class LostRankError(SparkFastError):
+    """Another rank is gone."""
+
+    exit_code = STALLED
+
+
+class StorageError(SparkFastError):
+    """Writing failed; the message says what was kept."""
+
+    exit_code = 6
+
+
+class CheckpointError(StorageError):
+    """A checkpoint that cannot be written, read or used; the message names the file."""
+
+
+class ImageError(Exception):
+    """One image cannot be read; the message is the reason. A pipeline substitutes the image and counts it."""
