@@ -20,22 +20,25 @@ from measuring import clock, medians
 from torch import Tensor
 from ways import Shape, Way, inputs, train_step
 
-from spark_fast.cli.pretrain import open_images
 from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, VisiblePatches
 from spark_fast.evaluation import eval_settings as evaluation
 from spark_fast.evaluation.accuracy import judge
 from spark_fast.evaluation.backbone import build_classifier
-from spark_fast.evaluation.data import open_train, open_val
+from spark_fast.evaluation.data import Labelled, open_train, open_val
 from spark_fast.evaluation.finetune import FinetuneRun
 from spark_fast.evaluation.recipes import Recipe
+from spark_fast.evaluation.report import Report
 from spark_fast.evaluation.weights import read_weights
 from spark_fast.networks import build_network
+from spark_fast.pipelines import Pipeline
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.run.distributed import Ranks
+from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
 from spark_fast.spark import SparK
 from spark_fast.training import settings as training
-from spark_fast.training.loop import PretrainRun
+from spark_fast.training.pretrain import open_images
+from spark_fast.training.pretrain_run import PretrainRun
 from spark_fast.training.step import DTYPES, resolve_precision
 from spark_fast.weights.timm_keys import encoder_state_dict, write_encoder
 
@@ -209,18 +212,17 @@ class Bench:
         options, settings = self.options, self._settings(run)
         pipeline = open_images(settings, self.ranks, batch_size=options.batch)
         torch.manual_seed(run.seed)
-        with _running(
-            PretrainRun(settings, self.ranks, pipeline, self._model(run), Watchdog(TIMEOUT)), pipeline
-        ) as training:
+        with _running(pipeline) as interrupt:
+            training = PretrainRun(settings, self.ranks, pipeline, self._model(run))
             begun = clock(self.ranks.device)
-            stopped = training.train(None, None)
+            finished = training.trainer(None, None, Watchdog(TIMEOUT), interrupt).train()
             seconds = clock(self.ranks.device) - begun
-        if stopped:
+        if not finished:
             raise KeyboardInterrupt
         folder = self.weights(run).parent
         folder.mkdir(parents=True, exist_ok=True)
         write_encoder(encoder_state_dict(training.model, settings.network), settings.network, folder)
-        return {"loss": training.loss, "images_per_second": training.step * options.batch / seconds}
+        return {"loss": training.position.loss, "images_per_second": training.position.step * options.batch / seconds}
 
     def finetune(self, run: Finetuning) -> dict[str, float]:
         """Fine-tune, and judge once, at the end; returns top-1 in percent."""
@@ -233,10 +235,9 @@ class Bench:
         judged = open_val(settings, self.ranks, train, lambda step: None)
         drop_path = settings.recipe.drop_path or 0.0
         model = build_classifier(settings.network, STAGES, weights, train.num_classes, drop_path, settings.size)
-        with _running(
-            FinetuneRun(settings, self.ranks, train, watched, model, Watchdog(TIMEOUT)), train, watched, judged
-        ) as tuning:
-            if tuning.train(None):
+        with _running(train, watched, judged) as interrupt:
+            tuning = FinetuneRun(settings, self.ranks, train, watched, model)
+            if not tuning.trainer(None, Report(None), Watchdog(TIMEOUT), interrupt).train():
                 raise KeyboardInterrupt
             classify = partial(self._classify, tuning.network.eval())
             return judge(classify, judged, self.ranks).accuracy()
@@ -280,7 +281,7 @@ class Bench:
                 workers=options.workers,
             ),
             evaluation.Model("none", _own(run.network), STAGES),
-            evaluation.FinetuneRun("learning", seed=run.seed, precision=self.precision),
+            evaluation.FinetuneRunSettings("learning", seed=run.seed, precision=self.precision),
             Recipe(
                 epochs=run.epochs, warmup_epochs=WARMUP * run.epochs,  # type: ignore[arg-type]
                 base_lr=run.lr * 256 / batch, optimizer="adamw", loss="ce", layer_decay=1.0, weight_decay=0.05,
@@ -313,10 +314,11 @@ def _timed(step: Any, images: Tensor, visible: Tensor, device: torch.device) -> 
 
 
 @contextmanager
-def _running(run: Any, *opened: Any) -> Iterator[Any]:
+def _running(*opened: Pipeline | Labelled) -> Iterator[Interrupt]:
+    interrupt = Interrupt()
     try:
-        yield run
+        yield interrupt
     finally:
-        run.interrupt.release()
+        interrupt.release()
         for each in opened:
             each.close()

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from spark_fast.encoder import pack
     from spark_fast.encoder.verify import verify
     from spark_fast.spark import SparK, build_spark
+    from spark_fast.training.pretrain import pretrain
     from spark_fast.weights.spark_keys import load_spark_state_dict
 
-__all__ = ["SparK", "build_spark", "load_spark_state_dict", "pack", "verify"]
+__all__ = ["SparK", "build_spark", "load_spark_state_dict", "pack", "pretrain", "verify"]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -21,6 +22,7 @@ _HOMES = {
     "build_spark": "spark_fast.spark",
     "load_spark_state_dict": "spark_fast.weights.spark_keys",
     "pack": "spark_fast.encoder",
+    "pretrain": "spark_fast.training.pretrain",
     "verify": "spark_fast.encoder.verify",
 }
 

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -153,7 +154,7 @@ def read_run(path: Path) -> dict[str, Any]:
     return content
 
 
-def restore(path: Path, content: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore(path: Path, content: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load what `read_run` returned into model and optimiser, and restore the random state.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from spark_fast.checkpoint.manager import read_newest
-from spark_fast.errors import CheckpointError, SettingsError
+from spark_fast.errors import INTERRUPTED, CheckpointError, SettingsError
 from spark_fast.evaluation.accuracy import Scores
 from spark_fast.evaluation.backbone import build_backbone, build_classifier
 from spark_fast.evaluation.data import Labelled, open_train, open_val
@@ -28,10 +28,11 @@ from spark_fast.evaluation.linear_probe import LinearProbe, shuffled, train_prob
 from spark_fast.evaluation.report import Report
 from spark_fast.evaluation.weights import Weights, read_weights
 from spark_fast.pipelines import Pipeline
-from spark_fast.run.command import open_store, run_command, running
+from spark_fast.run.command import open_checkpoints, run_command, running
 from spark_fast.run.distributed import Ranks
-from spark_fast.run.folder import open_run_folder, refuse_another_run
+from spark_fast.run.folder import describe, open_run_folder, refuse_another_run
 from spark_fast.run.lock import RunLock
+from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
 from spark_fast.training.resume import checkpoints_to_resume
 from spark_fast.training.step import resolve_precision
@@ -51,7 +52,7 @@ def evaluate(settings: Evaluation, ranks: Ranks, watchdog: Watchdog) -> int:
 
 def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLock, closing: ExitStack) -> int:
     """k-NN or a linear probe: the network is frozen."""
-    refuse_another_run(asked)
+    refuse_another_run(asked.folder)
     weights = _weights(asked)
     settings: Any = asked.resolved(*_network(asked, weights))
     backbone = build_backbone(settings.network, settings.model.stages, weights)
@@ -64,7 +65,7 @@ def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLo
     val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "reading the validation images"))
     closing.callback(val.close)
     _check_sizes(settings, train)
-    report = Report(open_run_folder(settings, lock) if ranks.main else None)
+    report = Report(_folder(settings, lock) if ranks.main else None)
     closing.callback(report.close)
     queries = extract(features, val)
     if isinstance(settings, Knn):
@@ -117,8 +118,8 @@ def _probe(
 def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, closing: ExitStack) -> int:
     """Train the whole network."""
     if not asked.run.resume:
-        refuse_another_run(asked)
-    checkpoints = checkpoints_to_resume(asked)
+        refuse_another_run(asked.folder)
+    checkpoints = checkpoints_to_resume(asked.run.resume, asked.folder)
     path, state = read_newest(checkpoints) if checkpoints else (Path(), {})
     weights = None if state else _weights(asked)
     network, stages = _network(asked, weights) if not state else _resumed(asked, path, state)
@@ -129,11 +130,24 @@ def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, c
     val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "judging"))
     closing.callback(val.close)
     model = build_classifier(network, stages, weights, train.num_classes, recipe.drop_path, settings.size)
-    run = FinetuneRun(settings, ranks, train, val, model, watchdog)
-    closing.callback(run.interrupt.release)
+    run = FinetuneRun(settings, ranks, train, val, model)
     if state:
         run.restore(path, state)
-    return run.train(open_store(settings, lock, run) if ranks.main else None)
+    interrupt = Interrupt()
+    closing.callback(interrupt.release)
+    at, size = run.position, run.checkpoint_bytes
+    manager = open_checkpoints(settings, lock, size=size, step=at.step) if ranks.main else None
+    report = Report(manager.folder if manager else None, at.step)
+    closing.callback(report.close)
+    if not run.trainer(manager, report, watchdog, interrupt).train():
+        return INTERRUPTED
+    run.write_result(report)
+    return 0
+
+
+def _folder(settings: Evaluation, lock: RunLock) -> Path:
+    head = describe(settings.run.exp_name, settings.to_dict())
+    return open_run_folder(settings.folder, lock, settings.to_toml(), head)
 
 
 def _weights(settings: Evaluation) -> Weights | None:

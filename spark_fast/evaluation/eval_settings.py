@@ -78,7 +78,7 @@ class Run:
 
 
 @dataclass
-class FinetuneRun(Run):
+class FinetuneRunSettings(Run):
     """Where the run lives and how it computes."""
 
     resume: Annotated[str, arg(aliases=["--resume_from"])] = ""  # type: ignore[misc]
@@ -191,13 +191,13 @@ class Finetune(Evaluation):
     """Train the whole network on labels, by the recipe published for it."""
 
     mode: ClassVar[str] = "finetune"
-    run: OmitArgPrefixes[FinetuneRun] = field(default_factory=FinetuneRun)
+    run: OmitArgPrefixes[FinetuneRunSettings] = field(default_factory=FinetuneRunSettings)
     recipe: OmitArgPrefixes[Recipe] = field(default_factory=Recipe)
 
     HARMLESS: ClassVar[dict[str, set[str]]] = {  # what changes nothing that is computed, or only its rounding
         "data": {"data_path", "val_path", "pipeline", "workers", "prefetch", "max_bad_fraction"},
         "model": {"weights"},
-        "run": {f.name for f in dataclasses.fields(FinetuneRun)} - {"seed"},
+        "run": {f.name for f in dataclasses.fields(FinetuneRunSettings)} - {"seed"},
         "recipe": {"accumulate"},
     }
 

@@ -6,9 +6,9 @@ one that was not (fp32 on a CPU).
 
 from __future__ import annotations
 
-import logging
 import random
-from contextlib import closing
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,32 +20,31 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from spark_fast.checkpoint import file as checkpoint
-from spark_fast.checkpoint.async_writer import AsyncWriter
-from spark_fast.checkpoint.manager import CHECKPOINT, CheckpointManager
+from spark_fast.checkpoint.manager import CheckpointManager
 from spark_fast.checkpoint.state_dict import load_strictly
-from spark_fast.errors import INTERRUPTED, CheckpointError, SettingsError
+from spark_fast.errors import SettingsError
 from spark_fast.evaluation.accuracy import Scores, judge
 from spark_fast.evaluation.data import Labelled
 from spark_fast.evaluation.eval_settings import Finetune
 from spark_fast.evaluation.layer_decay import parameter_groups
 from spark_fast.evaluation.mixup import Augment, Mix
 from spark_fast.evaluation.report import Report
-from spark_fast.pipelines import Pipeline
-from spark_fast.reporting.run_logger import Meter
+from spark_fast.pipelines import Batch, Pipeline
+from spark_fast.reporting.monitor import Monitor
 from spark_fast.run.cpu_sync_batchnorm import HostSyncBatchNorm
 from spark_fast.run.data_parallel import data_parallel, share_statistics
 from spark_fast.run.distributed import Ranks
+from spark_fast.run.seeding import step_seed
 from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
+from spark_fast.training.checkpointer import Checkpointer
 from spark_fast.training.lamb import Lamb
 from spark_fast.training.nonfinite import NonfiniteReport
 from spark_fast.training.resume import differing, refuse_differences
-from spark_fast.training.step import DTYPES, Schedule, TrainStep, resolve_precision
-from spark_fast.versions import versions
+from spark_fast.training.run_state import Position, RunState
+from spark_fast.training.step import Schedule, TrainStep, resolve_precision
+from spark_fast.training.trainer import Trainer
 from spark_fast.weights.timm_keys import write_encoder
-
-log = logging.getLogger("spark_fast")
 
 
 class Objective(nn.Module):
@@ -60,56 +59,73 @@ class Objective(nn.Module):
         return self.criterion(self.network(images).float(), targets)
 
 
+class FinetuneStep:
+    """(step, batch) -> loss and gradient norm: augments, mixes, advances.
+
+    Whatever is random in a step depends on (seed, step, rank) alone.
+    """
+
+    def __init__(
+        self,
+        advance: TrainStep,
+        augment: Augment,
+        mix: Mix,
+        *,
+        seed: int,
+        rank: int,
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.advance, self.augment, self.mix = advance, augment, mix
+        self.seed, self.rank, self.after = seed, rank, after
+
+    def __call__(self, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Advance by this rank's share of a global batch."""
+        seed = step_seed(self.seed, step, self.rank)
+        torch.manual_seed(seed)
+        random.seed(seed)  # RandomErasing draws from it,
+        np.random.seed(seed % 2**32)  # noqa: NPY002 and Mixup from this
+        assert batch.labels is not None
+        images, targets = self.mix(self.augment(batch.images), batch.labels)
+        loss, norm = self.advance(step, images, targets)
+        self.after()
+        return loss, norm
+
+
 class FinetuneRun:
-    """A run in progress: its parts, and the one number that says where it is, the step.
+    """The parts of a run, built from its settings: everything but the folder, which is opened last.
 
     Args:
         settings: resolved.
         network: (B, 3, H, W) -> (B, classes).
     """
 
-    def __init__(
-        self, settings: Finetune, ranks: Ranks, train: Pipeline, val: Labelled, network: nn.Module, watchdog: Watchdog
-    ) -> None:
-        self.settings, self.ranks, self.train_images, self.val, self.watchdog = settings, ranks, train, val, watchdog
-        self.network = self._on_device(network).train()
+    def __init__(self, settings: Finetune, ranks: Ranks, train: Pipeline, val: Labelled, network: nn.Module) -> None:
+        self.settings, self.ranks, self.train_images, self.val = settings, ranks, train, val
         self.recipe: Any = cast(Any, settings.recipe)  # resolved: nothing in it is None
-        self.steps_per_epoch = len(train)
-        self.total_steps = self.recipe.epochs * self.steps_per_epoch
-        self.step = self.begun = 0
-        self.loss, self.best = float("nan"), {}  # type: float, dict[str, Any]
+        self.network = self._on_device(network).train()
+        self.position = Position(len(train), self.recipe.epochs)
+        self.best: dict[str, Any] = {}
         self.ema = ModelEmaV3(self.network, decay=self.recipe.ema) if self.recipe.ema else None
-        self.augment, self.mix = Augment(self.recipe, ranks.device), Mix(self.recipe, val.num_classes)
-        self._check_batch(settings.batch_size // ranks.world_size)
+        mix = Mix(self.recipe, val.num_classes)
+        self._check_batch(settings.batch_size // ranks.world_size, mix)
         self.optimizer = self._optimizer()
-        precision = resolve_precision(settings.run.precision, ranks.device)
-        self.dtype = DTYPES[precision]
-        peak = self.recipe.base_lr * settings.batch_size / 256
-        warmup, decay = self.recipe.warmup_epochs * self.steps_per_epoch, self.recipe.weight_decay
-        criterion = BinaryCrossEntropy(smoothing=0) if self.recipe.loss == "bce" else SoftTargetCrossEntropy()
-        static = self.recipe.accumulate == 1
-        self.advance = TrainStep(
-            data_parallel(Objective(self.network, criterion), ranks, static=static, gradients_in_bf16=False),
-            self.optimizer,
-            Schedule(peak, warmup, self.total_steps, decay, decay),
-            precision=precision,
-            device=ranks.device,
-            clip=self.recipe.clip,
-            accumulate=self.recipe.accumulate,
-            agree=ranks.max,
+        self.advance = self._train_step()
+        self.step = FinetuneStep(
+            self.advance,
+            Augment(self.recipe, ranks.device),
+            mix,
+            seed=settings.run.seed,
+            rank=ranks.rank,
+            after=self._average,
         )
-        self.bad_steps = NonfiniteReport(self.advance.guard, ranks, settings.run.max_bad_steps)
-        self.saver = AsyncWriter(0, 0.0, begun=0)
-        self.interrupt = Interrupt()
+        self.state = RunState(
+            self.network, self.optimizer, self.advance.scaler, self.position, train, settings.meaning(), self._extra
+        )
 
     @property
     def checkpoint_bytes(self) -> int:
         """About the size of a checkpoint."""
-        moments = 1 if self.recipe.optimizer == "sgd" else 2
-        copies = 1 + (self.ema is not None)
-        return copies * checkpoint.tensor_bytes(self.network.state_dict()) + moments * sum(
-            p.nbytes for p in self.network.parameters()
-        )
+        return self.state.size(1 if self.recipe.optimizer == "sgd" else 2, copies=1 + (self.ema is not None))
 
     def restore(self, path: Path, state: dict[str, Any]) -> None:
         """Go on where this checkpoint was written.
@@ -119,178 +135,39 @@ class FinetuneRun:
         """
         differences = differing(state["settings"], self.settings.meaning(), self.settings.HARMLESS)
         refuse_differences(path, state, differences, self.train_images, "another <name> to begin a new run")
-        checkpoint.restore(path, state, self.network, self.optimizer)
+        self.state.restore(path, state, self.ranks)
         if self.ema is not None:
             load_strictly(self.ema.module, state["ema"])
-        self.advance.scaler.load_state_dict(state["scaler"])
-        self.step = self.begun = state["step"]
-        self.loss, self.best = state["loss"], state["best"]
-        if len(set(self.ranks.gather(self.step))) > 1:
-            raise CheckpointError(f"{path}: the ranks do not read the same checkpoint; see their messages")
-        log.info("resumed from %s at step %d of %d", path, self.step, self.total_steps)
+        self.best = state["best"]
 
-    def train(self, store: CheckpointManager | None) -> int:
-        """Train to the last epoch; `store` is the run folder's, None on ranks that do not write.
+    def trainer(
+        self, manager: CheckpointManager | None, report: Report, watchdog: Watchdog, interrupt: Interrupt
+    ) -> Trainer:
+        """The loop of this run; `manager` and the report's folder are None on ranks that do not write."""
+        run, ranks = self.settings.run, self.ranks
+        return Trainer(
+            self.step,
+            self.train_images,
+            Checkpointer(self.state, manager),
+            monitor=Monitor(
+                FinetuneLogger(report, self.position),
+                images_per_step=self.settings.batch_size,
+                clock=self.advance.clock,
+                rates=self.advance.schedule.at,
+                mean_over_ranks=ranks.mean,
+            ),
+            nonfinite=NonfiniteReport(self.advance.guard, ranks, run.max_bad_steps),
+            end_of_epoch=partial(self._end_of_epoch, report),
+            ranks=ranks,
+            watchdog=watchdog,
+            interrupt=interrupt,
+            log_every=run.log_every,
+            max_steps=run.max_steps,
+            folder=report.folder,
+        )
 
-        Returns:
-            0, or 75 when interrupted (the checkpoint is then written).
-
-        Raises:
-            NotFiniteError: loss or gradient are no numbers any more.
-            CheckpointError: the last checkpoint could not be written, twice.
-        """
-        report = Report(store.folder if store else None, self.step)
-        try:
-            while self.step < self.total_steps:
-                leaving = self._epoch(report)
-                if self.step % self.steps_per_epoch == 0:
-                    self._judge(report, store)
-                self._save(store)
-                if leaving and self.step < self.total_steps:
-                    return self._leave(store)
-            self.saver.finish()
-            self._result(report)
-        finally:
-            self.saver.wait()
-            report.close()
-        return 0
-
-    def _on_device(self, network: nn.Module) -> nn.Module:
-        if self.settings.run.sync_batchnorm and self.ranks.world_size > 1:
-            if self.ranks.device.type == "cuda":
-                network = convert_sync_batchnorm(network)
-            else:
-                HostSyncBatchNorm.replace_in(network)
-        return network.to(self.ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    def _check_batch(self, share: int) -> None:
-        if share % self.recipe.accumulate:
-            raise SettingsError(
-                f"--accumulate {self.recipe.accumulate} does not divide the {share} images of a rank's batch"
-            )
-        if self.mix.mixes and share % 2:
-            raise SettingsError(
-                f"mixup and cutmix mix pairs, but a rank's batch has {share} images: take another --batch_size, or "
-                f"--mixup 0 --cutmix 0"
-            )
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        groups = parameter_groups(self.network, self.recipe.layer_decay)
-        if self.recipe.optimizer == "lamb":  # as published (downstream_imagenet/util.py)
-            return Lamb(groups, always_adapt=True, bias_correction=False)
-        return create_optimizer_v2(groups, opt=self.recipe.optimizer, lr=0.0, weight_decay=0.0, fused=True)
-
-    def _epoch(self, report: Report) -> bool:
-        """The steps of this epoch that are still to do; True when the run is to be left."""
-        epoch, done = divmod(self.step, self.steps_per_epoch)
-        run, meter, leaving = self.settings.run, Meter(), False
-        with closing(self.train_images.epoch(epoch, done)) as batches:
-            for batch in meter.timed(batches):
-                self.watchdog.at(self.step, "in the step")
-                assert batch.labels is not None
-                self._seed()
-                images, targets = self.mix(self.augment(batch.images), batch.labels)
-                meter.add(*self.advance(self.step, images, targets))
-                if self.ema is not None:
-                    self.ema.update(self.network)
-                self.bad_steps.add(batch.ids)
-                self.step += 1
-                limit = 0 < run.max_steps <= self.step - self.begun
-                leaving = self.ranks.any(self.interrupt.asked or limit)
-                last = self.step % self.steps_per_epoch == 0
-                if last or leaving or self.step % run.log_every == 0:
-                    self.bad_steps.report(self.step, report.folder)
-                    self._log(meter, report, epoch)
-                self.watchdog.at(self.step, "waiting for data")
-                if leaving or last:
-                    break
-        self.advance.clock.read()
-        return leaving
-
-    def _seed(self) -> None:
-        seed = hash((self.settings.run.seed, self.step, self.ranks.rank)) & (2**32 - 1)
-        torch.manual_seed(seed)
-        random.seed(seed)  # RandomErasing draws from it,
-        np.random.seed(seed)  # noqa: NPY002 and Mixup from this
-
-    def _log(self, meter: Meter, report: Report, epoch: int) -> None:
-        means = meter.read(self.settings.batch_size, self.ranks.mean)
-        self.loss = means["loss"]
-        rate = self.advance.schedule.at(self.step - 1)[0]
-        row = {key: means[key] for key in ("loss", "grad_norm", "images_per_second", "data_wait", "skipped")}
-        text = f"epoch {epoch + 1}/{self.recipe.epochs}  step {self.step}/{self.total_steps}  loss {self.loss:.4f}"
-        report.point(self.step, f"{text}  {row['images_per_second']:.1f} images/s", epoch=epoch + 1, lr=rate, **row)
-
-    def _judge(self, report: Report, store: CheckpointManager | None) -> None:
-        """Accuracy of the weights and of their average; the best of all is written as a file for timm."""
-        if not self.settings.run.sync_batchnorm:
-            share_statistics(self.network, self.ranks)
-        epoch = self.step // self.steps_per_epoch
-        row: dict[str, float] = {}
-        for kind, network in self._judged().items():
-            scores = self._scores(network)
-            found = scores.accuracy()
-            row |= {f"{kind}_top1": found["top1"], f"{kind}_top5": found["top5"]}
-            if found["top1"] > self.best.get("top1", -1.0):
-                self.best = {**found, "epoch": epoch, "weights": kind, "confusion": scores.matrix}
-                if store is not None:
-                    state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-                    write_encoder(state, self.settings.network, store.folder)
-        self.best["last"] = row
-        shown = ", ".join(f"{name} {value:.2f} %" for name, value in row.items() if name.endswith("top1"))
-        text = f"epoch {epoch} done: {shown}; best {self.best['top1']:.2f} %"
-        report.epoch(self.step, text, epoch=epoch, loss=self.loss, **row)
-
-    def _judged(self) -> dict[str, nn.Module]:
-        return {"raw": self.network} | ({"ema": self.ema.module} if self.ema is not None else {})
-
-    def _scores(self, network: nn.Module) -> Scores:
-        device = self.ranks.device.type
-
-        def classify(images: Tensor) -> Tensor:
-            with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
-                return network(images)
-
-        training = network.training
-        network.eval()
-        scores = judge(classify, self.val, self.ranks)
-        network.train(training)
-        return scores
-
-    def _save(self, store: CheckpointManager | None) -> None:
-        self.watchdog.at(self.step, "saving")
-        if store is None:
-            return
-        self.saver.begin(self.step)
-        step, content = self.step, checkpoint.run_state(
-            self.network,
-            self.optimizer,
-            step=self.step,
-            epoch=self.step // self.steps_per_epoch,
-            loss=self.loss,
-            num_samples=self.train_images.num_samples,
-            listing=self.train_images.listing,
-            settings=self.settings.meaning(),
-            versions=versions(),
-            random_state=checkpoint.random_state(),
-            scaler=self.advance.scaler.state_dict(),
-            ema=self.ema.module.state_dict() if self.ema is not None else {},
-            best=self.best,
-        )  # fmt: skip
-
-        def write() -> None:
-            store.write(step, content)
-
-        self.saver.submit(write)
-
-    def _leave(self, store: CheckpointManager | None) -> int:
-        self.saver.finish()
-        if store is not None:
-            print(f"stopped at step {self.step} of {self.total_steps}; saved {store.folder / CHECKPOINT}. "
-                  f"Go on with the same command and --resume auto", flush=True)  # fmt: skip
-        return INTERRUPTED
-
-    def _result(self, report: Report) -> None:
+    def write_result(self, report: Report) -> None:
+        """Write result.json: the best epoch, the last one, and how they came about."""
         best = {key: value for key, value in self.best.items() if key not in ("confusion", "last")}
         seen = {"train_images": self.train_images.num_samples, "replaced": self.val.pipeline.bad_images.substituted}
         report.result(
@@ -302,3 +179,107 @@ class FinetuneRun:
             **seen,
             settings=self.settings.to_dict(),
         )
+
+    def _average(self) -> None:
+        if self.ema is not None:
+            self.ema.update(self.network)
+
+    def _extra(self) -> dict[str, Any]:
+        return {"ema": self.ema.module.state_dict() if self.ema is not None else {}, "best": self.best}
+
+    def _on_device(self, network: nn.Module) -> nn.Module:
+        if self.settings.run.sync_batchnorm and self.ranks.world_size > 1:
+            if self.ranks.device.type == "cuda":
+                network = convert_sync_batchnorm(network)
+            else:
+                HostSyncBatchNorm.replace_in(network)
+        return network.to(self.ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _check_batch(self, share: int, mix: Mix) -> None:
+        if share % self.recipe.accumulate:
+            raise SettingsError(
+                f"--accumulate {self.recipe.accumulate} does not divide the {share} images of a rank's batch"
+            )
+        if mix.mixes and share % 2:
+            raise SettingsError(
+                f"mixup and cutmix mix pairs, but a rank's batch has {share} images: take another --batch_size, or "
+                f"--mixup 0 --cutmix 0"
+            )
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        groups = parameter_groups(self.network, self.recipe.layer_decay)
+        if self.recipe.optimizer == "lamb":  # as published (downstream_imagenet/util.py)
+            return Lamb(groups, always_adapt=True, bias_correction=False)
+        return create_optimizer_v2(groups, opt=self.recipe.optimizer, lr=0.0, weight_decay=0.0, fused=True)
+
+    def _train_step(self) -> TrainStep:
+        recipe, at = self.recipe, self.position
+        criterion = BinaryCrossEntropy(smoothing=0) if recipe.loss == "bce" else SoftTargetCrossEntropy()
+        objective = Objective(self.network, criterion)
+        peak = recipe.base_lr * self.settings.batch_size / 256
+        decay = recipe.weight_decay
+        return TrainStep(
+            data_parallel(objective, self.ranks, static=recipe.accumulate == 1, gradients_in_bf16=False),
+            self.optimizer,
+            Schedule(peak, recipe.warmup_epochs * at.steps_per_epoch, at.total_steps, decay, decay),
+            precision=resolve_precision(self.settings.run.precision, self.ranks.device),
+            device=self.ranks.device,
+            clip=recipe.clip,
+            accumulate=recipe.accumulate,
+            agree=self.ranks.max,
+        )
+
+    def _end_of_epoch(self, report: Report, save: Callable[[], None]) -> None:
+        """Accuracy of the weights and of their average; the best is written as a file for timm; then the save."""
+        if not self.settings.run.sync_batchnorm:
+            share_statistics(self.network, self.ranks)
+        at = self.position
+        row: dict[str, float] = {}
+        networks = {"raw": self.network} | ({"ema": self.ema.module} if self.ema is not None else {})
+        for kind, network in networks.items():
+            scores = self._scores(network)
+            found = scores.accuracy()
+            row |= {f"{kind}_top1": found["top1"], f"{kind}_top5": found["top5"]}
+            if found["top1"] > self.best.get("top1", -1.0):
+                self.best = {**found, "epoch": at.epoch, "weights": kind, "confusion": scores.matrix}
+                if report.folder is not None:
+                    state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+                    write_encoder(state, self.settings.network, report.folder)
+        self.best["last"] = row
+        shown = ", ".join(f"{name} {value:.2f} %" for name, value in row.items() if name.endswith("top1"))
+        text = f"epoch {at.epoch} done: {shown}; best {self.best['top1']:.2f} %"
+        report.epoch(at.step, text, epoch=at.epoch, loss=at.loss, **row)
+        save()
+
+    def _scores(self, network: nn.Module) -> Scores:
+        device, dtype = self.ranks.device.type, self.advance.dtype
+
+        def classify(images: Tensor) -> Tensor:
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                return network(images)
+
+        training = network.training
+        network.eval()
+        scores = judge(classify, self.val, self.ranks)
+        network.train(training)
+        return scores
+
+
+class FinetuneLogger:
+    """Log points as lines of the report (see `monitor.StepLogger`)."""
+
+    def __init__(self, report: Report, position: Position) -> None:
+        self.report, self.position = report, position
+
+    def advance(self, step: int) -> None:
+        """Nothing is shown of single steps."""
+
+    def point(self, step: int, means: dict[str, float], lr: float, weight_decay: float) -> None:
+        """A row of metrics, and a printed line."""
+        at, epoch = self.position, (step - 1) // self.position.steps_per_epoch + 1
+        row = {key: means[key] for key in ("loss", "grad_norm", "images_per_second", "data_wait", "skipped")}
+        text = f"epoch {epoch}/{at.epochs}  step {step}/{at.total_steps}  loss {row['loss']:.4f}"
+        self.report.point(step, f"{text}  {row['images_per_second']:.1f} images/s", epoch=epoch, lr=lr, **row)
+
+    def close(self) -> None:
+        """The report is closed by whoever opened it."""

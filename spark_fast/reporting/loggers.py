@@ -1,6 +1,6 @@
 """Where the figures of a run are shown: metrics.jsonl, TensorBoard, Weights & Biases. None of them can stop training.
 
-A board that fails (a full disk, no network, an error of its own) is warned of once; what it could not take is lost,
+A logger that fails (a full disk, no network, an error of its own) is warned of once; what it could not take is lost,
 and it is tried again at the next log point.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from spark_fast.errors import SettingsError
 from spark_fast.reporting.metrics_file import MetricsFile
-from spark_fast.training.settings import Settings
 
 log = logging.getLogger("spark_fast")
 
@@ -60,26 +59,26 @@ class NeverRaises:
 
 
 class SafeLogger:
-    """A board that never raises; one that cannot be opened is none."""
+    """A logger that never raises; one that cannot be opened is none."""
 
-    def __init__(self, name: str, open_board: Callable[[], Logger]) -> None:
+    def __init__(self, name: str, open_logger: Callable[[], Logger]) -> None:
         self._harmless = NeverRaises(name)
-        self._board: Logger | None = self._harmless(open_board)
+        self._logger: Logger | None = self._harmless(open_logger)
 
     def point(self, row: dict[str, Any], step: int) -> None:
         """As `Logger`."""
-        if self._board is not None:
-            self._harmless(self._board.point, row, step)
+        if self._logger is not None:
+            self._harmless(self._logger.point, row, step)
 
     def picture(self, grid: Tensor, step: int) -> None:
         """As `Logger`."""
-        if self._board is not None:
-            self._harmless(self._board.picture, grid, step)
+        if self._logger is not None:
+            self._harmless(self._logger.picture, grid, step)
 
     def close(self) -> None:
         """As `Logger`."""
-        if self._board is not None:
-            self._harmless(self._board.close)
+        if self._logger is not None:
+            self._harmless(self._logger.close)
 
 
 class TensorBoard:
@@ -109,18 +108,18 @@ class WandB:
     Where it is sent, offline mode and login are W&B's own matter (WANDB_MODE, WANDB_API_KEY, ...).
     """
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
+    def __init__(self, folder: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
         self._wandb = require_wandb()
         kept = folder / "wandb_id.txt"
         if not kept.exists():
             kept.write_text(uuid.uuid4().hex)
         self._run = self._wandb.init(
-            project=settings.run.wandb,
-            name=settings.run.exp_name or folder.name,
+            project=project,
+            name=name or folder.name,
             id=kept.read_text().strip(),
             resume="allow",
             dir=str(folder),
-            config=settings.to_dict(),
+            config=dict(config),
             settings=self._wandb.Settings(init_timeout=PATIENCE, finish_timeout=PATIENCE),
         )
 
@@ -147,14 +146,21 @@ def require_wandb() -> Any:
         ) from error
 
 
-def open_loggers(folder: Path | None, settings: Settings, step: int) -> list[SafeLogger]:
-    """The boards of a run; none on ranks that do not write (`folder` is None)."""
+def open_loggers(
+    folder: Path | None, step: int, *, wandb: str = "", name: str = "", config: Mapping[str, Any] | None = None
+) -> list[SafeLogger]:
+    """The loggers of a run; none on ranks that do not write (`folder` is None).
+
+    Args:
+        step: where this process begins.
+        wandb: a project of Weights & Biases, "" for none; `name` and `config` are shown there.
+    """
     if folder is None:
         return []
-    boards = [
+    loggers = [
         SafeLogger("metrics.jsonl", lambda: MetricsFile(folder / "metrics.jsonl", step)),
         SafeLogger("TensorBoard", lambda: TensorBoard(folder, step)),
     ]
-    if settings.run.wandb:
-        boards.append(SafeLogger("Weights & Biases", lambda: WandB(folder, settings)))
-    return boards
+    if wandb:
+        loggers.append(SafeLogger("Weights & Biases", lambda: WandB(folder, wandb, name, config or {})))
+    return loggers

@@ -1,20 +1,17 @@
-"""What a run tells: its boards (metrics.jsonl, ...) at every log point, log.txt every epoch, a progress bar.
+"""What pre-training tells: its loggers (metrics.jsonl, ...) at every log point, log.txt every epoch, a progress bar.
 
-Losses stay on the device between log points; reading them there is the only time the host waits for it. Durations
-come from a monotonic clock; the wall clock, which may jump, is only shown.
+Durations come from a monotonic clock; the wall clock, which may jump, is only shown.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -25,61 +22,13 @@ from spark_fast.reporting.metrics_file import line_of
 T = TypeVar("T")
 
 
-class Meter:
-    """Sums over the steps since the last reading."""
-
-    def __init__(self) -> None:
-        self.loss, self.finite = torch.zeros(()), torch.zeros(())
-        self.grad_norm = torch.tensor(math.nan)
-        self.steps, self.wait = 0, 0.0
-        self.since = time.perf_counter()
-
-    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
-        """Count one step; nothing is read back from the device. Steps that are not finite were skipped: not so here."""
-        finite = loss.isfinite() & grad_norm.isfinite()
-        self.loss = self.loss.to(loss.device) + torch.where(finite, loss, 0.0)
-        self.finite = self.finite.to(loss.device) + finite
-        self.grad_norm = torch.where(finite, grad_norm, self.grad_norm.to(loss.device))
-        self.steps += 1
-
-    def timed(self, batches: Iterable[T]) -> Iterator[T]:
-        """Pass batches on, counting the seconds spent waiting for them."""
-        iterator = iter(batches)
-        while True:
-            asked = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            self.wait += time.perf_counter() - asked
-            yield batch
-
-    def read(self, images_per_step: int, mean_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means since the last reading, and start over. Synchronises host and device."""
-        loss = mean_over_ranks(self.loss / self.finite).item()
-        norm = self.grad_norm.item()  # the same on every rank
-        seconds = time.perf_counter() - self.since
-        means = {
-            "loss": loss,
-            "grad_norm": norm,
-            "images_per_second": self.steps * images_per_step / seconds,
-            "data_wait": self.wait / seconds,
-            "seconds": seconds,
-            "steps": self.steps,
-            "skipped": self.steps - round(self.finite.item()),
-        }
-        self.loss, self.finite, self.steps = torch.zeros(()), torch.zeros(()), 0
-        self.wait, self.since = 0.0, time.perf_counter()
-        return means
-
-
 class RunLogger:
-    """Writes the run's story; on ranks other than the first it does nothing.
+    """Writes what a run tells; on ranks other than the first it does nothing.
 
     Args:
         folder: the run folder, None on ranks that do not write.
         total_steps, steps_per_epoch, epochs: of the run; `step`: where this process begins.
-        boards: what shows the figures, see `loggers.open_loggers`.
+        loggers: what shows the figures, see `open_loggers`.
     """
 
     def __init__(
@@ -90,9 +39,9 @@ class RunLogger:
         steps_per_epoch: int,
         epochs: int,
         step: int,
-        boards: Sequence[Logger] = (),
+        loggers: Sequence[Logger] = (),
     ) -> None:
-        self.folder, self.epochs, self.boards = folder, epochs, boards
+        self.folder, self.epochs, self.loggers = folder, epochs, loggers
         self.keep = NeverRaises("log.txt")
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.rate = 0.0  # seconds per step, smoothed
@@ -119,7 +68,7 @@ class RunLogger:
             self.progress.update(self.bar, completed=step)
 
     def point(self, step: int, means: dict[str, float], lr: float, weight_decay: float) -> None:
-        """A log point after `step` steps, with the means since the last one (`Meter.read`, and what the loop adds)."""
+        """A log point after `step` steps, with the means since the last one (`Monitor.point`)."""
         counted = means["steps"] - means["skipped"]
         self.epoch_sums["loss"] += means["loss"] * counted if counted else 0.0
         self.epoch_sums["counted"] += counted
@@ -134,8 +83,8 @@ class RunLogger:
         epoch = (step - 1) // self.steps_per_epoch + 1
         row = {"step": step, "epoch": epoch, "lr": lr, "weight_decay": weight_decay}
         row |= {key: value for key, value in means.items() if key not in ("seconds", "steps")}
-        for board in self.boards:
-            board.point(row, step)
+        for logger in self.loggers:
+            logger.point(row, step)
         text: dict[str, Any] = {
             "epoch": f"{epoch}/{self.epochs}",
             "loss": f"{means['loss']:.4f}",
@@ -175,16 +124,16 @@ class RunLogger:
         )
 
     def picture(self, grid: Tensor, step: int) -> None:
-        """A picture (3, H, W) uint8 for the boards that show some."""
-        for board in self.boards:
-            board.picture(grid, step)
+        """A picture (3, H, W) uint8 for the loggers that show some."""
+        for logger in self.loggers:
+            logger.picture(grid, step)
 
     def close(self) -> None:
         """End the progress bar and the files."""
         if self.folder is not None:
             self.progress.stop()
-        for board in self.boards:
-            board.close()
+        for logger in self.loggers:
+            logger.close()
 
 
 def _append_line(path: Path, row: dict[str, Any]) -> None:

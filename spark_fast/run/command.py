@@ -23,11 +23,14 @@ from spark_fast.errors import LostRankError, SparkFastError, StorageError
 from spark_fast.pipelines import Pipeline, build_pipeline
 from spark_fast.run.config import Tree
 from spark_fast.run.distributed import Ranks, join
-from spark_fast.run.folder import open_run_folder
+from spark_fast.run.folder import describe, open_run_folder, refuse_another_run
 from spark_fast.run.lock import RunLock
 from spark_fast.run.watchdog import Watchdog
 
+log = logging.getLogger("spark_fast")
+
 S = TypeVar("S", bound=Tree)
+T = TypeVar("T")
 
 
 def run_command(
@@ -35,26 +38,26 @@ def run_command(
 ) -> int:
     """Run a command on these words of its command line; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    ranks = None
     try:
-        settings = parse(argv)
-        ranks = join(settings.run.device, settings.run.timeout)
-        if ranks.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0) and not settings.run.resume:
-            logging.getLogger("spark_fast").info("torchrun restarted this run: going on as with --resume auto")
-            settings.run.resume = "auto"
-        with Watchdog(settings.run.timeout, ranks.rank, ranks.world_size, ranks.store) as watchdog:
-            return run(settings, ranks, watchdog)
+        return on_ranks(parse(argv), run)
     except SparkFastError as error:
         return _complain(name, error, error.exit_code)
     except OSError as error:  # metrics or logs: a full disk, a lost mount
-        return _complain(
-            name,
-            RuntimeError(f"{error}; the last checkpoint is kept, go on with --resume auto"),
-            StorageError.exit_code,
-        )
+        told = RuntimeError(f"{error}; the last checkpoint is kept, go on with --resume auto")
+        return _complain(name, told, StorageError.exit_code)
+
+
+def on_ranks(settings: S, run: Callable[[S, Ranks, Watchdog], T]) -> T:
+    """Join the ranks that torchrun started, or stand alone, and run under a watchdog; returns what `run` does."""
+    ranks = join(settings.run.device, settings.run.timeout)
+    try:
+        if ranks.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0) and not settings.run.resume:
+            log.info("torchrun restarted this run: going on as with --resume auto")
+            settings.run.resume = "auto"
+        with Watchdog(settings.run.timeout, ranks.rank, ranks.world_size, ranks.store) as watchdog:
+            return run(settings, ranks, watchdog)
     finally:
-        if ranks is not None:
-            ranks.close()
+        ranks.close()
 
 
 @contextmanager
@@ -99,14 +102,23 @@ def open_pipeline(settings: Tree, ranks: Ranks, path: str, **view: Any) -> Pipel
     )
 
 
-def open_store(settings: Tree, lock: RunLock, run: Any, keep_steps: int = 0, pictures: str = "") -> CheckpointManager:
-    """The checkpoints of a run (its `step`, `checkpoint_bytes`): the last to open, so that a mistake leaves nothing."""
-    check_space(settings.folder, run.checkpoint_bytes, settings.run.keep_last)
-    store = CheckpointManager(
-        open_run_folder(settings, lock, pictures), keep_last=settings.run.keep_last, keep_steps=keep_steps
-    )
-    store.clean(run.step)
-    return store
+def open_checkpoints(
+    settings: Tree, lock: RunLock, *, size: int, step: int, keep_steps: int = 0, pictures: str = ""
+) -> CheckpointManager:
+    """The run folder and its checkpoints: the last to open, so that a mistake in the settings leaves nothing behind.
+
+    Args:
+        size: about the bytes of a checkpoint; step: where this process begins.
+        keep_steps, pictures: see `CheckpointManager` and `open_run_folder`.
+    """
+    check_space(settings.folder, size, settings.run.keep_last)
+    if not settings.run.resume:
+        refuse_another_run(settings.folder)
+    head = describe(settings.run.exp_name, settings.to_dict())
+    folder = open_run_folder(settings.folder, lock, settings.to_toml(), head, pictures)
+    manager = CheckpointManager(folder, keep_last=settings.run.keep_last, keep_steps=keep_steps)
+    manager.clean(step)
+    return manager
 
 
 def run_tool(tool: Callable[..., int], argv: list[str] | None = None) -> int:

@@ -10,10 +10,10 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tomli_w
 import tyro
@@ -127,6 +127,33 @@ def read(kind: type[T], argv: list[str], switches: dict[str, Values]) -> T:
         raise SystemExit(0)
     settings.check()
     return settings
+
+
+def set_by_name(settings: Tree, given: Mapping[str, Any]) -> None:
+    """Set values by their names alone, from Python; a size (H, W) and paths may be given as such.
+
+    Raises:
+        TypeError: a name that is no setting, with the nearest ones.
+        SettingsError: a value of another type, or none of those that there are.
+    """
+    groups = [getattr(settings, f.name) for f in dataclasses.fields(settings)]  # type: ignore[arg-type]
+    home = {f.name: group for group in groups for f in dataclasses.fields(group)}
+    for name, value in given.items():
+        if name not in home:
+            raise TypeError(f"{name!r} is no setting{nearest(name, home)}")
+        kind = get_type_hints(type(home[name]))[name]
+        if kind is str and isinstance(value, (tuple, list)):
+            value = "x".join(map(str, value))
+        elif kind is str and isinstance(value, (int, Path)) and not isinstance(value, bool):
+            value = str(value)
+        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if get_origin(kind) is Literal:
+            if value not in get_args(kind):
+                raise SettingsError(f"{name} must be one of {', '.join(map(repr, get_args(kind)))}, got {value!r}")
+        elif type(value) is not kind:
+            raise SettingsError(f"{name} must be of type {kind.__name__}, got {value!r}")
+        setattr(home[name], name, value)
 
 
 def switch(on: str, off: str) -> Values:

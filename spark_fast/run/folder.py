@@ -9,38 +9,39 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import torch
 
 import spark_fast
 from spark_fast.checkpoint.manager import CHECKPOINT, RECORD, published
 from spark_fast.errors import CheckpointError, SettingsError
-from spark_fast.run.config import Tree
 from spark_fast.run.lock import RunLock
 from spark_fast.versions import versions
 
 RESULT = "result.json"  # of an evaluation
 
 
-def open_run_folder(settings: Tree, lock: RunLock, pictures: str = "") -> Path:
+def open_run_folder(folder: Path, lock: RunLock, config: str, head: Mapping[str, Any], pictures: str = "") -> Path:
     """Make the run folder; lock it; write config.toml and the head of log.txt; copy stdout and stderr into it.
 
-    `pictures`: a folder in it that is wanted, too; "": none.
+    Args:
+        config: the settings as TOML, for config.toml.
+        head: for log.txt, see `describe`.
+        pictures: a folder in it that is wanted, too; "": none.
 
     Raises:
-        SettingsError: it holds another run and this one does not resume it.
         CheckpointError: it cannot be written, or another run holds it.
     """
-    folder = settings.folder
-    refuse_another_run(settings)
     try:
         (folder / pictures).mkdir(parents=True, exist_ok=True)
         lock.take()
-        (folder / "config.toml").write_text(settings.to_toml())
+        (folder / "config.toml").write_text(config)
         with (folder / "log.txt").open("a") as log:
-            log.write(json.dumps(describe(settings)) + "\n")
+            log.write(json.dumps(head) + "\n")
         sys.stdout = _Copied(sys.stdout, folder / "stdout_backup.txt")
         sys.stderr = _Copied(sys.stderr, folder / "stderr_backup.txt")
     except OSError as error:
@@ -51,25 +52,24 @@ def open_run_folder(settings: Tree, lock: RunLock, pictures: str = "") -> Path:
     return folder
 
 
-def refuse_another_run(settings: Tree) -> None:
-    """Raise SettingsError if the run folder holds a run, or its result, that this one does not resume."""
+def refuse_another_run(folder: Path) -> None:
+    """Raise SettingsError if the folder holds a run already, or its result."""
     left = (CHECKPOINT, RECORD, RESULT)
-    held = any(os.path.lexists(settings.folder / name) for name in left) or published(settings.folder)
-    if held and not settings.run.resume:
+    if any(os.path.lexists(folder / name) for name in left) or published(folder):
         raise SettingsError(
-            f"{settings.folder} holds a run already: go on with --resume auto, or choose another <experiment_name>"
+            f"{folder} holds a run already: go on with --resume auto, or choose another <experiment_name>"
         )
 
 
-def describe(settings: Tree) -> dict:
-    """What a reader needs to repeat the run: commit, versions, machine, command, settings."""
+def describe(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reader needs to repeat the run: its name, commit, versions, machine, command, settings."""
     return {
-        "name": settings.run.exp_name,
+        "name": name,
         "cmd": shlex.join(sys.argv),
         "git_commit_id": _git_commit(),
         "versions": versions(),
         "machine": {"host": platform.node(), "cpus": os.cpu_count(), "gpus": torch.cuda.device_count()},
-        "settings": settings.to_dict(),
+        "settings": settings,
     }
 
 
@@ -81,6 +81,19 @@ def _git_commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "[unknown]"
     return found.stdout.strip() or "[unknown]"
+
+
+@contextmanager
+def output_restored() -> Iterator[None]:
+    """Afterwards stdout, stderr and the log go where they went before, and no longer into a run folder."""
+    handlers = [h for h in logging.getLogger().handlers if isinstance(h, logging.StreamHandler)]
+    before, streams = (sys.stdout, sys.stderr), [handler.stream for handler in handlers]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for handler, stream in zip(handlers, streams, strict=True):
+            handler.setStream(stream)
 
 
 class _Copied:

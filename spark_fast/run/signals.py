@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import signal
+import threading
 import time
+
+log = logging.getLogger("spark_fast")
 
 
 class Interrupt:
@@ -16,7 +20,11 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.asked, self._since = False, 0.0
-        self._before = {s: signal.signal(s, self._remember) for s in self.SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._remember) for s in self.SIGNALS}
+        else:  # Python lets nobody else handle signals
+            self._before = {}
+            log.info("this is not the main thread: Ctrl-C and signals do not reach the run, --max_steps ends it early")
 
     def _remember(self, number: int, frame: object) -> None:
         if not self.asked:

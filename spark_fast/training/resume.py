@@ -9,7 +9,6 @@ from typing import Any
 from spark_fast.checkpoint.manager import candidates
 from spark_fast.errors import CheckpointError, SettingsError
 from spark_fast.pipelines.base import Pipeline
-from spark_fast.run.config import Tree
 from spark_fast.training.settings import Settings
 from spark_fast.versions import versions
 
@@ -28,22 +27,21 @@ HARMLESS = {
 }
 
 
-def checkpoints_to_resume(settings: Tree) -> list[Path]:
-    """The checkpoints that --resume means, the newest first; none for a fresh start.
+def checkpoints_to_resume(asked: str, folder: Path) -> list[Path]:
+    """The checkpoints that `--resume asked` means for a run folder, the newest first; none for a fresh start.
 
     Raises:
         CheckpointError: a checkpoint was named and is not there, or the run folder's are gone.
     """
-    asked = settings.run.resume
     if not asked:
         return []
     if asked != "auto":
         if not Path(asked).is_file():
             raise CheckpointError(f"there is no checkpoint {asked} to resume from")
         return [Path(asked)]
-    found = candidates(settings.folder)
+    found = candidates(folder)
     if not found:
-        log.info("--resume auto: there is no checkpoint in %s yet, this run starts from the beginning", settings.folder)
+        log.info("--resume auto: there is no checkpoint in %s yet, this run starts from the beginning", folder)
     return found
 
 

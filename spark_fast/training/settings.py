@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from tyro.conf import OmitArgPrefixes, arg
 
 from spark_fast.errors import SettingsError
-from spark_fast.run.config import Tree, read, switch, switches_of
+from spark_fast.run.config import Tree, read, set_by_name, switch, switches_of
 
 PUBLISHED_DROP_PATH = {
     "resnet50": 0.05,
@@ -227,6 +227,19 @@ class Settings(Tree):
         tree["optim"]["beta2"] = self.beta2
         tree["optim"]["weight_decay_end"] = self.optim.weight_decay_end or self.optim.weight_decay
         return tree
+
+    @classmethod
+    def from_names(cls, **given: Any) -> Settings:
+        """Settings from their names alone, whatever group they are in; checked as the command's are.
+
+        Raises:
+            TypeError: a name that is no setting, with the nearest ones.
+            SettingsError: a value that cannot be used.
+        """
+        settings = cls()
+        set_by_name(settings, given)
+        settings.check()
+        return settings
 
     @classmethod
     def from_dict(cls, tree: dict[str, dict[str, Any]]) -> Settings:

@@ -27,7 +27,8 @@ def settings(**run):
 
 
 def opened(folder, step=0, **run):
-    return open_loggers(folder, settings(**run), step)
+    chosen = settings(**run)
+    return open_loggers(folder, step, wandb=chosen.run.wandb, name="name", config=chosen.to_dict())
 
 
 def use(found, steps=(2,)):
@@ -77,7 +78,7 @@ def test_tensorboard_has_every_figure_and_the_pictures(tmp_path):
 
 
 def test_a_rank_that_does_not_write_has_no_boards():
-    assert open_loggers(None, settings(wandb="p"), 0) == []
+    assert open_loggers(None, 0, wandb="p") == []
 
 
 def test_wandb_is_not_loaded_unless_it_is_asked_for(tmp_path, monkeypatch):
@@ -175,7 +176,7 @@ MEANS = {"loss": 1.0, "images_per_second": 8.0, "data_wait": 0.5, "mfu": 0.1, "s
 def test_a_clock_that_jumps_changes_no_figure(tmp_path, monkeypatch):
     now = iter([2e9, 1e9, 3e9, 0.0, 1.0] * 20)
     monkeypatch.setattr(time, "time", lambda: next(now))
-    story = RunLogger(tmp_path, total_steps=20, steps_per_epoch=5, epochs=4, step=0, boards=opened(tmp_path))
+    story = RunLogger(tmp_path, total_steps=20, steps_per_epoch=5, epochs=4, step=0, loggers=opened(tmp_path))
     story.point(5, MEANS, 0.1, 0.04)
     story.epoch(5)
     story.close()

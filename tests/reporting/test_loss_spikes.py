@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from spark_fast.cli.pretrain import open_model
 from spark_fast.pipelines.backends.synthetic import SyntheticPipeline
 from spark_fast.pipelines.sampler import Sampler, batch_ids, order
 from spark_fast.reporting.loss_spikes import ENOUGH, WINDOW, Spikes, limit
 from spark_fast.run.distributed import Ranks
+from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
-from spark_fast.training.loop import PretrainRun
+from spark_fast.training.pretrain import open_model
+from spark_fast.training.pretrain_run import PretrainRun
 from spark_fast.training.settings import parse
 
 
@@ -103,24 +104,13 @@ def test_in_a_run_the_samples_are_those_of_the_pipelines_batch(caplog):
     settings = parse(["name", "--pipeline=synthetic", "--model=resnet10t", "--input_size=64", "--mask=0.5", "--bs=2",
                       "--decoder_width=32", "--ep=1", "--wp_ep=0", "--log_every=10"])  # fmt: skip
     ranks, schedule = Ranks(0, 1, torch.device("cpu"), None), Sampler(num_samples=60, batch_size=2, seed=0)
-    run = PretrainRun(
-        settings, ranks, SyntheticPipeline(schedule, (64, 64)), open_model(settings, ranks), Watchdog(600)
-    )
-    losses, one_step = iter([*noise(24), 7.0, *noise(5, seed=1)]), run._one_step
-    run._one_step = lambda images: (torch.tensor(next(losses)), one_step(images)[1])
-    assert run._train_epoch(Silent()) is False
-    run.interrupt.release()
+    run = PretrainRun(settings, ranks, SyntheticPipeline(schedule, (64, 64)), open_model(settings, ranks))
+    losses, one_step = iter([*noise(24), 7.0, *noise(5, seed=1)]), run.step
+    run.step = lambda step, batch: (torch.tensor(next(losses)), one_step(step, batch)[1])
+    interrupt = Interrupt()
+    assert run.trainer(None, None, Watchdog(600), interrupt).train()
+    interrupt.release()
     (record,) = [r for r in caplog.records if "jumped" in r.getMessage()]
     ids = batch_ids(order(60, 0, 0), 24, 2, 0, 1).tolist()
     assert record.getMessage().endswith(f"at step 25, the last 24 steps set the limit at {limit(noise(24)):.4f}. "
                                         f"The samples of this rank in that step: {ids[0]}, {ids[1]}")  # fmt: skip
-
-
-class Silent:
-    """A journal that tells nothing."""
-
-    def advance(self, step):
-        pass
-
-    def point(self, *args):
-        pass

@@ -9,7 +9,8 @@ import torch
 
 from spark_fast.reporting.loggers import SafeLogger
 from spark_fast.reporting.metrics_file import MetricsFile
-from spark_fast.reporting.run_logger import Meter, RunLogger
+from spark_fast.reporting.monitor import Meter
+from spark_fast.reporting.run_logger import RunLogger
 
 
 def means(loss=1.0, steps=2, seconds=4.0, wait=0.25, speed=8.0):
@@ -21,7 +22,7 @@ def means(loss=1.0, steps=2, seconds=4.0, wait=0.25, speed=8.0):
 
 def journal(folder, step=0):
     boards = [SafeLogger("metrics.jsonl", lambda: MetricsFile(folder / "metrics.jsonl", step))] if folder else []
-    return RunLogger(folder, total_steps=20, steps_per_epoch=5, epochs=4, step=step, boards=boards)
+    return RunLogger(folder, total_steps=20, steps_per_epoch=5, epochs=4, step=step, loggers=boards)
 
 
 def rows(folder):

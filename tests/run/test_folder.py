@@ -12,9 +12,16 @@ import torch
 
 import spark_fast
 from spark_fast.errors import CheckpointError, SettingsError
-from spark_fast.run.folder import CHECKPOINT, describe, open_run_folder
+from spark_fast.run.folder import CHECKPOINT, describe, open_run_folder, refuse_another_run
 from spark_fast.run.lock import RunLock
 from spark_fast.training.settings import parse
+
+
+def open_folder(chosen, lock, pictures=""):
+    if not chosen.run.resume:
+        refuse_another_run(chosen.folder)
+    head = describe(chosen.run.exp_name, chosen.to_dict())
+    return open_run_folder(chosen.folder, lock, chosen.to_toml(), head, pictures)
 
 
 @contextmanager
@@ -24,7 +31,7 @@ def opened(chosen):
     before = sys.stdout, sys.stderr, root.handlers
     root.handlers = [logging.StreamHandler(sys.stderr)]
     try:
-        yield open_run_folder(chosen, lock, "reconstruction")
+        yield open_folder(chosen, lock, "reconstruction")
     finally:
         sys.stdout, sys.stderr, root.handlers = before
         lock.release()
@@ -63,7 +70,7 @@ def test_a_folder_with_a_checkpoint_is_refused_unless_it_is_resumed(tmp_path):
     folder.mkdir()
     (folder / CHECKPOINT).write_bytes(b"earlier")
     with pytest.raises(SettingsError, match=f"{folder} holds a run already: go on with --resume auto"):
-        open_run_folder(settings(folder), RunLock(folder))
+        open_folder(settings(folder), RunLock(folder))
     assert [p.name for p in folder.iterdir()] == [CHECKPOINT], "nothing was written"
     with opened(settings(folder, "--resume=auto")):
         assert (folder / CHECKPOINT).read_bytes() == b"earlier"
@@ -82,7 +89,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, inside):
     (tmp_path / "file").write_text("no folder")
     place = tmp_path / "file" / inside
     with pytest.raises(CheckpointError, match=f"the run folder {place} cannot be written"):
-        open_run_folder(settings(place), RunLock(place))
+        open_folder(settings(place), RunLock(place))
     assert (tmp_path / "file").read_text() == "no folder"
 
 
@@ -99,7 +106,7 @@ def test_everything_printed_is_copied_and_still_printed(tmp_path, capsys):
 
 
 def test_a_description_is_plain_json():
-    assert json.loads(json.dumps(describe(settings("x"))))["machine"]["cpus"] >= 1
+    assert json.loads(json.dumps(describe("x", settings("x").to_dict())))["machine"]["cpus"] >= 1
 
 
 def test_a_copy_that_cannot_be_written_is_given_up_and_told_once(tmp_path, capsys):
@@ -120,5 +127,5 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     with opened(settings(tmp_path / "run")) as folder:
         before = sorted(folder.rglob("*"))
         with pytest.raises(CheckpointError, match=f"{folder} is in use by another run"):
-            open_run_folder(settings(folder), RunLock(folder))
+            open_folder(settings(folder), RunLock(folder))
         assert sorted(folder.rglob("*")) == before

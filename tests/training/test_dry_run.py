@@ -6,13 +6,12 @@ import re
 import pytest
 import torch
 
-from spark_fast.cli.pretrain import open_model
 from spark_fast.pipelines.backends.synthetic import SyntheticPipeline
 from spark_fast.pipelines.sampler import Sampler
 from spark_fast.run.distributed import Ranks
-from spark_fast.run.watchdog import Watchdog
-from spark_fast.training.dry_run import plan, print_plan
-from spark_fast.training.loop import PretrainRun
+from spark_fast.training.dry_run import plan_text, print_plan, rehearse
+from spark_fast.training.pretrain import open_model
+from spark_fast.training.pretrain_run import PretrainRun
 from spark_fast.training.settings import parse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,11 +26,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings, ranks = parse(FLAGS), Ranks(0, 1, torch.device("cpu"), None)
     schedule = Sampler(num_samples=8, batch_size=8, seed=0, rank=0, world_size=1)
-    run = PretrainRun(
-        settings, ranks, SyntheticPipeline(schedule, (64, 64)), open_model(settings, ranks), Watchdog(600)
-    )
-    yield run
-    run.interrupt.release()
+    return PretrainRun(settings, ranks, SyntheticPipeline(schedule, (64, 64)), open_model(settings, ranks))
 
 
 def told(run, capsys):
@@ -41,14 +36,14 @@ def told(run, capsys):
 
 
 def test_the_plan_says_what_the_run_would_cost_and_nothing_is_written(run, capsys, tmp_path):
-    run.step = 50  # as after a resume
+    run.position.step = 50  # as after a resume
     rows = told(run, capsys)
     assert list(tmp_path.iterdir()) == []
     assert list(rows) == ["dry", "encoder", "decoder", "memory", "step", "run", "checkpoint"]
     sizes = {name: p.numel() for name, p in run.model.named_parameters()}
     encoder = sum(n for name, n in sizes.items() if name.startswith("encoder."))
     for name, parameters in (("encoder", encoder), ("decoder", sum(sizes.values()) - encoder)):
-        macs = getattr(run.gauge.cost, name)
+        macs = getattr(run.mfu.cost, name)
         assert f"{parameters / 1e6:.1f} M parameters, {macs / 1e9:.3g} GMACs per image" in rows[name]
     assert "GiB of the process at most" in rows["memory"]
     assert re.search(r"[\d.]+ s \(data .*, forward .*, backward .*, optimizer .*\), [\d.]+ images/s, MFU", rows["step"])
@@ -58,7 +53,9 @@ def test_the_plan_says_what_the_run_would_cost_and_nothing_is_written(run, capsy
 
 def test_the_time_to_go_is_that_of_so_many_steps(run):
     figures = dict.fromkeys(("data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds"), 1.0)
-    text = plan(run, figures | {"loss": 1.0, "step_seconds": 9.0, "images_per_second": 8 / 9, "mfu": 0.5}, to_go=200)
+    text = plan_text(
+        run, figures | {"loss": 1.0, "step_seconds": 9.0, "images_per_second": 8 / 9, "mfu": 0.5}, to_go=200
+    )
     assert "200 steps to go, 1 an epoch: 0:30:00 at this pace" in text
     assert "9 s (data 1, forward 1, backward 1, optimizer 1), 0.9 images/s, MFU 50.0%, loss 1.0000" in text
 
@@ -72,7 +69,7 @@ def test_the_size_of_a_checkpoint_is_that_of_the_file(run, capsys):
 
 def test_two_steps_are_taken_in_two_epochs_if_they_are_that_short(run):
     before = [p.clone() for p in run.model.parameters()]
-    figures = run.rehearse(2)
-    assert run.step == 2
+    figures = rehearse(run, 2)
+    assert run.position.step == 2
     assert figures["steps"] == 1, "the figures are those of the last step"
     assert any(not torch.equal(p, q) for p, q in zip(run.model.parameters(), before, strict=True))

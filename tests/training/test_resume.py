@@ -13,6 +13,10 @@ from spark_fast.training.settings import parse
 from spark_fast.versions import versions
 
 
+def to_resume(chosen):
+    return checkpoints_to_resume(chosen.run.resume, chosen.folder)
+
+
 def settings(*words):
     return parse(["name", "--data_path=images", *words])
 
@@ -33,25 +37,25 @@ def checkpoint(path, step=1):
 
 def test_nothing_asked_is_a_fresh_start(tmp_path):
     (tmp_path / CHECKPOINT).touch()
-    assert checkpoints_to_resume(settings(f"--exp_dir={tmp_path}")) == []
+    assert to_resume(settings(f"--exp_dir={tmp_path}")) == []
 
 
 def test_auto_takes_the_run_folders_checkpoints_the_newest_first_or_starts_afresh(tmp_path):
     asked = settings(f"--exp_dir={tmp_path}", "--resume=auto")
-    assert checkpoints_to_resume(asked) == []
+    assert to_resume(asked) == []
     old = checkpoint(tmp_path / CHECKPOINT)
-    assert checkpoints_to_resume(asked) == [old]
+    assert to_resume(asked) == [old]
     one, two = (checkpoint(tmp_path / FOLDER / f"step_{n:08d}.pth", n) for n in (9, 10))
-    assert checkpoints_to_resume(asked) == [two, one, old]
+    assert to_resume(asked) == [two, one, old]
 
 
 def test_a_named_checkpoint_is_taken_and_a_missing_one_is_an_error(tmp_path):
     path = tmp_path / "other.pth"
     asked = settings(f"--resume={path}")
     with pytest.raises(CheckpointError, match=f"there is no checkpoint {path} to resume from"):
-        checkpoints_to_resume(asked)
+        to_resume(asked)
     path.touch()
-    assert checkpoints_to_resume(asked) == [path]
+    assert to_resume(asked) == [path]
 
 
 def test_the_newest_that_can_be_read_is_used_and_the_others_are_named(tmp_path, caplog):

@@ -1,0 +1,153 @@
+"""Pre-training from its settings: build the parts, hand them to the loop; from a command or from Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spark_fast.errors import SettingsError
+from spark_fast.pipelines import Pipeline
+from spark_fast.reporting.loggers import require_wandb
+from spark_fast.run.command import on_ranks, open_checkpoints, open_pipeline, running
+from spark_fast.run.cpu_sync_batchnorm import HostSyncBatchNorm
+from spark_fast.run.distributed import Ranks
+from spark_fast.run.folder import output_restored, refuse_another_run
+from spark_fast.run.signals import Interrupt
+from spark_fast.run.watchdog import Watchdog
+from spark_fast.spark import SparK, build_spark
+from spark_fast.training.dry_run import print_plan
+from spark_fast.training.pretrain_run import PretrainRun
+from spark_fast.training.resume import checkpoints_to_resume
+from spark_fast.training.settings import Settings
+from spark_fast.weights.load import load_weights
+
+PICTURED = 8  # images in a reconstruction picture
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What a call of pre-training leaves.
+
+    Attributes:
+        folder: of the run.
+        metrics: the row of the last log point, as in metrics.jsonl; {} where this process took no step.
+        finished: False where it was interrupted, or stopped by `max_steps`: the same call with resume="auto" goes on.
+    """
+
+    folder: Path
+    metrics: dict[str, float]
+    finished: bool
+
+
+def pretrain(data_path: str | Path = "", **settings: Any) -> PretrainResult:
+    """Pre-train from a script, a notebook or a thread; the same as the command `spark-fast-train`.
+
+    Args:
+        data_path: the images.
+        settings: any setting of the command by its name, e.g. model="convnext_tiny", epochs=100, exp_name="mine",
+            resume="auto"; input_size may be a number or (H, W). docs/settings.md lists them.
+
+    Under torchrun every rank makes the same call. Outside the main thread no signal handlers are installed.
+
+    Raises:
+        SettingsError, DataError, CheckpointError, NotFiniteError, ...: see `spark_fast.errors`.
+        TypeError: a name that is no setting, with the nearest ones.
+    """
+    chosen = Settings.from_names(data_path=data_path, **settings)
+    with output_restored():
+        return on_ranks(chosen, pretrain_from_settings)
+
+
+def pretrain_from_settings(settings: Settings, ranks: Ranks, watchdog: Watchdog) -> PretrainResult:
+    """Build everything, and train to the end or to an interruption; with `dry_run`, print what it would cost."""
+    if settings.run.wandb:
+        require_wandb()
+    with running(settings, ranks, watchdog) as (lock, closing):
+        pipeline = open_images(settings, ranks, batch_size=settings.data.batch_size)
+        closing.callback(pipeline.close)
+        model = open_model(settings, ranks)
+        resume = checkpoints_to_resume(settings.run.resume, settings.folder)
+        run = PretrainRun(settings, ranks, pipeline, model)
+        if resume:
+            run.restore(resume)
+        elif settings.model.init_weight:
+            load_weights(Path(settings.model.init_weight), model)
+        if settings.run.dry_run:
+            if not settings.run.resume:
+                refuse_another_run(settings.folder)
+            print_plan(run)
+            return PretrainResult(settings.folder, {}, finished=True)
+        interrupt = Interrupt()
+        closing.callback(interrupt.release)
+        pictured = manager = None
+        if ranks.main:
+            pictured = pictured_images(settings, ranks)
+            manager = open_checkpoints(
+                settings,
+                lock,
+                size=run.checkpoint_bytes,
+                step=run.position.step,
+                keep_steps=settings.run.keep_every * run.position.steps_per_epoch,
+                pictures="reconstruction",
+            )
+        trainer = run.trainer(manager, pictured, watchdog, interrupt)
+        finished = trainer.train()
+        if finished and manager is not None:
+            run.write_encoder(manager.folder)  # also when a finished run is resumed
+            at = run.position
+            print(f"done: {at.step} steps, loss {at.loss:.4f}; everything is in {manager.folder}/", flush=True)
+        return PretrainResult(settings.folder, trainer.monitor.last, finished)
+
+
+def open_images(settings: Settings, ranks: Ranks, *, batch_size: int, augment: bool = True) -> Pipeline:
+    """The images of this rank."""
+    return open_pipeline(
+        settings,
+        ranks,
+        settings.data.data_path,
+        batch_size=batch_size,
+        augment=augment,
+        ffcv_resize=settings.data.ffcv_resize,
+        augment_on=settings.data.augment,
+        decode_on=settings.data.decode,
+    )
+
+
+def pictured_images(settings: Settings, ranks: Ranks) -> Tensor | None:
+    """A few images for the reconstruction pictures, the same ones all through the run, centrally cropped."""
+    if not settings.run.picture_every:
+        return None
+    alone = replace(ranks, rank=0, world_size=1)
+    if settings.data.pipeline != "synthetic":  # the one that reads anything and starts at once
+        settings = replace(settings, data=replace(settings.data, pipeline="torch", decode="host", augment="host"))
+    pipeline = open_images(settings, alone, batch_size=min(PICTURED, settings.data.batch_size), augment=False)
+    try:
+        return next(iter(pipeline.epoch(0))).images
+    finally:
+        pipeline.close()
+
+
+def open_model(settings: Settings, ranks: Ranks) -> SparK:
+    """The model on this rank's device, channels_last."""
+    synced = settings.run.sync_batchnorm and ranks.world_size > 1
+    try:
+        model = build_spark(
+            settings.network,
+            input_size=settings.size,
+            mask_ratio=settings.model.mask_ratio,
+            decoder_width=settings.model.decoder_width,
+            encoder=settings.encoder,
+            model_kwargs={"drop_path_rate": settings.drop_path} if settings.drop_path else None,
+            stages=settings.model.stages or None,
+            check={"auto": None, "always": True, "never": False}[settings.model.verify],
+            sync_batchnorm=synced and ranks.device.type == "cuda",
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    if synced and ranks.device.type == "cpu":
+        HostSyncBatchNorm.replace_in(model)
+    return model.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

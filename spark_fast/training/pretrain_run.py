@@ -1,0 +1,202 @@
+"""A pre-training run: its parts, built from the settings, and what only pre-training does in the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spark_fast.checkpoint.manager import CheckpointManager, read_newest
+from spark_fast.errors import SettingsError
+from spark_fast.masking import sample_visible
+from spark_fast.pipelines import Batch, Pipeline
+from spark_fast.reporting.flops import count
+from spark_fast.reporting.loggers import open_loggers
+from spark_fast.reporting.loss_spikes import Spikes
+from spark_fast.reporting.mfu import MfuMeter, matmul_rate
+from spark_fast.reporting.monitor import Monitor
+from spark_fast.reporting.profiler import Profile
+from spark_fast.reporting.reconstructions import reconstruction_grid, save_png
+from spark_fast.reporting.run_logger import RunLogger
+from spark_fast.run.data_parallel import data_parallel
+from spark_fast.run.distributed import Ranks
+from spark_fast.run.seeding import step_seed
+from spark_fast.run.signals import Interrupt
+from spark_fast.run.watchdog import Watchdog
+from spark_fast.spark import SparK
+from spark_fast.training.checkpointer import Checkpointer
+from spark_fast.training.nonfinite import NonfiniteReport
+from spark_fast.training.optim import build_optimizer
+from spark_fast.training.resume import check_same_run
+from spark_fast.training.run_state import Position, RunState
+from spark_fast.training.settings import Settings
+from spark_fast.training.step import Schedule, TrainStep, compiled, resolve_precision
+from spark_fast.training.trainer import Trainer
+from spark_fast.weights.timm_keys import encoder_names, renamed, write_encoder
+
+MOMENTS = {"lamb": 2, "adamw": 2, "sgd": 1}  # tensors that an optimiser keeps for each parameter
+
+
+class PretrainStep:
+    """(step, batch) -> loss and gradient norm: draws the masks and advances.
+
+    Whatever is random in a step depends on (seed, step, rank) alone.
+    """
+
+    def __init__(self, model: SparK, advance: TrainStep, seed: int, rank: int, share: int) -> None:
+        self.model, self.advance, self.seed, self.rank = model, advance, seed, rank
+        self.positions = torch.arange(share, device=advance.device) + rank * share  # in the global batch
+
+    def __call__(self, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Advance by this rank's share of a global batch."""
+        torch.manual_seed(step_seed(self.seed, step, self.rank))
+        visible = sample_visible(self.seed, step, self.positions, self.model.grid, self.model.num_visible)
+        return self.advance(step, batch.images, visible)
+
+
+class PretrainRun:
+    """The parts of a run, built from its settings: everything but the folder, which is opened last."""
+
+    def __init__(self, settings: Settings, ranks: Ranks, pipeline: Pipeline, model: SparK) -> None:
+        self.settings, self.ranks, self.pipeline, self.model = settings, ranks, pipeline, model
+        optim, share = settings.optim, settings.data.batch_size // ranks.world_size
+        if share % optim.accumulate:
+            raise SettingsError(f"--accumulate {optim.accumulate} does not divide the {share} images of a rank's batch")
+        self.position = Position(len(pipeline), optim.epochs)
+        zero = optim.zero and ranks.world_size > 1
+        self.optimizer = build_optimizer(optim.optimizer, model, settings.beta2, zero=zero)
+        self.advance = self._train_step()
+        self.step = PretrainStep(model, self.advance, settings.run.seed, ranks.rank, share)
+        self.state = RunState(model, self.optimizer, self.advance.scaler, self.position, pipeline, settings.to_dict())
+        rate = matmul_rate(ranks.device, self.advance.dtype)  # on every rank, as they all compute at a time
+        self.mfu = MfuMeter(count(model), rate, ranks.device, ranks.world_size)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About the size of a checkpoint."""
+        return self.state.size(MOMENTS[self.settings.optim.optimizer])
+
+    def restore(self, paths: list[Path]) -> None:
+        """Go on where the first of these checkpoints that can be read was written, at the very next batch."""
+        path, state = read_newest(paths)
+        check_same_run(path, state, self.settings, self.pipeline)
+        self.state.restore(path, state, self.ranks)
+
+    def monitor(self, logger: RunLogger, profile: Profile | None = None) -> Monitor:
+        """What collects the figures of the steps for a logger."""
+        return Monitor(
+            logger,
+            images_per_step=self.settings.data.batch_size,
+            clock=self.advance.clock,
+            rates=self.advance.schedule.at,
+            mean_over_ranks=self.ranks.mean,
+            mfu=self.mfu,
+            spikes=Spikes(),
+            profile=profile,
+        )
+
+    def logger(self, folder: Path | None) -> RunLogger:
+        """What shows them; nothing where `folder` is None."""
+        run, at = self.settings.run, self.position
+        return RunLogger(
+            folder,
+            total_steps=at.total_steps,
+            steps_per_epoch=at.steps_per_epoch,
+            epochs=at.epochs,
+            step=at.step,
+            loggers=open_loggers(folder, at.step, wandb=run.wandb, name=run.exp_name, config=self.settings.to_dict()),
+        )
+
+    def trainer(
+        self, manager: CheckpointManager | None, pictured: Tensor | None, watchdog: Watchdog, interrupt: Interrupt
+    ) -> Trainer:
+        """The loop of this run.
+
+        Args:
+            manager: of the run folder, None on ranks that do not write.
+            pictured: images (N, 3, H, W) for the reconstruction pictures, None for no pictures.
+        """
+        run, folder = self.settings.run, None if manager is None else manager.folder
+        logger = self.logger(folder)
+        profile = Profile(folder, self.ranks.device, self.position.step) if run.profile else None
+        return Trainer(
+            self.step,
+            self.pipeline,
+            self._checkpointer(manager),
+            monitor=self.monitor(logger, profile),
+            nonfinite=NonfiniteReport(self.advance.guard, self.ranks, self.settings.optim.max_bad_steps),
+            end_of_epoch=EndOfEpoch(self, logger, folder, pictured),
+            ranks=self.ranks,
+            watchdog=watchdog,
+            interrupt=interrupt,
+            log_every=run.log_every,
+            max_steps=run.max_steps,
+            folder=folder,
+        )
+
+    def write_encoder(self, folder: Path) -> None:
+        """Write the encoder's weights as they are now, under timm's names."""
+        names = encoder_names(self.model, self.settings.network)
+        write_encoder(renamed(self.model.state_dict(), names), self.settings.network, folder)
+
+    def _checkpointer(self, manager: CheckpointManager | None) -> Checkpointer:
+        steps, seconds = self.settings.save_every
+        if manager is None:
+            return Checkpointer(self.state, None, steps=steps, seconds=seconds)
+        network, folder = self.settings.network, manager.folder
+        # not by the writing thread: networks are built for it on the meta device, for torch.compile the whole process's
+        names = encoder_names(self.model, network)
+
+        def after_epoch(content: dict[str, Any]) -> None:
+            write_encoder(renamed(content["model"], names), network, folder)
+
+        return Checkpointer(self.state, manager, steps=steps, seconds=seconds, after_epoch=after_epoch)
+
+    def _train_step(self) -> TrainStep:
+        settings, optim, at = self.settings, self.settings.optim, self.position
+        model = data_parallel(
+            self.model.train(),
+            self.ranks,
+            static=optim.accumulate == 1,
+            gradients_in_bf16=optim.allreduce == "bf16",
+        )
+        try:
+            return TrainStep(
+                compiled(model, settings.run.compile),
+                self.optimizer,
+                Schedule(
+                    settings.peak_lr,
+                    optim.warmup_epochs * at.steps_per_epoch,
+                    at.total_steps,
+                    optim.weight_decay,
+                    optim.weight_decay_end or optim.weight_decay,
+                ),
+                precision=resolve_precision(settings.run.precision, self.ranks.device),
+                device=self.ranks.device,
+                clip=optim.clip,
+                accumulate=optim.accumulate,
+                agree=self.ranks.max,
+                cuda_graph=settings.run.cuda_graph,
+            )
+        except ValueError as error:
+            raise SettingsError(f"--cuda_graph: {error}") from error
+
+
+class EndOfEpoch:
+    """What the end of an epoch brings: a line of log.txt, the save, and now and then a picture."""
+
+    def __init__(self, run: PretrainRun, logger: RunLogger, folder: Path | None, pictured: Tensor | None) -> None:
+        self.run, self.logger, self.folder, self.pictured = run, logger, folder, pictured
+
+    def __call__(self, save: Callable[[], None]) -> None:
+        """See `trainer.EpochEnd`."""
+        at, settings, bad = self.run.position, self.run.settings.run, self.run.pipeline.bad_images
+        self.logger.epoch(at.step, {"converted": bad.converted, "replaced": bad.substituted})
+        save()
+        if self.folder is not None and self.pictured is not None and at.epoch % settings.picture_every == 0:
+            grid = reconstruction_grid(self.run.model, self.pictured, settings.seed)
+            save_png(grid, self.folder / "reconstruction" / f"epoch_{at.epoch:04d}.png")
+            self.logger.picture(grid, at.step)

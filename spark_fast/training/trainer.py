@@ -1,0 +1,124 @@
+"""The loop of a run, the same for pre-training and fine-tuning: steps, log points, saves, and how a run is left.
+
+What differs is handed in: what a step does with a batch, and what the end of an epoch brings besides the save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+from torch import Tensor
+
+from spark_fast.pipelines import Batch, Pipeline
+from spark_fast.reporting.monitor import Monitor
+from spark_fast.run.distributed import Ranks
+from spark_fast.run.signals import Interrupt
+from spark_fast.run.watchdog import Watchdog
+from spark_fast.training.checkpointer import Checkpointer
+from spark_fast.training.nonfinite import NonfiniteReport
+
+Step = Callable[[int, Batch], tuple[Tensor, Tensor]]  # (step, batch) -> loss and gradient norm, () on the device
+EpochEnd = Callable[[Callable[[], None]], None]  # is given what saves the run, and calls it
+
+
+class Trainer:
+    """Drives a step through the epochs of a run.
+
+    Args:
+        step: advances the model by one batch.
+        batches: of this rank, in the order that (seed, epoch) gives.
+        checkpointer: has the state of the run, and with it its position.
+        end_of_epoch: logs, evaluates, draws; it calls the function that it is given to save.
+        log_every: steps between log points.
+        max_steps: leave after so many steps of this process, as at an interruption; 0: never.
+        folder: of the run, None on ranks that do not write.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        batches: Pipeline,
+        checkpointer: Checkpointer,
+        *,
+        monitor: Monitor,
+        nonfinite: NonfiniteReport,
+        end_of_epoch: EpochEnd,
+        ranks: Ranks,
+        watchdog: Watchdog,
+        interrupt: Interrupt,
+        log_every: int,
+        max_steps: int = 0,
+        folder: Path | None = None,
+    ) -> None:
+        self.step, self.batches, self.checkpointer, self.monitor = step, batches, checkpointer, monitor
+        self.nonfinite, self.end_of_epoch = nonfinite, end_of_epoch
+        self.ranks, self.watchdog, self.interrupt = ranks, watchdog, interrupt
+        self.log_every, self.max_steps, self.folder = log_every, max_steps, folder
+        self.position = checkpointer.state.position
+
+    def train(self) -> bool:
+        """Train to the last epoch: True; or until interrupted: False, and the checkpoint is written.
+
+        Raises:
+            NotFiniteError: loss or gradient are no numbers any more; weights and last checkpoint are good.
+            CheckpointError: the last checkpoint could not be written, twice.
+        """
+        at = self.position
+        try:
+            while at.step < at.total_steps:
+                leaving = self._train_epoch()
+                if at.at_epoch_end:
+                    self.end_of_epoch(self._save)
+                if leaving and at.step < at.total_steps:
+                    self.checkpointer.finish()
+                    if self.checkpointer.last is not None:
+                        print(
+                            f"stopped at step {at.step} of {at.total_steps}; saved {self.checkpointer.last}. "
+                            f"Go on with the same command and --resume auto",
+                            flush=True,
+                        )
+                    return False
+            self.checkpointer.finish()
+        finally:
+            self.checkpointer.wait()  # whatever the reason for leaving, a write in flight is finished
+            self.monitor.close()
+        return True
+
+    def _train_epoch(self) -> bool:
+        """The steps of this epoch that are still to do; True when the run is to be left."""
+        at, leaving = self.position, False
+        epoch, done = divmod(at.step, at.steps_per_epoch)
+        with closing(self.batches.epoch(epoch, done)) as batches:  # closing stops what is being decoded ahead
+            for batch in self.monitor.timed(batches):
+                self.watchdog.at(at.step, "in the step")
+                loss, norm = self.step(at.step, batch)
+                self.nonfinite.add(batch.ids)
+                at.step += 1
+                self.monitor.add(at.step, loss, norm, batch.ids)
+                limit = 0 < self.max_steps <= at.step - at.begun
+                leaving = self.ranks.any(self.interrupt.asked or limit)
+                self._after_step(leaving)
+                self.watchdog.at(at.step, "waiting for data")
+                if leaving or at.at_epoch_end:
+                    break
+        return leaving
+
+    def _after_step(self, leaving: bool) -> None:
+        """Look at skipped steps, log and save, where it is time to; on all ranks together."""
+        at, every = self.position, self.checkpointer.steps
+        save_point = every > 0 and at.step % every == 0
+        log_point = at.at_epoch_end or leaving or save_point or at.step % self.log_every == 0
+        if log_point or self.ranks.device.type == "cpu":  # there it costs nothing to look
+            self.nonfinite.report(at.step, self.folder)
+        if not log_point:
+            return
+        at.loss = self.monitor.point(at.step, at.loss)  # before a save: nothing broken is kept
+        due = self.ranks.any(self.checkpointer.due())
+        if not at.at_epoch_end and (leaving or (due and not self.nonfinite.in_a_row)):
+            self._save()
+
+    def _save(self) -> None:
+        self.watchdog.at(self.position.step, "saving")
+        self.checkpointer.save()
