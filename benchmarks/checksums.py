@@ -17,7 +17,7 @@ import torch
 import tyro
 from measuring import machine
 
-from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.load_sample import load_sample
 from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation
 from spark_fast.pipelines.transforms.resize import cut
@@ -26,7 +26,7 @@ from spark_fast.pipelines.transforms.resize import cut
 def measure(data_path: Path, repeats: int = 7) -> None:
     """Print microseconds an image, and the share of the checksum."""
     torch.set_num_threads(1)
-    source = open_source(data_path)
+    source = detect_source(data_path)
     images = [source.read(i) for i in range(len(source))]
     augmentation, draws = Augmentation(), [0.5] * DRAWS
     put = partial(cut, out=torch.empty(224, 224, 3, dtype=torch.uint8))

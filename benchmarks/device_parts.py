@@ -267,20 +267,15 @@ def _loader(scale: Scale, device: torch.device, asked: dict[str, Any], way: Way 
         simplejpeg_stand_in.put_in_place()
     if simplejpeg_stand_in.is_in_place():
         row["note"] = "no simplejpeg: torchvision decodes on the host, and a folder is read instead of shards"
-    from spark_fast.pipelines import build_pipeline
+    from spark_fast.pipelines import LoaderOptions, build_pipeline
 
     shape = scale.step_shapes[0]
     with TemporaryDirectory() as folder:
         data = _images(Path(folder), scale, shards=not row, beton=asked["pipeline"] == "ffcv")
-        pipeline = build_pipeline(
-            data,
-            batch_size=shape.batch,
-            input_size=shape.size,
-            device=device,
-            workers=scale.workers,
-            prefetch=4,
-            **asked,
+        options = LoaderOptions(
+            shape.batch, input_size=shape.size, device=device, workers=scale.workers, prefetch=4, **asked
         )
+        pipeline = build_pipeline(data, options)
         try:
             batches = chain.from_iterable(pipeline.epoch(epoch) for epoch in count())
             return row | _consume(batches, shape, way, scale, device)

@@ -30,7 +30,7 @@ from spark_fast.evaluation.recipes import Recipe
 from spark_fast.evaluation.report import Report
 from spark_fast.evaluation.weights import read_weights
 from spark_fast.networks import build_network
-from spark_fast.pipelines import Pipeline
+from spark_fast.pipelines import Pipeline, View
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.run.distributed import Ranks
 from spark_fast.run.signals import Interrupt
@@ -229,7 +229,7 @@ class Bench:
         settings = self._finetune_settings(run)
         weights = read_weights(str(self.weights(run.before))) if run.before else None
         torch.manual_seed(run.seed)
-        train = open_train(settings, self.ranks, scale=(settings.recipe.min_scale, 1.0))
+        train = open_train(settings, self.ranks, View(scale=(settings.recipe.min_scale, 1.0)))
         watched = open_val(settings, self.ranks, train, lambda step: None)
         settings.data.val_path = str(self.images.held_out() if run.held_out else self.images.test)
         judged = open_val(settings, self.ranks, train, lambda step: None)

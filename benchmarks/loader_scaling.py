@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.sources.detect import detect_source
 
 OURS = "torch (ours)"
 
@@ -36,7 +36,7 @@ class Scaling(Options):
 
 def measure(store: Path, options: Scaling) -> dict[str, float]:
     """Images per second: one core, two cores, a process on each of two."""
-    epoch = len(open_source(store)) // options.batch * options.batch
+    epoch = len(detect_source(store)) // options.batch * options.batch
     ways = {"one": (1, 0), "other": (1, 1), "two": (2, 0)}
     running = {way: Pinned(OURS, store, options.batch, *cores) for way, cores in ways.items()}
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from spark_fast.pipelines import Pipeline, build_pipeline
+from spark_fast.pipelines import LoaderOptions, Pipeline, build_pipeline
 
 
 @dataclass
@@ -74,7 +74,7 @@ def waiting(loader: Pipeline, step: float, epochs: int) -> float:
 def main(options: Options) -> None:
     """Measure, print the table and keep the result."""
     torch.set_num_threads(options.workers)
-    loader = build_pipeline(options.data_path, pipeline="torch", batch_size=options.batch, workers=options.workers)
+    loader = build_pipeline(options.data_path, LoaderOptions(options.batch, "torch", workers=options.workers))
     seconds, memory = free_running(loader, options.epochs)
     limit = len(loader) * options.batch / sorted(seconds)[len(seconds) // 2]
     rows = [

@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from spark_fast.pipelines import build_pipeline
+from spark_fast.pipelines import LoaderOptions, build_pipeline
 from spark_fast.pipelines.sampler import order, uniform
-from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.transforms.crops import DRAWS, random_box
 from spark_fast.pipelines.transforms.device_augment import DeviceAugment
 from spark_fast.pipelines.transforms.resize import MEAN, STD, Normalise
@@ -76,7 +76,8 @@ def ours(pipeline: str, **settings: Any) -> Callable[[Path, int, int], Iterator[
     """One of this project's pipelines; each `next` is one epoch."""
 
     def epochs(store: Path, batch: int, cores: int) -> Iterator[None]:
-        loader = build_pipeline(store, pipeline=pipeline, batch_size=batch, input_size=SIZE, workers=cores, **settings)
+        options = LoaderOptions(batch, pipeline, input_size=SIZE, workers=cores, **settings)
+        loader = build_pipeline(store, options)
         number = 0
         while True:
             exhaust(loader.epoch(number))
@@ -194,7 +195,7 @@ def spdl(store: Path, batch: int, cores: int) -> Iterator[None]:
     import spdl.io
     from spdl.pipeline import PipelineBuilder
 
-    source, normalise = open_source(store), Normalise(SIZE, torch.device("cpu"), torch.float32)
+    source, normalise = detect_source(store), Normalise(SIZE, torch.device("cpu"), torch.float32)
 
     def decode(draws: list[float], i: int) -> Any:
         packets = spdl.io.demux_image(bytes(source.read(i)))
@@ -358,7 +359,7 @@ def main(options: Options) -> None:
     """Make the stores, measure every candidate, print the table and keep the result."""
     with tempfile.TemporaryDirectory() as temporary:
         stores = make_stores(options, options.work or Path(temporary))
-        images = len(open_source(stores[ORIGINALS]))
+        images = len(detect_source(stores[ORIGINALS]))
         rows = measure(options, stores, images)
     show(rows)
     settings = {"images": images, "batch": options.batch, "repeats": options.repeats, "size": SIZE}

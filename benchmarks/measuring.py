@@ -75,9 +75,9 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
 
 def repeated(data_path: Path, copies: int, folder: Path) -> int:
     """Class folders in `folder` with `copies` copies of each image at `data_path`; returns how many files."""
-    from spark_fast.pipelines.sources.detect import open_source
+    from spark_fast.pipelines.sources.detect import detect_source
 
-    source = open_source(data_path)
+    source = detect_source(data_path)
     for i, copy in itertools.product(range(len(source)), range(copies)):
         label = 0 if source.labels is None else int(source.labels[i])
         path = folder / f"class{label:04d}" / f"{i:06d}_{copy}{Path(source.name(i)).suffix}"

@@ -3,5 +3,6 @@
 from spark_fast.errors import DataError
 from spark_fast.pipelines.base import BadImageCounts, Batch, Pipeline
 from spark_fast.pipelines.build import build_pipeline
+from spark_fast.pipelines.options import LoaderOptions, View
 
-__all__ = ["BadImageCounts", "Batch", "DataError", "Pipeline", "build_pipeline"]
+__all__ = ["BadImageCounts", "Batch", "DataError", "LoaderOptions", "Pipeline", "View", "build_pipeline"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from spark_fast.errors import DataError
+from spark_fast.errors import SettingsError
 
 COMMAND = (
     "apt-get install -y --no-install-recommends libturbojpeg0-dev libopencv-dev pkg-config"
@@ -13,12 +13,12 @@ COMMAND = (
 
 
 def require_ffcv(purpose: str) -> None:
-    """Raise DataError, with the command that installs it, when FFCV cannot be imported; `purpose` needs it."""
+    """Raise SettingsError, with the command that installs it, when FFCV cannot be imported; `purpose` needs it."""
     threads = torch.get_num_threads()
     try:
         import ffcv.loader  # noqa: F401
     except (ImportError, OSError) as error:
-        raise DataError(
+        raise SettingsError(
             f"{purpose} needs FFCV, which cannot be imported ({error}). Install it with\n  {COMMAND}"
         ) from error
     finally:

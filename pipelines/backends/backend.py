@@ -1,4 +1,4 @@
-"""What the decoding backends have in common: their settings, and an epoch that is refused once they are closed."""
+"""What the decoding backends have in common: their options, and an epoch that is refused once they are closed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spark_fast.pipelines.backends.buffers import Buffers
 from spark_fast.pipelines.base import Batch
+from spark_fast.pipelines.options import LoaderOptions
 from spark_fast.pipelines.sampler import Sampler, Share
 from spark_fast.pipelines.sources.bad_images import BadImages
 from spark_fast.pipelines.sources.folder import Source, num_classes
@@ -19,41 +20,33 @@ from spark_fast.pipelines.transforms.resize import Normalise
 
 
 class Backend(ABC):
-    """Batches of `source` on `device`; see `build_pipeline` for the settings."""
+    """Batches of `source`, as the options say."""
 
-    def __init__(
-        self,
-        source: Source,
-        schedule: Sampler,
-        augmentation: Augmentation,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        workers: int = 2,
-        prefetch: int = 2,
-        max_bad_fraction: float = 0.01,
-    ) -> None:
+    def __init__(self, source: Source, sampler: Sampler, options: LoaderOptions) -> None:
         self.num_samples, self.listing = len(source), source.fingerprint()
         self.classes = source.classes
         self.num_classes = num_classes(source)
-        self._tally = BadImages(source, max_bad_fraction)
+        self._tally = BadImages(source, options.max_bad_fraction)
         self.bad_images = self._tally.bad_images
-        self.device = _numbered(torch.device(device))
+        self.device = _numbered(torch.device(options.device))
         self._source = source
-        self._dtype = dtype
-        self._augmentation = augmentation
-        self._schedule = schedule
-        self._workers, self._prefetch = max(workers, 1), max(prefetch, 1)
-        self._share = schedule.batch_size // schedule.world_size  # samples of this rank in a step
-        self._shape = (self._share, *augmentation.input_size, 3)  # of a batch's pixels
+        self._dtype = options.dtype
+        self._size, view = options.size, options.view
+        self._augmentation = Augmentation(
+            self._size, view.scale, view.ratio, view.flip, random=view.augment, centre=view.centre
+        )
+        self._sampler = sampler
+        self._workers, self._prefetch = max(options.workers, 1), max(options.prefetch, 1)
+        self._share = sampler.batch_size // sampler.world_size  # samples of this rank in a step
+        self._shape = (self._share, *self._size, 3)  # of a batch's pixels
         self._on_cuda = self.device.type == "cuda"  # there the device normalises, else the host
         where = self.device if self._on_cuda else torch.device("cpu")
-        self._normalise = Normalise(augmentation.input_size[1], where, dtype)
-        self._buffers = Buffers(self._shape, dtype, kept=self._prefetch + 2)
+        self._normalise = Normalise(self._size[1], where, self._dtype)
+        self._buffers = Buffers(self._shape, self._dtype, kept=self._prefetch + 2)
         self._closed = threading.Event()
 
     def __len__(self) -> int:
-        return len(self._schedule)
+        return len(self._sampler)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
         """Batches start_step ... len(self) - 1 of this epoch.
@@ -63,7 +56,7 @@ class Backend(ABC):
         """
         if self._closed.is_set():
             raise RuntimeError("this pipeline was closed")
-        return self._batches(self._schedule.epoch(epoch, start_step))
+        return self._batches(self._sampler.epoch(epoch, start_step))
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 -> (B, 3, H, W) on the device, channels_last; from the host in memory used again."""

@@ -31,10 +31,11 @@ from torch import Tensor
 
 from spark_fast.pipelines.backends.backend import Backend
 from spark_fast.pipelines.base import Batch
+from spark_fast.pipelines.options import LoaderOptions
 from spark_fast.pipelines.sampler import Sampler, Share, uniform
 from spark_fast.pipelines.sources.folder import Source
 from spark_fast.pipelines.sources.load_sample import Loaded, first_readable, labels_on, load_each, thread_parts
-from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation, Box
+from spark_fast.pipelines.transforms.crops import DRAWS, Box
 from spark_fast.pipelines.transforms.decode import decode
 from spark_fast.pipelines.transforms.resize import crop
 
@@ -90,10 +91,10 @@ class _Pending(NamedTuple):
 
 
 class EncodedPipeline(Backend):
-    """Batches of `source` on `device`; see `build_pipeline` for the settings. DataError without the decoder."""
+    """Batches of `source`, as the options say. SettingsError without the decoder."""
 
-    def __init__(self, source: Source, schedule: Sampler, augmentation: Augmentation, **settings: Any) -> None:
-        super().__init__(source, schedule, augmentation, **settings)
+    def __init__(self, source: Source, sampler: Sampler, options: LoaderOptions) -> None:
+        super().__init__(source, sampler, options)
         self._sound = np.zeros(len(source), np.uint32)  # checksums of the images that `decode` approved
         self._refused: set[int] = set()  # samples that the decoder cannot decode, though they are sound
         self._told = False
@@ -128,7 +129,7 @@ class EncodedPipeline(Backend):
 
         def submit_next() -> None:
             if (share := next(steps, None)) is not None:
-                draws = uniform(self._schedule.seed, share.views, share.ids, DRAWS)
+                draws = uniform(self._sampler.seed, share.views, share.ids, DRAWS)
                 pending.append(self._submit(_Wanted(share.ids, draws, left)))
 
         try:

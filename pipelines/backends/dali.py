@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spark_fast.errors import DataError
+from spark_fast.errors import SettingsError
 from spark_fast.pipelines.backends.batch_decoder import DecoderError, Encoded
 
 
@@ -31,7 +31,7 @@ class DaliDecoder:
     name = "DALI"
 
     def __init__(self, batch_size: int, size: tuple[int, int], device: torch.device, threads: int) -> None:
-        """Build the graph for images of `size` (H, W); DataError when DALI is not installed."""
+        """Build the graph for images of `size` (H, W); SettingsError when DALI is not installed."""
         self._settings = (batch_size, size, device, threads)
         self._size = size
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -113,7 +113,7 @@ def _import_dali() -> tuple[Any, Any, Any]:
     try:
         from nvidia.dali import fn, pipeline_def, types
     except ImportError as error:
-        raise DataError(
+        raise SettingsError(
             f"--pipeline dali needs NVIDIA DALI, which cannot be imported ({error}). Install it with\n"
             '  pip install "spark_fast[dali]"\n'
             "or, which is the same, pip install nvidia-dali-cuda130"

@@ -9,10 +9,10 @@ from spark_fast.pipelines.backends.dali import DaliDecoder
 
 
 class DaliPipeline(EncodedPipeline):
-    """Batches of `source` on `device`; see `build_pipeline` for the settings. DataError without DALI."""
+    """Batches of `source`, as the options say. SettingsError without DALI."""
 
     def _make_decoder(self) -> BatchDecoder:
-        return DaliDecoder(self._share, self._augmentation.input_size, self.device, self._workers)
+        return DaliDecoder(self._share, self._size, self.device, self._workers)
 
     def _finished(self, decoded: Tensor) -> Tensor:
         return self._normalised(decoded)

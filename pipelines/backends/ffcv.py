@@ -9,41 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spark_fast.errors import DataError, SettingsError
+from spark_fast.errors import DataError
 from spark_fast.pipelines.backends.backend import Backend
 from spark_fast.pipelines.base import Batch
 from spark_fast.pipelines.ffcv_install import require_ffcv
+from spark_fast.pipelines.options import LoaderOptions
 from spark_fast.pipelines.sampler import Sampler, Share, uniform
 from spark_fast.pipelines.sources.beton import BetonSource
+from spark_fast.pipelines.sources.folder import Source
 from spark_fast.pipelines.sources.load_sample import Loaded, labels_on, load_each, load_sample
-from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation
+from spark_fast.pipelines.transforms.crops import DRAWS
 from spark_fast.pipelines.transforms.resize import cut
-
-RESIZES = ("bicubic", "area")  # as the published code does it; FFCV's own
 
 
 class FfcvPipeline(Backend):
-    """Batches of a .beton on `device`; see `build_pipeline` for the settings. DataError without FFCV."""
+    """Batches of a .beton, as the options say. SettingsError without FFCV."""
 
-    def __init__(
-        self,
-        source: BetonSource,
-        schedule: Sampler,
-        augmentation: Augmentation,
-        *,
-        resize: str = "bicubic",
-        **settings: Any,
-    ) -> None:
-        if resize not in RESIZES:
-            raise SettingsError(f"resize {resize!r} is unknown; there are: {', '.join(RESIZES)}")
-        super().__init__(source, schedule, augmentation, **settings)
+    def __init__(self, source: Source, sampler: Sampler, options: LoaderOptions) -> None:
+        assert isinstance(source, BetonSource)
+        super().__init__(source, sampler, options)
         require_ffcv("--pipeline ffcv")
         from spark_fast.pipelines.backends.ffcv_kernel import PLAN
         from spark_fast.pipelines.backends.ffcv_loader import PlannedEpoch, PlannedLoader
@@ -53,7 +43,7 @@ class FfcvPipeline(Backend):
         self._heights, self._widths = (source.checks[side].astype(int) for side in ("height", "width"))
         self._plan_type = PLAN
         self._loader = PlannedLoader(
-            source, self._share, augmentation.input_size, resize == "bicubic", self._workers, self._prefetch
+            source, self._share, self._size, options.ffcv_resize == "bicubic", self._workers, self._prefetch
         )
         self._open: set[PlannedEpoch] = set()
 
@@ -88,7 +78,7 @@ class FfcvPipeline(Backend):
         if self._beton.size() != self._bytes:  # a memory map of it would end the process
             raise DataError(f"{self._beton.path} has changed its size while in use: copy it again")
         ids, augmentation = plan["sample"], self._augmentation
-        draws = uniform(self._schedule.seed, plan["view"], ids, DRAWS).tolist()
+        draws = uniform(self._sampler.seed, plan["view"], ids, DRAWS).tolist()
         heights, widths = self._heights[ids].tolist(), self._widths[ids].tolist()
         boxes = [augmentation.box(row, h, w) for row, h, w in zip(draws, heights, widths, strict=True)]
         for side, values in zip(("top", "left", "height", "width"), zip(*boxes, strict=True), strict=True):

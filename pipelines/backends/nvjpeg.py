@@ -71,10 +71,10 @@ class DeviceDecoder:
 
 
 class DeviceDecodePipeline(EncodedPipeline):
-    """Batches of `source` on `device`; see `build_pipeline` for the settings."""
+    """Batches of `source`, as the options say."""
 
     def _make_decoder(self) -> BatchDecoder:
-        return DeviceDecoder(DeviceAugment(self._augmentation.input_size, self.device, self._dtype), self.device)
+        return DeviceDecoder(DeviceAugment(self._size, self.device, self._dtype), self.device)
 
     def _finished(self, decoded: Tensor) -> Tensor:
         return decoded

@@ -21,18 +21,18 @@ class SyntheticPipeline:
 
     def __init__(
         self,
-        schedule: Sampler,
+        sampler: Sampler,
         input_size: tuple[int, int],
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.num_samples, self.num_classes = schedule.num_samples, IMAGES
+        self.num_samples, self.num_classes = sampler.num_samples, IMAGES
         self.listing = "generated"
         self.classes: list[str] = []
         self.bad_images = BadImageCounts()
         self.device = torch.device(device)
-        self._schedule = schedule
-        coarse = torch.rand(IMAGES, 3, 8, 8, generator=torch.Generator().manual_seed(schedule.seed))
+        self._sampler = sampler
+        coarse = torch.rand(IMAGES, 3, 8, 8, generator=torch.Generator().manual_seed(sampler.seed))
         images = interpolate(coarse, size=input_size, mode="bicubic").clamp(0, 1)
         pixels = (255 * images).byte().permute(0, 2, 3, 1).contiguous()  # -> (IMAGES, H, W, 3)
         # (IMAGES, H, W, 3), so that picking images keeps them channels_last
@@ -40,11 +40,11 @@ class SyntheticPipeline:
         self._images = normalise(pixels.to(self.device)).permute(0, 2, 3, 1)
 
     def __len__(self) -> int:
-        return len(self._schedule)
+        return len(self._sampler)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
         """Batches start_step ... len(self) - 1 of this epoch; the labels are the numbers of the images."""
-        return (self._batch(share.ids) for share in self._schedule.epoch(epoch, start_step))
+        return (self._batch(share.ids) for share in self._sampler.epoch(epoch, start_step))
 
     def close(self) -> None:
         """Nothing to let go of."""

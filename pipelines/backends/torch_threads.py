@@ -18,7 +18,6 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +27,11 @@ from torch import Tensor
 from spark_fast.pipelines.backends.backend import Backend
 from spark_fast.pipelines.backends.buffers import Buffers
 from spark_fast.pipelines.base import Batch
+from spark_fast.pipelines.options import LoaderOptions
 from spark_fast.pipelines.sampler import Sampler, Share, uniform
 from spark_fast.pipelines.sources.folder import Source
 from spark_fast.pipelines.sources.load_sample import Loaded, labels_on, load_each, load_sample, thread_parts
-from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation, Box
+from spark_fast.pipelines.transforms.crops import DRAWS, Box
 from spark_fast.pipelines.transforms.device_augment import DeviceAugment
 from spark_fast.pipelines.transforms.resize import cut, view
 
@@ -57,22 +57,13 @@ class _Pending:
 
 
 class TorchPipeline(Backend):
-    """Batches of `source` on `device`; see `build_pipeline` for the settings."""
+    """Batches of `source`, as the options say."""
 
-    def __init__(
-        self,
-        source: Source,
-        schedule: Sampler,
-        augmentation: Augmentation,
-        *,
-        augment_on: str = "host",
-        dtype: torch.dtype = torch.float32,
-        **settings: Any,
-    ) -> None:
-        super().__init__(source, schedule, augmentation, dtype=dtype, **settings)
+    def __init__(self, source: Source, sampler: Sampler, options: LoaderOptions) -> None:
+        super().__init__(source, sampler, options)
         self._on_device: DeviceAugment | None = None
-        if augment_on == "device":
-            self._on_device = DeviceAugment(augmentation.input_size, self.device, dtype)
+        if options.augment_on == "device":
+            self._on_device = DeviceAugment(self._size, self.device, self._dtype)
             self._shape = (self._share, *self._on_device.cell, 3)
             self._buffers = Buffers(self._shape, torch.uint8, kept=self._prefetch + 2)
         self._stream = torch.cuda.Stream(self.device) if self._on_cuda else None
@@ -117,7 +108,7 @@ class TorchPipeline(Backend):
     def _order(self, share: Share, left: threading.Event) -> _Pending:
         """In a decoder thread: have the threads fill a slot, or its beginning, with these samples."""
         ids = share.ids
-        draws = uniform(self._schedule.seed, share.views, ids, DRAWS)
+        draws = uniform(self._sampler.seed, share.views, ids, DRAWS)
         with self._ordering:
             slot = self._idle_slot() if self._stream is not None else None
             pixels = (slot.pixels if slot else self._buffers.take())[: len(ids)]
@@ -146,7 +137,7 @@ class TorchPipeline(Backend):
     def _putter(self, out: Tensor, crops: Tensor) -> Callable[[int, NDArray[np.uint8], Box, bool], None]:
         """What brings an image's crop to its place in `out`, (n, H, W, 3)."""
         on_device, bytes_only = self._on_device, out.dtype == torch.uint8
-        size = self._augmentation.input_size
+        size = self._size
 
         def put(place: int, image: NDArray[np.uint8], box: Box, flip: bool) -> None:
             if on_device:

@@ -21,7 +21,7 @@ TARS = {  # as downloaded from image-net.org
 _OF_CONVERSION = re.compile(rf"shard-\d{{6}}\.tar|.*{re.escape(PARTIAL)}")  # an unfinished one, without a manifest
 
 
-def open_source(data_path: str | Path, split: str = "train") -> Source:
+def detect_source(data_path: str | Path, split: str = "train") -> Source:
     """The images of a split at `data_path`.
 
     A folder of the split's name in it is meant, as in the published code. Without one, the training images are those of

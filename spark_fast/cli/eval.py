@@ -27,7 +27,7 @@ from spark_fast.evaluation.knn import classify_by_neighbours
 from spark_fast.evaluation.linear_probe import LinearProbe, shuffled, train_probe
 from spark_fast.evaluation.report import Report
 from spark_fast.evaluation.weights import Weights, read_weights
-from spark_fast.pipelines import Pipeline
+from spark_fast.pipelines import Pipeline, View
 from spark_fast.run.command import open_checkpoints, run_command, running
 from spark_fast.run.distributed import Ranks
 from spark_fast.run.folder import describe, open_run_folder, refuse_another_run
@@ -58,8 +58,8 @@ def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLo
     backbone = build_backbone(settings.network, settings.model.stages, weights)
     features = frozen(backbone, ranks.device, resolve_precision(settings.run.precision, ranks.device))
     fresh = isinstance(settings, Linear) and settings.probe.augment
-    view = {"scale": (0.08, 1.0)} if fresh else {"augment": False, "in_order": True, "centre": settings.data.crop_pct}
-    train = open_train(settings, ranks, **view)
+    central = View(augment=False, in_order=True, centre=settings.data.crop_pct)
+    train = open_train(settings, ranks, View(scale=(0.08, 1.0)) if fresh else central)
     learned = Labelled(train, train.num_classes, None, lambda step: watchdog.at(step, "reading the training images"))
     closing.callback(learned.close)
     val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "reading the validation images"))
@@ -125,7 +125,7 @@ def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, c
     network, stages = _network(asked, weights) if not state else _resumed(asked, path, state)
     settings = asked.resolved(network, stages)
     recipe: Any = settings.recipe
-    train = open_train(settings, ranks, scale=(recipe.min_scale, 1.0), repeats=recipe.repeats)
+    train = open_train(settings, ranks, View(scale=(recipe.min_scale, 1.0), repeats=recipe.repeats))
     closing.callback(train.close)
     val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "judging"))
     closing.callback(val.close)

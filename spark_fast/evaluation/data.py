@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from spark_fast.errors import DataError
 from spark_fast.evaluation.eval_settings import Evaluation
-from spark_fast.pipelines import Pipeline
+from spark_fast.pipelines import LoaderOptions, Pipeline, View
 from spark_fast.run.command import open_pipeline
 from spark_fast.run.distributed import Ranks
 
@@ -50,13 +49,13 @@ class Labelled:
         self.pipeline.close()
 
 
-def open_train(settings: Evaluation, ranks: Ranks, **view: Any) -> Pipeline:
-    """The training images of this rank; `view`: what is seen of them, for `build_pipeline`.
+def open_train(settings: Evaluation, ranks: Ranks, view: View) -> Pipeline:
+    """The training images of this rank.
 
     Raises:
         DataError: they cannot be used, or have no labels.
     """
-    pipeline = _open(settings, ranks, settings.data.data_path, split="train", **view)
+    pipeline = _open(settings, ranks, settings.data.data_path, view)
     if pipeline.num_classes == 0:
         pipeline.close()
         raise DataError(f"{settings.data.data_path} {NO_LABELS}")
@@ -71,10 +70,10 @@ def open_val(settings: Evaluation, ranks: Ranks, train: Pipeline, alive: Callabl
     """
     path = settings.data.val_path or settings.data.data_path
     split = "all" if settings.data.val_path else "val"
+    assert settings.data.crop_pct is not None  # the recipe's, unless asked for
     try:
-        pipeline = _open(
-            settings, ranks, path, split=split, augment=False, in_order=True, centre=settings.data.crop_pct
-        )
+        view = View(split, augment=False, in_order=True, centre=settings.data.crop_pct)
+        pipeline = _open(settings, ranks, path, view)
     except DataError as error:
         more = "" if settings.data.val_path else ". (--val_path names the validation images, if they lie elsewhere)"
         raise DataError(f"{error}{more}") from error
@@ -85,9 +84,9 @@ def open_val(settings: Evaluation, ranks: Ranks, train: Pipeline, alive: Callabl
         raise
 
 
-def _open(settings: Evaluation, ranks: Ranks, path: str, **view: Any) -> Pipeline:
-    view |= {"batch_size": settings.batch_size, "synthetic_samples": SYNTHETIC_IMAGES}
-    return open_pipeline(settings, ranks, path, **view)
+def _open(settings: Evaluation, ranks: Ranks, path: str, view: View) -> Pipeline:
+    options = LoaderOptions(settings.batch_size, synthetic_samples=SYNTHETIC_IMAGES, view=view)
+    return open_pipeline(settings, ranks, path, options)
 
 
 def _numbers(path: str, train: Pipeline, val: Pipeline, device: torch.device) -> Tensor | None:

@@ -12,15 +12,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import tyro
 
 from spark_fast.checkpoint.manager import CheckpointManager, check_space
 from spark_fast.errors import LostRankError, SparkFastError, StorageError
-from spark_fast.pipelines import Pipeline, build_pipeline
+from spark_fast.pipelines import LoaderOptions, Pipeline, build_pipeline
 from spark_fast.run.config import Tree
 from spark_fast.run.distributed import Ranks, join
 from spark_fast.run.folder import describe, open_run_folder, refuse_another_run
@@ -85,10 +86,10 @@ def running(settings: Tree, ranks: Ranks, watchdog: Watchdog) -> Iterator[tuple[
             raise
 
 
-def open_pipeline(settings: Tree, ranks: Ranks, path: str, **view: Any) -> Pipeline:
-    """The images of this rank at a path; `view`: what is seen of them, for `build_pipeline`."""
-    return build_pipeline(
-        path or None,
+def open_pipeline(settings: Tree, ranks: Ranks, path: str, options: LoaderOptions) -> Pipeline:
+    """The images of this rank at a path: `options`, with what every command's settings say about loading."""
+    asked = replace(
+        options,
         pipeline=settings.data.pipeline,
         input_size=settings.size,
         seed=settings.run.seed,
@@ -98,8 +99,8 @@ def open_pipeline(settings: Tree, ranks: Ranks, path: str, **view: Any) -> Pipel
         workers=settings.data.workers,
         prefetch=settings.data.prefetch,
         max_bad_fraction=settings.data.max_bad_fraction,
-        **view,
     )
+    return build_pipeline(path or None, asked)
 
 
 def open_checkpoints(

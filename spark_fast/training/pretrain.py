@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spark_fast.errors import SettingsError
-from spark_fast.pipelines import Pipeline
+from spark_fast.pipelines import LoaderOptions, Pipeline, View
 from spark_fast.reporting.loggers import require_wandb
 from spark_fast.run.command import on_ranks, open_checkpoints, open_pipeline, running
 from spark_fast.run.cpu_sync_batchnorm import HostSyncBatchNorm
@@ -105,16 +105,14 @@ def pretrain_from_settings(settings: Settings, ranks: Ranks, watchdog: Watchdog)
 
 def open_images(settings: Settings, ranks: Ranks, *, batch_size: int, augment: bool = True) -> Pipeline:
     """The images of this rank."""
-    return open_pipeline(
-        settings,
-        ranks,
-        settings.data.data_path,
-        batch_size=batch_size,
-        augment=augment,
+    options = LoaderOptions(
+        batch_size,
         ffcv_resize=settings.data.ffcv_resize,
         augment_on=settings.data.augment,
         decode_on=settings.data.decode,
+        view=View(augment=augment),
     )
+    return open_pipeline(settings, ranks, settings.data.data_path, options)
 
 
 def pictured_images(settings: Settings, ranks: Ranks) -> Tensor | None:

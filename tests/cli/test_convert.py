@@ -18,7 +18,7 @@ from spark_fast.cli.convert import main
 from spark_fast.errors import DataError
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import StoredImages
-from spark_fast.pipelines.sources.detect import TARS, open_source
+from spark_fast.pipelines.sources.detect import TARS, detect_source
 from tests.commands import run_here
 from tests.pipelines.tars import tar_of, tar_of_tars
 
@@ -129,12 +129,12 @@ def test_tars_train_after_the_command_that_their_refusal_names(src, tmp_path):
     (tars / TARS["train"]).write_bytes(tar_of_tars(src / "train"))
     (tars / TARS["val"]).write_bytes(tar_of({path.name: path.read_bytes() for path in (src / "val").rglob("*.JPEG")}))
     with pytest.raises(DataError, match=f"as downloaded .* Convert once: python tools/convert_imagenet.py {tars} DST"):
-        open_source(tars)
+        detect_source(tars)
     ended = run(tars, dst)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("\n") == 1, ended.stderr
     assert f"WARNING: {tars / TARS['val']} names no classes: its images are converted without labels" in ended.stderr
-    assert len(open_source(dst)) == 35
+    assert len(detect_source(dst)) == 35
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

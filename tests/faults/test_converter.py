@@ -27,7 +27,7 @@ from spark_fast.pipelines.convert.process_pool import run_jobs
 from spark_fast.pipelines.convert.reencode import StoredImages
 from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.beton import BetonSource
-from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.shard_format import BETON, MANIFEST, read_manifest
 from tests.faults import jobs
 from tests.pipelines.convert.test_conversion import contents
@@ -39,7 +39,7 @@ SHARDS = 12
 
 
 def settings(src: Path, short_side: int = 256) -> ConvertSettings:
-    return ConvertSettings(StoredImages(short_side=short_side), images_per_shard=-(-len(open_source(src)) // SHARDS))
+    return ConvertSettings(StoredImages(short_side=short_side), images_per_shard=-(-len(detect_source(src)) // SHARDS))
 
 
 def convert_here(src: Path, dst: Path, form: str, made: ConvertSettings) -> None:
@@ -99,10 +99,10 @@ def only_whole_files_count(folder: Path) -> None:
         assert len(BetonSource(folder / BETON)) == read_manifest(folder).count
     if not (folder / MANIFEST).exists() and list(folder.glob("shard-*.tar*")):
         with pytest.raises(DataError, match="was not finished"):
-            open_source(folder)
+            detect_source(folder)
     for path in folder.glob(f"*{PARTIAL}"):
         with pytest.raises(DataError):
-            open_source(path)
+            detect_source(path)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_killed_at_random_moments_and_started_again_it_ends_with_the_same_bytes(
     print(f"{landed} kills landed in unfinished conversions, {kills - landed} came too late")
     convert_here(src, dst, form, made)
     assert contents(dst) == contents(whole)
-    assert open_source(dst).labels is not None
+    assert detect_source(dst).labels is not None
     damaged = next(path for name in (BETON, "shard-000003.tar") if (path := dst / name).exists())
     flip(damaged, damaged.stat().st_size // 2)
     assert any(damaged.name in fault for fault in verify_shards(dst, workers=2))

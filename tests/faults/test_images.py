@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 from spark_fast.errors import DataError
-from spark_fast.pipelines import BadImageCounts, Batch, build_pipeline
+from spark_fast.pipelines import BadImageCounts, Batch
 from spark_fast.pipelines.convert.beton_writer import BetonSettings
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import StoredImages
 from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.beton import BetonSource, checks_path, sealed_checks
-from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.shard_format import (
     BETON,
     INDEX_FILE,
@@ -34,6 +34,7 @@ from spark_fast.pipelines.sources.shard_format import (
 from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation
 from tests.cli.test_pretrain import TINY, here
 from tests.faults.kinds import DAMAGED, VALID, bombs
+from tests.pipelines.building import build
 from tests.pipelines.comparing import pixels
 from tests.pipelines.pictures import jpeg
 
@@ -91,7 +92,7 @@ def stored(kind: str, root: Path, images: list[bytes], sound: list[bytes]) -> Pa
 
 def epochs(path: Path, backend: str, count: int, **settings: object) -> tuple[list[Batch], BadImageCounts]:
     settings = {"input_size": 48, "augment": False, "max_bad_fraction": 1.0} | settings
-    pipeline = build_pipeline(path, pipeline=backend, batch_size=count, **settings)  # type: ignore[arg-type]
+    pipeline = build(path, pipeline=backend, batch_size=count, **settings)  # type: ignore[arg-type]
     try:
         return [batch for epoch in range(2) for batch in pipeline.epoch(epoch)], pipeline.bad_images
     finally:
@@ -166,7 +167,7 @@ def test_odd_but_valid_images_show_what_pillow_shows(tmp_path, backend, store):
         path = path / BETON if store == "beton" else path
     (batch, _), counts = epochs(path, backend, len(VALID), max_bad_fraction=0.0)
     assert counts.substituted == 0
-    source = open_source(path)
+    source = detect_source(path)
     different = {
         source.name(i): np.abs(shown - expected(bytes(source.read(i)), (48, 48))).mean()
         for i, shown in enumerate(pixels(in_order(batch)))
@@ -181,13 +182,13 @@ def test_odd_but_valid_images_show_what_pillow_shows(tmp_path, backend, store):
 MEASURE = """
 import re, sys
 from pathlib import Path
-from spark_fast.pipelines import build_pipeline
+from spark_fast.pipelines import LoaderOptions, build_pipeline
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 small, bombs, out, backend = sys.argv[1:]
 
 def read(path):
     settings = dict(batch_size=len(list(Path(path).iterdir())), input_size=32, max_bad_fraction=1.0)
-    pipeline = build_pipeline(path, pipeline=backend, workers=1, prefetch=1, **settings)
+    pipeline = build_pipeline(path, LoaderOptions(pipeline=backend, workers=1, prefetch=1, **settings))
     list(pipeline.epoch(0))
     pipeline.close()
     convert(Path(path), Path(out) / Path(path).name, ConvertSettings())
@@ -224,7 +225,7 @@ def test_too_many_bad_images_end_the_epoch_with_their_count_and_names(tmp_path, 
     sound = [jpeg(i, 20, 20) for i in range(100)]
     images = [b"broken" if i % 8 == 3 else data for i, data in enumerate(sound)]
     path = stored(store, tmp_path / "data", images, sound)
-    pipeline = build_pipeline(path, pipeline=backend, batch_size=100, input_size=32, max_bad_fraction=0.12)
+    pipeline = build(path, pipeline=backend, batch_size=100, input_size=32, max_bad_fraction=0.12)
     for epoch in range(9):  # not judged before 1,000 images
         list(pipeline.epoch(epoch))
     with pytest.raises(DataError, match=r"130 of 1000 images .* max_bad_fraction = 0.12") as caught:
@@ -233,7 +234,7 @@ def test_too_many_bad_images_end_the_epoch_with_their_count_and_names(tmp_path, 
     lines = str(caught.value).splitlines()[1:]
     assert len(lines) == 10
     assert all(int(line.split()[0]) % 8 == 3 for line in lines)
-    tolerant = build_pipeline(path, pipeline=backend, batch_size=100, input_size=32, max_bad_fraction=0.13)
+    tolerant = build(path, pipeline=backend, batch_size=100, input_size=32, max_bad_fraction=0.13)
     assert sum(len(batch.ids) for epoch in range(10) for batch in tolerant.epoch(epoch)) == 1000
     assert tolerant.bad_images.substituted == 130
     tolerant.close()

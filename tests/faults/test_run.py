@@ -15,12 +15,12 @@ import torch
 
 from spark_fast import build_spark
 from spark_fast.masking import num_visible, sample_visible
-from spark_fast.pipelines import build_pipeline
 from spark_fast.pipelines.sources.bad_images import JUDGED_AFTER
-from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.sources.detect import detect_source
 from tests.cli.test_pretrain import TINY, assert_same_weights, pictures, weights  # noqa: F401
 from tests.commands import run_here
 from tests.faults import trainee
+from tests.pipelines.building import build
 from tests.pipelines.pictures import jpeg
 
 STEPS = 6  # an epoch
@@ -148,8 +148,8 @@ def test_storage_that_stumbles_is_asked_again_and_what_is_lost_is_counted(tmp_pa
     monkeypatch.setattr("spark_fast.pipelines.sources.load_sample.RETRY_SECONDS", (0.001, 0.002))
     for i in range(250):
         (tmp_path / f"{i:03d}.jpg").write_bytes(jpeg(i, 16, 16))
-    source = open_source(tmp_path)
-    pipeline = build_pipeline(tmp_path, batch_size=50, input_size=32, max_bad_fraction=0.5)
+    source = detect_source(tmp_path)
+    pipeline = build(tmp_path, batch_size=50, input_size=32, max_bad_fraction=0.5)
     read, rng, met = type(pipeline._source).read, random.Random(12), Counter()
     vanished = set(rng.sample(range(250), 2))
     epochs = times(8, 40)

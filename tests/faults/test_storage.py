@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from spark_fast.errors import DataError, ImageError
-from spark_fast.pipelines import build_pipeline
 from spark_fast.pipelines.convert.beton_writer import BetonSettings
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import StoredImages
 from spark_fast.pipelines.convert.verify_shards import verify_shards
-from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.shard_format import BETON
+from tests.pipelines.building import build
 from tests.pipelines.comparing import batches
 from tests.pipelines.pictures import jpeg
 from tests.pipelines.sources.test_beton import flip
@@ -26,7 +26,7 @@ from tests.pipelines.sources.test_beton import flip
 
 def read_all(path: Path) -> list[tuple[bytes, int] | str]:
     """Each image as training reads it with its label, or why it cannot be read."""
-    source = open_source(path)
+    source = detect_source(path)
 
     def read(i: int) -> tuple[bytes, int] | str:
         try:
@@ -119,12 +119,15 @@ REFUSED = {
 def test_data_of_odd_shape_is_refused_with_the_remedy(tmp_path, case):
     make, message = REFUSED[case]
     with pytest.raises(DataError, match=message):
-        build_pipeline(make(tmp_path / "data"), batch_size=4, input_size=32)
+        build(make(tmp_path / "data"), batch_size=4, input_size=32)
 
 
 def test_an_unreadable_folder_is_named(tmp_path):
     root = write(tmp_path / "data", "a/0.jpg")
-    script = "import sys; from spark_fast.pipelines import build_pipeline; build_pipeline(sys.argv[1], batch_size=1)"
+    script = (
+        "import sys; from spark_fast.pipelines import LoaderOptions, build_pipeline;"
+        " build_pipeline(sys.argv[1], LoaderOptions(batch_size=1))"
+    )
     place = Path(__file__).parents[2]
     tmp_path.chmod(0o755)
     (root / "a").chmod(0)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from spark_fast.pipelines import build_pipeline
 from spark_fast.pipelines.backends.ffcv import FfcvPipeline
+from tests.pipelines.building import build
 from tests.pipelines.sources.test_beton import flip
 
 backends = pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_an_unexpected_failure_reaches_the_consumer_with_its_traceback_and_the_i
     threads = set(threading.enumerate())
     for k in range(times(1, 5)):
         bad = 7 + 3 * k  # none stands in for another
-        pipeline = build_pipeline(path, pipeline=backend, batch_size=6, input_size=32, max_bad_fraction=1.0)
+        pipeline = build(path, pipeline=backend, batch_size=6, input_size=32, max_bad_fraction=1.0)
         if isinstance(pipeline, FfcvPipeline):  # its kernel hands over what it cannot show
             source = pipeline._beton
             flip(source.path, int(source.checks["ptr"][bad]) + 50)
@@ -52,7 +52,7 @@ def test_what_would_block_a_thread_for_ever_is_replaced_and_named(image_folder, 
     pipe: Path = next((root / "train" / "n0000").iterdir())
     pipe.unlink()
     os.mkfifo(pipe)
-    pipeline = build_pipeline(root, pipeline=backend, batch_size=24, input_size=32, max_bad_fraction=1.0)
+    pipeline = build(root, pipeline=backend, batch_size=24, input_size=32, max_bad_fraction=1.0)
     list(pipeline.epoch(0))
     pipeline.close()
     assert pipeline.bad_images.substituted == 1

@@ -18,7 +18,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from spark_fast.cli import pretrain as train
-from spark_fast.pipelines import Batch, Pipeline
+from spark_fast.pipelines import Batch, LoaderOptions, Pipeline
 from spark_fast.run import command
 
 
@@ -67,11 +67,11 @@ def main(ledger: str, plan: str, *flags: str) -> int:
     planned = {(int(rank), int(step)): what for rank, step, what in faults}
     build = command.build_pipeline
 
-    def watched(*args: object, **settings: object) -> Watched | Pipeline:
-        pipeline = build(*args, **settings)  # type: ignore[arg-type]
-        if not settings["augment"]:  # for pictures
+    def watched(data_path: str | Path | None, options: LoaderOptions) -> Watched | Pipeline:
+        pipeline = build(data_path, options)
+        if not options.view.augment:  # for pictures
             return pipeline
-        return Watched(pipeline, settings["rank"], Path(ledger), planned)  # type: ignore[arg-type]
+        return Watched(pipeline, options.rank, Path(ledger), planned)
 
     command.build_pipeline = watched  # type: ignore[assignment]
     try:

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from spark_fast.pipelines import Batch, build_pipeline
+from spark_fast.pipelines import Batch
 from spark_fast.pipelines.transforms.resize import MEAN, STD
+from tests.pipelines.building import build
 
 
 def batches(root: Path, epoch: int = 0, start_step: int = 0, **settings: object) -> list[Batch]:
     """An epoch of the default pipeline, from `start_step`."""
     settings = {"batch_size": 6, "input_size": 32, "seed": 5} | settings
-    pipeline = build_pipeline(root, **settings)  # type: ignore[arg-type]
+    pipeline = build(root, **settings)
     try:
         return list(pipeline.epoch(epoch, start_step))
     finally:
@@ -34,9 +35,9 @@ ways_to_end = pytest.mark.parametrize(
 )
 SCRIPT = """
 import sys, time
-from spark_fast.pipelines import build_pipeline
+from spark_fast.pipelines import LoaderOptions, build_pipeline
 path, pipeline, batch_size = sys.argv[1:]
-pipeline = build_pipeline(path, pipeline=pipeline, batch_size=int(batch_size), input_size=256, workers=2, prefetch=2)
+pipeline = build_pipeline(path, LoaderOptions(int(batch_size), pipeline, input_size=256, workers=2, prefetch=2))
 iterator = pipeline.epoch(0)
 next(iterator)
 print("running", flush=True)

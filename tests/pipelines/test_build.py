@@ -1,51 +1,45 @@
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
-from spark_fast.errors import DataError
-from spark_fast.pipelines import build_pipeline
+from spark_fast.errors import DataError, SettingsError
 from spark_fast.pipelines.backends.synthetic import IMAGES
 from spark_fast.pipelines.backends.torch_threads import TorchPipeline
 from spark_fast.pipelines.build import choose_pipeline
 from spark_fast.pipelines.sources.beton import CHECKS, RAW, BetonSource
+from tests.pipelines.building import build
+from tests.pipelines.comparing import batches
+
+BACKENDS = [
+    pytest.param({}, id="torch"),
+    pytest.param({"augment_on": "device"}, id="device_augment"),
+    pytest.param({"decode_on": "device"}, id="device_decode"),
+    pytest.param({"pipeline": "dali"}, id="dali", marks=pytest.mark.dali),
+    pytest.param({"pipeline": "ffcv"}, id="ffcv", marks=pytest.mark.ffcv),
+]
 
 
 def test_a_batch_larger_than_the_data_is_refused_with_both_numbers(image_folder):
     root = image_folder()
     with pytest.raises(DataError, match=r"batch of 25 is larger than the 24 images of .*batch_size of 24 or less"):
-        build_pipeline(root, batch_size=25)
-    pipeline = build_pipeline(root, batch_size=24, input_size=32)
+        build(root, batch_size=25)
+    pipeline = build(root, batch_size=24, input_size=32)
     assert len(pipeline) == 1
     pipeline.close()
 
 
-@pytest.mark.parametrize(("batch", "world", "take"), [(10, 4, 8), (3, 4, 4), (7, 2, 6)])
-def test_a_batch_that_cannot_be_shared_is_refused_with_one_that_can(image_folder, batch, world, take):
-    with pytest.raises(DataError, match=f"batch of {batch} .* {world} processes: .* such as {take}$"):
-        build_pipeline(image_folder(), batch_size=batch, world_size=world)
-
-
-@pytest.mark.parametrize("batch", [0, -4])
-def test_a_batch_of_nothing_is_refused(image_folder, batch):
-    with pytest.raises(DataError, match=f"batch of {batch}"):
-        build_pipeline(image_folder(), batch_size=batch)
-
-
-def test_unknown_pipelines_are_refused_with_the_known_ones(image_folder):
-    with pytest.raises(DataError, match="'torhc' is unknown; there are: auto, torch, dali, ffcv, synthetic"):
-        build_pipeline(image_folder(), pipeline="torhc", batch_size=4)
-
-
 def test_no_data_path_is_refused():
-    with pytest.raises(DataError, match="no data_path: name a folder"):
-        build_pipeline(None, batch_size=4)
+    with pytest.raises(SettingsError, match="no data_path: name a folder"):
+        build(None, batch_size=4)
 
 
 def synthetic(**settings: object) -> list:
     settings = {"batch_size": 8, "input_size": (32, 64), "synthetic_samples": 50} | settings
-    pipeline = build_pipeline(None, pipeline="synthetic", **settings)  # type: ignore[arg-type]
+    pipeline = build(None, pipeline="synthetic", **settings)  # type: ignore[arg-type]
     assert len(pipeline) == 6
     return list(pipeline.epoch(1))
 
@@ -59,7 +53,7 @@ def test_the_synthetic_pipeline_keeps_the_contract():
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert images.float().std() > 0.5
         assert labels.tolist() == (ids % IMAGES).tolist()
-    pipeline = build_pipeline(None, pipeline="synthetic", batch_size=8, input_size=32, synthetic_samples=50)
+    pipeline = build(None, pipeline="synthetic", batch_size=8, input_size=32, synthetic_samples=50)
     whole, tail = list(pipeline.epoch(0)), list(pipeline.epoch(0, 4))
     assert torch.equal(torch.stack([b.images for b in whole[4:]]), torch.stack([b.images for b in tail]))
     with pytest.raises(ValueError, match="start_step 7"):
@@ -76,12 +70,12 @@ def test_synthetic_ranks_share_the_batches_of_one():
 
 def test_synthetic_data_smaller_than_a_batch_are_refused():
     with pytest.raises(DataError, match="larger than the 5 images of synthetic_samples"):
-        build_pipeline(None, pipeline="synthetic", batch_size=8, synthetic_samples=5)
+        build(None, pipeline="synthetic", batch_size=8, synthetic_samples=5)
 
 
 def test_auto_takes_the_default_for_jpegs_and_says_so(image_folder, caplog):
     with caplog.at_level("INFO", "spark_fast.pipelines"):
-        pipeline = build_pipeline(image_folder(), batch_size=4, input_size=32)
+        pipeline = build(image_folder(), batch_size=4, input_size=32)
     assert isinstance(pipeline, TorchPipeline)
     assert "pipeline torch: it decodes JPEGs faster" in caplog.text
     pipeline.close()
@@ -91,7 +85,7 @@ def test_auto_takes_the_default_for_jpegs_and_says_so(image_folder, caplog):
 def test_auto_takes_ffcv_for_raw_pixels_where_it_is_installed(monkeypatch, installed):
     def require(purpose):
         if not installed:
-            raise DataError(f"{purpose} needs FFCV: pip install it")
+            raise SettingsError(f"{purpose} needs FFCV: pip install it")
 
     monkeypatch.setattr("spark_fast.pipelines.build.require_ffcv", require)
     source = object.__new__(BetonSource)
@@ -102,3 +96,73 @@ def test_auto_takes_ffcv_for_raw_pixels_where_it_is_installed(monkeypatch, insta
     assert name == ("ffcv" if installed else "torch")
     assert "raw pixels" in why
     assert ("pip install" in why) != installed
+
+
+def data_for(settings, image_folder, beton_folder):
+    return beton_folder() if settings.get("pipeline") == "ffcv" else image_folder()
+
+
+@pytest.mark.parametrize("settings", BACKENDS)
+@pytest.mark.parametrize("batch_size", [10, 32])  # of 24 images
+def test_in_order_every_image_comes_once_whatever_the_number_of_ranks(image_folder, beton_folder, settings, batch_size):
+    root = data_for(settings, image_folder, beton_folder)
+    asked = {"in_order": True, "augment": False, "batch_size": batch_size, **settings}
+    got = batches(root, **asked)
+    assert [i for batch in got for i in batch.ids.tolist()] == list(range(24))
+    assert [len(batch.images) for batch in got] == [len(b.labels) for b in got] == [10, 10, 4][: len(got)] or [24]
+    ranks = [batches(root, rank=rank, world_size=2, **asked) for rank in range(2)]
+    by_id = {i: image for rank in ranks for b in rank for i, image in zip(b.ids.tolist(), b.images, strict=True)}
+    assert len(by_id) == sum(len(b.ids) for rank in ranks for b in rank) == 24
+    together = torch.stack([by_id[i] for i in range(24)])
+    assert torch.equal(together, torch.cat([batch.images for batch in got]))
+
+
+def test_a_rank_that_has_nothing_of_the_last_batch_ends_a_step_earlier(image_folder):
+    root = image_folder(9)
+    sizes = [
+        [len(b.images) for b in batches(root, in_order=True, batch_size=8, rank=r, world_size=4)] for r in range(4)
+    ]
+    assert sizes == [[2], [2], [2], [2, 1]]
+
+
+@pytest.mark.parametrize("settings", BACKENDS)
+def test_repeated_draws_of_a_sample_differ_and_are_those_of_other_epochs_without_repeats(
+    image_folder, beton_folder, settings
+):
+    root = data_for(settings, image_folder, beton_folder)
+    asked = {"batch_size": 12, **settings}
+    (first, second) = batches(root, epoch=1, repeats=3, **asked)
+    ids = torch.cat([first.ids, second.ids])
+    images = torch.cat([first.images, second.images])
+    assert ids.view(8, 3).eq(ids.view(8, 3)[:, :1]).all()
+    assert len(ids.unique()) == 8
+    for copy in range(3):
+        plain = batches(root, epoch=3 + copy, **asked)
+        by_id = {i: image for b in plain for i, image in zip(b.ids.tolist(), b.images, strict=True)}
+        assert torch.equal(images[copy::3], torch.stack([by_id[i] for i in ids[copy::3].tolist()]))
+    assert not torch.equal(images[0::3], images[1::3])
+
+
+def test_the_validation_split_is_read_and_its_absence_is_told(image_folder, tmp_path):
+    root = image_folder()
+    with pytest.raises(DataError, match=r"images holds no folder val/, which should lie beside train/"):
+        batches(root, split="val")
+    with pytest.raises(DataError, match="holds no folder val/"):
+        batches(root / "train", split="val")
+    shutil.copytree(image_folder(8, name="other") / "train", root / "val")
+    (root / "train").rename(root / "test")
+    val = build(root, split="val", batch_size=4, input_size=32)
+    all_of_it = build(root / "val", split="all", batch_size=4, input_size=32)
+    assert (val.num_samples, val.num_classes, val.classes) == (8, 3, ["n0000", "n0001", "n0002"])
+    assert all_of_it.num_samples == 8
+    val.close(), all_of_it.close()
+
+
+def test_a_file_is_no_place_for_a_validation_split(image_folder):
+    root = image_folder(4)
+    (root / "list.txt").write_text("".join(f"train/n{i * 3 // 4:04d}/{i:04d}.JPEG {i}\n" for i in range(4)))
+    with pytest.raises(DataError, match=r"list.txt holds no folder val/"):
+        batches(root / "list.txt", split="val", batch_size=2)
+    listed = build(root / "list.txt", batch_size=2, input_size=32)
+    assert (listed.num_classes, listed.classes) == (4, [])
+    listed.close()

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from spark_fast.pipelines import build_pipeline
 from spark_fast.pipelines.backends.buffers import Buffers
+from tests.pipelines.building import build
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -41,7 +41,7 @@ def test_no_more_idle_memory_is_kept_than_asked():
 
 
 def test_batches_of_a_pipeline_take_turns_in_few_buffers_and_kept_ones_stay(image_folder):
-    pipeline = build_pipeline(image_folder(), batch_size=4, input_size=32, prefetch=2)
+    pipeline = build(image_folder(), batch_size=4, input_size=32, prefetch=2)
     kept = list(pipeline.epoch(0))
     copies = [batch.images.clone() for batch in kept]
     addresses = {batch.images.data_ptr() for epoch in range(1, 6) for batch in pipeline.epoch(epoch)}
@@ -51,7 +51,7 @@ def test_batches_of_a_pipeline_take_turns_in_few_buffers_and_kept_ones_stay(imag
 
 
 def test_threads_that_hold_on_to_their_work_do_not_hold_the_memory(image_folder, monkeypatch):
-    pipeline = build_pipeline(image_folder(), batch_size=4, input_size=32, prefetch=2)
+    pipeline = build(image_folder(), batch_size=4, input_size=32, prefetch=2)
     work, submit = [], pipeline._pool.submit
     monkeypatch.setattr(pipeline._pool, "submit", lambda *call: work.append(call) or submit(*call))
     addresses = {batch.images.data_ptr() for epoch in range(6) for batch in pipeline.epoch(epoch)}

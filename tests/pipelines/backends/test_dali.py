@@ -13,12 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from spark_fast.errors import DataError
-from spark_fast.pipelines import Batch, build_pipeline
+from spark_fast.errors import SettingsError
+from spark_fast.pipelines import Batch
 from spark_fast.pipelines.backends.batch_decoder import Encoded
 from spark_fast.pipelines.backends.dali import DaliDecoder, as_ppm
-from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.transforms.crops import Augmentation, Box, crops
+from tests.pipelines.building import build
 from tests.pipelines.comparing import alike, left_open, pixels, same, ways_to_end
 from tests.pipelines.comparing import dali_batches as batches
 from tests.pipelines.pictures import picture
@@ -26,8 +27,8 @@ from tests.pipelines.pictures import picture
 
 def test_without_dali_the_command_that_installs_it_is_given(image_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(DataError, match=r"needs NVIDIA DALI") as caught:
-        build_pipeline(image_folder(), pipeline="dali", batch_size=4)
+    with pytest.raises(SettingsError, match=r"needs NVIDIA DALI") as caught:
+        build(image_folder(), pipeline="dali", batch_size=4)
     assert 'pip install "spark_fast[dali]"\n' in str(caught.value)
     assert "pip install nvidia-dali-cuda130" in str(caught.value)
 
@@ -36,7 +37,7 @@ def test_without_dali_the_command_that_installs_it_is_given(image_folder, monkey
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batches_are_as_the_contract_says(image_folder, dtype):
     root = image_folder(26)
-    labels = open_source(root).labels
+    labels = detect_source(root).labels
     got = batches(root, batch_size=6, input_size=(32, 48), dtype=dtype)
     assert len(got) == 4  # of 6; the last 2 images are dropped
     for images, targets, ids in got:
@@ -51,7 +52,7 @@ def test_batches_are_as_the_contract_says(image_folder, dtype):
 @pytest.mark.dali
 def test_an_image_is_what_the_published_transforms_would_make_of_it(image_folder):
     root = image_folder()
-    source = open_source(root)
+    source = detect_source(root)
     (images, _, ids), *_ = batches(root, epoch=3, input_size=(48, 32))
     flips = []
     for image, i in zip(pixels(images), ids.tolist(), strict=True):
@@ -67,7 +68,7 @@ def test_an_image_is_what_the_published_transforms_would_make_of_it(image_folder
 
 @pytest.mark.dali
 def test_real_images_are_within_the_tolerance_of_pillow(imagenet_sample):
-    source = open_source(imagenet_sample)
+    source = detect_source(imagenet_sample)
     (images, _, ids), *_ = batches(imagenet_sample, batch_size=24, input_size=224)
     differences = []
     for image, i in zip(pixels(images), ids.tolist(), strict=True):
@@ -112,7 +113,7 @@ def test_workers_and_prefetch_change_nothing(image_folder, workers, prefetch):
 
 @pytest.mark.dali
 def test_every_image_comes_once_an_epoch_and_epochs_differ(image_folder):
-    pipeline = build_pipeline(image_folder(), pipeline="dali", batch_size=6, input_size=32)
+    pipeline = build(image_folder(), pipeline="dali", batch_size=6, input_size=32)
     orders = [[i for batch in pipeline.epoch(epoch) for i in batch.ids.tolist()] for epoch in range(4)]
     assert all(sorted(ids) == list(range(24)) for ids in orders)
     assert len({tuple(ids) for ids in orders}) == 4
@@ -121,7 +122,7 @@ def test_every_image_comes_once_an_epoch_and_epochs_differ(image_folder):
 
 @pytest.mark.dali
 def test_a_delivered_batch_is_never_written_again(image_folder):
-    pipeline = build_pipeline(image_folder(), pipeline="dali", batch_size=4, input_size=32, prefetch=1)
+    pipeline = build(image_folder(), pipeline="dali", batch_size=4, input_size=32, prefetch=1)
     kept = [(batch.images, batch.images.clone()) for epoch in range(3) for batch in pipeline.epoch(epoch)]
     pipeline.close()
     assert all(torch.equal(images, copy) for images, copy in kept)
@@ -155,7 +156,7 @@ def test_the_decoder_hands_pixels_through_and_never_writes_them_again():
 @pytest.mark.dali
 def test_one_pipeline_serves_two_epochs_at_once(image_folder):
     root = image_folder()
-    pipeline = build_pipeline(root, pipeline="dali", batch_size=6, input_size=32, seed=5)
+    pipeline = build(root, pipeline="dali", batch_size=6, input_size=32, seed=5)
     pairs = list(zip(pipeline.epoch(0), pipeline.epoch(1), strict=True))
     assert same([a for a, _ in pairs], batches(root, epoch=0, batch_size=6))
     assert same([b for _, b in pairs], batches(root, epoch=1, batch_size=6))
@@ -165,7 +166,7 @@ def test_one_pipeline_serves_two_epochs_at_once(image_folder):
 @pytest.mark.dali
 def test_leaving_epochs_early_disturbs_none_of_the_following(image_folder):
     root = image_folder()
-    pipeline = build_pipeline(root, pipeline="dali", batch_size=4, input_size=32, seed=5, prefetch=4)
+    pipeline = build(root, pipeline="dali", batch_size=4, input_size=32, seed=5, prefetch=4)
     for epoch in range(10):
         iterator = pipeline.epoch(epoch)
         next(iterator)
@@ -192,7 +193,7 @@ def test_close_lets_go_of_threads_and_memory(image_folder):
         batches(root, input_size=128)
     assert native_threads() <= threads
     assert int(Path("/proc/self/statm").read_text().split()[1]) * 4096 - before < 30e6
-    pipeline = build_pipeline(root, pipeline="dali", batch_size=4, input_size=32, prefetch=1)
+    pipeline = build(root, pipeline="dali", batch_size=4, input_size=32, prefetch=1)
     iterator = pipeline.epoch(0)
     next(iterator)
     pipeline.close()

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from spark_fast.pipelines import build_pipeline
 from spark_fast.pipelines.sources.shard_format import (
     INDEX_FILE,
     Manifest,
@@ -17,6 +16,7 @@ from spark_fast.pipelines.sources.shard_format import (
     write_manifest,
     write_shard,
 )
+from tests.pipelines.building import build
 from tests.pipelines.comparing import alike
 from tests.pipelines.comparing import dali_batches as batches
 from tests.pipelines.pictures import encoded, jpeg, picture
@@ -59,7 +59,7 @@ def test_what_dali_refuses_though_it_is_sound_is_found_named_and_decoded_without
     marker = root / "train" / "n0001" / "0011.JPEG"
     data = marker.read_bytes()
     marker.write_bytes(data[:2] + b"\xff\x01" + data[2:])  # TEM: stands alone in a header, which DALI does not know
-    pipeline = build_pipeline(root, pipeline="dali", batch_size=12, input_size=32, seed=5)
+    pipeline = build(root, pipeline="dali", batch_size=12, input_size=32, seed=5)
     with caplog.at_level(logging.WARNING, "spark_fast.pipelines"):
         got = [batch for epoch in range(3) for batch in pipeline.epoch(epoch)]
     pipeline.close()
@@ -72,7 +72,7 @@ def test_what_dali_refuses_though_it_is_sound_is_found_named_and_decoded_without
 @pytest.mark.dali
 def test_a_file_that_changes_under_our_hands_is_judged_again(image_folder):
     root = image_folder()
-    pipeline = build_pipeline(root, pipeline="dali", batch_size=24, input_size=32, max_bad_fraction=0.5)
+    pipeline = build(root, pipeline="dali", batch_size=24, input_size=32, max_bad_fraction=0.5)
     list(pipeline.epoch(0))
     changed = root / "train" / "n0000" / "0003.JPEG"
     changed.write_bytes(changed.read_bytes()[:-40])  # DALI would show grey, and say nothing

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from spark_fast.errors import DataError, SettingsError
-from spark_fast.pipelines import Batch, build_pipeline
+from spark_fast.pipelines import Batch
 from spark_fast.pipelines.sources.beton import CHECKS, checks_path, sealed_checks
-from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.shard_format import BETON
 from spark_fast.pipelines.transforms.crops import Augmentation, crops
+from tests.pipelines.building import build
 from tests.pipelines.comparing import alike, left_open, pixels, same, ways_to_end
 from tests.pipelines.comparing import ffcv_batches as batches
 
@@ -35,8 +36,8 @@ def test_without_ffcv_the_command_that_installs_it_is_given(tmp_path, monkeypatc
     with (tmp_path / BETON).open("rb") as file:
         checks_path(tmp_path / BETON).write_bytes(sealed_checks(np.zeros(8, CHECKS), file))
     monkeypatch.setitem(sys.modules, "ffcv.loader", None)
-    with pytest.raises(DataError, match="--pipeline ffcv needs FFCV, which cannot be imported") as caught:
-        build_pipeline(tmp_path, pipeline="ffcv", batch_size=4)
+    with pytest.raises(SettingsError, match="--pipeline ffcv needs FFCV, which cannot be imported") as caught:
+        build(tmp_path, pipeline="ffcv", batch_size=4)
     assert str(caught.value).endswith(
         "\n  apt-get install -y --no-install-recommends libturbojpeg0-dev libopencv-dev pkg-config"
         " && pip install 'spark-fast[ffcv]'"
@@ -47,7 +48,7 @@ def test_without_ffcv_the_command_that_installs_it_is_given(tmp_path, monkeypatc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batches_are_as_the_contract_says(image_folder, beton_folder, dtype):
     folder = beton_folder(image_folder(26))
-    labels = open_source(folder).labels
+    labels = detect_source(folder).labels
     got = batches(folder, batch_size=6, input_size=(32, 48), dtype=dtype)
     assert len(got) == 4  # of 6; the last 2 images are dropped
     for images, targets, ids in got:
@@ -65,7 +66,7 @@ def test_batches_are_as_the_contract_says(image_folder, beton_folder, dtype):
 )
 def test_an_image_is_what_the_published_transforms_would_make_of_it(image_folder, beton_folder, raw, resize, mean):
     root = image_folder()
-    source = open_source(root)
+    source = detect_source(root)
     folder = beton_folder(root, raw)
     (images, _, ids), *_ = batches(folder, epoch=3, input_size=(48, 32), ffcv_resize=resize)
     mirrored = set()
@@ -81,7 +82,7 @@ def test_an_image_is_what_the_published_transforms_would_make_of_it(image_folder
 @pytest.mark.parametrize(("raw", "resize", "mean"), [(0, "bicubic", 4), (1, "bicubic", 0.3), (0, "area", 6)])
 def test_real_images_are_within_the_tolerance_of_pillow(imagenet_sample, beton_folder, raw, resize, mean):
     folder = beton_folder(imagenet_sample, raw)
-    source = open_source(folder)
+    source = detect_source(folder)
     differences = []
     for images, _, ids in batches(folder, batch_size=48, input_size=224, ffcv_resize=resize)[:2]:
         for image, i in zip(pixels(images), ids.tolist(), strict=True):
@@ -129,7 +130,7 @@ def test_central_crops_are_those_of_torch(beton_folder):
 
 @pytest.mark.ffcv
 def test_every_image_comes_once_an_epoch_and_epochs_differ(beton_folder):
-    pipeline = build_pipeline(beton_folder(), pipeline="ffcv", batch_size=6, input_size=32)
+    pipeline = build(beton_folder(), pipeline="ffcv", batch_size=6, input_size=32)
     orders = [[i for batch in pipeline.epoch(epoch) for i in batch.ids.tolist()] for epoch in range(4)]
     assert all(sorted(ids) == list(range(24)) for ids in orders)
     assert len({tuple(ids) for ids in orders}) == 4
@@ -138,7 +139,7 @@ def test_every_image_comes_once_an_epoch_and_epochs_differ(beton_folder):
 
 @pytest.mark.ffcv
 def test_a_delivered_batch_is_never_written_again(beton_folder):
-    pipeline = build_pipeline(beton_folder(), pipeline="ffcv", batch_size=4, input_size=32, prefetch=1)
+    pipeline = build(beton_folder(), pipeline="ffcv", batch_size=4, input_size=32, prefetch=1)
     kept = [(batch.images, batch.images.clone()) for epoch in range(3) for batch in pipeline.epoch(epoch)]
     pipeline.close()
     assert all(torch.equal(images, copy) for images, copy in kept)
@@ -147,7 +148,7 @@ def test_a_delivered_batch_is_never_written_again(beton_folder):
 @pytest.mark.ffcv
 def test_one_pipeline_serves_two_epochs_at_once(beton_folder):
     folder = beton_folder()
-    pipeline = build_pipeline(folder, pipeline="ffcv", batch_size=6, input_size=32, seed=5)
+    pipeline = build(folder, pipeline="ffcv", batch_size=6, input_size=32, seed=5)
     pairs = list(zip(pipeline.epoch(0), pipeline.epoch(1), strict=True))
     assert same([a for a, _ in pairs], batches(folder, epoch=0, batch_size=6))
     assert same([b for _, b in pairs], batches(folder, epoch=1, batch_size=6))
@@ -157,7 +158,7 @@ def test_one_pipeline_serves_two_epochs_at_once(beton_folder):
 @pytest.mark.ffcv
 def test_leaving_epochs_early_disturbs_none_of_the_following(beton_folder):
     folder = beton_folder()
-    pipeline = build_pipeline(folder, pipeline="ffcv", batch_size=4, input_size=32, seed=5, prefetch=4)
+    pipeline = build(folder, pipeline="ffcv", batch_size=4, input_size=32, seed=5, prefetch=4)
     for epoch in range(10):
         iterator = pipeline.epoch(epoch)
         next(iterator)
@@ -171,7 +172,7 @@ def test_leaving_epochs_early_disturbs_none_of_the_following(beton_folder):
 def test_torchs_threads_are_left_alone_and_close_ends_ours(beton_folder):
     folder = beton_folder()
     before = torch.get_num_threads()
-    pipeline = build_pipeline(folder, pipeline="ffcv", batch_size=4, input_size=32, prefetch=1, workers=1)
+    pipeline = build(folder, pipeline="ffcv", batch_size=4, input_size=32, prefetch=1, workers=1)
     iterator = pipeline.epoch(0)
     next(iterator)
     assert torch.get_num_threads() == before
@@ -187,7 +188,7 @@ def test_torchs_threads_are_left_alone_and_close_ends_ours(beton_folder):
 @pytest.mark.ffcv
 def test_a_file_cut_short_while_in_use_is_an_error_not_a_crash(beton_folder):
     folder = beton_folder()
-    pipeline = build_pipeline(folder, pipeline="ffcv", batch_size=6, input_size=32)
+    pipeline = build(folder, pipeline="ffcv", batch_size=6, input_size=32)
     list(pipeline.epoch(0))
     with (folder / BETON).open("r+b") as file:
         file.truncate(5000)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from spark_fast.pipelines import build_pipeline
 from spark_fast.pipelines.backends import nvjpeg as device_decode
+from tests.pipelines.building import build
 from tests.pipelines.comparing import alike, batches, same
 from tests.pipelines.pictures import encoded, jpeg, picture
 
@@ -34,7 +34,7 @@ def test_odd_and_damaged_images_are_met_as_on_the_host(tmp_path, caplog):
     made = {}
     for where in ("host", "device"):
         settings = {"batch_size": 10, "input_size": 64, "max_bad_fraction": 0.5}
-        pipeline = build_pipeline(tmp_path, decode_on=where, **settings)
+        pipeline = build(tmp_path, decode_on=where, **settings)
         made[where] = [batch for epoch in range(2) for batch in pipeline.epoch(epoch)], pipeline.bad_images
         pipeline.close()
     ours, theirs = made["device"], made["host"]

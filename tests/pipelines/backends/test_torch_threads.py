@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from spark_fast.pipelines import Batch, Pipeline, build_pipeline
-from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines import Batch, Pipeline
+from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.transforms.crops import Augmentation, crops
 from spark_fast.pipelines.transforms.resize import MEAN, STD
+from tests.pipelines.building import build
 from tests.pipelines.comparing import batches, same
 
 
@@ -25,7 +26,7 @@ def decoders() -> list[threading.Thread]:
 
 def test_batches_are_as_the_contract_says(image_folder):
     root = image_folder(26)
-    labels = open_source(root).labels
+    labels = detect_source(root).labels
     got = batches(root, input_size=(32, 48), dtype=torch.bfloat16)
     assert len(got) == 4  # of 6; the last 2 images are dropped
     for images, targets, ids in got:
@@ -40,7 +41,7 @@ def test_batches_are_as_the_contract_says(image_folder):
 
 def test_an_image_is_what_the_published_transforms_would_make_of_it(image_folder):
     root = image_folder()
-    source = open_source(root)
+    source = detect_source(root)
     (images, _, ids), *_ = batches(root, epoch=3, input_size=(48, 32))
     for image, i in zip(images, ids.tolist(), strict=True):
         pil = Image.open(source.root / source.name(i))
@@ -89,7 +90,7 @@ def test_without_augmentation_every_epoch_has_the_same_images(image_folder):
 
 
 def test_a_delivered_batch_is_never_written_again(image_folder):
-    pipeline = build_pipeline(image_folder(), batch_size=4, input_size=32, prefetch=1)
+    pipeline = build(image_folder(), batch_size=4, input_size=32, prefetch=1)
     kept = [(batch.images, batch.images.clone()) for epoch in range(3) for batch in pipeline.epoch(epoch)]
     assert all(torch.equal(images, copy) for images, copy in kept)
     pipeline.close()
@@ -97,7 +98,7 @@ def test_a_delivered_batch_is_never_written_again(image_folder):
 
 def test_one_pipeline_serves_two_epochs_at_once(image_folder):
     root = image_folder()
-    pipeline = build_pipeline(root, batch_size=6, input_size=32, seed=5)
+    pipeline = build(root, batch_size=6, input_size=32, seed=5)
     pairs = list(zip(pipeline.epoch(0), pipeline.epoch(1), strict=True))
     assert same([a for a, _ in pairs], batches(root, epoch=0))
     assert same([b for _, b in pairs], batches(root, epoch=1))
@@ -106,7 +107,7 @@ def test_one_pipeline_serves_two_epochs_at_once(image_folder):
 
 def test_threads_are_gone_after_close_and_torch_keeps_its_own(image_folder):
     before = torch.get_num_threads()
-    pipeline = build_pipeline(image_folder(), batch_size=6, input_size=32, workers=3)
+    pipeline = build(image_folder(), batch_size=6, input_size=32, workers=3)
     assert len(decoders()) == 3
     assert torch.get_num_threads() == before
     seen: list[int] = []
@@ -123,13 +124,13 @@ def test_threads_are_gone_after_close_and_torch_keeps_its_own(image_folder):
 
 
 def test_decoder_threads_use_one_core_each(image_folder):
-    pipeline = build_pipeline(image_folder(), batch_size=6, input_size=32, workers=2)
+    pipeline = build(image_folder(), batch_size=6, input_size=32, workers=2)
     assert pipeline._pool.submit(torch.get_num_threads).result() == 1
     pipeline.close()
 
 
 def test_leaving_an_epoch_early_cancels_what_is_in_the_making(image_folder):
-    pipeline = build_pipeline(image_folder(), batch_size=6, input_size=32, prefetch=4)
+    pipeline = build(image_folder(), batch_size=6, input_size=32, prefetch=4)
     for epoch in range(20):
         iterator = pipeline.epoch(epoch)
         next(iterator)
@@ -142,7 +143,7 @@ def test_leaving_an_epoch_early_cancels_what_is_in_the_making(image_folder):
 
 
 def test_closing_while_an_epoch_is_open_ends_it(image_folder):
-    pipeline = build_pipeline(image_folder(), batch_size=2, input_size=32, prefetch=1)
+    pipeline = build(image_folder(), batch_size=2, input_size=32, prefetch=1)
     iterator = pipeline.epoch(0)
     next(iterator)
     pipeline.close()
@@ -169,8 +170,8 @@ def test_many_pipelines_leave_no_memory_and_no_threads(image_folder):
 
 SCRIPT = """
 import sys, time
-from spark_fast.pipelines import build_pipeline
-pipeline = build_pipeline(sys.argv[1], batch_size=12, input_size=512, workers=2, prefetch=2)
+from spark_fast.pipelines import LoaderOptions, build_pipeline
+pipeline = build_pipeline(sys.argv[1], LoaderOptions(batch_size=12, input_size=512, workers=2, prefetch=2))
 iterator = pipeline.epoch(0)
 next(iterator)
 print("running", flush=True)
@@ -197,7 +198,7 @@ def test_ctrl_c_ends_the_program(image_folder):
 
 
 def test_real_images_make_real_batches(imagenet_sample):
-    pipeline: Pipeline = build_pipeline(imagenet_sample, batch_size=16, input_size=224)
+    pipeline: Pipeline = build(imagenet_sample, batch_size=16, input_size=224)
     images, labels, _ = next(iter(pipeline.epoch(0)))
     assert images.shape == (16, 3, 224, 224)
     assert abs(images.mean()) < 0.5
@@ -207,7 +208,7 @@ def test_real_images_make_real_batches(imagenet_sample):
 
 
 def test_start_steps_outside_the_epoch_are_refused(image_folder):
-    pipeline = build_pipeline(image_folder(), batch_size=6, input_size=32)
+    pipeline = build(image_folder(), batch_size=6, input_size=32)
     with pytest.raises(ValueError, match="start_step 5 lies outside an epoch of 4 steps"):
         pipeline.epoch(0, 5)
     assert list(pipeline.epoch(0, 4)) == []
@@ -215,7 +216,7 @@ def test_start_steps_outside_the_epoch_are_refused(image_folder):
 
 
 def test_for_a_device_that_is_neither_cpu_nor_cuda_the_host_normalises(image_folder):
-    pipeline = build_pipeline(image_folder(), batch_size=6, input_size=32, device="meta")
+    pipeline = build(image_folder(), batch_size=6, input_size=32, device="meta")
     assert pipeline._normalise._factor.device.type == "cpu"  # meta tensors would hide a mixture of devices
     first = next(pipeline.epoch(0))
     pipeline.close()

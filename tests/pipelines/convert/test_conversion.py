@@ -10,12 +10,12 @@ from PIL import Image
 from torch.nn.functional import avg_pool2d, cosine_similarity
 
 from spark_fast.errors import DataError, SettingsError, StorageError
-from spark_fast.pipelines import build_pipeline
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import StoredImages
 from spark_fast.pipelines.convert.verify_shards import verify_shards
-from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.shard_format import MANIFEST, read_manifest
+from tests.pipelines.building import build
 from tests.pipelines.pictures import encoded, jpeg, picture
 from tests.pipelines.tars import tar_of
 
@@ -31,7 +31,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def batches(root: Path) -> list:
-    pipeline = build_pipeline(root, batch_size=6, input_size=32, seed=1)
+    pipeline = build(root, batch_size=6, input_size=32, seed=1)
     got = list(pipeline.epoch(0))
     pipeline.close()
     return got
@@ -40,7 +40,7 @@ def batches(root: Path) -> list:
 def test_training_on_shards_is_training_on_the_folder(image_folder, tmp_path):
     root = image_folder()
     convert(root, tmp_path / "shards", settings())
-    raw, shards = open_source(root), open_source(tmp_path / "shards")
+    raw, shards = detect_source(root), detect_source(tmp_path / "shards")
     assert len(shards) == len(raw) == 24
     for i in range(24):
         assert shards.read(i) == raw.read(i)  # baseline RGB and small enough: copied byte for byte
@@ -93,7 +93,7 @@ def test_repaired_and_refused_images_are_listed_and_the_rest_keeps_its_order(ima
     assert manifest.refused[0]["reason"] == "the file has zero bytes"
     assert "Premature end" in manifest.refused[1]["reason"]
     assert [entry["name"] for entry in manifest.repaired] == ["n0000/0005.JPEG"]
-    shards = open_source(tmp_path / "out")
+    shards = detect_source(tmp_path / "out")
     left = [int(shards.name(i).split(":")[1].split("-")[0]) for i in range(len(shards))]
     assert left == [i for i in range(24) if i not in (3, 10)]
     assert verify_shards(tmp_path / "out" / "train") == []
@@ -119,7 +119,7 @@ def test_flat_folders_and_lists_convert_too(tmp_path):
     (src / "list.txt").write_text("5.jpg 1\n2.jpg 0\n")
     convert(src, tmp_path / "flat", settings())
     convert(src / "list.txt", tmp_path / "listed", settings())
-    flat, listed = open_source(tmp_path / "flat"), open_source(tmp_path / "listed")
+    flat, listed = detect_source(tmp_path / "flat"), detect_source(tmp_path / "listed")
     assert (len(flat), flat.labels) == (7, None)
     assert [listed.read(0), listed.read(1)] == [jpeg(5), jpeg(2)]
     assert listed.labels.tolist() == [1, 0]
@@ -139,7 +139,7 @@ def test_a_tar_without_classes_becomes_unlabelled_and_says_how_to_give_labels(tm
         (src / name).write_bytes(content)
     (src / "labels.txt").write_text("".join(f"{name} {7 - i}\n" for i, name in enumerate(images)))
     convert(src / "labels.txt", tmp_path / "out" / "val", settings(), overwrite=True)
-    labelled = open_source(tmp_path / "out" / "val")
+    labelled = detect_source(tmp_path / "out" / "val")
     assert labelled.labels.tolist() == [7, 6, 5]
     assert [labelled.read(i) for i in range(3)] == list(images.values())
     assert not caplog.text
@@ -202,7 +202,7 @@ def test_other_settings_or_data_are_refused_with_the_difference(image_folder, tm
         convert(root, tmp_path / "out", settings())
     assert contents(tmp_path / "out") == before
     convert(root, tmp_path / "out", settings(), overwrite=True)
-    assert len(open_source(tmp_path / "out")) == 23
+    assert len(detect_source(tmp_path / "out")) == 23
 
 
 def test_destinations_that_would_destroy_something_are_refused(image_folder, tmp_path):
@@ -319,8 +319,8 @@ def test_real_images_convert_and_train(imagenet_sample, tmp_path):
     assert all(verify_shards(folder, workers=2) == [] for folder, _ in written)
     made_from = json.loads((tmp_path / "out/train" / MANIFEST).read_text())["made_from"]
     assert made_from["images"] == {"short_side": 256, "max_side": 0, "quality": 90}
-    pipeline = build_pipeline(tmp_path / "out", batch_size=32)
-    raw = build_pipeline(imagenet_sample, batch_size=32)
+    pipeline = build(tmp_path / "out", batch_size=32)
+    raw = build(imagenet_sample, batch_size=32)
     other_views = 0
     for a, b in zip(pipeline.epoch(0), raw.epoch(0), strict=True):
         assert a.ids.tolist() == b.ids.tolist()

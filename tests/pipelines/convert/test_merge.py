@@ -12,7 +12,7 @@ from spark_fast.pipelines.convert.merge import merge
 from spark_fast.pipelines.convert.parts import Part
 from spark_fast.pipelines.convert.reencode import StoredImages
 from spark_fast.pipelines.convert.verify_shards import verify_shards
-from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.shard_format import MANIFEST
 from tests.pipelines.tars import tar_of, tar_of_tars
 
@@ -70,7 +70,7 @@ def test_parts_merge_to_the_bytes_of_one_machine(request, whole, tmp_path, kind,
     src = request.getfixturevalue(kind)
     convert_parts(src, tmp_path / "out", of)
     with pytest.raises(DataError, match="the conversion was not finished"):
-        open_source(tmp_path / "out")
+        detect_source(tmp_path / "out")
     written = merge(tmp_path / "out")
     assert [(folder.name, manifest.count) for folder, manifest in written] == [("train", 23), ("val", 6)]
     assert contents(tmp_path / "out") == whole

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from spark_fast.errors import DataError
-from spark_fast.pipelines import build_pipeline
-from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.load_sample import SUBSTITUTES, load_sample, read_patiently
 from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation
 from spark_fast.pipelines.transforms.resize import cut
+from tests.pipelines.building import build
 from tests.pipelines.pictures import encoded, jpeg, picture
 
 RGB = Image.fromarray(picture(1))
@@ -49,7 +49,7 @@ def zoo(tmp_path: Path) -> Path:
 
 
 def test_readable_ones_are_counted_and_unreadable_ones_replaced_and_named(zoo, caplog):
-    pipeline = build_pipeline(zoo, batch_size=13, input_size=64, augment=False)
+    pipeline = build(zoo, batch_size=13, input_size=64, augment=False)
     with caplog.at_level(logging.WARNING, "spark_fast.pipelines"):
         (first,) = pipeline.epoch(0)
         (second,) = pipeline.epoch(1)
@@ -72,7 +72,7 @@ def test_readable_ones_are_counted_and_unreadable_ones_replaced_and_named(zoo, c
 def test_when_nothing_near_is_readable_the_storage_is_questioned(tmp_path):
     for i in range(SUBSTITUTES + 4):
         (tmp_path / f"{i:02d}.jpg").write_bytes(b"broken" if i <= SUBSTITUTES else jpeg(i))
-    source = open_source(tmp_path)
+    source = detect_source(tmp_path)
     out = torch.empty(32, 32, 3, dtype=torch.uint8)
     draws = [0.5] * DRAWS
     with pytest.raises(DataError, match=r"image 0 \(00.jpg\) cannot be read \(not a .*neither can the 16"):
@@ -81,14 +81,14 @@ def test_when_nothing_near_is_readable_the_storage_is_questioned(tmp_path):
     assert (
         load_sample(source, len(source) - 1, draws, Augmentation((32, 32)), partial(cut, out=out)).substituted is None
     )
-    pipeline = build_pipeline(tmp_path, batch_size=20, input_size=32)
+    pipeline = build(tmp_path, batch_size=20, input_size=32)
     with pytest.raises(DataError, match="is the storage still there"):
         list(pipeline.epoch(0))
     pipeline.close()
 
 
 def test_a_stumbling_storage_is_asked_again_and_then_the_image_is_replaced(image_folder):
-    source = open_source(image_folder())
+    source = detect_source(image_folder())
     vanished = source.root / source.name(4)
     data = vanished.read_bytes()
     vanished.unlink()

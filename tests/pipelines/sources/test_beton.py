@@ -13,7 +13,7 @@ from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import StoredImages
 from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.beton import BetonSource, checks_path, find_beton
-from spark_fast.pipelines.sources.detect import open_source
+from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.shard_format import BETON, read_manifest
 from spark_fast.pipelines.transforms.decode import decode
 from tests.pipelines.comparing import batches, same
@@ -35,7 +35,7 @@ def test_a_share_that_is_none_is_refused(share):
 
 def test_without_ffcv_the_converter_gives_the_command_that_installs_it(image_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ffcv.loader", None)
-    with pytest.raises(DataError, match="needs FFCV") as caught:
+    with pytest.raises(SettingsError, match="needs FFCV") as caught:
         convert(image_folder(), tmp_path / "out", KEEP_SIZE, beton=BetonSettings())
     assert str(caught.value).endswith(
         "\n  apt-get install -y --no-install-recommends libturbojpeg0-dev libopencv-dev pkg-config"
@@ -46,7 +46,7 @@ def test_without_ffcv_the_converter_gives_the_command_that_installs_it(image_fol
 @pytest.mark.ffcv
 def test_records_are_the_shards_bytes_or_their_pixels(beton_folder):
     folder = beton_folder()
-    beton, shards = BetonSource(folder / BETON), open_source(folder)
+    beton, shards = BetonSource(folder / BETON), detect_source(folder)
     assert len(beton) == len(shards) == 24
     assert beton.fingerprint() == shards.fingerprint()
     assert beton.labels.tolist() == shards.labels.tolist()
@@ -71,7 +71,7 @@ def test_ffcvs_own_loader_reads_every_record(beton_folder):
         pipelines={"image": [CenterCropRGBImageDecoder((32, 32), 1.0)], "label": [IntDecoder()]},
     )  # fmt: skip
     ((images, labels),) = list(loader)
-    assert labels[:, 0].tolist() == open_source(folder).labels.tolist()
+    assert labels[:, 0].tolist() == detect_source(folder).labels.tolist()
     assert images.mean((1, 2, 3)).min() > 20  # none is black
 
 
@@ -142,7 +142,7 @@ def test_unlabelled_images_stay_unlabelled(tmp_path):
     for i in range(4):
         (tmp_path / "in" / f"{i}.jpg").write_bytes(jpeg(i))
     convert(tmp_path / "in", tmp_path / "out", KEEP_SIZE, beton=BetonSettings(alone=True))
-    assert open_source(tmp_path / "out").labels is None
+    assert detect_source(tmp_path / "out").labels is None
 
 
 @pytest.mark.ffcv

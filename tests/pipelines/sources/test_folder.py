@@ -9,7 +9,7 @@ import pytest
 from torchvision.datasets import ImageFolder
 
 from spark_fast.errors import DataError, ImageError
-from spark_fast.pipelines.sources.detect import TARS, open_source
+from spark_fast.pipelines.sources.detect import TARS, detect_source
 from spark_fast.pipelines.sources.folder import MAX_FILE_BYTES
 from tests.pipelines.pictures import jpeg
 
@@ -22,7 +22,7 @@ def write(root: Path, *names: str) -> Path:
 
 
 def names_of(path: Path) -> list[str]:
-    source = open_source(path)
+    source = detect_source(path)
     return [source.name(i) for i in range(len(source))]
 
 
@@ -31,7 +31,7 @@ def test_class_folders_are_listed_and_labelled_as_by_torchvision(image_folder):
     (root / "train" / "n0001" / "deeper").mkdir()
     (root / "train" / "n0001" / "deeper" / "a.png").write_bytes(jpeg(0))
     theirs = ImageFolder(root / "train")
-    source = open_source(root)
+    source = detect_source(root)
     assert [str(source.root / source.name(i)) for i in range(len(source))] == [p for p, _ in theirs.samples]
     assert source.labels.tolist() == theirs.targets
     assert source.classes == theirs.classes
@@ -49,7 +49,7 @@ def test_the_folder_train_itself_and_class_folders_elsewhere_are_taken(image_fol
 
 def test_a_flat_folder_is_unlabelled(tmp_path):
     write(tmp_path, "b.JPG", "a.jpeg", "notes.txt", ".hidden.jpg", "._c.jpg")
-    source = open_source(tmp_path)
+    source = detect_source(tmp_path)
     assert names_of(tmp_path) == ["a.jpeg", "b.JPG"]
     assert source.labels is None
     assert [source.read(0), source.read(1)] == [b"image 1", b"image 0"]
@@ -66,7 +66,7 @@ def test_strange_names_are_read_and_printable(tmp_path):
     strange = [b"\xff\xfe.jpg", "ü ñ\n.jpg".encode(), b"a" * 200 + b".jpg", b"#1 (2).JPEG"]
     for name in strange:
         (tmp_path / os.fsdecode(name)).write_bytes(name)
-    source = open_source(tmp_path)
+    source = detect_source(tmp_path)
     assert {source.read(i) for i in range(4)} == set(strange)
     assert all(source.name(i).encode("utf-8") for i in range(4))
 
@@ -82,7 +82,7 @@ def test_strange_names_are_read_and_printable(tmp_path):
 def test_a_list_names_images_with_or_without_labels(tmp_path, text, labels):
     write(tmp_path, "x/a.jpg", "my pictures/b 2.jpg")
     (tmp_path / "list.txt").write_bytes(text.encode())
-    source = open_source(tmp_path / "list.txt")
+    source = detect_source(tmp_path / "list.txt")
     assert names_of(tmp_path / "list.txt") == ["x/a.jpg", "my pictures/b 2.jpg"]
     assert (source.labels is None) if labels is None else (source.labels.tolist() == labels)
     assert [source.read(0), source.read(1)] == [b"image 0", b"image 1"]
@@ -104,27 +104,27 @@ def test_bad_lists_are_refused(tmp_path, text, message):
     write(tmp_path, "a.jpg")
     (tmp_path / "list.txt").write_bytes(text)
     with pytest.raises(DataError, match=message):
-        open_source(tmp_path / "list.txt")
+        detect_source(tmp_path / "list.txt")
 
 
 def test_a_missing_folder_is_named_with_its_nearest_parent(tmp_path):
     with pytest.raises(DataError, match=rf"nowhere/deep does not exist: {tmp_path} does, but holds no 'nowhere'"):
-        open_source(tmp_path / "nowhere" / "deep")
+        detect_source(tmp_path / "nowhere" / "deep")
 
 
 def test_folders_without_images_are_refused_saying_what_was_sought(tmp_path):
     with pytest.raises(DataError, match=r"no images in .*: it holds 0 folders and 0 other"):
-        open_source(tmp_path)
+        detect_source(tmp_path)
     write(tmp_path, "train/x/readme.txt", "train/notes.md")
     with pytest.raises(DataError, match=r"train: it holds 1 folders and 1 other entries, but no .*\.jpeg, \.png"):
-        open_source(tmp_path)
+        detect_source(tmp_path)
 
 
 @pytest.mark.parametrize("left", ["shard-000000.tar.partial", "shard-000000.tar"])
 def test_an_unfinished_conversion_is_never_opened(tmp_path, left):
     write(tmp_path, f"train/{left}", "train/x/a.jpg")
     with pytest.raises(DataError, match=r"no manifest.json: the conversion was not finished. Run .*again"):
-        open_source(tmp_path)
+        detect_source(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -142,19 +142,19 @@ def test_an_unfinished_conversion_is_never_opened(tmp_path, left):
 def test_tars_of_images_are_refused_with_the_command_that_makes_them_usable(tmp_path, files, path, message):
     write(tmp_path, *files)
     with pytest.raises(DataError, match=message.replace("{root}", str(tmp_path))):
-        open_source(tmp_path / path)
+        detect_source(tmp_path / path)
 
 
 def test_an_absurdly_large_file_is_not_read(tmp_path):
     with (tmp_path / "huge.jpg").open("wb") as file:
         file.truncate(MAX_FILE_BYTES + 1)  # sparse
     with pytest.raises(ImageError, match="more than the limit"):
-        open_source(tmp_path).read(0)
+        detect_source(tmp_path).read(0)
 
 
 def test_the_index_of_a_folder_is_small_and_fingerprints_its_listing(image_folder):
-    source = open_source(image_folder(24, 3))
-    again = open_source(image_folder(24, 3, name="elsewhere"))
+    source = detect_source(image_folder(24, 3))
+    again = detect_source(image_folder(24, 3, name="elsewhere"))
     assert source.fingerprint() == again.fingerprint()
     part = source.subset(np.array([5, 3]))
     assert [part.name(0), part.name(1)] == [source.name(5), source.name(3)]

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from spark_fast.errors import DataError, ImageError
-from spark_fast.pipelines import build_pipeline
 from spark_fast.pipelines.sampler import Sampler
 from spark_fast.pipelines.sources.shard_format import (
     INDEX,
@@ -30,6 +29,7 @@ from spark_fast.pipelines.sources.shard_format import (
     write_shard,
 )
 from spark_fast.pipelines.sources.shards import ShardSource
+from tests.pipelines.building import build
 from tests.pipelines.pictures import jpeg
 
 JPEGS = [jpeg(i, 40 + i, 50 + i) for i in range(10)]
@@ -208,7 +208,7 @@ def test_no_file_is_left_open(tmp_path):
     write_all(tmp_path)
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(20):
-        pipeline = build_pipeline(tmp_path, batch_size=5, input_size=32)
+        pipeline = build(tmp_path, batch_size=5, input_size=32)
         next(iter(pipeline.epoch(0)))
         pipeline.close()
     assert len(list(Path("/proc/self/fd").iterdir())) <= before

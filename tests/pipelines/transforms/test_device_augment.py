@@ -7,8 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from spark_fast.errors import DataError
-from spark_fast.pipelines import build_pipeline
 from spark_fast.pipelines.transforms.crops import Box
 from spark_fast.pipelines.transforms.device_augment import DeviceAugment, bicubic_weights
 from tests.pipelines.comparing import alike, batches, pixels, same
@@ -81,10 +79,3 @@ def test_batches_are_those_of_the_host(image_folder):
     alone = batches(root, augment_on="device", workers=4, prefetch=5)
     assert same(alone, batches(root, augment_on="device", workers=1, prefetch=1))
     assert same(alone[2:], batches(root, augment_on="device", start_step=2))
-
-
-def test_only_torch_augments_on_the_device(image_folder):
-    with pytest.raises(DataError, match="pipeline dali cannot leave its work to the device"):
-        build_pipeline(image_folder(), batch_size=6, pipeline="dali", augment_on="device")
-    with pytest.raises(DataError, match="on 'gpu' is unknown"):
-        build_pipeline(image_folder(), batch_size=6, augment_on="gpu")

@@ -1,0 +1,93 @@
+"""What a pipeline is asked for: how the images are seen, and how they are loaded. A mistake is a SettingsError."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from spark_fast.errors import SettingsError
+
+PIPELINES = ("auto", "torch", "dali", "ffcv", "synthetic")
+PLACES = ("host", "device")
+RESIZES = ("bicubic", "area")  # as the published code does it; FFCV's own
+
+
+@dataclass(frozen=True)
+class View:
+    """Which images are seen, in which order, and how each is cropped and flipped.
+
+    With `augment=False` nothing is drawn: the crop is central, of `centre` times the largest one's side.
+    """
+
+    split: str = "train"  # a folder in the data path, see `detect_source`
+    in_order: bool = False  # every image once, as listed, and no batch dropped; else shuffled anew in each epoch
+    repeats: int = 1  # augmentation draws of an image in an epoch, which then has so many fewer images
+    augment: bool = True
+    scale: tuple[float, float] = (0.67, 1.0)  # of the random crop: share of the image's area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # of the random crop: width / height
+    flip: bool = True  # with probability 1/2
+    centre: float = 1.0  # of the central crop; timm's crop_pct
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or not 0 < self.centre <= 1:
+            raise SettingsError(
+                f"repeats must be 1 or more and centre above 0 and at most 1, got {self.repeats} and {self.centre}"
+            )
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How one rank loads its share of the images: `LoaderOptions(batch_size=64)` is enough on a CPU.
+
+    "auto" is the fastest installed pipeline for the data, and the log says which. "synthetic" ignores the data path.
+    `decode_on="device"` and `augment_on="device"` are for "torch" (or "auto") alone.
+    """
+
+    batch_size: int  # the global batch, over all ranks
+    pipeline: str = "auto"  # one of PIPELINES
+    input_size: int | tuple[int, int] = 224  # a side, or (height, width)
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32  # of the normalised images
+    workers: int = 2  # decoder threads of this rank
+    prefetch: int = 2  # batches that they may be ahead
+    max_bad_fraction: float = 0.01  # of unreadable images, above which an epoch ends with DataError
+    decode_on: str = "host"  # "device": nvJPEG, and the augmentation there, too
+    augment_on: str = "host"  # "device": crops are resized, flipped and normalised there
+    ffcv_resize: str = "bicubic"  # one of RESIZES
+    synthetic_samples: int = 1_281_167  # as many as ImageNet has
+    view: View = View()
+
+    def __post_init__(self) -> None:
+        _check_choice("pipeline", self.pipeline, PIPELINES)
+        _check_choice("decoding on", self.decode_on, PLACES)
+        _check_choice("augmenting on", self.augment_on, PLACES)
+        _check_choice("ffcv_resize", self.ffcv_resize, RESIZES)
+        if self.on_device and self.pipeline not in ("auto", "torch", "synthetic"):
+            raise SettingsError(
+                f"pipeline {self.pipeline} cannot leave its work to the device as asked: take torch, or the host"
+            )
+        if self.batch_size < 1 or self.world_size < 1 or self.batch_size % self.world_size:
+            lower = max(self.batch_size, 0) // max(self.world_size, 1) * self.world_size
+            raise SettingsError(
+                f"a global batch of {self.batch_size} cannot be shared equally by {self.world_size} processes:"
+                f" take a multiple of {self.world_size}, such as {lower or self.world_size}"
+            )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return (self.input_size, self.input_size) if isinstance(self.input_size, int) else self.input_size
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the device does what the host would do otherwise."""
+        return "device" in (self.decode_on, self.augment_on)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise SettingsError(f"{name} {value!r} is unknown; there are: {', '.join(choices)}")

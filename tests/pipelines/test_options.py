@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+
+from spark_fast.cli import pretrain
+from spark_fast.errors import SettingsError
+from spark_fast.pipelines import LoaderOptions, View
+from spark_fast.pipelines.options import PIPELINES
+
+
+def test_the_batch_size_is_enough():
+    assert LoaderOptions(batch_size=64).size == (224, 224)
+    assert LoaderOptions(64, input_size=(96, 128)).size == (96, 128)
+
+
+@pytest.mark.parametrize("settings", [{"repeats": 0}, {"centre": 0.0}, {"centre": 1.5}])
+def test_views_that_make_no_sense_are_refused(settings):
+    with pytest.raises(SettingsError, match="repeats must be 1 or more and centre above 0 and at most 1"):
+        View(**settings)
+
+
+@pytest.mark.parametrize(("batch", "world", "take"), [(10, 4, 8), (3, 4, 4), (7, 2, 6)])
+def test_a_batch_that_cannot_be_shared_is_refused_with_one_that_can(batch, world, take):
+    with pytest.raises(SettingsError, match=f"batch of {batch} .* {world} processes: .* such as {take}$"):
+        LoaderOptions(batch, world_size=world)
+
+
+@pytest.mark.parametrize("batch", [0, -4])
+def test_a_batch_of_nothing_is_refused(batch):
+    with pytest.raises(SettingsError, match=f"batch of {batch}"):
+        LoaderOptions(batch)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pipeline": "torhc"}, "pipeline 'torhc' is unknown; there are: auto, torch, dali, ffcv, synthetic"),
+        ({"augment_on": "gpu"}, "augmenting on 'gpu' is unknown; there are: host, device"),
+        ({"decode_on": "gpu"}, "decoding on 'gpu' is unknown; there are: host, device"),
+        ({"ffcv_resize": "cubic"}, "ffcv_resize 'cubic' is unknown; there are: bicubic, area"),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(settings, message):
+    with pytest.raises(SettingsError, match=message):
+        LoaderOptions(4, **settings)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("work", ["augment_on", "decode_on"])
+def test_only_torch_leaves_work_to_the_device(pipeline, work):
+    if pipeline in ("dali", "ffcv"):
+        with pytest.raises(SettingsError, match=f"pipeline {pipeline} cannot leave its work to the device"):
+            LoaderOptions(6, pipeline, **{work: "device"})
+    else:
+        assert LoaderOptions(6, pipeline, **{work: "device"}).on_device
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--pipeline=foo", "pipeline 'foo' is unknown; there are: auto, torch, dali, ffcv, synthetic"),
+        ("--bs=0", "--batch_size must be positive, got 0"),
+    ],
+)
+def test_a_mistake_in_the_options_ends_the_command_with_exit_code_2(image_folder, capsys, flag, message):
+    assert pretrain.main(["x", f"--data_path={image_folder(4)}", flag]) == SettingsError.exit_code == 2
+    assert message in capsys.readouterr().err
