@@ -42,12 +42,13 @@ def open_run_folder(folder: Path, lock: RunLock, config: str, head: Mapping[str,
         (folder / "config.toml").write_text(config)
         with (folder / "log.txt").open("a") as log:
             log.write(json.dumps(head) + "\n")
+        errors = sys.stderr
         sys.stdout = _Copied(sys.stdout, folder / "stdout_backup.txt")
         sys.stderr = _Copied(sys.stderr, folder / "stderr_backup.txt")
     except OSError as error:
         raise CheckpointError(f"the run folder {folder} cannot be written: {error}") from error
     for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if isinstance(handler, logging.StreamHandler) and handler.stream is errors:  # not one of the caller's own
             handler.setStream(sys.stderr)
     return folder
 

@@ -1,15 +1,12 @@
 """What a run tells: one line of JSON per log point, means since the last one, and nothing twice after a resume."""
 
 import json
-import math
-import time
 
 import pytest
 import torch
 
 from spark_fast.reporting.loggers import SafeLogger
 from spark_fast.reporting.metrics_file import MetricsFile
-from spark_fast.reporting.monitor import Meter
 from spark_fast.reporting.run_logger import RunLogger
 
 
@@ -86,40 +83,3 @@ def test_a_rank_that_does_not_write_does_nothing(tmp_path, monkeypatch, capsys):
     story.close()
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
-
-
-def test_a_meter_gives_means_since_its_last_reading():
-    meter = Meter()
-    for loss, norm in ((1.0, 10.0), (2.0, 20.0), (6.0, 30.0)):
-        meter.add(torch.tensor(loss), torch.tensor(norm))
-    found = meter.read(4, lambda x: x)
-    assert (found["loss"], found["grad_norm"], found["steps"]) == (3.0, 30.0, 3)
-    assert found["images_per_second"] == pytest.approx(12 / found["seconds"])
-    meter.add(torch.tensor(5.0), torch.tensor(1.0))
-    found = meter.read(4, lambda x: x * 2)
-    assert (found["loss"], found["grad_norm"], found["steps"]) == (10.0, 1.0, 1)
-    for loss, norm in ((1.0, 10.0), (math.nan, 20.0), (3.0, math.inf), (5.0, 40.0)):
-        meter.add(torch.tensor(loss), torch.tensor(norm))
-    found = meter.read(4, lambda x: x)
-    assert (found["loss"], found["grad_norm"], found["steps"], found["skipped"]) == (3.0, 40.0, 4, 2)
-
-
-def test_the_share_of_time_spent_waiting_for_data_is_measured():
-    def slow():
-        for i in range(4):
-            time.sleep(0.06)
-            yield i
-
-    meter, received = Meter(), []
-    for item in meter.timed(slow()):
-        received.append(item)
-        time.sleep(0.02)  # the step itself
-        meter.add(torch.tensor(1.0), torch.tensor(1.0))
-    assert received == [0, 1, 2, 3]
-    assert meter.wait >= 4 * 0.06
-    found = meter.read(1, lambda x: x)
-    assert 0.5 < found["data_wait"] < 0.8
-    for _ in meter.timed(range(3)):
-        time.sleep(0.02)
-        meter.add(torch.tensor(1.0), torch.tensor(1.0))
-    assert meter.read(1, lambda x: x)["data_wait"] < 0.2, "counted anew after a reading"
