@@ -1,20 +1,47 @@
-"""The tree itself: short files, functions that fit a screen, and imports that run downwards."""
+"""The tree itself: short files, functions that fit a screen, rooms with few arrows between them, imports downwards."""
 
 import ast
+from collections import Counter, defaultdict
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("spark_fast", "pipelines", "tools", "benchmarks")
-FILES = sorted(
-    path
-    for package in PACKAGES
-    for path in (ROOT / package).rglob("*.py")
-    if ROOT / "spark_fast" / "pipelines" not in path.parents
-)
+LINK = ROOT / "spark_fast" / "pipelines"  # to pipelines/
+FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py") if LINK not in p.parents)
+# the rooms and files of the product, from the ground up: each imports from its own floor and those below
+FLOORS = [
+    ["errors", "files", "commands"],
+    ["pipelines"],
+    ["masking", "upsample"],
+    ["encoder"],
+    ["networks", "verified_networks", "mask_file", "decoder", "densify"],
+    ["spark"],
+    ["versions"],
+    ["checkpoint"],
+    ["weights"],
+    ["reporting"],
+    ["run"],
+    ["training"],
+    ["evaluation"],
+    ["cli"],
+    ["train", "evaluate"],
+]
+MOST_ARROWS = 25  # between the files and folders of one folder
+MOST_ARROWS_BETWEEN_ROOMS = 65  # of spark_fast itself, with its rooms, the method's files and what all stand on
 
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def module_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("spark_fast", *parts) if parts[0] == "pipelines" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
 
 
 def functions(tree):
@@ -29,17 +56,37 @@ def imported(path):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                names.add(full if full in MODULES else node.module)
     return names
+
+
+GRAPH = {name: (imported(path) & set(MODULES)) - {name} for name, path in MODULES.items()}
+GRAPH["spark_fast"] = set()  # its public names are loaded when they are first used
 
 
 def below(names, *packages):
     return sorted(n for n in names if any(n == p or n.startswith(p + ".") for p in packages))
 
 
+def arrows():
+    """folder -> the pairs of its direct children of which one imports the other; a package's __init__ is none."""
+    found = defaultdict(set)
+    for name, others in GRAPH.items():
+        for other in others:
+            ours, theirs = name.split("."), other.split(".")
+            level = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+            if level:
+                found[".".join(ours[:level])].add((ours[level], theirs[level]))
+    return found
+
+
 def test_there_is_something_to_look_at():
-    assert len(FILES) > 30
-    assert below(imported(ROOT / "spark_fast" / "cli" / "pretrain.py"), "spark_fast.training", "spark_fast.pipelines")
+    assert len(FILES) > 100
+    assert below(GRAPH["spark_fast.cli.pretrain"], "spark_fast.training")
+    assert below(GRAPH["spark_fast.pipelines.build"], "spark_fast.pipelines.sources")
+    assert ("training", "run") in arrows()["spark_fast"]
 
 
 @every_file
@@ -64,24 +111,39 @@ def test_nothing_is_called_utils():
     assert not parts & {"utils", "util", "helpers", "misc", "common"}
 
 
-@pytest.mark.parametrize(
-    ("package", "forbidden"),
-    [
-        ("pipelines", ["spark_fast.training", "spark_fast.spark", "spark_fast.encoder", "tools", "benchmarks"]),
-        ("spark_fast/encoder", ["spark_fast.training", "spark_fast.spark", "spark_fast.decoder", "spark_fast.train",
-                                "spark_fast.weights", "spark_fast.pipelines", "tools"]),
-        ("spark_fast", ["tools", "benchmarks", "tests"]),
-    ],
-    ids=lambda v: v if isinstance(v, str) else "",
-)  # fmt: skip
-def test_imports_run_downwards(package, forbidden):
-    for path in (ROOT / package).rglob("*.py"):
-        assert not below(imported(path), *forbidden), path
+def test_no_two_files_of_the_product_have_one_name():
+    product = [p for p in FILES if p.relative_to(ROOT).parts[0] in ("spark_fast", "pipelines")]
+    names = Counter(p.name for p in product if p.name != "__init__.py")
+    assert not [name for name, count in names.items() if count > 1]
 
 
-@pytest.mark.parametrize("name", ["spark", "decoder", "masking", "weights/spark_keys"])
-def test_the_mathematics_knows_no_trainer_and_no_data(name):
-    found = below(
-        imported(ROOT / "spark_fast" / f"{name}.py"), "spark_fast.training", "spark_fast.train", "spark_fast.pipelines"
-    )
-    assert not found
+def test_every_room_stands_on_a_floor_and_imports_downwards():
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    for name, others in GRAPH.items():
+        root, _, inner = name.partition(".")
+        if root != "spark_fast" or not inner:
+            continue
+        room = inner.split(".")[0]
+        assert room in floor, f"{name}: on which floor does it stand?"
+        for other in others - {"spark_fast"}:
+            assert other.startswith("spark_fast."), f"{name} imports {other}"
+            assert floor[other.split(".")[1]] <= floor[room], f"{name} imports upwards: {other}"
+
+
+def test_no_folder_is_a_tangle():
+    counts = {folder: len(pairs) for folder, pairs in arrows().items()}
+    assert counts.pop("spark_fast") <= MOST_ARROWS_BETWEEN_ROOMS
+    assert {folder: count for folder, count in counts.items() if count > MOST_ARROWS} == {}
+
+
+def test_imports_run_in_no_circle():
+    tuple(TopologicalSorter(GRAPH).static_order())  # raises CycleError with the circle
+
+
+def test_the_mathematics_knows_no_trainer_and_no_data():
+    for name in ("spark", "decoder", "densify", "masking", "networks", "encoder"):
+        reached, todo = set(), [n for n in GRAPH if n == f"spark_fast.{name}" or n.startswith(f"spark_fast.{name}.")]
+        while todo:
+            reached |= (new := GRAPH[todo.pop()] - reached)
+            todo += new
+        assert not below(reached, "spark_fast.pipelines", "spark_fast.run", "spark_fast.training"), name

@@ -7,14 +7,14 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypedDict, TypeVar, cast
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from typing_extensions import NotRequired
 
 from spark_fast.checkpoint.state_dict import load_strictly
 from spark_fast.checkpoint.validate_file import RefusedError, check_safetensors, check_sha256, check_zip, sidecar
@@ -23,28 +23,51 @@ from spark_fast.files import atomic_write
 
 log = logging.getLogger("spark_fast")
 
+T = TypeVar("T")
+
 FORMAT = 1
 RUN_STATE = {"model", "optimizer", "step", "epoch", "loss", "settings", "num_samples", "random_state", "scaler"}
 
+Content = dict[str, Any]  # of a file that anybody may have written: what is in it must be looked at
 
-def snapshot(state: Any) -> Any:
+
+class RunContent(TypedDict):
+    """What is in a checkpoint that a run can go on from; fine-tuning adds more."""
+
+    format: int
+    model: dict[str, Tensor]
+    optimizer: Content
+    step: int
+    epoch: int
+    loss: float
+    settings: dict[str, dict[str, Any]]
+    num_samples: int
+    random_state: dict[str, Tensor]
+    scaler: Content
+    listing: NotRequired[str]  # of the data; older versions did not keep it
+    versions: NotRequired[dict[str, str]]
+    ema: NotRequired[dict[str, Tensor]]
+    best: NotRequired[Content]
+
+
+def snapshot(state: T) -> T:
     """A copy of nested dictionaries, lists and tensors on the host, which the next step does not change."""
     if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
+        return cast(T, state.detach().to("cpu", copy=True))
     if isinstance(state, dict):
-        return {key: snapshot(value) for key, value in state.items()}
+        return cast(T, {key: snapshot(value) for key, value in state.items()})
     if isinstance(state, (list, tuple)):
         return type(state)(snapshot(value) for value in state)
     return state
 
 
-def run_state(model: nn.Module, optimizer: torch.optim.Optimizer, **state: Any) -> dict[str, Any]:
+def run_state(model: nn.Module, optimizer: torch.optim.Optimizer, **state: object) -> Content:
     """A snapshot of model, optimiser and `state` (step, epoch, loss, settings, ...; plain types and tensors)."""
     content = {"format": FORMAT, "model": model.state_dict(), "optimizer": optimizer.state_dict(), **state}
     return snapshot(content)
 
 
-def tensor_bytes(state: Any) -> int:
+def tensor_bytes(state: object) -> int:
     """Bytes of all tensors in nested dictionaries and lists: a checkpoint's size but for some kilobytes."""
     if isinstance(state, Tensor):
         return state.nbytes
@@ -52,7 +75,7 @@ def tensor_bytes(state: Any) -> int:
     return sum(tensor_bytes(part) for part in parts)
 
 
-def write(path: Path, content: dict[str, Any]) -> str:
+def write(path: Path, content: Content) -> str:
     """Write a checkpoint and its checksum, the file itself last; returns the SHA-256.
 
     A kill leaves the old file, or the new one, or the old one with the new checksum, which is then refused as
@@ -106,7 +129,7 @@ class _Hashed:
         self._file.flush()
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> Content:
     """Read a checkpoint file, tensors on the host: torch's zip format, or safetensors.
 
     The checksum beside it is checked, or where there is none the zip format's own.
@@ -138,7 +161,7 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_run(path: Path) -> dict[str, Any]:
+def read_run(path: Path) -> RunContent:
     """Read a checkpoint that a run can go on from.
 
     Raises:
@@ -151,10 +174,10 @@ def read_run(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is no checkpoint that a run can go on from; --init_weight starts from its weights"
         )
-    return content
+    return cast(RunContent, content)
 
 
-def restore(path: Path, content: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore(path: Path, content: RunContent, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load what `read_run` returned into model and optimiser, and restore the random state.
 
     Raises:

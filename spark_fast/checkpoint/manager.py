@@ -15,9 +15,8 @@ import logging
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
-from spark_fast.checkpoint.file import read_run, write
+from spark_fast.checkpoint.file import Content, RunContent, read_run, write
 from spark_fast.checkpoint.validate_file import sidecar
 from spark_fast.errors import CheckpointError
 from spark_fast.files import sync_folder
@@ -41,7 +40,7 @@ class CheckpointManager:
     def __init__(self, folder: Path, *, keep_last: int, keep_steps: int) -> None:
         self.folder, self.keep_last, self.keep_steps = folder, keep_last, keep_steps
 
-    def write(self, step: int, content: dict[str, Any]) -> Path:
+    def write(self, step: int, content: Content) -> Path:
         """Write a checkpoint, make it the last one, and prune; returns its path.
 
         Raises:
@@ -150,7 +149,7 @@ def check_space(folder: Path, size: int, keep_last: int) -> None:
         )
 
 
-def read_newest(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
+def read_newest(paths: list[Path]) -> tuple[Path, RunContent]:
     """The first checkpoint that can be read, and what is in it; those before it are named in a warning.
 
     Raises:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from spark_fast.checkpoint.file import RunContent
 from spark_fast.checkpoint.manager import read_newest
 from spark_fast.errors import INTERRUPTED, CheckpointError, SettingsError
 from spark_fast.evaluation.accuracy import Scores
@@ -120,9 +121,9 @@ def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, c
     if not asked.run.resume:
         refuse_another_run(asked.folder)
     checkpoints = checkpoints_to_resume(asked.run.resume, asked.folder)
-    path, state = read_newest(checkpoints) if checkpoints else (Path(), {})
-    weights = None if state else _weights(asked)
-    network, stages = _network(asked, weights) if not state else _resumed(asked, path, state)
+    before = read_newest(checkpoints) if checkpoints else None
+    weights = None if before else _weights(asked)
+    network, stages = _resumed(asked, *before) if before else _network(asked, weights)
     settings = asked.resolved(network, stages)
     recipe: Any = settings.recipe
     train = open_train(settings, ranks, View(scale=(recipe.min_scale, 1.0), repeats=recipe.repeats))
@@ -131,12 +132,14 @@ def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, c
     closing.callback(val.close)
     model = build_classifier(network, stages, weights, train.num_classes, recipe.drop_path, settings.size)
     run = FinetuneRun(settings, ranks, train, val, model)
-    if state:
-        run.restore(path, state)
+    if before:
+        run.restore(*before)
     interrupt = Interrupt()
     closing.callback(interrupt.release)
-    at, size = run.position, run.checkpoint_bytes
-    manager = open_checkpoints(settings, lock, size=size, step=at.step) if ranks.main else None
+    at, manager = run.position, None
+    if ranks.main:
+        size, keep_last = run.checkpoint_bytes, settings.run.keep_last
+        manager = open_checkpoints(settings, lock, size=size, step=at.step, keep_last=keep_last)
     report = Report(manager.folder if manager else None, at.step)
     closing.callback(report.close)
     if not run.trainer(manager, report, watchdog, interrupt).train():
@@ -162,7 +165,7 @@ def _network(settings: Evaluation, weights: Weights | None) -> tuple[str, int]:
     return name, settings.model.stages or (weights.stages if weights else 0)
 
 
-def _resumed(settings: Finetune, path: Path, state: dict[str, Any]) -> tuple[str, int]:
+def _resumed(settings: Finetune, path: Path, state: RunContent) -> tuple[str, int]:
     """Name and stages: as asked, or as the checkpoint says, so that --weights need not be there any more."""
     try:
         before = state["settings"]["model"]

@@ -20,6 +20,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from spark_fast.checkpoint.file import Content, RunContent
 from spark_fast.checkpoint.manager import CheckpointManager
 from spark_fast.checkpoint.state_dict import load_strictly
 from spark_fast.errors import SettingsError
@@ -104,7 +105,7 @@ class FinetuneRun:
         self.recipe: Any = cast(Any, settings.recipe)  # resolved: nothing in it is None
         self.network = self._on_device(network).train()
         self.position = Position(len(train), self.recipe.epochs)
-        self.best: dict[str, Any] = {}
+        self.best: Content = {}
         self.ema = ModelEmaV3(self.network, decay=self.recipe.ema) if self.recipe.ema else None
         mix = Mix(self.recipe, val.num_classes)
         self._check_batch(settings.batch_size // ranks.world_size, mix)
@@ -127,7 +128,7 @@ class FinetuneRun:
         """About the size of a checkpoint."""
         return self.state.size(1 if self.recipe.optimizer == "sgd" else 2, copies=1 + (self.ema is not None))
 
-    def restore(self, path: Path, state: dict[str, Any]) -> None:
+    def restore(self, path: Path, state: RunContent) -> None:
         """Go on where this checkpoint was written.
 
         Raises:
@@ -184,7 +185,7 @@ class FinetuneRun:
         if self.ema is not None:
             self.ema.update(self.network)
 
-    def _extra(self) -> dict[str, Any]:
+    def _extra(self) -> Content:
         return {"ema": self.ema.module.state_dict() if self.ema is not None else {}, "best": self.best}
 
     def _on_device(self, network: nn.Module) -> nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -31,20 +30,20 @@ class Report:
         self.folder = folder
         self._metrics = None if folder is None else MetricsFile(folder / "metrics.jsonl", step)
 
-    def point(self, step: int, text: str, **row: Any) -> None:
+    def point(self, step: int, text: str, **row: object) -> None:
         """A row of metrics, and what is printed of it."""
         if self._metrics is not None:
             self._metrics.point({"step": step, **row}, step)
             print(text, flush=True)
 
-    def epoch(self, step: int, text: str, **row: Any) -> None:
+    def epoch(self, step: int, text: str, **row: object) -> None:
         """The same at the end of an epoch; log.txt has a line of it, too."""
         self.point(step, text, **row)
         if self.folder is not None:
             with (self.folder / "log.txt").open("a") as file:
                 file.write(line_of({"step": step, **row}))
 
-    def result(self, matrix: Tensor, classes: list[str], **row: Any) -> None:
+    def result(self, matrix: Tensor, classes: list[str], **row: object) -> None:
         """Write result.json and the picture.
 
         Args:

@@ -11,6 +11,7 @@ import logging
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -27,7 +28,7 @@ PATIENCE = 60.0  # seconds that W&B may take to start, and to send the rest at t
 class Logger(Protocol):
     """Takes the figures of a log point."""
 
-    def point(self, row: dict[str, Any], step: int) -> None:
+    def point(self, row: Mapping[str, object], step: int) -> None:
         """The row of `RunLogger.point` after `step` steps."""
         ...
 
@@ -65,7 +66,7 @@ class SafeLogger:
         self._harmless = NeverRaises(name)
         self._logger: Logger | None = self._harmless(open_logger)
 
-    def point(self, row: dict[str, Any], step: int) -> None:
+    def point(self, row: Mapping[str, object], step: int) -> None:
         """As `Logger`."""
         if self._logger is not None:
             self._harmless(self._logger.point, row, step)
@@ -87,7 +88,7 @@ class TensorBoard:
     def __init__(self, folder: Path, step: int) -> None:
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
-    def point(self, row: dict[str, Any], step: int) -> None:
+    def point(self, row: Mapping[str, object], step: int) -> None:
         """As `Logger`."""
         for key, value in row.items():
             if key not in ("step", "epoch"):
@@ -108,7 +109,7 @@ class WandB:
     Where it is sent, offline mode and login are W&B's own matter (WANDB_MODE, WANDB_API_KEY, ...).
     """
 
-    def __init__(self, folder: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, project: str, name: str, config: Mapping[str, object]) -> None:
         self._wandb = require_wandb()
         kept = folder / "wandb_id.txt"
         if not kept.exists():
@@ -123,7 +124,7 @@ class WandB:
             settings=self._wandb.Settings(init_timeout=PATIENCE, finish_timeout=PATIENCE),
         )
 
-    def point(self, row: dict[str, Any], step: int) -> None:
+    def point(self, row: Mapping[str, object], step: int) -> None:
         """As `Logger`."""
         self._run.log({f"train/{k}": v for k, v in row.items() if k != "step"}, step=step)
 
@@ -136,7 +137,7 @@ class WandB:
         self._run.finish()
 
 
-def require_wandb() -> Any:
+def require_wandb() -> ModuleType:
     """The module `wandb`; raises SettingsError where it cannot be imported."""
     try:
         return importlib.import_module("wandb")
@@ -147,7 +148,7 @@ def require_wandb() -> Any:
 
 
 def open_loggers(
-    folder: Path | None, step: int, *, wandb: str = "", name: str = "", config: Mapping[str, Any] | None = None
+    folder: Path | None, step: int, *, wandb: str = "", name: str = "", config: Mapping[str, object] | None = None
 ) -> list[SafeLogger]:
     """The loggers of a run; none on ranks that do not write (`folder` is None).
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -29,7 +29,7 @@ class MetricsFile:
         self._path = path
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
-    def point(self, row: dict[str, Any], step: int) -> None:
+    def point(self, row: Mapping[str, object], step: int) -> None:
         """Append a row; raises OSError where it cannot be written, and the file is then as before."""
         line = line_of(row).encode()
         size = os.fstat(self._file).st_size
@@ -48,13 +48,13 @@ class MetricsFile:
         os.close(self._file)
 
 
-def line_of(row: dict[str, Any]) -> str:
+def line_of(row: Mapping[str, object]) -> str:
     """A row as a line of JSON, which has no number for infinite and NaN: they become null."""
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(plain, allow_nan=False) + "\n"
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of a metrics.jsonl, in order; a line still being written is left out. null becomes NaN again.
 
     Raises:

@@ -99,9 +99,9 @@ def _wait(device: torch.device) -> None:
 @contextmanager
 def _precision_of_convolutions() -> Iterator[None]:
     """fp32 products as convolutions do them: torch lets these use TF32 by default, and products not."""
-    products: Any = torch.backends.cuda.matmul
-    cudnn: Any = torch.backends.cudnn
+    products = torch.backends.cuda.matmul
     before = products.fp32_precision
+    cudnn: Any = torch.backends.cudnn  # its type knows no `conv`
     products.fp32_precision = cudnn.conv.fp32_precision
     try:
         yield

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -85,17 +85,13 @@ class RunLogger:
         row |= {key: value for key, value in means.items() if key not in ("seconds", "steps")}
         for logger in self.loggers:
             logger.point(row, step)
-        text: dict[str, Any] = {
-            "epoch": f"{epoch}/{self.epochs}",
-            "loss": f"{means['loss']:.4f}",
-            "speed": f"{means['images_per_second']:.1f}",
-            "wait": f"{means['data_wait']:.1%}",
-        }
-        self.progress.update(self.bar, completed=step, **text)
+        at, loss = f"{epoch}/{self.epochs}", f"{means['loss']:.4f}"
+        speed, wait = f"{means['images_per_second']:.1f}", f"{means['data_wait']:.1%}"
+        self.progress.update(self.bar, completed=step, epoch=at, loss=loss, speed=speed, wait=wait)
         if not self.live:
             print(
-                f"epoch {text['epoch']}  step {step}/{self.total_steps}  loss {text['loss']}  "
-                f"{text['speed']} images/s  MFU {means['mfu']:.1%}  data wait {text['wait']}",
+                f"epoch {at}  step {step}/{self.total_steps}  loss {loss}  {speed} images/s  "
+                f"MFU {means['mfu']:.1%}  data wait {wait}",
                 flush=True,
             )
 
@@ -136,6 +132,6 @@ class RunLogger:
             logger.close()
 
 
-def _append_line(path: Path, row: dict[str, Any]) -> None:
+def _append_line(path: Path, row: Mapping[str, object]) -> None:
     with path.open("a") as file:
         file.write(line_of(row))

@@ -54,7 +54,7 @@ def on_ranks(settings: S, run: Callable[[S, Ranks, Watchdog], T]) -> T:
     try:
         if ranks.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0) and not settings.run.resume:
             log.info("torchrun restarted this run: going on as with --resume auto")
-            settings.run.resume = "auto"
+            settings.resume_newest()
         with Watchdog(settings.run.timeout, ranks.rank, ranks.world_size, ranks.store) as watchdog:
             return run(settings, ranks, watchdog)
     finally:
@@ -104,20 +104,27 @@ def open_pipeline(settings: Tree, ranks: Ranks, path: str, options: LoaderOption
 
 
 def open_checkpoints(
-    settings: Tree, lock: RunLock, *, size: int, step: int, keep_steps: int = 0, pictures: str = ""
+    settings: Tree,
+    lock: RunLock,
+    *,
+    size: int,
+    step: int,
+    keep_last: int,
+    keep_steps: int = 0,
+    pictures: str = "",
 ) -> CheckpointManager:
     """The run folder and its checkpoints: the last to open, so that a mistake in the settings leaves nothing behind.
 
     Args:
         size: about the bytes of a checkpoint; step: where this process begins.
-        keep_steps, pictures: see `CheckpointManager` and `open_run_folder`.
+        keep_last, keep_steps, pictures: see `CheckpointManager` and `open_run_folder`.
     """
-    check_space(settings.folder, size, settings.run.keep_last)
+    check_space(settings.folder, size, keep_last)
     if not settings.run.resume:
         refuse_another_run(settings.folder)
     head = describe(settings.run.exp_name, settings.to_dict())
     folder = open_run_folder(settings.folder, lock, settings.to_toml(), head, pictures)
-    manager = CheckpointManager(folder, keep_last=settings.run.keep_last, keep_steps=keep_steps)
+    manager = CheckpointManager(folder, keep_last=keep_last, keep_steps=keep_steps)
     manager.clean(step)
     return manager
 

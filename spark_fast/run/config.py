@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import tomli_w
 import tyro
@@ -30,12 +30,50 @@ else:
 Values = dict[str | None, str]  # what is said after a flag, None: nothing -> the flag that it stands for
 
 
+class DataGroup(Protocol):
+    """What every command's `data` has."""
+
+    data_path: str
+    pipeline: str
+    input_size: str
+    workers: int
+    prefetch: int
+    max_bad_fraction: float
+
+
+class ModelGroup(Protocol):
+    """What every command's `model` has."""
+
+    model: str
+    stages: int
+
+
+class RunGroup(Protocol):
+    """What every command's `run` has."""
+
+    exp_name: str
+    exp_dir: str
+    seed: int
+    threads: int
+    timeout: float
+
+    @property
+    def resume(self) -> str:
+        """The checkpoint to go on from, "auto", or ""."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """cuda, cpu or auto."""
+        ...
+
+
 class Tree:
     """Settings in groups, itself a dataclass of dataclasses."""
 
-    data: Any
-    model: Any
-    run: Any
+    data: DataGroup
+    model: ModelGroup
+    run: RunGroup
     prog: ClassVar[str]  # the command
     images: ClassVar[str]  # what its --data_path takes
     suffix: ClassVar[str] = ""  # of its folder
@@ -59,6 +97,10 @@ class Tree:
         """The folder of the run, or of its result."""
         return Path(self.run.exp_dir or f"output_{self.run.exp_name}{self.suffix}")
 
+    def resume_newest(self) -> None:
+        """As if --resume auto had been given."""
+        self.run.__dict__["resume"] = "auto"
+
     def to_dict(self) -> dict:
         """Plain nested dictionaries."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]  # each tree is a dataclass
@@ -79,10 +121,8 @@ class Tree:
             raise SettingsError(f"the run needs a name: {self.prog} <experiment_name> ... (or --exp_dir)")
         if not self.data.data_path and self.data.pipeline != "synthetic":
             raise SettingsError(f"--data_path is missing: {self.images}")
-        if getattr(self.run, "keep_last", 2) < 2:
-            raise SettingsError(
-                f"--keep_last must be 2 or more, as the last one may be damaged; got {self.run.keep_last}"
-            )
+        if (keep_last := getattr(self.run, "keep_last", 2)) < 2:
+            raise SettingsError(f"--keep_last must be 2 or more, as the last one may be damaged; got {keep_last}")
 
     def check_numbers(self, positive: Iterable[str], up_to_one: Iterable[str] = ()) -> None:
         """Raise SettingsError for a number that is infinite or below 0; these must be above 0, those 1 at most."""
@@ -129,7 +169,7 @@ def read(kind: type[T], argv: list[str], switches: dict[str, Values]) -> T:
     return settings
 
 
-def set_by_name(settings: Tree, given: Mapping[str, Any]) -> None:
+def set_by_name(settings: Tree, given: Mapping[str, object]) -> None:
     """Set values by their names alone, from Python; a size (H, W) and paths may be given as such.
 
     Raises:
@@ -200,7 +240,7 @@ def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
 def _flags_of(path: Path, known_settings: Any) -> list[str]:
     """The flags that a TOML file stands for, of a settings tree of dataclasses."""
     try:
-        tree: dict[str, Any] = tomllib.loads(path.read_text())
+        tree: dict[str, object] = tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise SettingsError(f"there is no configuration file {path}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:

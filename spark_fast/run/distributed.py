@@ -25,8 +25,8 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
-    control: Any = None  # a gloo group for flags: agreeing on one never touches the device
-    store: Any = None  # where ranks leave notes for each other, a connection of its own
+    control: dist.ProcessGroup | None = None  # a gloo group for flags: agreeing on one never touches the device
+    store: dist.Store | None = None  # where ranks leave notes for each other, a connection of its own
 
     @property
     def main(self) -> bool:
@@ -116,10 +116,11 @@ def join(device: str, timeout: float = 600.0) -> Ranks:
         device_id=where if on_gpu else None,
     )
     control = dist.new_group(backend="gloo", timeout=patience)
+    assert not isinstance(control, int)  # which new_group gives to ranks that are not in it
     return Ranks(rank, world_size, where, control, dist.PrefixStore("notes", store.clone()))
 
 
-def _agree_on_a_start(store: Any, rank: int, world_size: int, patience: timedelta) -> str:
+def _agree_on_a_start(store: dist.Store, rank: int, world_size: int, patience: timedelta) -> str:
     """A name for this start of the ranks, the same on all of them and never used before.
 
     torchrun's store outlives a restart. Ranks that met under the old names would read the addresses of processes that

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import BinaryIO, TextIO
 
 import torch
 
@@ -25,7 +25,7 @@ from spark_fast.versions import versions
 RESULT = "result.json"  # of an evaluation
 
 
-def open_run_folder(folder: Path, lock: RunLock, config: str, head: Mapping[str, Any], pictures: str = "") -> Path:
+def open_run_folder(folder: Path, lock: RunLock, config: str, head: Mapping[str, object], pictures: str = "") -> Path:
     """Make the run folder; lock it; write config.toml and the head of log.txt; copy stdout and stderr into it.
 
     Args:
@@ -62,7 +62,7 @@ def refuse_another_run(folder: Path) -> None:
         )
 
 
-def describe(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def describe(name: str, settings: Mapping[str, object]) -> dict[str, object]:
     """What a reader needs to repeat the run: its name, commit, versions, machine, command, settings."""
     return {
         "name": name,

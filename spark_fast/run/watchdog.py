@@ -15,11 +15,23 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import Any
+from typing import TypedDict
+
+import torch.distributed as dist
 
 from spark_fast.errors import STALLED
 
 PULSE = 0.5  # seconds between two pulses
+
+
+class Pulse(TypedDict):
+    """What a rank tells the others of itself; `count` grows as long as it lives."""
+
+    step: int
+    doing: str
+    host: str
+    pid: int
+    count: int
 
 
 class Watchdog:
@@ -30,7 +42,7 @@ class Watchdog:
         store: of torch.distributed, None for a process alone; used by this object's thread and after a failure.
     """
 
-    def __init__(self, timeout: float, rank: int = 0, world_size: int = 1, store: Any = None) -> None:
+    def __init__(self, timeout: float, rank: int = 0, world_size: int = 1, store: dist.Store | None = None) -> None:
         self.timeout, self.rank, self.world_size, self.store = timeout, rank, world_size, store
         self._step, self._doing, self._since = 0, "starting", time.monotonic()
         self._ended = threading.Event()
@@ -76,13 +88,15 @@ class Watchdog:
     def _beat(self, count: int) -> None:
         if self.store is None:
             return
-        pulse = {"step": self._step, "doing": self._doing, "host": platform.node(), "pid": os.getpid(), "count": count}
+        pulse = Pulse(step=self._step, doing=self._doing, host=platform.node(), pid=os.getpid(), count=count)
         with suppress(Exception):  # the store goes with the node that keeps it; the collectives will say so
             self.store.set(f"pulse/{self.rank}", json.dumps(pulse))
 
-    def _pulses(self) -> dict[int, dict[str, Any]]:
-        found = {}
-        for rank in range(self.world_size if self.store is not None else 0):
+    def _pulses(self) -> dict[int, Pulse]:
+        found: dict[int, Pulse] = {}
+        if self.store is None:
+            return found
+        for rank in range(self.world_size):
             with suppress(Exception):
                 if self.store.check([f"pulse/{rank}"]):
                     found[rank] = json.loads(self.store.get(f"pulse/{rank}"))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from spark_fast.checkpoint.async_writer import AsyncWriter
+from spark_fast.checkpoint.file import Content
 from spark_fast.checkpoint.manager import CHECKPOINT, CheckpointManager
 from spark_fast.training.run_state import RunState
 
@@ -27,7 +27,7 @@ class Checkpointer:
         *,
         steps: int = 0,
         seconds: float = 0.0,
-        after_epoch: Callable[[dict[str, Any]], None] = lambda content: None,
+        after_epoch: Callable[[Content], None] = lambda content: None,
     ) -> None:
         self.state, self.manager, self.steps = state, manager, steps
         self._after_epoch = after_epoch

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ class PretrainResult:
     finished: bool
 
 
-def pretrain(data_path: str | Path = "", **settings: Any) -> PretrainResult:
+def pretrain(data_path: str | Path = "", **settings: object) -> PretrainResult:
     """Pre-train from a script, a notebook or a thread; the same as the command `spark-fast-train`.
 
     Args:
@@ -91,6 +90,7 @@ def pretrain_from_settings(settings: Settings, ranks: Ranks, watchdog: Watchdog)
                 lock,
                 size=run.checkpoint_bytes,
                 step=run.position.step,
+                keep_last=settings.run.keep_last,
                 keep_steps=settings.run.keep_every * run.position.steps_per_epoch,
                 pictures="reconstruction",
             )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from spark_fast.checkpoint.file import Content
 from spark_fast.checkpoint.manager import CheckpointManager, read_newest
 from spark_fast.errors import SettingsError
 from spark_fast.masking import sample_visible
@@ -150,7 +150,7 @@ class PretrainRun:
         # not by the writing thread: networks are built for it on the meta device, for torch.compile the whole process's
         names = encoder_names(self.model, network)
 
-        def after_epoch(content: dict[str, Any]) -> None:
+        def after_epoch(content: Content) -> None:
             write_encoder(renamed(content["model"], names), network, folder)
 
         return Checkpointer(self.state, manager, steps=steps, seconds=seconds, after_epoch=after_epoch)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
+from spark_fast.checkpoint.file import RunContent
 from spark_fast.checkpoint.manager import candidates
 from spark_fast.errors import CheckpointError, SettingsError
 from spark_fast.pipelines.base import Pipeline
@@ -45,7 +45,7 @@ def checkpoints_to_resume(asked: str, folder: Path) -> list[Path]:
     return found
 
 
-def check_same_run(path: Path, state: dict[str, Any], settings: Settings, data: Pipeline) -> None:
+def check_same_run(path: Path, state: RunContent, settings: Settings, data: Pipeline) -> None:
     """Refuse to go on with other settings or data, which would silently be another run.
 
     What is compared is what the settings mean: `res50` is `resnet50`, a default is the value it stands for.
@@ -71,7 +71,7 @@ def differing(before: dict, now: dict, harmless: dict[str, set[str]]) -> list[st
     ]
 
 
-def refuse_differences(path: Path, state: dict[str, Any], differences: list[str], data: Pipeline, else_: str) -> None:
+def refuse_differences(path: Path, state: RunContent, differences: list[str], data: Pipeline, else_: str) -> None:
     """Raise CheckpointError if there are differences between the run of a checkpoint and this one, or in the data.
 
     `else_`: what to give where another run is meant. Other versions are only warned of.

@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from spark_fast.checkpoint import file as checkpoint
+from spark_fast.checkpoint.file import Content, RunContent
 from spark_fast.errors import CheckpointError
 from spark_fast.pipelines import Pipeline
 from spark_fast.run.data_parallel import gather_state
@@ -68,10 +68,10 @@ class RunState:
     scaler: torch.amp.GradScaler
     position: Position
     data: Pipeline
-    settings: Mapping[str, Any]
-    extra: Callable[[], dict[str, Any]] = dict
+    settings: Mapping[str, object]
+    extra: Callable[[], Content] = dict
 
-    def gather(self, keep: bool) -> dict[str, Any]:
+    def gather(self, keep: bool) -> Content:
         """A copy on the host that the next step does not change; called on all ranks together.
 
         Args:
@@ -95,7 +95,7 @@ class RunState:
             **self.extra(),
         )
 
-    def restore(self, path: Path, state: Mapping[str, Any], ranks: Ranks) -> None:
+    def restore(self, path: Path, state: RunContent, ranks: Ranks) -> None:
         """Go on where the checkpoint `state`, read from `path`, was written, at the very next batch.
 
         Raises:

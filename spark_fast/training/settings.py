@@ -229,7 +229,7 @@ class Settings(Tree):
         return tree
 
     @classmethod
-    def from_names(cls, **given: Any) -> Settings:
+    def from_names(cls, **given: object) -> Settings:
         """Settings from their names alone, whatever group they are in; checked as the command's are.
 
         Raises:
