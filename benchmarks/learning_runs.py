@@ -28,7 +28,6 @@ from spark_fast.evaluation.data import Labelled, open_train, open_val
 from spark_fast.evaluation.finetune import FinetuneRun
 from spark_fast.evaluation.recipes import Recipe
 from spark_fast.evaluation.report import Report
-from spark_fast.evaluation.weights import read_weights
 from spark_fast.networks import build_network
 from spark_fast.pipelines import Pipeline, View
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
@@ -40,6 +39,7 @@ from spark_fast.training import settings as training
 from spark_fast.training.pretrain import open_images
 from spark_fast.training.pretrain_run import PretrainRun
 from spark_fast.training.step import DTYPES, resolve_precision
+from spark_fast.weights.read import read_weights
 from spark_fast.weights.timm_keys import encoder_state_dict, write_encoder
 
 SIZE = 64  # pixels
@@ -227,7 +227,7 @@ class Bench:
     def finetune(self, run: Finetuning) -> dict[str, float]:
         """Fine-tune, and judge once, at the end; returns top-1 in percent."""
         settings = self._finetune_settings(run)
-        weights = read_weights(str(self.weights(run.before))) if run.before else None
+        weights = read_weights(self.weights(run.before)) if run.before else None
         torch.manual_seed(run.seed)
         train = open_train(settings, self.ranks, View(scale=(settings.recipe.min_scale, 1.0)))
         watched = open_val(settings, self.ranks, train, lambda step: None)

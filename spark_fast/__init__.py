@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from spark_fast.encoder.verify import verify
     from spark_fast.spark import SparK, build_spark
     from spark_fast.training.pretrain import pretrain
-    from spark_fast.weights.spark_keys import load_spark_state_dict
+    from spark_fast.weights.load import load_spark_state_dict
 
 __all__ = ["SparK", "build_spark", "load_spark_state_dict", "pack", "pretrain", "verify"]
 __version__ = "0.1.0"
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "SparK": "spark_fast.spark",
     "build_spark": "spark_fast.spark",
-    "load_spark_state_dict": "spark_fast.weights.spark_keys",
+    "load_spark_state_dict": "spark_fast.weights.load",
     "pack": "spark_fast.encoder",
     "pretrain": "spark_fast.training.pretrain",
     "verify": "spark_fast.encoder.verify",

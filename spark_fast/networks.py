@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from spark_fast.encoder.pyramid import MIN_STRIDE
+from spark_fast.errors import SettingsError
 
 # the short names of the published script
 PUBLISHED_MODELS = {
@@ -24,6 +26,15 @@ PUBLISHED_MODELS = {
     "cnxB": "convnext_base",
     "cnxL": "convnext_large",
 }
+
+
+def parse_input_size(text: str) -> tuple[int, int]:
+    """(H, W) in pixels of "N" or "HxW". Raises SettingsError for anything else."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if min(size) == 0:
+        raise SettingsError(f"--input_size must be N or HxW in pixels, got {text!r}")
+    return size
 
 
 def build_network(model: str, kwargs: dict | None = None, stages: int | None = None) -> nn.Module:

@@ -55,11 +55,11 @@ def test_trajectory_equals_the_published_code(golden, name, encoder):
 
 
 def check_final_norms(model, figures):
-    from spark_fast.weights.spark_keys import _plain, _translate
+    from spark_fast.weights.spark_keys import canonical_name
 
-    final = {_plain(k): v for k, v in model.state_dict().items()}
+    final = {canonical_name(k): v for k, v in model.state_dict().items()}
     for name, (norm, _) in figures["final_norm_and_sum"].items():
-        value = final[_plain(_translate(name))].double().norm().item()
+        value = final[canonical_name(name)].double().norm().item()
         assert value == pytest.approx(norm, rel=1e-6, abs=1e-9), name
 
 

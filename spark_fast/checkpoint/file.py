@@ -168,13 +168,18 @@ def read_run(path: Path) -> RunContent:
         CheckpointError: it is none.
     """
     content = read(path)
-    if isinstance(content.get("format"), int) and content["format"] != FORMAT:
-        raise CheckpointError(f"{path} is of format {content['format']}, this version reads {FORMAT}")
+    check_format(path, content)
     if content.get("format") != FORMAT or not set(content) >= RUN_STATE:
         raise CheckpointError(
             f"{path} is no checkpoint that a run can go on from; --init_weight starts from its weights"
         )
     return cast(RunContent, content)
+
+
+def check_format(path: Path, content: dict[str, Any]) -> None:
+    """Raise CheckpointError for what another version wrote in a way that this one does not know."""
+    if isinstance(content.get("format"), int) and content["format"] != FORMAT:
+        raise CheckpointError(f"{path} is of format {content['format']}, this version reads {FORMAT}")
 
 
 def restore(path: Path, content: RunContent, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

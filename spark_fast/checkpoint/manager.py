@@ -14,14 +14,18 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from spark_fast.checkpoint.file import Content, RunContent, read_run, write
+from spark_fast.checkpoint.file import Content, write
 from spark_fast.checkpoint.validate_file import sidecar
 from spark_fast.errors import CheckpointError
 from spark_fast.files import sync_folder
 
 log = logging.getLogger("spark_fast")
+
+C = TypeVar("C")
 
 CHECKPOINT = "ckpt-last.pth"
 FOLDER = "checkpoints"
@@ -149,8 +153,11 @@ def check_space(folder: Path, size: int, keep_last: int) -> None:
         )
 
 
-def read_newest(paths: list[Path]) -> tuple[Path, RunContent]:
+def read_newest(paths: list[Path], reader: Callable[[Path], C]) -> tuple[Path, C]:
     """The first checkpoint that can be read, and what is in it; those before it are named in a warning.
+
+    Args:
+        reader: `read_run` to go on with a run, `read` where weights are enough.
 
     Raises:
         CheckpointError: none can be read; with the reason for each.
@@ -158,7 +165,7 @@ def read_newest(paths: list[Path]) -> tuple[Path, RunContent]:
     reasons = []
     for path in paths:
         try:
-            state = read_run(path)
+            state = reader(path)
         except CheckpointError as error:
             reasons.append(str(error))
             continue

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile  # DistributedDataParallel, torch.compile
+PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 
 
 def tensors_of(content: Mapping) -> Mapping:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from spark_fast.checkpoint.file import RunContent
+from spark_fast.checkpoint.file import RunContent, read_run
 from spark_fast.checkpoint.manager import read_newest
 from spark_fast.errors import INTERRUPTED, CheckpointError, SettingsError
 from spark_fast.evaluation.accuracy import Scores
@@ -27,7 +27,6 @@ from spark_fast.evaluation.finetune import FinetuneRun
 from spark_fast.evaluation.knn import classify_by_neighbours
 from spark_fast.evaluation.linear_probe import LinearProbe, shuffled, train_probe
 from spark_fast.evaluation.report import Report
-from spark_fast.evaluation.weights import Weights, read_weights
 from spark_fast.pipelines import Pipeline, View
 from spark_fast.run.command import open_checkpoints, run_command, running
 from spark_fast.run.distributed import Ranks
@@ -37,6 +36,7 @@ from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
 from spark_fast.training.resume import checkpoints_to_resume
 from spark_fast.training.step import resolve_precision
+from spark_fast.weights.read import Weights, read_weights
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,7 +121,7 @@ def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, c
     if not asked.run.resume:
         refuse_another_run(asked.folder)
     checkpoints = checkpoints_to_resume(asked.run.resume, asked.folder)
-    before = read_newest(checkpoints) if checkpoints else None
+    before = read_newest(checkpoints, read_run) if checkpoints else None
     weights = None if before else _weights(asked)
     network, stages = _resumed(asked, *before) if before else _network(asked, weights)
     settings = asked.resolved(network, stages)
@@ -154,12 +154,12 @@ def _folder(settings: Evaluation, lock: RunLock) -> Path:
 
 
 def _weights(settings: Evaluation) -> Weights | None:
-    return None if settings.model.weights == "none" else read_weights(settings.model.weights)
+    return None if settings.model.weights == "none" else read_weights(Path(settings.model.weights))
 
 
 def _network(settings: Evaluation, weights: Weights | None) -> tuple[str, int]:
     """Name and stages: as asked, or as the weights say."""
-    name = settings.network or (weights.network if weights else "")
+    name = weights.choose_network(settings.network) if weights else settings.network
     if not name:
         raise SettingsError(f"--model is missing: {settings.model.weights} does not say of which network it is")
     return name, settings.model.stages or (weights.stages if weights else 0)

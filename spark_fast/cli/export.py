@@ -16,7 +16,7 @@ import tyro
 
 from spark_fast.run.command import run_tool
 from spark_fast.weights.export_formats import export
-from spark_fast.weights.pretrained import open_pretrained
+from spark_fast.weights.load_pretrained import load_pretrained
 
 
 def export_weights(
@@ -35,11 +35,9 @@ def export_weights(
         out: File to write (.safetensors or .pth), or folder for hf_folder.
         model: The network, where the file does not tell (timm name), or if it is your own (package.module:function).
     """
-    pretrained = open_pretrained(source, model)
+    pretrained = load_pretrained(source, model)
     made = export(pretrained, to, out)
-    print(
-        f"{out}: {len(made.state)} tensors of {pretrained.settings.network} from {pretrained.path}, loaded and compared"
-    )
+    print(f"{out}: {len(made.state)} tensors of {pretrained.spec.network} from {pretrained.path}, loaded and compared")
     if made.new:
         print(f"not pre-trained, at their initial values: {', '.join(made.new)}")
     print(made.usage.replace("PATH", str(out)))

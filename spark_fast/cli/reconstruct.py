@@ -20,7 +20,7 @@ from spark_fast.mask_file import chosen_mask
 from spark_fast.masking import num_visible
 from spark_fast.reporting.reconstructions import filled_grid, open_images, reconstruction_grid, save_png
 from spark_fast.run.command import run_tool
-from spark_fast.weights.pretrained import Pretrained, open_pretrained
+from spark_fast.weights.load_pretrained import Pretrained, load_pretrained
 
 
 def reconstruct(
@@ -53,13 +53,13 @@ def reconstruct(
         raise SettingsError("--mask says which patches are hidden, --mask_ratio how many: choose one of them")
     if not images:
         raise SettingsError("give one image or more")
-    pretrained = open_pretrained(source, model, input_size)
-    if not pretrained.has_decoder:
+    pretrained = load_pretrained(source, model, input_size)
+    if not pretrained.weights.state.has_decoder:
         raise CheckpointError(
             f"{pretrained.path} holds an encoder alone, nothing can be reconstructed without the decoder: give the "
             f"run folder, its checkpoint, or the published file *_withdecoder_1kpretrained_spark_style.pth"
         )
-    pixels = open_images(images, pretrained.settings.size)
+    pixels = open_images(images, pretrained.spec.input_size)
     grid = pretrained.model.grid
     try:
         if mask:
@@ -76,7 +76,7 @@ def reconstruct(
 
 
 def _about(pretrained: Pretrained) -> str:
-    (h, w), network = pretrained.model.grid, pretrained.settings.network
+    (h, w), network = pretrained.model.grid, pretrained.spec.network
     return f"input, visible part, reconstruction, by {network} on {h}x{w} patches of {pretrained.model.patch} px"
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import timm
 import torch
 from torch import Tensor, nn
 
 from spark_fast.errors import SettingsError
-from spark_fast.evaluation.weights import Weights, load_into
 from spark_fast.networks import build_network
+from spark_fast.weights.load import load_into_network
+from spark_fast.weights.read import Weights
 from spark_fast.weights.timm_keys import timm_names
 
 
@@ -52,7 +51,7 @@ def build_backbone(name: str, stages: int, weights: Weights | None) -> Backbone:
     """
     network = _features(name, stages)
     if weights is not None:
-        load_into(network, weights, new=set())
+        load_into_network(weights, network, new=set())
     return Backbone(network).eval().requires_grad_(False)
 
 
@@ -70,7 +69,7 @@ def build_classifier(
         SettingsError: there is no such network, or it takes no such rate.
         CheckpointError: the weights do not fit it.
     """
-    kwargs: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    kwargs: dict = {"drop_path_rate": drop_path} if drop_path else {}
     if ":" in name:
         network = _features(name, stages, kwargs)
         network.eval()
@@ -79,7 +78,7 @@ def build_classifier(
         network.train()
         model: nn.Module = PooledClassifier(network, channels, classes)
         if weights is not None:
-            load_into(network, weights, new=set())
+            load_into_network(weights, network, new=set())
         return model
     with torch.device("meta"):
         encoder = timm_names(list(_features(name, stages).state_dict()), name)
@@ -88,7 +87,7 @@ def build_classifier(
     except TypeError as error:
         raise SettingsError(f"timm cannot build {name} with {kwargs}: {error}; try --drop_path 0") from error
     if weights is not None:
-        load_into(model, weights, new=set(model.state_dict()) - set(encoder.values()))
+        load_into_network(weights, model, new=set(model.state_dict()) - set(encoder.values()))
     return model
 
 

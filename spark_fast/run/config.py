@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -19,7 +18,7 @@ import tomli_w
 import tyro
 
 from spark_fast.errors import SettingsError
-from spark_fast.networks import PUBLISHED_MODELS
+from spark_fast.networks import PUBLISHED_MODELS, parse_input_size
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -81,11 +80,7 @@ class Tree:
     @property
     def size(self) -> tuple[int, int]:
         """(H, W) of the input in pixels."""
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?", self.data.input_size)
-        size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if min(size) == 0:
-            raise SettingsError(f"--input_size must be N or HxW in pixels, got {self.data.input_size!r}")
-        return size
+        return parse_input_size(self.data.input_size)
 
     @property
     def network(self) -> str:

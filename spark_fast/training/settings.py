@@ -76,7 +76,7 @@ class Model:
     sparse_conv: bool = False
     """the published flag for --encoder sparseconvnet"""
     init_weight: str = ""
-    """start from the weights of this checkpoint (published ones too), or of an encoder (.safetensors, timm's names)"""
+    """start from the weights of a run folder, a checkpoint (published ones too), or an encoder (timm's names)"""
 
 
 @dataclass

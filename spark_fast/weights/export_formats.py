@@ -1,7 +1,7 @@
-"""The forms in which pre-trained weights leave: for timm, torchvision, a Hugging Face folder, SparK's own code.
+"""The formats in which weights are exported: for timm, torchvision, a Hugging Face folder, SparK's published code.
 
-Nothing is believed: a file is written beside its place, loaded strictly into a new network by the reader's own
-function, compared tensor by tensor, and only then moved to its place.
+A file is written beside its place, loaded strictly into a new network by the reader's own function, and compared
+tensor by tensor. Only then is it moved to its place.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from spark_fast.errors import CheckpointError, SettingsError
 from spark_fast.files import atomic_write, sync_folder
 from spark_fast.networks import build_network
 from spark_fast.pipelines.transforms.resize import MEAN, STD
+from spark_fast.weights.load import load_spark_state_dict
+from spark_fast.weights.load_pretrained import Pretrained
 from spark_fast.weights.model_card import model_card
-from spark_fast.weights.pretrained import Pretrained, new_model
-from spark_fast.weights.spark_keys import load_spark_state_dict, spark_state_dict
+from spark_fast.weights.spark_keys import spark_state_dict
 from spark_fast.weights.timm_keys import encoder_state_dict, timm_names
 from spark_fast.weights.torchvision_keys import torchvision_names
 
@@ -35,8 +36,8 @@ State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Form:
-    """One way to write weights.
+class ExportFormat:
+    """Weights in one format, ready to be written.
 
     Attributes:
         state: what is written.
@@ -52,27 +53,27 @@ class Form:
     endings: tuple[str, ...]
     load: Callable[[Path], State]
     usage: str
-    wrapped: dict[str, Any] | None = None
+    wrapped: dict[str, object] | None = None
 
 
-def export(source: Pretrained, form: str, out: Path) -> Form:
-    """Write weights to `out` and a model card beside it (README.md in a folder), all of it proven, or nothing.
+def export(source: Pretrained, to: str, out: Path) -> ExportFormat:
+    """Write weights to `out` and a model card beside it (README.md in a folder), all of it checked, or nothing.
 
     Args:
-        form: one of FORMS.
+        to: one of EXPORT_FORMATS.
 
     Raises:
-        SettingsError: an unknown form, a place that is taken or does not suit it, a network that the form has not.
+        SettingsError: an unknown format, a place that is taken or does not suit it, a network that the format lacks.
         CheckpointError: the file system refuses, or what was written does not load as it should.
     """
-    if form not in FORMS:
-        raise SettingsError(f"there is no form {form!r}: there are {', '.join(FORMS)}")
+    if to not in EXPORT_FORMATS:
+        raise SettingsError(f"there is no format {to!r}: there are {', '.join(EXPORT_FORMATS)}")
     try:
-        made = FORMS[form](source)
+        made = EXPORT_FORMATS[to](source)
     except ValueError as error:
         raise SettingsError(str(error)) from None
     if made.endings and out.suffix not in made.endings:
-        raise SettingsError(f"{out} must end with {' or '.join(made.endings)} for --to {form}")
+        raise SettingsError(f"{out} must end with {' or '.join(made.endings)} for --to {to}")
     card = out / "README.md" if not made.endings else out.with_suffix(".README.md")
     for place in (out, card):
         if place.exists():
@@ -84,8 +85,8 @@ def export(source: Pretrained, form: str, out: Path) -> Form:
         raise CheckpointError(f"{source.path} holds numbers that are not finite, as in {odd[0]}: nothing is written")
     try:
         with TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
-            _write(source, form, made, Path(folder) / out.name, Path(folder) / card.relative_to(out.parent))
-            _prove(made, Path(folder) / out.name, out)
+            _write(source, to, made, Path(folder) / out.name, Path(folder) / card.relative_to(out.parent))
+            _check_loads(made, Path(folder) / out.name, out)
             (Path(folder) / out.name).replace(out)
             if made.endings:
                 (Path(folder) / card.name).replace(card)
@@ -95,7 +96,7 @@ def export(source: Pretrained, form: str, out: Path) -> Form:
     return made
 
 
-def _write(source: Pretrained, form: str, made: Form, path: Path, card: Path) -> None:
+def _write(source: Pretrained, to: str, made: ExportFormat, path: Path, card: Path) -> None:
     if not made.endings:
         path.mkdir()
         config = json.dumps(_timm_config(source), indent=2) + "\n"
@@ -103,19 +104,19 @@ def _write(source: Pretrained, form: str, made: Form, path: Path, card: Path) ->
             file.write(config.encode())
     weights = path if made.endings else path / "model.safetensors"
     if weights.suffix == ".safetensors":
-        content = save(made.state, metadata={"format": "pt", "architecture": source.settings.network})
+        content = save(made.state, metadata={"format": "pt", "architecture": source.spec.network})
         with atomic_write(weights) as file:
             file.write(content)
     else:
         whole = {**made.wrapped, "module": made.state} if made.wrapped else made.state
         with atomic_write(weights) as file:
             torch.save(whole, file)
-    text = model_card(source, form, made.new, made.usage.replace("PATH", path.name))
+    text = model_card(source, to, made.new, made.usage.replace("PATH", path.name))
     with atomic_write(card) as file:
         file.write(text.encode())
 
 
-def _prove(made: Form, path: Path, out: Path) -> None:
+def _check_loads(made: ExportFormat, path: Path, out: Path) -> None:
     try:
         loaded = made.load(path)
     except (RuntimeError, ValueError, CheckpointError) as error:
@@ -129,7 +130,7 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b)
 
 
-def _timm(source: Pretrained) -> Form:
+def _timm(source: Pretrained) -> ExportFormat:
     name = _of_timm(source, "timm")
     state, new = _completed(encoder_state_dict(source.model, name), lambda: timm.create_model(name, num_classes=0))
 
@@ -137,10 +138,10 @@ def _timm(source: Pretrained) -> Form:
         return timm.create_model(name, num_classes=0, checkpoint_path=str(path)).state_dict()
 
     usage = f'import timm\n\nnetwork = timm.create_model("{name}", num_classes=0, checkpoint_path="PATH")'
-    return Form(state, new, (".safetensors", ".pth"), load, usage)
+    return ExportFormat(state, new, (".safetensors", ".pth"), load, usage)
 
 
-def _hf_folder(source: Pretrained) -> Form:
+def _hf_folder(source: Pretrained) -> ExportFormat:
     made = _timm(source)
 
     def load(path: Path) -> State:
@@ -149,10 +150,10 @@ def _hf_folder(source: Pretrained) -> Form:
     usage = (
         'import timm\n\nnetwork = timm.create_model("local-dir:PATH", pretrained=True)  # num_classes=1000 adds a head'
     )
-    return Form(made.state, made.new, (), load, usage)
+    return ExportFormat(made.state, made.new, (), load, usage)
 
 
-def _torchvision(source: Pretrained) -> Form:
+def _torchvision(source: Pretrained) -> ExportFormat:
     name = _of_timm(source, "torchvision")
     torchvision_names(name, [])  # refused early where torchvision has none
     network = torchvision.models.get_model(name, weights=None)
@@ -170,11 +171,11 @@ def _torchvision(source: Pretrained) -> Form:
         f'import torch\nimport torchvision\n\nnetwork = torchvision.models.get_model("{name}")\n'
         'network.load_state_dict(torch.load("PATH", weights_only=True))'
     )
-    return Form(state, new, (".pth",), load, usage)
+    return ExportFormat(state, new, (".pth",), load, usage)
 
 
-def _safetensors(source: Pretrained) -> Form:
-    name, stages = source.settings.network, source.settings.model.stages or None
+def _safetensors(source: Pretrained) -> ExportFormat:
+    name, stages = source.spec.network, source.spec.stages or None
     state = encoder_state_dict(source.model, name)
 
     def load(path: Path) -> State:
@@ -188,31 +189,31 @@ def _safetensors(source: Pretrained) -> Form:
     usage = (
         'from safetensors.torch import load_file\n\nstate = load_file("PATH")  # the encoder\'s tensors and no others'
     )
-    return Form(state, [], (".safetensors",), load, usage)
+    return ExportFormat(state, [], (".safetensors",), load, usage)
 
 
-def _spark(source: Pretrained) -> Form:
-    if not source.has_decoder:
+def _spark(source: Pretrained) -> ExportFormat:
+    if not source.weights.state.has_decoder:
         raise ValueError(
             f"{source.path} holds an encoder alone, and the published form has a decoder: "
             f"choose --to timm, torchvision, safetensors or hf_folder"
         )
-    settings = source.settings
-    height, width = settings.size
-    wrapped = {"arch": settings.network, "input_size": height if height == width else [height, width]}
+    spec = source.spec
+    height, width = spec.input_size
+    wrapped: dict[str, object] = {"arch": spec.network, "input_size": height if height == width else [height, width]}
 
     def load(path: Path) -> State:
-        model = new_model(settings)
+        model = spec.build()
         load_spark_state_dict(model, read(path))
         return spark_state_dict(model)
 
     usage = (
         'import torch\n\nstate = torch.load("PATH", weights_only=True)["module"]  # the published code: --init_weight'
     )
-    return Form(spark_state_dict(source.model), [], (".pth",), load, usage, wrapped)
+    return ExportFormat(spark_state_dict(source.model), [], (".pth",), load, usage, wrapped)
 
 
-FORMS: dict[str, Callable[[Pretrained], Form]] = {
+EXPORT_FORMATS: dict[str, Callable[[Pretrained], ExportFormat]] = {
     "timm": _timm,
     "torchvision": _torchvision,
     "safetensors": _safetensors,
@@ -221,10 +222,10 @@ FORMS: dict[str, Callable[[Pretrained], Form]] = {
 }
 
 
-def _of_timm(source: Pretrained, form: str) -> str:
-    name = source.settings.network
+def _of_timm(source: Pretrained, to: str) -> str:
+    name = source.spec.network
     if ":" in name:
-        raise ValueError(f"{name} is your own network, which {form} does not have: choose --to safetensors or spark")
+        raise ValueError(f"{name} is your own network, which {to} does not have: choose --to safetensors or spark")
     return name
 
 
@@ -237,13 +238,13 @@ def _completed(trained: State, build: Callable[[], nn.Module]) -> tuple[State, l
     return {name: trained.get(name, value).contiguous() for name, value in whole.items()}, new
 
 
-def _timm_config(source: Pretrained) -> dict[str, Any]:
+def _timm_config(source: Pretrained) -> dict[str, object]:
     """What timm reads of a model folder: the network, and how its input was prepared."""
-    name = source.settings.network
+    name = source.spec.network
     with torch.device("meta"):
         network: Any = timm.create_model(name, num_classes=0)
     known = {k: network.pretrained_cfg.get(k) for k in ("first_conv", "classifier")}
-    prepared = {"input_size": (3, *source.settings.size), "crop_pct": 1.0, "interpolation": "bicubic"}
+    prepared = {"input_size": (3, *source.spec.input_size), "crop_pct": 1.0, "interpolation": "bicubic"}
     return {
         "architecture": name,
         "num_classes": 0,

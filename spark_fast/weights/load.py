@@ -1,65 +1,125 @@
-"""Begin a run from weights: a checkpoint of ours, a published one, or an encoder alone in timm's names."""
+"""Weights into a model: whole or not at all, with a message that names what does not fit."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from spark_fast.checkpoint.file import read
-from spark_fast.checkpoint.state_dict import load_strictly, strip_prefixes, tensors_of
+from spark_fast.checkpoint.state_dict import load_strictly
 from spark_fast.errors import CheckpointError
-from spark_fast.weights.spark_keys import encoder_name, load_spark_state_dict
+from spark_fast.spark import SparK
+from spark_fast.weights.read import State, Weights, read_state, read_weights
+from spark_fast.weights.spark_keys import ENCODER, canonical_name, network_name
 
 log = logging.getLogger("spark_fast")
 
+TIMM_WRAPPERS = ("model_", "body_")  # timm puts some networks of `features_only` under these
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Load a file (.pth or .safetensors) into a model from `build_spark`, or an encoder's into its encoder.
+
+def load_weights(path: Path, model: SparK) -> None:
+    """Read weights (see `read_weights`) and load them into a model from `build_spark`, as `load_into_spark`."""
+    load_into_spark(read_weights(path), model)
+
+
+def load_into_spark(weights: Weights, model: SparK) -> None:
+    """Load a model from `build_spark`: the whole of it, or its encoder where the weights are of a plain network.
+
+    What a plain network has beyond the encoder (timm's classifier) is left out. That, and that the decoder is new, is
+    logged.
 
     Raises:
-        CheckpointError: unreadable, refused, or it does not fit, by name. The model is then unchanged.
+        CheckpointError: a tensor is missing, unknown or of another shape, by name. The model is then unchanged.
     """
-    fit(path, read(path), model)
-
-
-def fit(path: Path, content: Mapping, model: nn.Module) -> bool:
-    """Load what `read(path)` returned; True when decoder and all came with it, False for an encoder alone.
-
-    Raises:
-        CheckpointError: as `load_weights`.
-    """
-    state = tensors_of(content)
+    state = weights.state
     try:
-        if _load_encoder(path, state, model):
-            return False
-        load_spark_state_dict(model, state)
+        if state.has_decoder:
+            _load_whole(state, model)
+            return
+        left = _load_encoder(state, model)
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    return True
+        raise CheckpointError(f"{weights.path}: {error}") from None
+    shown = ", ".join(left[:5]) or "nothing"
+    log.info("%s: the encoder is loaded, the decoder begins anew; left out: %s", weights.path, shown)
 
 
-def _load_encoder(path: Path, state: Mapping[str, Tensor], model: nn.Module) -> bool:
-    """Load a network's own state dict into the encoder; False, and nothing done, when it is SparK's or another's.
+def load_spark_state_dict(model: SparK, state: Mapping) -> None:
+    """Load a checkpoint of the published code into a model from `build_spark`.
 
-    What the network has beyond the encoder (timm's classifier) is left out, and told; so is that the decoder is new.
+    Args:
+        state: the state dict itself, or the whole checkpoint (see `tensors_of`); ResNets in timm's names, ConvNeXts
+            in the official ones. The three deprecated buffers and "config" are ignored.
+
+    Raises:
+        ValueError: tensors missing, unknown, or of another shape, by name. The model is then unchanged.
     """
-    prefix = "encoder.network."
-    parts = (prefix, "sparse_encoder.", "densify_", "mask_tokens")
-    if any(strip_prefixes(str(name)).startswith(parts) for name in state):
-        return False
-    own: dict[str, str] = {}
-    for name in model.state_dict():
-        flat = encoder_name(name)
-        if name.startswith(prefix):
-            own |= dict.fromkeys((flat, flat.removeprefix("model_"), flat.removeprefix("body_")), name)
-    found = {own[flat]: value for k, value in state.items() if (flat := encoder_name(strip_prefixes(str(k)))) in own}
-    whole = {name for name in model.state_dict() if name.startswith(prefix)}
-    if not found or not whole <= set(found):
-        return False
-    load_strictly(model, {**model.state_dict(), **found})
-    left = sorted(str(k) for k in state if encoder_name(strip_prefixes(str(k))) not in own)
-    log.info("%s: the encoder is loaded, the decoder begins anew; left out: %s", path, ", ".join(left[:5]) or "nothing")
-    return True
+    _load_whole(read_state(state), model)
+
+
+def load_into_network(weights: Weights, network: nn.Module, new: set[str]) -> None:
+    """Load a plain network, whole but for the tensors that may begin anew where they are missing or of another shape.
+
+    Args:
+        new: their names: a classifier, levels that were not pre-trained.
+
+    Raises:
+        CheckpointError: a tensor is missing or of another shape, by name. The network is then unchanged.
+    """
+    own, tensors = network.state_dict(), weights.state.tensors
+    keys = _matches({name: ENCODER + network_name(name) for name in own}, tensors)
+    found = {n: tensors[k] for n, k in keys.items() if n not in new or tensors[k].shape == own[n].shape}
+    fresh = sorted(new - set(found))
+    try:
+        load_strictly(network, {**{name: own[name] for name in fresh}, **found})
+    except ValueError as error:
+        raise CheckpointError(f"{weights.path}: {error}") from None
+    anew = ", ".join(fresh[:5]) + (f" and {len(fresh) - 5} more" if len(fresh) > 5 else "")
+    log.info("%s: %d of %d tensors loaded; these begin anew: %s", weights.path, len(found), len(own), anew or "none")
+
+
+def _load_whole(state: State, model: SparK) -> None:
+    found = _matches({name: canonical_name(name) for name in model.state_dict()}, state.tensors)
+    unknown = _file_names(state, set(found.values()))
+    load_strictly(model, {name: state.tensors[key] for name, key in found.items()}, unknown)
+
+
+def _load_encoder(state: State, model: SparK) -> list[str]:
+    """Load the encoder; returns what is left out of the file, by its names there."""
+    own = model.state_dict()
+    encoder = [name for name in own if name.startswith("encoder.network.")]
+    found = _matches({name: canonical_name(name) for name in encoder}, state.tensors)
+    left = sorted(_file_names(state, set(found.values())))
+    kept = {name: value for name, value in own.items() if name not in encoder}
+    misfit = left if len(found) < len(encoder) else []  # another network's, then: they tell which
+    load_strictly(model, kept | {name: state.tensors[key] for name, key in found.items()}, misfit)
+    return left
+
+
+def _matches(canonical: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """A model's names -> the canonical names of their tensors in a file; what has none is left out.
+
+    Args:
+        canonical: a model's names -> their canonical names.
+    """
+    found = {}
+    for name, key in canonical.items():
+        match = next((k for k in _spellings(key) if k in tensors), None)
+        if match is not None:
+            found[name] = match
+    return found
+
+
+def _spellings(key: str) -> Iterable[str]:
+    """A canonical name, and what it is where timm has wrapped the network, or has not."""
+    yield key
+    if key.startswith(ENCODER):
+        inner = key.removeprefix(ENCODER)
+        yield from (ENCODER + inner.removeprefix(wrapper) for wrapper in TIMM_WRAPPERS)
+        yield from (ENCODER + wrapper + inner for wrapper in TIMM_WRAPPERS)
+
+
+def _file_names(state: State, used: set[str]) -> list[str]:
+    """What a file holds beyond the tensors that are used."""
+    return [name for key, name in state.names.items() if key not in used] + state.others

@@ -5,46 +5,46 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from spark_fast.reporting.metrics_file import read_metrics
+import tomli_w
+
 from spark_fast.versions import versions
-from spark_fast.weights.pretrained import Pretrained
+from spark_fast.weights.load_pretrained import Pretrained
 
 CURVE_ROWS = 12  # epochs in the table of losses
 FRONT = "---\nlibrary_name: timm\ntags:\n- image-feature-extraction\n- timm\n- spark\n---\n\n"  # the Hub's
 
 
-def model_card(source: Pretrained, form: str, new: list[str], usage: str) -> str:
+def model_card(source: Pretrained, to: str, new: list[str], usage: str) -> str:
     """Markdown.
 
     Args:
         new: tensors that were not pre-trained.
         usage: Python that loads the weights.
     """
-    settings = source.settings
     parts = [
-        f"# {settings.network}, pre-trained by SparK",
+        f"# {source.spec.network}, pre-trained by SparK",
         "Masked image modelling with a ConvNet ([SparK](https://arxiv.org/abs/2301.03580)): "
         f"{_task(source)} The features are meant for fine-tuning, not for linear probing.",
         f"## Use\n\n```python\n{usage}\n```",
         _new_tensors(new),
-        _made(source, form),
+        _made(source, to),
         _curve(source),
         _settings(source),
     ]
-    front = FRONT if form == "hf_folder" else ""
+    front = FRONT if to == "hf_folder" else ""
     return front + "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _task(source: Pretrained) -> str:
     """What was learned, where it is known."""
-    if not source.record:
+    if source.weights.record is None:
         return f"patches of {source.model.patch} px."
-    height, width = source.settings.size
+    height, width = source.spec.input_size
     return (
-        f"patches of {source.model.patch} px, {source.settings.model.mask_ratio:.0%} of them hidden, input "
+        f"patches of {source.model.patch} px, {source.spec.mask_ratio:.0%} of them hidden, input "
         f"{height}x{width} px, normalised by ImageNet's mean and deviation."
     )
 
@@ -56,31 +56,37 @@ def _new_tensors(new: list[str]) -> str:
     return f"Not pre-trained, at their initial values, to be trained by you: {shown}."
 
 
-def _made(source: Pretrained, form: str) -> str:
+def _made(source: Pretrained, to: str) -> str:
     """Where the weights come from."""
-    record = source.record
-    started = _head_of_log(source.folder)
+    record, started = source.weights.record, _last_start(source.weights.run_folder)
     rows = {
-        "file": f"`{source.path.resolve().name}`, exported `--to {form}`",
-        "step, epoch": f"{record['step']}, {record['epoch']} of {source.settings.optim.epochs}" if record else "",
-        "loss": f"{record['loss']:.4f}" if record else "",
+        "file": f"`{source.path.resolve().name}`, exported `--to {to}`",
+        "step, epoch": f"{record.step}, {record.epoch} of {_epochs(source)}" if record else "",
+        "loss": f"{record.loss:.4f}" if record else "",
         "commit": started.get("git_commit_id", ""),
         "command": f"`{started['cmd']}`" if "cmd" in started else "",
-        "trained with": _listed(record.get("versions", {})),
+        "trained with": _listed(record.versions) if record else "",
         "exported with": _listed(versions()),
     }
     lines = [f"| {name} | {value or 'not known'} |" for name, value in rows.items()]
     return "\n".join(["## Origin", "", "| | |", "| --- | --- |", *lines])
 
 
+def _epochs(source: Pretrained) -> object:
+    """Of the whole run."""
+    optim = source.weights.settings.get("optim")
+    return optim.get("epochs", "?") if isinstance(optim, Mapping) else "?"
+
+
 def _curve(source: Pretrained) -> str:
     """Mean loss of up to CURVE_ROWS epochs, evenly spread, the first and the last among them."""
-    if source.folder is None or not (source.folder / "metrics.jsonl").is_file():
-        return ""
-    by_epoch: dict[int, list[float]] = defaultdict(list)
-    for row in read_metrics(source.folder / "metrics.jsonl"):
-        if row["step"] <= source.record.get("step", math.inf) and math.isfinite(row["loss"]):
-            by_epoch[row["epoch"]].append(row["loss"])
+    record, by_epoch = source.weights.record, defaultdict[int, list[float]](list)
+    for row in _rows(source.weights.run_folder, "metrics.jsonl"):
+        step, epoch, loss = row.get("step"), row.get("epoch"), row.get("loss")  # a loss that is not finite is null
+        if not (isinstance(step, int) and isinstance(epoch, int) and isinstance(loss, float)):
+            continue
+        if math.isfinite(loss) and (record is None or step <= record.step):
+            by_epoch[epoch].append(loss)
     epochs = sorted(by_epoch)
     if not epochs:
         return ""
@@ -92,23 +98,30 @@ def _curve(source: Pretrained) -> str:
 
 def _settings(source: Pretrained) -> str:
     """The run's settings as TOML; only ours are known."""
-    return f"## Settings\n\n```toml\n{source.settings.to_toml()}```" if source.record else ""
+    if source.weights.record is None:
+        return ""
+    groups = {name: group for name, group in source.weights.settings.items() if isinstance(group, Mapping)}
+    given = {name: {k: v for k, v in group.items() if v is not None} for name, group in groups.items()}
+    return f"## Settings\n\n```toml\n{tomli_w.dumps(given)}```"
 
 
-def _head_of_log(folder: Path | None) -> dict[str, Any]:
+def _last_start(folder: Path | None) -> dict[str, object]:
     """The last start that log.txt describes; {} without a log."""
-    if folder is None or not (folder / "log.txt").is_file():
-        return {}
-    found: dict[str, Any] = {}
-    for line in (folder / "log.txt").read_text().splitlines():
+    return next((row for row in reversed(list(_rows(folder, "log.txt"))) if "git_commit_id" in row), {})
+
+
+def _rows(folder: Path | None, name: str) -> Iterator[dict[str, object]]:
+    """The lines of JSON in a file of the run folder, where it is there; one cut off by a kill is left out."""
+    if folder is None or not (folder / name).is_file():
+        return
+    for line in (folder / name).read_text().splitlines():
         try:
             row = json.loads(line)
         except ValueError:
-            continue  # cut off by a kill
-        if isinstance(row, dict) and "git_commit_id" in row:
-            found = row
-    return found
+            continue
+        if isinstance(row, dict):
+            yield row
 
 
-def _listed(names: dict[str, str]) -> str:
+def _listed(names: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in names.items())

@@ -1,24 +1,27 @@
-"""Checkpoints in the published SparK naming, in and out.
+"""The names of SparK's tensors: published, ours, and the canonical ones under which files and models are compared.
 
     published                                 here
     sparse_encoder.sp_cnn.<network>           encoder.network.<network>
     dense_decoder.*                           decoder.*
     densify_norms.*, densify_projs.*, mask_tokens.*   the same
 
-The network's own names are timm's for ResNets and the official ones for ConvNeXts; `timm.create_model(...,
-features_only=True)` writes `stages_0` for timm's `stages.0`, so names are compared with dots and underscores alike.
+The network's own names are timm's for ResNets and the official ones for ConvNeXts. `timm.create_model(...,
+features_only=True)` writes `stages_0` for timm's `stages.0`. So a canonical name is ours, of timm's network, with
+underscores for dots.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from spark_fast.checkpoint.state_dict import load_strictly, strip_prefixes, tensors_of
+from spark_fast.checkpoint.state_dict import strip_prefixes
 
-DEPRECATED = {"imn_m", "imn_s", "norm_black"}  # buffers of the published module that were never used
+ENCODER = "encoder_network_"  # canonical names of the encoder's tensors begin so
+ENCODER_PREFIXES = ("encoder.network.", "sparse_encoder.sp_cnn.")
+SPARK_PREFIXES = ("encoder.network.", "sparse_encoder.", "densify_", "mask_tokens")  # no plain network has these
+IGNORED = {"imn_m", "imn_s", "norm_black", "config"}  # in published files: unused buffers, and the configuration
 
 # official ConvNeXt -> timm
 CONVNEXT = [
@@ -49,36 +52,25 @@ def spark_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {_publish(name, convnext): value.detach().cpu().contiguous() for name, value in state.items()}
 
 
-def load_spark_state_dict(model: nn.Module, state: Mapping) -> None:
-    """Load a checkpoint of the published code into a model from `build_spark`.
-
-    Args:
-        state: the state dict itself, or the whole checkpoint (see `tensors_of`); ResNets in timm's names, ConvNeXts
-            in the official ones. The three deprecated buffers and "config" are ignored.
-
-    Raises:
-        ValueError: tensors missing, unknown, or of another shape, by name. The model is then unchanged.
-    """
-    state = tensors_of(state)
-    own = {_plain(name): name for name in model.state_dict()}
-    found: dict[str, Tensor] = {}
-    unknown = []
-    for published, value in state.items():
-        name = strip_prefixes(str(published))
-        if name in DEPRECATED or name == "config":
-            continue
-        target = own.get(_plain(_translate(name)))
-        if target is None:
-            unknown.append(str(published))
-        else:
-            found[target] = value
-    load_strictly(model, found, unknown)
+def canonical_name(name: str) -> str:
+    """The canonical name of a tensor of SparK, from its published name or ours, whatever wrapped the model."""
+    name = strip_prefixes(name)
+    for prefix in ENCODER_PREFIXES:
+        if name.startswith(prefix):
+            return ENCODER + network_name(name.removeprefix(prefix))
+    return re.sub(r"^dense_decoder\.", "decoder.", name).replace(".", "_")
 
 
-def encoder_name(name: str) -> str:
-    """The name of an encoder's tensor without prefix, dots as underscores, ConvNeXts as timm has them."""
-    inner = name.removeprefix("encoder.network.")
-    return _plain(_translate("sparse_encoder.sp_cnn." + inner).removeprefix("encoder.network."))
+def network_name(name: str) -> str:
+    """The canonical name of a tensor of a plain network: timm's for official ConvNeXts, underscores for dots."""
+    for pattern, replacement in CONVNEXT:
+        name = re.sub(pattern, replacement, name)
+    return name.replace(".", "_")
+
+
+def is_spark_name(name: str) -> bool:
+    """Whether only SparK has a tensor of this name, and no plain network."""
+    return strip_prefixes(name).startswith(SPARK_PREFIXES)
 
 
 def _publish(name: str, convnext: bool) -> str:
@@ -88,16 +80,3 @@ def _publish(name: str, convnext: bool) -> str:
     for pattern, replacement in OFFICIAL if convnext else []:
         inner = re.sub(pattern, replacement, inner)
     return "sparse_encoder.sp_cnn." + inner
-
-
-def _translate(name: str) -> str:
-    if name.startswith("sparse_encoder.sp_cnn."):
-        inner = name.removeprefix("sparse_encoder.sp_cnn.")
-        for pattern, replacement in CONVNEXT:
-            inner = re.sub(pattern, replacement, inner)
-        return "encoder.network." + inner
-    return re.sub(r"^dense_decoder\.", "decoder.", name)
-
-
-def _plain(name: str) -> str:
-    return name.replace(".", "_")

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from spark_fast import build_spark
 from spark_fast.errors import CheckpointError, SettingsError
 from spark_fast.training.settings import Settings
-from spark_fast.weights.export_formats import Form, _prove, export
-from spark_fast.weights.pretrained import open_pretrained
+from spark_fast.weights.export_formats import ExportFormat, _check_loads, export
+from spark_fast.weights.load_pretrained import load_pretrained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,12 +29,12 @@ def saved(folder, network, *, stages=None, change=None):
 
 def test_the_stages_that_were_not_trained_are_listed_and_the_file_still_loads_strictly(tmp_path):
     path, state = saved(tmp_path, "resnet10t", stages=3)
-    made = export(open_pretrained(path), "timm", tmp_path / "a.safetensors")
+    made = export(load_pretrained(path), "timm", tmp_path / "a.safetensors")
     assert {name.partition(".")[0] for name in made.new} == {"layer4"}
     loaded = timm.create_model("resnet10t", num_classes=0, checkpoint_path=str(tmp_path / "a.safetensors"))
     name = "layer3.0.conv1.weight"
     assert torch.equal(loaded.state_dict()[name], state[f"encoder.network.{name}"])
-    again = export(open_pretrained(path), "timm", tmp_path / "b.safetensors")
+    again = export(load_pretrained(path), "timm", tmp_path / "b.safetensors")
     assert all(torch.equal(v, again.state[k]) for k, v in made.state.items())
 
 
@@ -44,8 +44,8 @@ def test_your_own_network_leaves_under_its_own_names_when_you_name_it(tmp_path, 
     monkeypatch.chdir(tmp_path)
     path, state = saved(tmp_path, "own_exported:make")
     with pytest.raises(SettingsError, match="say --model own_exported:make"):
-        open_pretrained(path)
-    source = open_pretrained(path, "own_exported:make")
+        load_pretrained(path)
+    source = load_pretrained(path, "own_exported:make")
     export(source, "safetensors", tmp_path / "a.safetensors")
     found = load_file(tmp_path / "a.safetensors")
     assert found.keys() == {k.removeprefix("encoder.network.") for k in state if k.startswith("encoder.")}
@@ -56,7 +56,7 @@ def test_your_own_network_leaves_under_its_own_names_when_you_name_it(tmp_path, 
 def test_numbers_that_are_not_finite_are_not_written(tmp_path):
     path, _ = saved(tmp_path, "resnet10t", change="encoder.network.bn1.weight")
     with pytest.raises(CheckpointError, match=r"not finite, as in bn1\.weight"):
-        export(open_pretrained(path), "timm", tmp_path / "a.safetensors")
+        export(load_pretrained(path), "timm", tmp_path / "a.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pth"]
 
 
@@ -64,6 +64,6 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path):
     "loaded", [{"a": torch.ones(2)}, {"a": torch.zeros(2), "b": torch.zeros(1)}, {"a": torch.zeros(2).half()}, {}]
 )
 def test_what_loads_as_something_else_is_refused(tmp_path, loaded):
-    made = Form({"a": torch.zeros(2)}, [], (".pth",), lambda path: loaded, "")
+    made = ExportFormat({"a": torch.zeros(2)}, [], (".pth",), lambda path: loaded, "")
     with pytest.raises(CheckpointError, match="would load with other values, so it is not written"):
-        _prove(made, tmp_path / "a.pth", tmp_path / "a.pth")
+        _check_loads(made, tmp_path / "a.pth", tmp_path / "a.pth")

@@ -4,22 +4,24 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from torch import nn
 
 from spark_fast import build_spark
 from spark_fast.errors import CheckpointError
-from spark_fast.weights.load import load_weights
+from spark_fast.weights.load import load_into_network, load_weights
+from spark_fast.weights.read import read_weights
 from spark_fast.weights.timm_keys import encoder_state_dict, write_encoder
-from tests.checkpoint.test_file import trained
+from tests.weights.tiny import tiny_spark
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
 def test_weights_of_our_own_checkpoints_are_loaded_whatever_wrapped_the_model(tmp_path, prefix):
-    model = trained()[0]
+    model = tiny_spark()
     path = tmp_path / "weights.pth"
     torch.save({"model": {prefix + k: v for k, v in model.state_dict().items()}, "epoch": 3}, path)
-    other = trained(seed=1)[0]
+    other = tiny_spark(seed=1)
     load_weights(path, other)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in other.state_dict().items())
 
@@ -42,17 +44,23 @@ def test_weights_of_published_checkpoints_are_loaded(tmp_path, wrapped):
 @pytest.mark.parametrize("content", [{"model": {"a": torch.zeros(1)}}, {"a": torch.zeros(1)}, {}])
 def test_weights_that_do_not_fit_are_refused_with_the_file_and_the_tensors(tmp_path, content):
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match=r"other\.pth: the checkpoint does not fit this model.*first\.weight"):
-        load_weights(tmp_path / "other.pth", trained()[0])
+    with pytest.raises(CheckpointError, match=r"other\.pth: the checkpoint does not fit this model.*conv1\.weight"):
+        load_weights(tmp_path / "other.pth", tiny_spark())
 
 
 @pytest.mark.parametrize(
-    "content", [{1: torch.zeros(1)}, {**trained()[0].state_dict(), "first.weight": 3}], ids=["number", "no tensor"]
-)
-def test_a_dictionary_of_other_things_is_refused_as_weights(tmp_path, content):
+    ("content", "message"),
+    [
+        ({1: torch.zeros(1)}, "not in this model: 1"),
+        ({**tiny_spark().state_dict(), "decoder.proj.bias": 3},
+         r"missing: decoder\.proj\.bias. not in this model: decoder\.proj\.bias \(int\)"),
+    ],
+    ids=["number", "no tensor"],
+)  # fmt: skip
+def test_a_dictionary_of_other_things_is_refused_as_weights(tmp_path, content, message):
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match=r"other\.pth"):
-        load_weights(tmp_path / "other.pth", trained()[0])
+    with pytest.raises(CheckpointError, match=rf"other\.pth: .*{message}"):
+        load_weights(tmp_path / "other.pth", tiny_spark())
 
 
 def small(name="resnet10t", seed=0):
@@ -99,3 +107,33 @@ def test_half_an_encoder_is_refused_by_name_and_changes_nothing(tmp_path):
     with pytest.raises(CheckpointError, match=r"half\.safetensors: the checkpoint does not fit this model"):
         load_weights(tmp_path / "half.safetensors", target)
     assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
+
+
+def plain(wrapper):
+    """A plain network, alone or where timm's feature extractors put it."""
+    network = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 1)})
+    return nn.ModuleDict({wrapper: network}) if wrapper else network
+
+
+@pytest.mark.parametrize(("written", "read"), [("model", ""), ("", "model"), ("body", ""), ("", "body"), ("", "")])
+def test_a_plain_network_is_found_with_and_without_timms_wrapper(tmp_path, written, read):
+    source, target = plain(written), plain(read)
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    load_into_network(read_weights(tmp_path / "a.pth"), target, new=set())
+    for mine, theirs in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_only_what_may_begin_anew_may_be_missing_or_of_another_shape(tmp_path, caplog):
+    caplog.set_level("INFO", "spark_fast")
+    source, target = timm.create_model("resnet10t", num_classes=5), timm.create_model("resnet10t", num_classes=7)
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    weights, before = read_weights(tmp_path / "a.pth"), target.fc.weight.clone()
+    with pytest.raises(
+        CheckpointError, match=r"a\.pth: .*wrong shape: fc\.weight is \(5, 512\), the model's \(7, 512\)"
+    ):
+        load_into_network(weights, target, new=set())
+    load_into_network(weights, target, new={"fc.weight", "fc.bias"})
+    assert torch.equal(target.fc.weight, before)
+    assert torch.equal(target.layer4[0].conv1.weight, source.layer4[0].conv1.weight)
+    assert "these begin anew: fc.bias, fc.weight" in caplog.text
