@@ -153,11 +153,16 @@ def check_space(folder: Path, size: int, keep_last: int) -> None:
         )
 
 
-def read_newest(paths: list[Path], reader: Callable[[Path], C]) -> tuple[Path, C]:
+def read_newest(paths: list[Path]) -> tuple[Path, RunContent]:
+    """The first checkpoint that a run can go on from, and what is in it; raises as `newest_readable`."""
+    return newest_readable(paths, read_run)
+
+
+def newest_readable(paths: list[Path], reader: Callable[[Path], C]) -> tuple[Path, C]:
     """The first checkpoint that can be read, and what is in it; those before it are named in a warning.
 
     Args:
-        reader: `read_run` to go on with a run, `read` where weights are enough.
+        reader: raises CheckpointError for a file that it cannot use.
 
     Raises:
         CheckpointError: none can be read; with the reason for each.

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from spark_fast.checkpoint.file import RunContent, read_run
+from spark_fast.checkpoint.file import RunContent
 from spark_fast.checkpoint.manager import read_newest
 from spark_fast.errors import INTERRUPTED, CheckpointError, SettingsError
 from spark_fast.evaluation.accuracy import Scores
@@ -121,7 +121,7 @@ def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, c
     if not asked.run.resume:
         refuse_another_run(asked.folder)
     checkpoints = checkpoints_to_resume(asked.run.resume, asked.folder)
-    before = read_newest(checkpoints, read_run) if checkpoints else None
+    before = read_newest(checkpoints) if checkpoints else None
     weights = None if before else _weights(asked)
     network, stages = _resumed(asked, *before) if before else _network(asked, weights)
     settings = asked.resolved(network, stages)

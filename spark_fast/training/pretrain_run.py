@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spark_fast.checkpoint.file import Content, read_run
+from spark_fast.checkpoint.file import Content
 from spark_fast.checkpoint.manager import CheckpointManager, read_newest
 from spark_fast.errors import SettingsError
 from spark_fast.masking import sample_visible
@@ -81,7 +81,7 @@ class PretrainRun:
 
     def restore(self, paths: list[Path]) -> None:
         """Go on where the first of these checkpoints that can be read was written, at the very next batch."""
-        path, state = read_newest(paths, read_run)
+        path, state = read_newest(paths)
         check_same_run(path, state, self.settings, self.pipeline)
         self.state.restore(path, state, self.ranks)
 

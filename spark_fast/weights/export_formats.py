@@ -32,7 +32,7 @@ from spark_fast.weights.spark_keys import spark_state_dict
 from spark_fast.weights.timm_keys import encoder_state_dict, timm_names
 from spark_fast.weights.torchvision_keys import torchvision_names
 
-State = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class ExportFormat:
         wrapped: what lies beside the state in a .pth, and the state then under "module"; None for a plain state dict.
     """
 
-    state: State
+    state: StateDict
     new: list[str]
     endings: tuple[str, ...]
-    load: Callable[[Path], State]
+    load: Callable[[Path], StateDict]
     usage: str
     wrapped: dict[str, object] | None = None
 
@@ -134,7 +134,7 @@ def _timm(source: Pretrained) -> ExportFormat:
     name = _of_timm(source, "timm")
     state, new = _completed(encoder_state_dict(source.model, name), lambda: timm.create_model(name, num_classes=0))
 
-    def load(path: Path) -> State:
+    def load(path: Path) -> StateDict:
         return timm.create_model(name, num_classes=0, checkpoint_path=str(path)).state_dict()
 
     usage = f'import timm\n\nnetwork = timm.create_model("{name}", num_classes=0, checkpoint_path="PATH")'
@@ -144,7 +144,7 @@ def _timm(source: Pretrained) -> ExportFormat:
 def _hf_folder(source: Pretrained) -> ExportFormat:
     made = _timm(source)
 
-    def load(path: Path) -> State:
+    def load(path: Path) -> StateDict:
         return timm.create_model(f"local-dir:{path}", pretrained=True).state_dict()
 
     usage = (
@@ -163,7 +163,7 @@ def _torchvision(source: Pretrained) -> ExportFormat:
     trained = {names[k]: v.reshape(shapes[names[k]]) for k, v in encoder.items()}
     state, new = _completed(trained, lambda: torchvision.models.get_model(name, weights=None))
 
-    def load(path: Path) -> State:
+    def load(path: Path) -> StateDict:
         load_strictly(network, read(path))
         return network.state_dict()
 
@@ -178,7 +178,7 @@ def _safetensors(source: Pretrained) -> ExportFormat:
     name, stages = source.spec.network, source.spec.stages or None
     state = encoder_state_dict(source.model, name)
 
-    def load(path: Path) -> State:
+    def load(path: Path) -> StateDict:
         network = build_network(name, stages=stages)
         keys = list(network.state_dict())
         names = dict(zip(keys, keys, strict=True)) if ":" in name else timm_names(keys, name)
@@ -202,7 +202,7 @@ def _spark(source: Pretrained) -> ExportFormat:
     height, width = spec.input_size
     wrapped: dict[str, object] = {"arch": spec.network, "input_size": height if height == width else [height, width]}
 
-    def load(path: Path) -> State:
+    def load(path: Path) -> StateDict:
         model = spec.build()
         load_spark_state_dict(model, read(path))
         return spark_state_dict(model)
@@ -229,7 +229,7 @@ def _of_timm(source: Pretrained, to: str) -> str:
     return name
 
 
-def _completed(trained: State, build: Callable[[], nn.Module]) -> tuple[State, list[str]]:
+def _completed(trained: StateDict, build: Callable[[], nn.Module]) -> tuple[StateDict, list[str]]:
     """The whole state of a network: what is trained, and its own initial values (of seed 0) for the rest."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -13,10 +13,9 @@ from spark_fast.errors import CheckpointError
 from spark_fast.spark import SparK
 from spark_fast.weights.read import State, Weights, read_state, read_weights
 from spark_fast.weights.spark_keys import ENCODER, canonical_name, network_name
+from spark_fast.weights.timm_keys import WRAPPERS, spellings
 
 log = logging.getLogger("spark_fast")
-
-TIMM_WRAPPERS = ("model_", "body_")  # timm puts some networks of `features_only` under these
 
 
 def load_weights(path: Path, model: SparK) -> None:
@@ -105,19 +104,20 @@ def _matches(canonical: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dic
     """
     found = {}
     for name, key in canonical.items():
-        match = next((k for k in _spellings(key) if k in tensors), None)
+        match = next((k for k in _candidates(key) if k in tensors), None)
         if match is not None:
             found[name] = match
     return found
 
 
-def _spellings(key: str) -> Iterable[str]:
-    """A canonical name, and what it is where timm has wrapped the network, or has not."""
-    yield key
-    if key.startswith(ENCODER):
-        inner = key.removeprefix(ENCODER)
-        yield from (ENCODER + inner.removeprefix(wrapper) for wrapper in TIMM_WRAPPERS)
-        yield from (ENCODER + wrapper + inner for wrapper in TIMM_WRAPPERS)
+def _candidates(key: str) -> Iterator[str]:
+    """A canonical name, and what it is where timm has wrapped the network and the file has not, or the reverse."""
+    if not key.startswith(ENCODER):
+        yield key
+        return
+    inner = key.removeprefix(ENCODER)
+    yield from (ENCODER + name for name in spellings(inner))
+    yield from (ENCODER + wrapper + inner for wrapper in WRAPPERS)
 
 
 def _file_names(state: State, used: set[str]) -> list[str]:

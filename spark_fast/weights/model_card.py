@@ -101,7 +101,9 @@ def _settings(source: Pretrained) -> str:
     if source.weights.record is None:
         return ""
     groups = {name: group for name, group in source.weights.settings.items() if isinstance(group, Mapping)}
-    given = {name: {k: v for k, v in group.items() if v is not None} for name, group in groups.items()}
+    given = {
+        name: {k: v for k, v in group.items() if isinstance(v, (str, int, float))} for name, group in groups.items()
+    }
     return f"## Settings\n\n```toml\n{tomli_w.dumps(given)}```"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from spark_fast.checkpoint.file import check_format, read
-from spark_fast.checkpoint.manager import candidates, read_newest
+from spark_fast.checkpoint.manager import candidates, newest_readable
 from spark_fast.checkpoint.state_dict import strip_prefixes, tensors_of
 from spark_fast.errors import CheckpointError, SettingsError
 from spark_fast.weights.identify import named_network, recognise
@@ -143,7 +143,7 @@ def _open(source: Path) -> tuple[Path, dict]:
             f"there is no checkpoint in {source}: the folder holds no checkpoint of a run; "
             f"give a run folder, or a .pth or .safetensors file"
         )
-    return read_newest(found, read)
+    return newest_readable(found, read)
 
 
 def _record(content: Mapping) -> RunRecord | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import timm
@@ -12,6 +12,14 @@ from torch import Tensor
 
 from spark_fast.files import atomic_write
 from spark_fast.spark import SparK
+
+WRAPPERS = ("model_", "body_")
+
+
+def spellings(name: str) -> Iterator[str]:
+    """A name with underscores for dots, as it is and without what timm wraps some networks of `features_only` in."""
+    yield name
+    yield from (name.removeprefix(wrapper) for wrapper in WRAPPERS)
 
 
 def timm_names(keys: list[str], name: str) -> dict[str, str]:
@@ -26,9 +34,7 @@ def timm_names(keys: list[str], name: str) -> dict[str, str]:
         full = {k.replace(".", "_"): k for k in timm.create_model(name, num_classes=0).state_dict()}
     found, unknown = {}, []
     for key in keys:
-        flat = key.replace(".", "_")
-        spellings = (flat, flat.removeprefix("model_"), flat.removeprefix("body_"))
-        match = next((full[s] for s in spellings if s in full), None)
+        match = next((full[s] for s in spellings(key.replace(".", "_")) if s in full), None)
         if match is None:
             unknown.append(key)
         else:

@@ -64,7 +64,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(old):
     assert checkpoint(old / "run")["step"] == 8
 
 
-def test_the_settings_of_a_run_are_read_by_config(old, capsys):
+def test_the_settings_of_a_run_are_read_by_config(old):
     done = run_here(pretrain.main, "--config=run/config.toml", "--print_config")
     assert 'model = "compat_network:build"\n' in done.stdout
     kept = [line for line in (old / "run" / "config.toml").read_text().splitlines() if line]
@@ -134,6 +134,8 @@ def test_old_weights_leave_in_the_published_names_as_they_did(old):
 
 def test_old_shards_are_verified_and_trained_from(old):
     assert convert.main(["images", "shards", "--images_per_shard", "6", "--verify"]) == 0
+    for path in (FILES / "shards").rglob("*.*"):  # the conversion was taken as done
+        assert (old / path.relative_to(FILES)).read_bytes() == path.read_bytes()
     done = pretrained("--config=settings.toml", "--data_path=shards", "--exp_dir=new", "--epochs=1")
     assert "done: 4 steps" in done.stdout
 

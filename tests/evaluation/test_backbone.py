@@ -1,4 +1,4 @@
-"""The plain network with weights from whatever pre-training left."""
+"""The plain network has the features that were pre-trained, from whatever file its weights come."""
 
 import pytest
 import torch
@@ -7,8 +7,10 @@ from spark_fast import build_spark
 from spark_fast.checkpoint.file import write
 from spark_fast.errors import CheckpointError
 from spark_fast.evaluation.backbone import build_backbone, build_classifier
-from spark_fast.evaluation.weights import read_weights
+from spark_fast.weights.read import read_weights
 from spark_fast.weights.timm_keys import encoder_state_dict, write_encoder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def stored(model, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["run folder", "checkpoint", "exported", "exported .pth", "published"])
 def test_every_form_of_weights_gives_the_encoders_features(pretrained, tmp_path, kind):
-    weights = read_weights(str(stored(pretrained, tmp_path, kind)))
+    weights = read_weights(stored(pretrained, tmp_path, kind))
     assert weights.network == ("" if kind in ("published", "exported .pth") else "resnet10t")
     images = torch.randn(2, 3, 64, 64)
     everything = torch.ones(2, 2, 2, dtype=torch.bool)
@@ -55,7 +57,7 @@ def test_a_run_of_fewer_stages_leaves_the_later_levels_to_fine_tuning_and_featur
     model = build_spark("resnet10t", input_size=64, decoder_width=32, stages=2)
     settings = {"model": {"model": "resnet10t", "stages": 2}}
     write(tmp_path / "c.pth", {"model": model.state_dict(), "settings": settings})
-    weights = read_weights(str(tmp_path / "c.pth"))
+    weights = read_weights(tmp_path / "c.pth")
     assert weights.stages == 2
     assert build_backbone("resnet10t", 2, weights)(torch.zeros(1, 3, 64, 64)).shape == (1, 128)
     with caplog.at_level("INFO", "spark_fast"):
