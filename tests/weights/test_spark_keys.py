@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spark_fast import build_spark, load_spark_state_dict
-from spark_fast.checkpoint.state_dict import load_strictly, strip_prefixes
+from spark_fast.weights.spark_keys import canonical_name, is_spark_name
 
 NETWORKS = ["resnet10t", "convnext_zepto_rms"]
 
@@ -144,15 +144,17 @@ def test_all_kinds_of_misfit_are_told_at_once_and_long_lists_cut(model):
     )
 
 
-def test_strict_loading_takes_the_models_own_names_alone(model, published):
-    load_strictly(model, model.state_dict())
-    with pytest.raises(ValueError, match="not in this model: sparse_encoder"):
-        load_strictly(model, published)
-
-
 @pytest.mark.parametrize(
-    ("wrapped", "plain"),
-    [("module.a.b", "a.b"), ("_orig_mod.module.a", "a"), ("a.module.b", "a.module.b"), ("modules.a", "modules.a")],
+    ("name", "canonical"),
+    [
+        ("module.dense_decoder.dec.0.up_sample.weight", "decoder_dec_0_up_sample_weight"),
+        ("decoder.dec.0.up_sample.weight", "decoder_dec_0_up_sample_weight"),
+        ("_orig_mod.mask_tokens.1", "mask_tokens_1"),
+        ("sparse_encoder.sp_cnn.stages.2.8.pwconv1.weight", "encoder_network_stages_2_blocks_8_mlp_fc1_weight"),
+        ("encoder.network.stages_2.blocks.8.mlp.fc1.weight", "encoder_network_stages_2_blocks_8_mlp_fc1_weight"),
+        ("sparse_encoder.sp_cnn.layer1.0.conv1.weight", "encoder_network_layer1_0_conv1_weight"),
+    ],
 )
-def test_only_prefixes_of_wrappers_are_taken_off(wrapped, plain):
-    assert strip_prefixes(wrapped) == plain
+def test_published_names_and_ours_have_one_canonical_name(name, canonical):
+    assert canonical_name(name) == canonical
+    assert is_spark_name(name) == ("decoder" not in name), "a plain network may have a decoder, too"
