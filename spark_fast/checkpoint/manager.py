@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from spark_fast.checkpoint.file import Content, write
+from spark_fast.checkpoint.file import Content, RunContent, read_run, write
 from spark_fast.checkpoint.validate_file import sidecar
 from spark_fast.errors import CheckpointError
 from spark_fast.files import sync_folder
