@@ -10,17 +10,15 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
 import tyro
 from measuring import machine
 
+from spark_fast.pipelines.backends.image_loader import ImageLoader
 from spark_fast.pipelines.sources.detect import detect_source
-from spark_fast.pipelines.sources.load_sample import load_sample
 from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation
-from spark_fast.pipelines.transforms.resize import cut
 
 
 def measure(data_path: Path, repeats: int = 7) -> None:
@@ -28,8 +26,8 @@ def measure(data_path: Path, repeats: int = 7) -> None:
     torch.set_num_threads(1)
     source = detect_source(data_path)
     images = [source.read(i) for i in range(len(source))]
-    augmentation, draws = Augmentation(), [0.5] * DRAWS
-    put = partial(cut, out=torch.empty(224, 224, 3, dtype=torch.uint8))
+    loader, draws = ImageLoader(source, Augmentation()), [0.5] * DRAWS
+    out = torch.empty(224, 224, 3, dtype=torch.uint8)
 
     def seconds(work: Callable[[int], object]) -> float:
         start = time.perf_counter()
@@ -39,7 +37,7 @@ def measure(data_path: Path, repeats: int = 7) -> None:
 
     passes = [
         (
-            seconds(lambda i: load_sample(source, i, draws, augmentation, put)),
+            seconds(lambda i: loader.load(i, draws, out)),
             seconds(lambda i: zlib.crc32(images[i])),
         )
         for _ in range(repeats)

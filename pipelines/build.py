@@ -18,7 +18,7 @@ from spark_fast.pipelines.options import LoaderOptions
 from spark_fast.pipelines.sampler import Sampler
 from spark_fast.pipelines.sources.beton import RAW, BetonSource, find_beton
 from spark_fast.pipelines.sources.detect import detect_source
-from spark_fast.pipelines.sources.folder import Source
+from spark_fast.pipelines.sources.source import Source
 
 logger = logging.getLogger("spark_fast.pipelines")
 

@@ -42,26 +42,19 @@ def order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.argsort(keys, kind="stable")
 
 
-def batch_ids(
-    permutation: NDArray[np.int64], step: int, batch_size: int, rank: int = 0, world_size: int = 1
-) -> NDArray[np.int64]:
-    """A rank's contiguous share of the global batch at `step`; (batch_size / world_size,) of a whole batch."""
-    return permutation[_positions(len(permutation), step, batch_size, rank, world_size)]
-
-
 def _positions(num_samples: int, step: int, batch_size: int, rank: int, world_size: int) -> NDArray[np.int64]:
-    """Where in an epoch's sequence that share lies."""
+    """Where in an epoch's sequence a rank's contiguous share of the batch at `step` lies; (n,)."""
     start = step * batch_size
     batch = min(batch_size, num_samples - start)
     return np.arange(start + rank * batch // world_size, start + (rank + 1) * batch // world_size)
 
 
-def uniform(seed: int, views: ArrayLike, sample_ids: ArrayLike, n: int) -> NDArray[np.float64]:
-    """n numbers in [0, 1) per sample, a function of (seed, view, sample) alone; (len(sample_ids), n).
+def uniform(seed: int, draw_ids: ArrayLike, sample_ids: ArrayLike, n: int) -> NDArray[np.float64]:
+    """n numbers in [0, 1) per sample, a function of (seed, draw, sample) alone; (len(sample_ids), n).
 
-    `views`, one for all or one a sample, are the epoch where no sample is repeated in it, see `Share`.
+    `draw_ids`, one for all or one a sample, are the epoch where no sample is repeated in it, see `Share`.
     """
-    keys = _hash(_SAMPLE, seed, views, sample_ids)
+    keys = _hash(_SAMPLE, seed, draw_ids, sample_ids)
     counters = np.arange(n, dtype=np.uint64) * _GOLDEN
     words = _mix(keys[:, None] + counters)  # (samples, 1) + (n,) -> (samples, n)
     return (words >> np.uint64(11)) * 2.0**-53  # the upper 53 bits: every double of that spacing, never 1
@@ -71,7 +64,7 @@ class Share(NamedTuple):
     """What one rank reads at one step."""
 
     ids: NDArray[np.int64]  # (n,) samples
-    views: NDArray[np.int64]  # (n,) which random view of each: epoch * repeats + copy
+    draw_ids: NDArray[np.int64]  # (n,) which augmentation draw of each: epoch * repeats + copy
 
 
 @dataclass(frozen=True)
@@ -83,7 +76,7 @@ class Sampler:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
-    repeats: int = 1  # views of a sample in an epoch (repeated augmentation), which then has so many fewer samples
+    repeats: int = 1  # augmentation draws of a sample in an epoch, which then has so many fewer samples
     in_order: bool = False  # every sample once, as they are listed: no batch is dropped
 
     def __len__(self) -> int:

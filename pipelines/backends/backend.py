@@ -5,16 +5,21 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from spark_fast.errors import DataError
 from spark_fast.pipelines.backends.buffers import Buffers
 from spark_fast.pipelines.base import Batch
 from spark_fast.pipelines.options import LoaderOptions
 from spark_fast.pipelines.sampler import Sampler, Share
 from spark_fast.pipelines.sources.bad_images import BadImages
-from spark_fast.pipelines.sources.folder import Source, num_classes
+from spark_fast.pipelines.sources.source import Source, num_classes
 from spark_fast.pipelines.transforms.crops import Augmentation
 from spark_fast.pipelines.transforms.resize import Normalise
 
@@ -26,8 +31,8 @@ class Backend(ABC):
         self.num_samples, self.listing = len(source), source.fingerprint()
         self.classes = source.classes
         self.num_classes = num_classes(source)
-        self._tally = BadImages(source, options.max_bad_fraction)
-        self.bad_images = self._tally.bad_images
+        self._bad_images = BadImages(source, options.max_bad_fraction)
+        self.bad_images = self._bad_images.counts
         self.device = _numbered(torch.device(options.device))
         self._source = source
         self._dtype = options.dtype
@@ -57,6 +62,39 @@ class Backend(ABC):
         if self._closed.is_set():
             raise RuntimeError("this pipeline was closed")
         return self._batches(self._sampler.epoch(epoch, start_step))
+
+    def _labels(self, ids: NDArray[np.int64]) -> Tensor | None:
+        """The labels of samples, (n,) int64 on the device; None for unlabelled data."""
+        if self._source.labels is None:
+            return None
+        labels = torch.from_numpy(self._source.labels[ids].astype(np.int64))
+        if self._on_cuda:
+            labels = labels.pin_memory()
+        return labels.to(self.device, non_blocking=True)
+
+    def _parts(self, count: int) -> list[slice]:
+        """A batch of `count` samples in parts small enough to keep all threads busy."""
+        size = min(max(count // (4 * self._workers), 1), 16)
+        return [slice(start, start + size) for start in range(0, count, size)]
+
+    def _stop_unless_wanted(self, *left: threading.Event) -> None:
+        """In a thread: CancelledError when nobody waits any more, as this is closed or one of `left` is set.
+
+        Also when the interpreter is ending, which waits for its threads.
+        """
+        if self._closed.is_set() or any(event.is_set() for event in left) or not threading.main_thread().is_alive():
+            raise CancelledError
+
+    @contextmanager
+    def _naming(self, sample: int) -> Iterator[None]:
+        """DataError passes; any other exception meanwhile becomes a RuntimeError that names the image."""
+        try:
+            yield
+        except DataError:
+            raise
+        except Exception as error:
+            name = self._source.name(sample)
+            raise RuntimeError(f"while loading image {sample} ({name}): {error!r}") from error
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 -> (B, 3, H, W) on the device, channels_last; from the host in memory used again."""

@@ -29,12 +29,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spark_fast.errors import ImageError
 from spark_fast.pipelines.backends.backend import Backend
 from spark_fast.pipelines.base import Batch
 from spark_fast.pipelines.options import LoaderOptions
 from spark_fast.pipelines.sampler import Sampler, Share, uniform
-from spark_fast.pipelines.sources.folder import Source
-from spark_fast.pipelines.sources.load_sample import Loaded, first_readable, labels_on, load_each, thread_parts
+from spark_fast.pipelines.sources.bad_images import Loaded, candidates, none_readable
+from spark_fast.pipelines.sources.source import Source, read_patiently
 from spark_fast.pipelines.transforms.crops import DRAWS, Box
 from spark_fast.pipelines.transforms.decode import decode
 from spark_fast.pipelines.transforms.resize import crop
@@ -129,7 +130,7 @@ class EncodedPipeline(Backend):
 
         def submit_next() -> None:
             if (share := next(steps, None)) is not None:
-                draws = uniform(self._sampler.seed, share.views, share.ids, DRAWS)
+                draws = uniform(self._sampler.seed, share.draw_ids, share.ids, DRAWS)
                 pending.append(self._submit(_Wanted(share.ids, draws, left)))
 
         try:
@@ -139,7 +140,7 @@ class EncodedPipeline(Backend):
                 images = self._collect(pending[0])
                 ids = pending.popleft().ids
                 submit_next()
-                yield Batch(images, labels_on(self.device, self._source, ids), torch.from_numpy(ids.copy()))
+                yield Batch(images, self._labels(ids), torch.from_numpy(ids.copy()))
         finally:
             left.set()
             futures: list[Future[Any]] = [batch.decoded for batch in pending]
@@ -149,44 +150,52 @@ class EncodedPipeline(Backend):
     def _submit(self, batch: _Wanted) -> _Pending:
         """Have the threads make this batch."""
         ids, draws, left = batch
-        parts = [_Wanted(ids[part], draws[part], left) for part in thread_parts(len(ids), self._workers)]
+        parts = [_Wanted(ids[part], draws[part], left) for part in self._parts(len(ids))]
         read = [self._readers.submit(self._read, part) for part in parts]
         return _Pending(ids, read, self._conductors.submit(self._decode, batch, read))
 
     def _read(self, wanted: _Wanted) -> list[Examined]:
         """In a reader thread: these samples, ready for the decoder."""
-        numbers = wanted.draws.tolist()
-        return load_each(
-            self._source,
-            wanted.ids,
-            lambda place, sample: self._load(sample, numbers[place]),
-            lambda: wanted.left.is_set() or self._closed.is_set(),
-        )
+        examined = []
+        for sample, draws in zip(wanted.ids.tolist(), wanted.draws.tolist(), strict=True):
+            self._stop_unless_wanted(wanted.left)
+            with self._naming(sample):
+                examined.append(self._load(sample, draws))
+        return examined
 
     def _load(self, sample: int, draws: Sequence[float]) -> Examined:
-        """A sample, or the image that stands in, as its file or as pixels."""
-        augmentation = self._augmentation
-        flip = augmentation.flips(draws)
+        """A sample, or the image that stands in for it, as its file or as pixels; as `ImageLoader.load` otherwise."""
+        reason: str | None = None
+        for i in candidates(self._source, sample):
+            try:
+                encoded, converted = self._examine(i, read_patiently(self._source, i), draws, sample in self._refused)
+            except (ImageError, OSError) as error:
+                reason = reason or str(error)
+                continue
+            return encoded, Loaded(converted, reason)
+        raise none_readable(self._source, sample, reason)
 
-        def examine(i: int, data: bytes | memoryview) -> tuple[Encoded, bool]:
-            height, width, colours = _jpeg_header(data)
-            checksum = zlib.crc32(data)
-            plain = colours in ("YCbCr", "Gray")
-            for_decoder = plain and sample not in self._refused
-            if for_decoder and checksum and self._sound[i] == checksum:
-                box = augmentation.box(draws, height, width)
-                return Encoded(np.frombuffer(data, np.uint8), box, flip), colours == "Gray"
-            pixels, converted = decode(data)  # raises ImageError
-            box = augmentation.box(draws, *pixels.shape[:2])
-            if for_decoder:
-                self._sound[i] = checksum
-                return Encoded(np.frombuffer(data, np.uint8), box, flip), converted
-            if not plain:
-                self._tell(i)
-            return Encoded(crop(pixels, box), Box(0, 0, box.height, box.width), flip), converted
+    def _examine(self, i: int, data: bytes | memoryview, draws: Sequence[float], refused: bool) -> tuple[Encoded, bool]:
+        """An image for the decoder, which may have `refused` it, and whether it is no colour JPEG.
 
-        (encoded, converted), substituted = first_readable(self._source, sample, examine)
-        return encoded, Loaded(converted, substituted)
+        Raises ImageError when it cannot be decoded.
+        """
+        augmentation, flip = self._augmentation, self._augmentation.flips(draws)
+        height, width, colours = _jpeg_header(data)
+        checksum = zlib.crc32(data)
+        plain = colours in ("YCbCr", "Gray")
+        for_decoder = plain and not refused
+        if for_decoder and checksum and self._sound[i] == checksum:
+            box = augmentation.box(draws, height, width)
+            return Encoded(np.frombuffer(data, np.uint8), box, flip), colours == "Gray"
+        pixels, converted = decode(data)
+        box = augmentation.box(draws, *pixels.shape[:2])
+        if for_decoder:
+            self._sound[i] = checksum
+            return Encoded(np.frombuffer(data, np.uint8), box, flip), converted
+        if not plain:
+            self._tell(i)
+        return Encoded(crop(pixels, box), Box(0, 0, box.height, box.width), flip), converted
 
     def _decode(self, batch: _Wanted, read: list[Future[list[Examined]]]) -> tuple[Tensor, list[Loaded]]:
         """In a conductor thread: wait for a batch's files, run the decoder."""
@@ -221,7 +230,7 @@ class EncodedPipeline(Backend):
             decoded, loaded = batch.decoded.result()
         except CancelledError:
             raise RuntimeError("this pipeline was closed while it was being read") from None
-        self._tally.count(batch.ids.tolist(), loaded)
+        self._bad_images.count(batch.ids.tolist(), loaded)
         if decoded.is_cuda:
             decoded.record_stream(torch.cuda.current_stream(self.device))  # it was allocated on another
         return self._finished(decoded)

@@ -8,7 +8,6 @@ decode, is decoded here as the default pipeline does it, the next readable image
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from functools import partial
 
 import numpy as np
 import torch
@@ -17,15 +16,15 @@ from torch import Tensor
 
 from spark_fast.errors import DataError
 from spark_fast.pipelines.backends.backend import Backend
+from spark_fast.pipelines.backends.image_loader import ImageLoader
 from spark_fast.pipelines.base import Batch
 from spark_fast.pipelines.ffcv_install import require_ffcv
 from spark_fast.pipelines.options import LoaderOptions
 from spark_fast.pipelines.sampler import Sampler, Share, uniform
+from spark_fast.pipelines.sources.bad_images import Loaded
 from spark_fast.pipelines.sources.beton import BetonSource
-from spark_fast.pipelines.sources.folder import Source
-from spark_fast.pipelines.sources.load_sample import Loaded, labels_on, load_each, load_sample
+from spark_fast.pipelines.sources.source import Source
 from spark_fast.pipelines.transforms.crops import DRAWS
-from spark_fast.pipelines.transforms.resize import cut
 
 
 class FfcvPipeline(Backend):
@@ -39,6 +38,7 @@ class FfcvPipeline(Backend):
         from spark_fast.pipelines.backends.ffcv_loader import PlannedEpoch, PlannedLoader
 
         self._beton = source
+        self._images = ImageLoader(source, self._augmentation)
         self._bytes = source.size()
         self._heights, self._widths = (source.checks[side].astype(int) for side in ("height", "width"))
         self._plan_type = PLAN
@@ -58,17 +58,17 @@ class FfcvPipeline(Backend):
         shares = list(steps)
         if not shares:
             return
-        ids, views = (np.concatenate(column) for column in zip(*shares, strict=True))
+        ids, draw_ids = (np.concatenate(column) for column in zip(*shares, strict=True))
         plan = np.zeros(len(ids), self._plan_type)
-        plan["sample"], plan["view"], plan["crc"] = ids, views, self._beton.checks["crc"][ids]
+        plan["sample"], plan["draw"], plan["crc"] = ids, draw_ids, self._beton.checks["crc"][ids]
         decoded = self._loader.planned(plan, self._prepare, self._finish)
         self._open.add(decoded)
         try:
             for rows, pixels, loaded in decoded:
                 ids = rows["sample"].astype(np.int64)
-                self._tally.count(ids.tolist(), loaded)
+                self._bad_images.count(ids.tolist(), loaded)
                 images = self._normalised(pixels)
-                yield Batch(images, labels_on(self.device, self._source, ids), torch.from_numpy(ids))
+                yield Batch(images, self._labels(ids), torch.from_numpy(ids))
         finally:
             decoded.close()
             self._open.discard(decoded)
@@ -78,7 +78,7 @@ class FfcvPipeline(Backend):
         if self._beton.size() != self._bytes:  # a memory map of it would end the process
             raise DataError(f"{self._beton.path} has changed its size while in use: copy it again")
         ids, augmentation = plan["sample"], self._augmentation
-        draws = uniform(self._sampler.seed, plan["view"], ids, DRAWS).tolist()
+        draws = uniform(self._sampler.seed, plan["draw"], ids, DRAWS).tolist()
         heights, widths = self._heights[ids].tolist(), self._widths[ids].tolist()
         boxes = [augmentation.box(row, h, w) for row, h, w in zip(draws, heights, widths, strict=True)]
         for side, values in zip(("top", "left", "height", "width"), zip(*boxes, strict=True), strict=True):
@@ -88,14 +88,10 @@ class FfcvPipeline(Backend):
 
     def _finish(self, plan: NDArray[np.void], draws: list[list[float]], pixels: Tensor) -> list[Loaded]:
         """In FFCV's thread: see to what the kernel could not show."""
-        loaded, places = [Loaded(False, None)] * len(plan), np.flatnonzero(plan["fault"]).tolist()
-
-        def load(k: int, sample: int) -> Loaded:
-            place = places[k]
-            put = partial(cut, out=pixels[place])
-            return load_sample(self._source, sample, draws[place], self._augmentation, put)
-
-        mended = load_each(self._source, plan["sample"][places].astype(np.int64), load, self._closed.is_set)
-        for place, sample in zip(places, mended, strict=True):
-            loaded[place] = sample
+        loaded = [Loaded(False, None)] * len(plan)
+        for place in np.flatnonzero(plan["fault"]).tolist():
+            sample = int(plan["sample"][place])
+            self._stop_unless_wanted()
+            with self._naming(sample):
+                loaded[place] = self._images.load(sample, draws[place], pixels[place])
         return loaded

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 # What is to become of one record; an array of these is the order in which FFCV traverses a file.
 PLAN = np.dtype(
-    [("sample", "<i4"), ("view", "<i4"), ("crc", "<u4"), ("top", "<i4"), ("left", "<i4"), ("height", "<i4"),
+    [("sample", "<i4"), ("draw", "<i4"), ("crc", "<u4"), ("top", "<i4"), ("left", "<i4"), ("height", "<i4"),
      ("width", "<i4"), ("flip", "u1"), ("fault", "u1")]
 )  # fmt: skip
 OTHER_BYTES, UNDECODABLE = 1, 2  # faults

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
@@ -26,14 +25,14 @@ from torch import Tensor
 
 from spark_fast.pipelines.backends.backend import Backend
 from spark_fast.pipelines.backends.buffers import Buffers
+from spark_fast.pipelines.backends.image_loader import ImageLoader
 from spark_fast.pipelines.base import Batch
 from spark_fast.pipelines.options import LoaderOptions
 from spark_fast.pipelines.sampler import Sampler, Share, uniform
-from spark_fast.pipelines.sources.folder import Source
-from spark_fast.pipelines.sources.load_sample import Loaded, labels_on, load_each, load_sample, thread_parts
-from spark_fast.pipelines.transforms.crops import DRAWS, Box
+from spark_fast.pipelines.sources.bad_images import Loaded
+from spark_fast.pipelines.sources.source import Source
+from spark_fast.pipelines.transforms.crops import DRAWS
 from spark_fast.pipelines.transforms.device_augment import DeviceAugment
-from spark_fast.pipelines.transforms.resize import cut, view
 
 
 class _Slot:
@@ -66,6 +65,8 @@ class TorchPipeline(Backend):
             self._on_device = DeviceAugment(self._size, self.device, self._dtype)
             self._shape = (self._share, *self._on_device.cell, 3)
             self._buffers = Buffers(self._shape, torch.uint8, kept=self._prefetch + 2)
+        normalise = None if self._on_device or self._on_cuda else self._normalise
+        self._images = ImageLoader(source, self._augmentation, normalise, self._on_device)
         self._stream = torch.cuda.Stream(self.device) if self._on_cuda else None
         self._slots: list[_Slot] = []  # idle ones
         self._pool = _decoder_threads(self._workers)
@@ -93,7 +94,7 @@ class TorchPipeline(Backend):
                 pending.popleft()
                 images = self._upload(done)
                 del done.pixels  # a thread may still hold the batch, which must not keep its memory from coming back
-                labels = labels_on(self.device, self._source, done.ids)
+                labels = self._labels(done.ids)
                 order_next()  # last: the thread that it wakes takes the GIL
                 yield Batch(images, labels, torch.from_numpy(done.ids.copy()))
         finally:
@@ -108,13 +109,13 @@ class TorchPipeline(Backend):
     def _order(self, share: Share, left: threading.Event) -> _Pending:
         """In a decoder thread: have the threads fill a slot, or its beginning, with these samples."""
         ids = share.ids
-        draws = uniform(self._sampler.seed, share.views, ids, DRAWS)
+        draws = uniform(self._sampler.seed, share.draw_ids, ids, DRAWS)
         with self._ordering:
             slot = self._idle_slot() if self._stream is not None else None
             pixels = (slot.pixels if slot else self._buffers.take())[: len(ids)]
             crops = slot.crops[: len(ids)] if slot else torch.empty(len(ids), 3, dtype=torch.int64)
             batch = _Pending(ids, pixels, crops, slot)
-            for part in thread_parts(len(ids), self._workers):
+            for part in self._parts(len(ids)):
                 batch.chunks.append(self._pool.submit(self._load, batch, part, draws[part], left))
         return batch
 
@@ -126,28 +127,12 @@ class TorchPipeline(Backend):
 
     def _load(self, batch: _Pending, part: slice, draws: NDArray[np.float64], left: threading.Event) -> list[Loaded]:
         """In a decoder thread: fill a part of the batch, given its samples' numbers, (n, DRAWS)."""
-        numbers, out, crops = draws.tolist(), batch.pixels[part], batch.crops[part]
-        put = self._putter(out, crops)
-
-        def load(place: int, sample: int) -> Loaded:
-            return load_sample(self._source, sample, numbers[place], self._augmentation, partial(put, place))
-
-        return load_each(self._source, batch.ids[part], load, lambda: left.is_set() or self._closed.is_set())
-
-    def _putter(self, out: Tensor, crops: Tensor) -> Callable[[int, NDArray[np.uint8], Box, bool], None]:
-        """What brings an image's crop to its place in `out`, (n, H, W, 3)."""
-        on_device, bytes_only = self._on_device, out.dtype == torch.uint8
-        size = self._size
-
-        def put(place: int, image: NDArray[np.uint8], box: Box, flip: bool) -> None:
-            if on_device:
-                crops[place] = torch.tensor(on_device.put(image, box, flip, out[place]))
-            elif bytes_only:
-                cut(image, box, flip, out[place])
-            else:
-                self._normalise.into(out[place], view(image, box, flip, size))
-
-        return put
+        out, crops, loaded = batch.pixels[part], batch.crops[part], []
+        for place, (sample, numbers) in enumerate(zip(batch.ids[part].tolist(), draws.tolist(), strict=True)):
+            self._stop_unless_wanted(left)
+            with self._naming(sample):
+                loaded.append(self._images.load(sample, numbers, out[place], crops[place]))
+        return loaded
 
     def _collect(self, order: Future[_Pending]) -> _Pending:
         """Wait for a batch and count its bad images; here, so that counts and warnings come in order."""
@@ -158,7 +143,7 @@ class TorchPipeline(Backend):
             if self._closed.is_set() or isinstance(error, CancelledError):
                 raise RuntimeError("this pipeline was closed while it was being read") from None
             raise
-        self._tally.count(batch.ids.tolist(), loaded)
+        self._bad_images.count(batch.ids.tolist(), loaded)
         return batch
 
     def _upload(self, batch: _Pending) -> Tensor:

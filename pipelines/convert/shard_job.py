@@ -20,8 +20,8 @@ from spark_fast.files import atomic_write
 from spark_fast.pipelines.convert.process_pool import Advance
 from spark_fast.pipelines.convert.reencode import StoredImages
 from spark_fast.pipelines.sources.folder import FileSource
-from spark_fast.pipelines.sources.load_sample import read_patiently
 from spark_fast.pipelines.sources.shard_format import write_shard
+from spark_fast.pipelines.sources.source import read_patiently
 
 
 @dataclass(frozen=True)

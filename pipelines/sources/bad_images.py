@@ -1,33 +1,58 @@
-"""Counting and naming odd images, the same for every backend that decodes."""
+"""What stands in for an unreadable image, and how odd images are counted and named, for every backend.
+
+An unreadable image must not end a training run of days, and must not go unnoticed either: its place is
+taken by the next readable image in the listing, a function of the data alone, and it is counted and named.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from spark_fast.errors import DataError
 from spark_fast.pipelines.base import BadImageCounts
-from spark_fast.pipelines.sources.folder import Source
-from spark_fast.pipelines.sources.load_sample import Loaded
+from spark_fast.pipelines.sources.source import Source
 
 logger = logging.getLogger("spark_fast.pipelines")
 
+SUBSTITUTES = 16  # how many following images are tried
 JUDGED_AFTER = 1000  # images read before `max_bad_fraction` is applied
 NAMED = 10  # substituted images that a message lists
 
 
+class Loaded(NamedTuple):
+    """What happened to one sample."""
+
+    converted: bool  # the image is no colour JPEG
+    substituted: str | None  # why the sample's own image could not be read
+
+
+def candidates(source: Source, sample: int) -> Iterator[int]:
+    """The sample itself, then the images that may stand in for it, in the order in which they are tried."""
+    return ((sample + attempt) % len(source) for attempt in range(1 + SUBSTITUTES))
+
+
+def none_readable(source: Source, sample: int, reason: str | None) -> DataError:
+    """What to raise when no candidate can be read, the sample itself for this `reason`."""
+    return DataError(
+        f"image {sample} ({source.name(sample)}) cannot be read ({reason}), and neither can the {SUBSTITUTES}"
+        " images after it: is the storage still there?"
+    )
+
+
 class BadImages:
-    """What one pipeline met so far: `bad_images` counts every reading, the log names each bad image once."""
+    """What one pipeline met so far: `counts` has every reading, the log names each bad image once."""
 
     def __init__(self, source: Source, max_bad_fraction: float) -> None:
-        self.bad_images = BadImageCounts()
+        self.counts = BadImageCounts()
         self._source = source
         self._max_bad_fraction = max_bad_fraction
         self._warned: set[int] = set()
 
     def count(self, ids: Iterable[int], loaded: Sequence[Loaded]) -> None:
         """Add a batch that is about to be delivered; DataError when too many images had to be substituted."""
-        counts = self.bad_images
+        counts = self.counts
         counts.read += len(loaded)
         counts.converted += sum(sample.converted for sample in loaded)
         for i, sample in zip(ids, loaded, strict=True):
@@ -47,6 +72,6 @@ class BadImages:
             return
         self._warned.add(i)
         name = self._source.name(i)
-        if len(self.bad_images.first_substituted) < NAMED:
-            self.bad_images.first_substituted.append(f"{i} {name}: {reason}")
+        if len(self.counts.first_substituted) < NAMED:
+            self.counts.first_substituted.append(f"{i} {name}: {reason}")
         logger.warning("image %d (%s) is unreadable, the next readable one stands in: %s", i, name, reason)

@@ -8,9 +8,10 @@ from pathlib import Path
 from spark_fast.errors import DataError
 from spark_fast.files import PARTIAL
 from spark_fast.pipelines.sources.beton import BetonSource
-from spark_fast.pipelines.sources.folder import Source, folder_source, list_source
+from spark_fast.pipelines.sources.folder import folder_source, list_source
 from spark_fast.pipelines.sources.shard_format import MANIFEST, read_manifest
 from spark_fast.pipelines.sources.shards import ShardSource
+from spark_fast.pipelines.sources.source import Source
 
 SPLITS = ("train", "val", "test")
 TARS = {  # as downloaded from image-net.org

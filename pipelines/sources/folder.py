@@ -1,4 +1,4 @@
-"""Where image bytes come from: folders of images and file lists (shards: `shard_source`).
+"""Where image bytes come from: folders of images and file lists.
 
 The index of a source is two flat buffers, not a list of paths: a million images take about 50 MB and
 travel to another process in one piece.
@@ -12,7 +12,6 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,40 +24,6 @@ IMAGE_EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp",
 )  # fmt: skip
 MAX_FILE_BYTES = 256 * 2**20  # no image of at most 64 Mpx is larger
-
-
-class Source(Protocol):
-    """A numbered set of encoded images."""
-
-    labels: NDArray[np.int32] | None  # (n,), None for unlabelled data
-    classes: list[str]  # name of each label, empty when not known
-
-    def __len__(self) -> int:
-        """How many images there are."""
-        ...
-
-    def read(self, i: int) -> bytes | memoryview:
-        """The encoded image; raises OSError or ImageError."""
-        ...
-
-    def name(self, i: int) -> str:
-        """What to call the image in a message."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Of the listing of the images: equal wherever they lie, and for what was converted; "" if not known."""
-        ...
-
-    def close(self) -> None:
-        """Let go of open files."""
-        ...
-
-
-def num_classes(source: Source) -> int:
-    """How many classes the labels tell apart; 0 for unlabelled data."""
-    if source.labels is None:
-        return 0
-    return len(source.classes) or int(source.labels.max()) + 1
 
 
 class FileSource:

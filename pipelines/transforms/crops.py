@@ -13,10 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from numpy.typing import ArrayLike
-
-from spark_fast.pipelines.sampler import uniform
-
 ATTEMPTS = 10  # torchvision's number, before it falls back to a central crop
 DRAWS = 2 * ATTEMPTS + 3  # (area, aspect) of every attempt, then top, left, flip
 
@@ -87,19 +83,3 @@ def centre_box(height: int, width: int, input_size: tuple[int, int], share: floa
     h = min(max(round(input_size[0] * scale), 1), height)
     w = min(max(round(input_size[1] * scale), 1), width)
     return Box((height - h) // 2, (width - w) // 2, h, w)
-
-
-def crops(
-    augmentation: Augmentation,
-    seed: int,
-    epoch: int,
-    sample_ids: ArrayLike,
-    heights: Sequence[int],
-    widths: Sequence[int],
-) -> list[tuple[Box, bool]]:
-    """Box and flip of many samples of known size, for backends that decode and crop in one go."""
-    draws = uniform(seed, epoch, sample_ids, DRAWS).tolist()
-    return [
-        (augmentation.box(row, height, width), augmentation.flips(row))
-        for row, height, width in zip(draws, heights, widths, strict=True)
-    ]

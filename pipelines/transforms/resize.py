@@ -24,10 +24,10 @@ STD = (0.229, 0.224, 0.225)
 def cut(image: NDArray[np.uint8], box: Box, flip: bool, out: Tensor) -> None:
     """Crop `image` (h, w, 3) to `box`, resize it to the size of `out` (H, W, 3) uint8, flip, store there."""
     height, width, _ = out.shape
-    out.copy_(view(image, box, flip, (height, width)))
+    out.copy_(resized_crop(image, box, flip, (height, width)))
 
 
-def view(image: NDArray[np.uint8], box: Box, flip: bool, size: tuple[int, int]) -> Tensor:
+def resized_crop(image: NDArray[np.uint8], box: Box, flip: bool, size: tuple[int, int]) -> Tensor:
     """What `cut` stores: (*size, 3) uint8."""
     resized = torch.from_numpy(resize(crop(image, box), size))
     return resized.flip(1) if flip else resized

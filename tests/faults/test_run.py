@@ -145,7 +145,7 @@ def test_a_run_that_stands_still_ends_with_5(pictures, tmp_path):  # noqa: F811
 
 def test_storage_that_stumbles_is_asked_again_and_what_is_lost_is_counted(tmp_path, monkeypatch, times):
     """Row 12: a hundred faults in ten thousand reads, some of which pass, and files that vanish."""
-    monkeypatch.setattr("spark_fast.pipelines.sources.load_sample.RETRY_SECONDS", (0.001, 0.002))
+    monkeypatch.setattr("spark_fast.pipelines.sources.source.RETRY_SECONDS", (0.001, 0.002))
     for i in range(250):
         (tmp_path / f"{i:03d}.jpg").write_bytes(jpeg(i, 16, 16))
     source = detect_source(tmp_path)

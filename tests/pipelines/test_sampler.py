@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spark_fast.pipelines.sampler import Sampler, batch_ids, order, uniform
+from spark_fast.pipelines.sampler import Sampler, order, uniform
 
 seeds = st.integers(0, 2**32)
 
@@ -35,10 +35,12 @@ def test_ranks_partition_the_global_batch(data, world_size, share, seed):
     batch = world_size * share
     n = data.draw(st.integers(batch, batch * 5))
     permutation = order(n, seed, 0)
-    for step in range(n // batch):
-        slices = [batch_ids(permutation, step, batch, rank, world_size) for rank in range(world_size)]
+    ranks = [Sampler(n, batch, seed, rank, world_size).epoch(0) for rank in range(world_size)]
+    for step, shares in enumerate(zip(*ranks, strict=True)):
+        slices = [share.ids for share in shares]
         assert all(len(ids) == share for ids in slices)
         assert np.array_equal(np.concatenate(slices), permutation[step * batch : (step + 1) * batch])
+    assert step == n // batch - 1
 
 
 @given(st.integers(1, 200), st.integers(1, 20), st.integers(0, 20))
@@ -72,7 +74,7 @@ def test_with_repeats_an_epoch_is_as_long_and_shows_so_many_views_of_fewer_sampl
     schedule = Sampler(n, batch, 3, repeats=repeats)
     shares = list(schedule.epoch(epoch))
     assert len(shares) == len(schedule) == n // batch
-    seen = [pair for ids, views in shares for pair in zip(ids.tolist(), views.tolist(), strict=True)]
+    seen = [pair for ids, draws in shares for pair in zip(ids.tolist(), draws.tolist(), strict=True)]
     assert len(set(seen)) == len(seen) == n // batch * batch
     firsts = order(n, 3, epoch)[: -(-len(seen) // repeats)]
     assert [i for i, _ in seen] == np.repeat(firsts, repeats)[: len(seen)].tolist()
@@ -88,7 +90,7 @@ def test_the_numbers_of_a_sample_depend_on_no_other_sample(ids, seed):
 
 
 def test_the_numbers_are_uniform_and_uncorrelated():
-    numbers = uniform(seed=1, views=2, sample_ids=np.arange(20_000), n=3)
+    numbers = uniform(seed=1, draw_ids=2, sample_ids=np.arange(20_000), n=3)
     assert numbers.min() >= 0
     assert numbers.max() < 1
     counts = [np.histogram(column, bins=20, range=(0, 1))[0] for column in numbers.T]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spark_fast.pipelines.backends.synthetic import SyntheticPipeline
-from spark_fast.pipelines.sampler import Sampler, batch_ids, order
+from spark_fast.pipelines.sampler import Sampler, order
 from spark_fast.reporting.loss_spikes import ENOUGH, WINDOW, Spikes, limit
 from spark_fast.run.distributed import Ranks
 from spark_fast.run.signals import Interrupt
@@ -111,6 +111,6 @@ def test_in_a_run_the_samples_are_those_of_the_pipelines_batch(caplog):
     assert run.trainer(None, None, Watchdog(600), interrupt).train()
     interrupt.release()
     (record,) = [r for r in caplog.records if "jumped" in r.getMessage()]
-    ids = batch_ids(order(60, 0, 0), 24, 2, 0, 1).tolist()
+    ids = order(60, 0, 0)[2 * 24 : 2 * 25].tolist()
     assert record.getMessage().endswith(f"at step 25, the last 24 steps set the limit at {limit(noise(24)):.4f}. "
                                         f"The samples of this rank in that step: {ids[0]}, {ids[1]}")  # fmt: skip

@@ -18,10 +18,11 @@ from spark_fast.pipelines import Batch
 from spark_fast.pipelines.backends.batch_decoder import Encoded
 from spark_fast.pipelines.backends.dali import DaliDecoder, as_ppm
 from spark_fast.pipelines.sources.detect import detect_source
-from spark_fast.pipelines.transforms.crops import Augmentation, Box, crops
+from spark_fast.pipelines.transforms.crops import Augmentation, Box
 from tests.pipelines.building import build
 from tests.pipelines.comparing import alike, left_open, pixels, same, ways_to_end
 from tests.pipelines.comparing import dali_batches as batches
+from tests.pipelines.drawing import drawn
 from tests.pipelines.pictures import picture
 
 
@@ -57,7 +58,7 @@ def test_an_image_is_what_the_published_transforms_would_make_of_it(image_folder
     flips = []
     for image, i in zip(pixels(images), ids.tolist(), strict=True):
         pil = Image.open(source.root / source.name(i))
-        ((box, flip),) = crops(Augmentation((48, 32)), 5, 3, [i], [pil.height], [pil.width])
+        box, flip = drawn(Augmentation((48, 32)), 5, 3, i, pil.height, pil.width)
         top, left, height, width = box
         pil = pil.crop((left, top, left + width, top + height)).resize((32, 48), Image.Resampling.BICUBIC)
         expected = np.asarray(pil)[:, ::-1] if flip else np.asarray(pil)
@@ -73,7 +74,7 @@ def test_real_images_are_within_the_tolerance_of_pillow(imagenet_sample):
     differences = []
     for image, i in zip(pixels(images), ids.tolist(), strict=True):
         pil = Image.open(source.root / source.name(i)).convert("RGB")
-        ((box, flip),) = crops(Augmentation(), 5, 0, [i], [pil.height], [pil.width])
+        box, flip = drawn(Augmentation(), 5, 0, i, pil.height, pil.width)
         top, left, height, width = box
         pil = pil.crop((left, top, left + width, top + height)).resize((224, 224), Image.Resampling.BICUBIC)
         differences.append(np.abs(image - (np.asarray(pil)[:, ::-1] if flip else np.asarray(pil))).mean())

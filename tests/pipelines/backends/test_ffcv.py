@@ -16,10 +16,11 @@ from spark_fast.pipelines import Batch
 from spark_fast.pipelines.sources.beton import CHECKS, checks_path, sealed_checks
 from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.shard_format import BETON
-from spark_fast.pipelines.transforms.crops import Augmentation, crops
+from spark_fast.pipelines.transforms.crops import Augmentation
 from tests.pipelines.building import build
 from tests.pipelines.comparing import alike, left_open, pixels, same, ways_to_end
 from tests.pipelines.comparing import ffcv_batches as batches
+from tests.pipelines.drawing import drawn
 
 CLOSE = 2.0  # FFCV decodes JPEGs with a faster, rougher DCT; tenths for raw records
 
@@ -72,7 +73,7 @@ def test_an_image_is_what_the_published_transforms_would_make_of_it(image_folder
     mirrored = set()
     for image, i in zip(pixels(images), ids.tolist(), strict=True):
         pil = Image.open(source.root / source.name(i))
-        ((box, flipped),) = crops(Augmentation((48, 32)), 5, 3, [i], [pil.height], [pil.width])
+        box, flipped = drawn(Augmentation((48, 32)), 5, 3, i, pil.height, pil.width)
         assert np.abs(image - reference(pil, box, flipped, (48, 32))).mean() < mean
         mirrored.add(flipped)
     assert len(mirrored) == 2
@@ -87,7 +88,7 @@ def test_real_images_are_within_the_tolerance_of_pillow(imagenet_sample, beton_f
     for images, _, ids in batches(folder, batch_size=48, input_size=224, ffcv_resize=resize)[:2]:
         for image, i in zip(pixels(images), ids.tolist(), strict=True):
             pil = Image.open(io.BytesIO(source.read(i))).convert("RGB")
-            ((box, flipped),) = crops(Augmentation(), 5, 0, [i], [pil.height], [pil.width])
+            box, flipped = drawn(Augmentation(), 5, 0, i, pil.height, pil.width)
             differences.append(np.abs(image - reference(pil, box, flipped, (224, 224))).mean())
     assert np.max(differences) < mean
 

@@ -14,10 +14,11 @@ from PIL import Image
 
 from spark_fast.pipelines import Batch, Pipeline
 from spark_fast.pipelines.sources.detect import detect_source
-from spark_fast.pipelines.transforms.crops import Augmentation, crops
+from spark_fast.pipelines.transforms.crops import Augmentation
 from spark_fast.pipelines.transforms.resize import MEAN, STD
 from tests.pipelines.building import build
 from tests.pipelines.comparing import batches, same
+from tests.pipelines.drawing import drawn
 
 
 def decoders() -> list[threading.Thread]:
@@ -45,7 +46,7 @@ def test_an_image_is_what_the_published_transforms_would_make_of_it(image_folder
     (images, _, ids), *_ = batches(root, epoch=3, input_size=(48, 32))
     for image, i in zip(images, ids.tolist(), strict=True):
         pil = Image.open(source.root / source.name(i))
-        ((box, flip),) = crops(Augmentation((48, 32)), 5, 3, [i], [pil.height], [pil.width])
+        box, flip = drawn(Augmentation((48, 32)), 5, 3, i, pil.height, pil.width)
         top, left, height, width = box
         pil = pil.crop((left, top, left + width, top + height)).resize((32, 48), Image.Resampling.BICUBIC)
         pixels = np.asarray(pil)[:, ::-1] if flip else np.asarray(pil)

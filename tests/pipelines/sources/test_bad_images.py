@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,11 @@ import torch
 from PIL import Image
 
 from spark_fast.errors import DataError
+from spark_fast.pipelines.backends.image_loader import ImageLoader
+from spark_fast.pipelines.sources.bad_images import SUBSTITUTES
 from spark_fast.pipelines.sources.detect import detect_source
-from spark_fast.pipelines.sources.load_sample import SUBSTITUTES, load_sample, read_patiently
+from spark_fast.pipelines.sources.source import read_patiently
 from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation
-from spark_fast.pipelines.transforms.resize import cut
 from tests.pipelines.building import build
 from tests.pipelines.pictures import encoded, jpeg, picture
 
@@ -73,14 +73,12 @@ def test_when_nothing_near_is_readable_the_storage_is_questioned(tmp_path):
     for i in range(SUBSTITUTES + 4):
         (tmp_path / f"{i:02d}.jpg").write_bytes(b"broken" if i <= SUBSTITUTES else jpeg(i))
     source = detect_source(tmp_path)
-    out = torch.empty(32, 32, 3, dtype=torch.uint8)
+    loader, out = ImageLoader(source, Augmentation((32, 32))), torch.empty(32, 32, 3, dtype=torch.uint8)
     draws = [0.5] * DRAWS
     with pytest.raises(DataError, match=r"image 0 \(00.jpg\) cannot be read \(not a .*neither can the 16"):
-        load_sample(source, 0, draws, Augmentation((32, 32)), partial(cut, out=out))
-    assert load_sample(source, 1, draws, Augmentation((32, 32)), partial(cut, out=out)).substituted
-    assert (
-        load_sample(source, len(source) - 1, draws, Augmentation((32, 32)), partial(cut, out=out)).substituted is None
-    )
+        loader.load(0, draws, out)
+    assert loader.load(1, draws, out).substituted
+    assert loader.load(len(source) - 1, draws, out).substituted is None
     pipeline = build(tmp_path, batch_size=20, input_size=32)
     with pytest.raises(DataError, match="is the storage still there"):
         list(pipeline.epoch(0))
@@ -93,7 +91,7 @@ def test_a_stumbling_storage_is_asked_again_and_then_the_image_is_replaced(image
     data = vanished.read_bytes()
     vanished.unlink()
     out = torch.empty(32, 32, 3, dtype=torch.uint8)
-    loaded = load_sample(source, 4, [0.5] * DRAWS, Augmentation((32, 32)), partial(cut, out=out))
+    loaded = ImageLoader(source, Augmentation((32, 32))).load(4, [0.5] * DRAWS, out)
     assert "No such file" in (loaded.substituted or "")
 
     class Stumbling:

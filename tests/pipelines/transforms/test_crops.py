@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
 from spark_fast.pipelines.sampler import uniform
-from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation, Box, centre_box, crops, random_box
+from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation, Box, centre_box, random_box
+from tests.pipelines.drawing import drawn
 
 sides = st.integers(1, 3000)
 SCALE, RATIO = (0.67, 1.0), (3 / 4, 4 / 3)
@@ -18,7 +19,7 @@ SCALE, RATIO = (0.67, 1.0), (3 / 4, 4 / 3)
 
 @given(sides, sides, st.integers(0, 10**6))
 def test_a_crop_lies_inside_its_image(height, width, sample):
-    ((box, _),) = crops(Augmentation(), 0, 0, [sample], [height], [width])
+    box, _ = drawn(Augmentation(), 0, 0, sample, height, width)
     assert box.height >= 1
     assert box.width >= 1
     assert 0 <= box.top <= height - box.height
@@ -40,7 +41,7 @@ def test_a_crop_has_the_area_and_aspect_asked_for_unless_the_image_has_not(heigh
 def test_extreme_images_get_torchvisions_central_fallback(height, width):
     # one torchvision call suffices: where all ten attempts fail, its result is not random
     top, left, h, w = RandomResizedCrop.get_params(torch.empty(3, height, width), list(SCALE), list(RATIO))
-    ((box, _),) = crops(Augmentation(), 0, 0, [5], [height], [width])
+    box, _ = drawn(Augmentation(), 0, 0, 5, height, width)
     assert box == (top, left, h, w)
 
 
@@ -49,13 +50,13 @@ def test_crops_are_distributed_as_torchvisions():
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
     theirs = np.array([RandomResizedCrop.get_params(image, list(SCALE), list(RATIO)) for _ in range(n)])
-    drawn = crops(Augmentation(), 1, 0, np.arange(n), [height] * n, [width] * n)
-    ours = np.array([box for box, _ in drawn])
+    pairs = [drawn(Augmentation(), 1, 0, sample, height, width) for sample in range(n)]
+    ours = np.array([box for box, _ in pairs])
     deciles = np.linspace(0.1, 0.9, 9)
     for column, size in enumerate((height, width, height, width)):
         difference = np.quantile(ours[:, column], deciles) - np.quantile(theirs[:, column], deciles)
         assert np.abs(difference).max() / size < 0.015
-    assert np.mean([flip for _, flip in drawn]) == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(n))
+    assert np.mean([flip for _, flip in pairs]) == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(n))
 
 
 def test_the_same_numbers_give_torchvisions_very_box():
@@ -72,10 +73,11 @@ def test_the_same_numbers_give_torchvisions_very_box():
 
 @given(st.lists(st.tuples(st.integers(0, 10**9), sides, sides), min_size=1, max_size=10), st.integers(0, 99))
 def test_a_sample_is_cropped_alike_in_any_company(samples, epoch):
-    ids, heights, widths = map(list, zip(*samples, strict=True))
-    together = crops(Augmentation(), 4, epoch, ids, heights, widths)
-    alone = [crops(Augmentation(), 4, epoch, [i], [h], [w])[0] for i, h, w in samples]
-    assert together == alone
+    augmentation = Augmentation()
+    together = uniform(4, epoch, [i for i, _, _ in samples], DRAWS).tolist()
+    for draws, (i, height, width) in zip(together, samples, strict=True):
+        alone = drawn(augmentation, 4, epoch, i, height, width)
+        assert (augmentation.box(draws, height, width), augmentation.flips(draws)) == alone
 
 
 @given(sides, sides, st.integers(32, 512), st.integers(32, 512))
@@ -91,9 +93,9 @@ def test_a_centre_crop_is_central_largest_and_of_the_inputs_aspect(height, width
 
 def test_without_augmentation_nothing_is_drawn():
     augmentation = Augmentation((32, 64), random=False)
-    first, second = crops(augmentation, 0, 0, [1, 2], [100, 100], [100, 100])
+    first, second = (drawn(augmentation, 0, 0, sample, 100, 100) for sample in (1, 2))
     assert first == second == (Box(25, 0, 50, 100), False)
-    assert not any(flip for _, flip in crops(Augmentation(flip=False), 0, 0, range(50), [9] * 50, [9] * 50))
+    assert not any(flip for _, flip in (drawn(Augmentation(flip=False), 0, 0, i, 9, 9) for i in range(50)))
 
 
 def test_a_smaller_central_crop_is_that_of_resizing_the_shorter_side_and_cropping():

@@ -1,0 +1,63 @@
+"""An image's way from its file to its place in a batch, and what happens when it cannot be read.
+
+This is the whole of it where the host decodes: all of the default pipeline's images, and those that FFCV cannot show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spark_fast.errors import ImageError
+from spark_fast.pipelines.sources.bad_images import Loaded, candidates, none_readable
+from spark_fast.pipelines.sources.source import Source, read_patiently
+from spark_fast.pipelines.transforms.crops import Augmentation
+from spark_fast.pipelines.transforms.decode import decode
+from spark_fast.pipelines.transforms.device_augment import DeviceAugment
+from spark_fast.pipelines.transforms.resize import Normalise, cut, resized_crop
+
+
+@dataclass(frozen=True)
+class ImageLoader:
+    """Loads images into their places in a batch, in the form that the batch has.
+
+    A batch holds bytes, to be normalised on the device; normalised pixels, with `normalise`; or cells, with
+    `device_augment`: the bytes of the crop, which the device resizes, flips and normalises.
+    """
+
+    source: Source
+    augmentation: Augmentation
+    normalise: Normalise | None = None
+    device_augment: DeviceAugment | None = None
+
+    def load(self, sample: int, draws: Sequence[float], out: Tensor, crop: Tensor | None = None) -> Loaded:
+        """Bring a sample's image, or the one that stands in for it, to its place `out`.
+
+        Args:
+            draws: the sample's DRAWS numbers in [0, 1), which decide crop and flip.
+            out: (H, W, 3) uint8, or of the dtype of `normalise`; with `device_augment` a cell, larger than the input.
+            crop: (3,) int64, where height, width and flip of what is in the cell go; only with `device_augment`.
+
+        Raises:
+            DataError: neither the sample nor any image that may stand in can be read.
+        """
+        reason: str | None = None  # why the sample's own image cannot be read
+        for i in candidates(self.source, sample):
+            try:
+                image, converted = decode(read_patiently(self.source, i))  # (h, w, 3) uint8
+            except (ImageError, OSError) as error:
+                reason = reason or str(error)
+                continue
+            height, width, _ = image.shape
+            box, flip = self.augmentation.box(draws, height, width), self.augmentation.flips(draws)
+            if self.device_augment and crop is not None:
+                crop.copy_(torch.tensor(self.device_augment.put(image, box, flip, out)))
+            elif self.normalise:
+                self.normalise.into(out, resized_crop(image, box, flip, self.augmentation.input_size))
+            else:
+                cut(image, box, flip, out)
+            return Loaded(converted, reason)
+        raise none_readable(self.source, sample, reason)

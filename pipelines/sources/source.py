@@ -1,0 +1,55 @@
+"""What every source of images promises, and how it is read when the storage stumbles."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+RETRY_SECONDS = (0.05, 0.2)  # pauses after which a read is tried again: network file systems stumble
+
+
+class Source(Protocol):
+    """A numbered set of encoded images."""
+
+    labels: NDArray[np.int32] | None  # (n,), None for unlabelled data
+    classes: list[str]  # name of each label, empty when not known
+
+    def __len__(self) -> int:
+        """How many images there are."""
+        ...
+
+    def read(self, i: int) -> bytes | memoryview:
+        """The encoded image; raises OSError or ImageError."""
+        ...
+
+    def name(self, i: int) -> str:
+        """What to call the image in a message."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Of the listing of the images: equal wherever they lie, and for what was converted; "" if not known."""
+        ...
+
+    def close(self) -> None:
+        """Let go of open files."""
+        ...
+
+
+def num_classes(source: Source) -> int:
+    """How many classes the labels tell apart; 0 for unlabelled data."""
+    if source.labels is None:
+        return 0
+    return len(source.classes) or int(source.labels.max()) + 1
+
+
+def read_patiently(source: Source, i: int) -> bytes | memoryview:
+    """`source.read(i)`, tried again after a pause when the storage stumbles; raises what the last try did."""
+    for pause in RETRY_SECONDS:
+        try:
+            return source.read(i)
+        except OSError:  # noqa: PERF203
+            time.sleep(pause)
+    return source.read(i)
