@@ -32,7 +32,7 @@ from rich.table import Table
 from torchvision.datasets import ImageFolder
 
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
-from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.convert.reencode import Reencode
 
 LIBRARIES = ("simplejpeg", "pillow", "ffcv", "opencv-python")  # that do the work
 
@@ -52,12 +52,12 @@ class Options:
     """the result is kept as benchmarks/results/<name>.json"""
 
 
-def ours(src: Path, dst: Path, stored: StoredImages) -> None:
+def ours(src: Path, dst: Path, stored: Reencode) -> None:
     """A conversion to shards: listing, images, checksums, index and manifest."""
     convert(src, dst, ConvertSettings(stored), workers=1)
 
 
-def ffcvs(stored: StoredImages) -> Callable[[Path, Path], None]:
+def ffcvs(stored: Reencode) -> Callable[[Path, Path], None]:
     """The same by FFCV, to a .beton in the folder; ImportError when it is not installed."""
     os.environ["NUMBA_THREADING_LAYER"] = "workqueue"  # on one core, its TBB pool would wait forever at exit
     import cv2
@@ -99,7 +99,7 @@ def processor_seconds() -> float:
 
 def measure(options: Options) -> dict[str, Any]:
     """Images per second of each, and the ratios where there are two."""
-    stored = StoredImages(options.short_side, 0, options.quality)
+    stored = Reencode(options.short_side, 0, options.quality)
     writers: dict[str, Callable[[Path, Path], None]] = {"spark_fast": partial(ours, stored=stored)}
     try:
         writers["ffcv"] = ffcvs(stored)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from spark_fast.errors import DataError, SettingsError
 from spark_fast.pipelines.backends.backend import Backend
-from spark_fast.pipelines.backends.dali_pipeline import DaliPipeline
+from spark_fast.pipelines.backends.dali import DaliPipeline
 from spark_fast.pipelines.backends.ffcv import FfcvPipeline
 from spark_fast.pipelines.backends.nvjpeg import DeviceDecodePipeline
 from spark_fast.pipelines.backends.synthetic import SyntheticPipeline

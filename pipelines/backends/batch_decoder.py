@@ -21,7 +21,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import simplejpeg
@@ -143,9 +143,9 @@ class EncodedPipeline(Backend):
                 yield Batch(images, self._labels(ids), torch.from_numpy(ids.copy()))
         finally:
             left.set()
-            futures: list[Future[Any]] = [batch.decoded for batch in pending]
-            futures += [part for batch in pending for part in batch.read]
-            wait([future for future in futures if not future.cancel()])
+            decoded = [batch.decoded for batch in pending if not batch.decoded.cancel()]
+            read = [part for batch in pending for part in batch.read if not part.cancel()]
+            wait(decoded), wait(read)
 
     def _submit(self, batch: _Wanted) -> _Pending:
         """Have the threads make this batch."""

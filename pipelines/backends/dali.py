@@ -1,5 +1,6 @@
-"""The DALI graph: encoded images, boxes and flips in, one batch of bytes out.
+"""Batches decoded by NVIDIA DALI, in our order, with our crops.
 
+`batch_decoder` reads and examines the images; here is DALI's graph: encoded images, boxes and flips in, bytes out.
 Nothing is in flight inside DALI between two calls. `decode` feeds one batch, runs the graph once and takes
 the result, so there is no reader with an epoch of its own, nothing to drain when training stops, and after
 a failure the graph is built anew (10 ms) without a batch being lost. Overlap is the business of the caller,
@@ -9,7 +10,7 @@ who may own several decoders.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,7 +18,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spark_fast.errors import SettingsError
-from spark_fast.pipelines.backends.batch_decoder import DecoderError, Encoded
+from spark_fast.pipelines.backends.batch_decoder import BatchDecoder, DecoderError, Encoded, EncodedPipeline
+
+
+class _Output(Protocol):
+    def as_tensor(self) -> object: ...
+
+
+class _Graph(Protocol):
+    """A built DALI pipeline."""
+
+    def run(self, **inputs: Sequence[NDArray[np.uint8]] | NDArray[np.generic]) -> tuple[_Output]: ...
+
+
+class DaliPipeline(EncodedPipeline):
+    """Batches of `source`, as the options say. SettingsError without DALI."""
+
+    def _make_decoder(self) -> BatchDecoder:
+        return DaliDecoder(self._share, self._size, self.device, self._workers)
+
+    def _finished(self, decoded: Tensor) -> Tensor:
+        return self._normalised(decoded)
 
 
 def as_ppm(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -35,13 +56,14 @@ class DaliDecoder:
         self._settings = (batch_size, size, device, threads)
         self._size = size
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._graph = _build(*self._settings)
+        self._graph: _Graph | None = _build(*self._settings)
 
     def decode(self, images: Sequence[Encoded]) -> Tensor:
         """The images, (n, H, W, 3) uint8 on the device, in memory that no later call writes to.
 
         Raises DecoderError when DALI fails on one of them (it does not say which); the decoder can be used again.
         """
+        assert self._graph is not None, "closed"
         height, width = self._size
         boxes = np.array([image.box for image in images], np.int32)  # (n, 4): top, left, height, width
         # A negative size mirrors: the flip costs nothing.
@@ -68,8 +90,15 @@ class DaliDecoder:
         self._graph = None
 
 
-def _build(batch_size: int, size: tuple[int, int], device: torch.device, threads: int) -> Any:
-    fn, pipeline_def, types = _import_dali()
+def _build(batch_size: int, size: tuple[int, int], device: torch.device, threads: int) -> _Graph:
+    try:
+        from nvidia.dali import fn, pipeline_def, types
+    except ImportError as error:
+        raise SettingsError(
+            f"--pipeline dali needs NVIDIA DALI, which cannot be imported ({error}). Install it with\n"
+            '  pip install "spark_fast[dali]"\n'
+            "or, which is the same, pip install nvidia-dali-cuda130"
+        ) from error
     on_cuda = device.type == "cuda"
 
     @pipeline_def(
@@ -79,7 +108,7 @@ def _build(batch_size: int, size: tuple[int, int], device: torch.device, threads
         prefetch_queue_depth=1,
         exec_dynamic=True,
     )
-    def graph() -> Any:
+    def graph() -> object:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
         start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
         shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
@@ -107,15 +136,3 @@ def _gist(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     after = lines.index("encountered:") + 1 if "encountered:" in lines else 0
     return lines[after] if after < len(lines) else repr(error)
-
-
-def _import_dali() -> tuple[Any, Any, Any]:
-    try:
-        from nvidia.dali import fn, pipeline_def, types
-    except ImportError as error:
-        raise SettingsError(
-            f"--pipeline dali needs NVIDIA DALI, which cannot be imported ({error}). Install it with\n"
-            '  pip install "spark_fast[dali]"\n'
-            "or, which is the same, pip install nvidia-dali-cuda130"
-        ) from error
-    return fn, pipeline_def, types

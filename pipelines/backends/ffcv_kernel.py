@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
-from typing import Any
 
 import numpy as np
 from ffcv.libffcv import ctypes_imdecode, ctypes_resize
@@ -46,7 +45,7 @@ def _cubic(x: float) -> float:
 
 
 @njit(nogil=True)
-def _weights(size: int, out_size: int) -> Any:
+def _weights(size: int, out_size: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     """First cell, number of cells and their weights, (out_size,), (out_size,), (out_size, n), of each output."""
     scale = size / out_size
     stretch = max(scale, 1.0)
@@ -70,7 +69,7 @@ def _weights(size: int, out_size: int) -> Any:
 
 
 @njit(nogil=True, fastmath=True)
-def resize_bicubic(image: NDArray[np.uint8], row: Any, out: NDArray[np.uint8]) -> None:
+def resize_bicubic(image: NDArray[np.uint8], row: np.void, out: NDArray[np.uint8]) -> None:
     """Antialiased bicubic resize of the box of `image`, (h, w, 3), that `row` of a plan names, to `out` (H, W, 3).
 
     Columns first, then _LANES rows at once, turned on their side: both inner loops run along memory.
@@ -107,7 +106,7 @@ def resize_bicubic(image: NDArray[np.uint8], row: Any, out: NDArray[np.uint8]) -
 
 
 @njit(nogil=True)
-def _resize_area(image: NDArray[np.uint8], row: Any, out: NDArray[np.uint8]) -> None:
+def _resize_area(image: NDArray[np.uint8], row: np.void, out: NDArray[np.uint8]) -> None:
     """FFCV's own resize of a box of an image, (h, w, 3) -> `out` (H, W, 3)."""
     ctypes_resize(
         0, image.ctypes.data, image.shape[0], image.shape[1],
@@ -121,7 +120,13 @@ def _resize_area(image: NDArray[np.uint8], row: Any, out: NDArray[np.uint8]) -> 
 
 @njit(nogil=True, parallel=True)
 def decode_planned(
-    plan: Any, metadata: Any, file: NDArray[np.uint8], starts: Any, sizes: Any, out: NDArray[np.uint8], bicubic: bool
+    plan: NDArray[np.void],
+    metadata: NDArray[np.void],
+    file: NDArray[np.uint8],
+    starts: NDArray[np.uint64],
+    sizes: NDArray[np.uint64],
+    out: NDArray[np.uint8],
+    bicubic: bool,
 ) -> None:
     """Fill `out`, (n, H, W, 3), as `plan`, (n,) PLAN, says; a record that cannot be shown gets its `fault`.
 
@@ -149,7 +154,7 @@ def decode_planned(
 
 
 @njit(nogil=True)
-def _show(pixels: NDArray[np.uint8], row: Any, out: NDArray[np.uint8], bicubic: bool) -> None:
+def _show(pixels: NDArray[np.uint8], row: np.void, out: NDArray[np.uint8], bicubic: bool) -> None:
     if bicubic:
         resize_bicubic(pixels, row, out)
     else:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numba
 import numpy as np
@@ -29,7 +29,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spark_fast.pipelines.backends.ffcv_kernel import decode_planned
+from spark_fast.pipelines.sources.bad_images import Loaded
 from spark_fast.pipelines.sources.beton import BetonSource
+
+if TYPE_CHECKING:
+    from ffcv.pipeline.state import State
+
+Prepare = Callable[[NDArray[np.void]], list[list[float]]]  # rows of a plan -> the samples' random numbers
+Finish = Callable[[NDArray[np.void], list[list[float]], Tensor], list[Loaded]]
 
 # One kernel at a time: numba's simplest thread pool, its last resort, ends the process when two callers meet.
 _kernel = threading.Lock()
@@ -41,7 +48,7 @@ class Decoded(NamedTuple):
 
     plan: NDArray[np.void]  # (n,) PLAN
     pixels: Tensor  # (n, H, W, 3) uint8
-    notes: Any  # what `finish` returned
+    loaded: list[Loaded]
 
 
 class PlannedLoader(Loader):
@@ -69,8 +76,8 @@ class PlannedLoader(Loader):
     def planned(
         self,
         plan: NDArray[np.void],
-        prepare: Callable[[NDArray[np.void]], Any],
-        finish: Callable[[NDArray[np.void], Any, Tensor], Any],
+        prepare: Prepare,
+        finish: Finish,
     ) -> PlannedEpoch:
         """Start to decode `plan`, whole batches of rows.
 
@@ -94,7 +101,7 @@ class PlannedOrder(TraversalOrder):
 class PlannedEpoch(EpochIterator):
     """The thread that decodes one epoch some batches ahead, and the iterator over what it made."""
 
-    def __init__(self, loader: PlannedLoader, plan: NDArray[np.void], prepare: Any, finish: Any) -> None:
+    def __init__(self, loader: PlannedLoader, plan: NDArray[np.void], prepare: Prepare, finish: Finish) -> None:
         self._prepare, self._finish = prepare, finish
         super().__init__(loader, plan)  # starts the thread
 
@@ -154,11 +161,11 @@ class _PlannedDecoder(SimpleRGBImageDecoder):
         super().__init__()
         self._size, self._bicubic = size, bicubic
 
-    def declare_state_and_memory(self, previous_state: Any) -> Any:
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         shape, kind = (*self._size, 3), np.dtype("u1")
         return replace(previous_state, jit_mode=True, shape=shape, dtype=kind), AllocationQuery(shape, kind)
 
-    def generate_code(self) -> Callable[..., Any]:
+    def generate_code(self) -> Callable[..., NDArray[np.uint8]]:
         bicubic = self._bicubic
 
         def decode(plan, out, metadata, storage):

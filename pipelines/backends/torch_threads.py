@@ -70,7 +70,7 @@ class TorchPipeline(Backend):
         self._stream = torch.cuda.Stream(self.device) if self._on_cuda else None
         self._slots: list[_Slot] = []  # idle ones
         self._pool = _decoder_threads(self._workers)
-        self._ordering = threading.Lock()  # batches are ordered one after the other
+        self._starting = threading.Lock()  # batches are started one after the other
 
     def close(self) -> None:
         """Stop the decoder threads and close the source."""
@@ -82,35 +82,35 @@ class TorchPipeline(Backend):
         left = threading.Event()  # set when the consumer is gone
         pending: deque[Future[_Pending]] = deque()
 
-        def order_next() -> None:  # by a thread of the pool: the consumer's own time is a training step's
+        def start_next() -> None:  # by a thread of the pool: the consumer's own time is a training step's
             if (share := next(steps, None)) is not None:
-                pending.append(self._pool.submit(self._order, share, left))
+                pending.append(self._pool.submit(self._start_batch, share, left))
 
         try:
             for _ in range(self._prefetch):
-                order_next()
+                start_next()
             while pending:
                 done = self._collect(pending[0])
                 pending.popleft()
                 images = self._upload(done)
                 del done.pixels  # a thread may still hold the batch, which must not keep its memory from coming back
                 labels = self._labels(done.ids)
-                order_next()  # last: the thread that it wakes takes the GIL
+                start_next()  # last: the thread that it wakes takes the GIL
                 yield Batch(images, labels, torch.from_numpy(done.ids.copy()))
         finally:
             left.set()
-            ordered = [order for order in pending if not order.cancel()]
-            wait(ordered)
-            batches = [order.result() for order in ordered if not order.exception()]
+            started = [batch for batch in pending if not batch.cancel()]
+            wait(started)
+            batches = [batch.result() for batch in started if not batch.exception()]
             chunks = [chunk for batch in batches for chunk in batch.chunks if not chunk.cancel()]
             wait(chunks)  # each stops after the image it is at; then nobody writes to the slots
             self._slots.extend(batch.slot for batch in batches if batch.slot)
 
-    def _order(self, share: Share, left: threading.Event) -> _Pending:
+    def _start_batch(self, share: Share, left: threading.Event) -> _Pending:
         """In a decoder thread: have the threads fill a slot, or its beginning, with these samples."""
         ids = share.ids
         draws = uniform(self._sampler.seed, share.draw_ids, ids, DRAWS)
-        with self._ordering:
+        with self._starting:
             slot = self._idle_slot() if self._stream is not None else None
             pixels = (slot.pixels if slot else self._buffers.take())[: len(ids)]
             crops = slot.crops[: len(ids)] if slot else torch.empty(len(ids), 3, dtype=torch.int64)
@@ -134,10 +134,10 @@ class TorchPipeline(Backend):
                 loaded.append(self._images.load(sample, numbers, out[place], crops[place]))
         return loaded
 
-    def _collect(self, order: Future[_Pending]) -> _Pending:
+    def _collect(self, started: Future[_Pending]) -> _Pending:
         """Wait for a batch and count its bad images; here, so that counts and warnings come in order."""
         try:
-            batch = order.result()
+            batch = started.result()
             loaded = [sample for chunk in batch.chunks for sample in chunk.result()]
         except (CancelledError, RuntimeError) as error:
             if self._closed.is_set() or isinstance(error, CancelledError):

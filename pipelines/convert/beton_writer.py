@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import simplejpeg
@@ -181,10 +181,20 @@ def _write_records(
     return checks
 
 
+class _Allocator(Protocol):
+    """What is used of FFCV's MemoryAllocator as a context."""
+
+    fp: BinaryIO
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(self, *exception: object) -> object: ...
+
+
 class _Appending:
     """FFCV's allocator as a context that writes no last page after a failure."""
 
-    def __init__(self, allocator: Any) -> None:
+    def __init__(self, allocator: _Allocator) -> None:
         self._allocator = allocator
 
     def __enter__(self) -> None:

@@ -14,15 +14,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from spark_fast.errors import DataError, SettingsError
 from spark_fast.files import PARTIAL, file_sha256
 from spark_fast.pipelines.convert.beton_writer import BetonSettings, mark, with_beton
+from spark_fast.pipelines.convert.conversion_parts import Part, PartManifest, write_part
 from spark_fast.pipelines.convert.output_dir import locked, storage
-from spark_fast.pipelines.convert.parts import Part, PartManifest, write_part
 from spark_fast.pipelines.convert.process_pool import run_jobs
-from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.convert.shard_job import ShardJob, write_job
 from spark_fast.pipelines.sampler import order
 from spark_fast.pipelines.sources.detect import SPLITS, TARS
@@ -54,7 +54,7 @@ _OURS = re.compile(
 class ConvertSettings:
     """Everything that decides the bytes written."""
 
-    images: StoredImages = field(default_factory=StoredImages)
+    images: Reencode = field(default_factory=Reencode)
     images_per_shard: int = 0  # 0: 4096 (100 to 150 MB at short side 256), fewer for small data sets
     seed: int = 0
 
@@ -238,11 +238,11 @@ def _source(src: Path) -> FileSource:
     return source
 
 
-def _made_from(source: FileSource, settings: ConvertSettings) -> dict[str, Any]:
+def _made_from(source: FileSource, settings: ConvertSettings) -> dict[str, object]:
     return {"format": FORMAT, **asdict(settings), "count": len(source), "listing": source.fingerprint()}
 
 
-def _jobs(source: FileSource, dst: Path, settings: ConvertSettings, made_from: dict[str, Any]) -> Iterator[ShardJob]:
+def _jobs(source: FileSource, dst: Path, settings: ConvertSettings, made_from: dict[str, object]) -> Iterator[ShardJob]:
     permutation = order(len(source), settings.seed, epoch=0)
     size = settings.shard_size(len(source))
     for shard, start in enumerate(range(0, len(source), size)):
@@ -250,7 +250,7 @@ def _jobs(source: FileSource, dst: Path, settings: ConvertSettings, made_from: d
         yield ShardJob(dst / shard_name(shard), source.subset(numbers), numbers, settings.images, made_from)
 
 
-def _refuse_other_settings(dst: Path, asked: dict[str, Any], found: dict[str, Any]) -> None:
+def _refuse_other_settings(dst: Path, asked: dict[str, object], found: dict[str, object]) -> None:
     differences = [f"{key}: {found.get(key)} -> {asked[key]}" for key in asked if asked[key] != found.get(key)]
     if differences:
         raise SettingsError(
@@ -259,7 +259,7 @@ def _refuse_other_settings(dst: Path, asked: dict[str, Any], found: dict[str, An
         )
 
 
-def _finished_shards(dst: Path, paths: Iterable[Path], made_from: dict[str, Any]) -> set[str]:
+def _finished_shards(dst: Path, paths: Iterable[Path], made_from: dict[str, object]) -> set[str]:
     """Those of these shards that an earlier run finished and that can stay."""
     kept = set()
     for path in filter(Path.exists, (path.with_suffix(".json") for path in paths)):

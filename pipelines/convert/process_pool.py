@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -37,15 +38,16 @@ STALL_SECONDS = 600.0  # then it is given up in any case: a sound one may only b
 logger = logging.getLogger("spark_fast.pipelines")
 
 Advance = Callable[[int, int], None]  # images done since the last call, bytes read for them
+Describe = Callable[[Job, int], str]  # where a job is when so many of its images are done
 
 
 @dataclass
-class _Worker:
+class _Worker(Generic[Job]):
     """A process, as the parent sees it."""
 
-    process: Any
-    done: Any  # shared: images done of its job
-    job: Any = None
+    process: SpawnProcess
+    done: ctypes.c_int64  # shared: images done of its job
+    job: Job | None = None
     started: bool = False  # it has said a word
     silent: float = 0.0  # seconds, of those in which the parent ran
 
@@ -55,7 +57,7 @@ def run_jobs(
     jobs: Iterable[Job],
     workers: int,
     advance: Advance,
-    describe: Callable[[Job, int], str],
+    describe: Describe[Job],
 ) -> None:
     """Call `work(job, advance)` for every job, in `workers` processes, or in this one if that is 1.
 
@@ -67,7 +69,7 @@ def run_jobs(
             work(job, advance)
         return
     remaining = iter(jobs)
-    children: dict[Connection, _Worker] = {}
+    children: dict[Connection, _Worker[Job]] = {}
     try:
         for _ in range(workers):
             pipe, worker = _start(work)
@@ -90,7 +92,7 @@ def run_jobs(
             pipe.close()
 
 
-def _start(work: Callable[[Job, Advance], None]) -> tuple[Connection, _Worker]:
+def _start(work: Callable[[Job, Advance], None]) -> tuple[Connection, _Worker[Job]]:
     context = multiprocessing.get_context("spawn")  # a forked copy of torch's threads would hang
     ours, theirs = context.Pipe()
     done = context.RawValue(ctypes.c_int64, 0)
@@ -101,7 +103,7 @@ def _start(work: Callable[[Job, Advance], None]) -> tuple[Connection, _Worker]:
     return ours, _Worker(child, done)
 
 
-def _give(pipe: Connection, worker: _Worker, job: Any) -> None:
+def _give(pipe: Connection, worker: _Worker[Job], job: Job | None) -> None:
     worker.job, worker.done.value = job, 0
     with suppress(BrokenPipeError):  # the child just died: the next look at the pipe will tell
         pipe.send(job)
@@ -121,7 +123,11 @@ def _ctrl_c_ignored() -> Iterator[None]:
 
 
 def _hear(
-    pipe: Connection, children: dict[Connection, _Worker], remaining: Any, advance: Advance, describe: Any
+    pipe: Connection,
+    children: dict[Connection, _Worker[Job]],
+    remaining: Iterator[Job],
+    advance: Advance,
+    describe: Describe[Job],
 ) -> None:
     worker = children[pipe]
     try:
@@ -147,7 +153,7 @@ def _hear(
         advance(*message)
 
 
-def _look_after(worker: _Worker, passed: float, describe: Any) -> None:
+def _look_after(worker: _Worker[Job], passed: float, describe: Describe[Job]) -> None:
     """Count `passed` seconds of silence; report a process that is silent for long, and give up a lost one."""
     before, worker.silent = worker.silent, worker.silent + passed
     if worker.silent < SILENT_SECONDS:
@@ -167,7 +173,7 @@ def _look_after(worker: _Worker, passed: float, describe: Any) -> None:
 _STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a disk", "R": "running", "S": "sleeping"}
 
 
-def _state(pid: int) -> str:
+def _state(pid: int | None) -> str:
     """The kernel's letter for what a process does; "?" where there is no /proc."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -175,14 +181,14 @@ def _state(pid: int) -> str:
         return "?"
 
 
-def _place(worker: _Worker, describe: Any) -> str:
+def _place(worker: _Worker[Job], describe: Describe[Job]) -> str:
     return "no job" if worker.job is None else describe(worker.job, worker.done.value)
 
 
 class _Reports:
     """Sends progress now and then, and what is left at the end."""
 
-    def __init__(self, pipe: Connection, done: Any) -> None:
+    def __init__(self, pipe: Connection, done: ctypes.c_int64) -> None:
         self._pipe, self._done, self._images, self._bytes, self._sent = pipe, done, 0, 0, time.monotonic()
 
     def __call__(self, images: int, size: int) -> None:
@@ -203,7 +209,7 @@ class _Reports:
             self._send()
 
 
-def _serve(work: Callable[[Any, Advance], None], pipe: Connection, done: Any) -> None:
+def _serve(work: Callable[[Job, Advance], None], pipe: Connection, done: ctypes.c_int64) -> None:
     """In the child: jobs until there is none left, or no parent."""
     faulthandler.enable()  # a crash in a decoder shows where, on stderr
     torch.set_num_threads(1)

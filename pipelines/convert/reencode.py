@@ -18,7 +18,7 @@ _MAX_JPEG_SIDE = 65500  # libjpeg's limit
 
 
 @dataclass(frozen=True)
-class StoredImages:
+class Reencode:
     """How images are stored. Images are never enlarged; 0 for both sides keeps their size."""
 
     short_side: int = 256

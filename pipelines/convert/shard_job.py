@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from spark_fast.errors import DataError, ImageError
 from spark_fast.files import atomic_write
 from spark_fast.pipelines.convert.process_pool import Advance
-from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.sources.folder import FileSource
 from spark_fast.pipelines.sources.shard_format import write_shard
 from spark_fast.pipelines.sources.source import read_patiently
@@ -31,8 +30,8 @@ class ShardJob:
     path: Path
     source: FileSource  # its images alone, in the order of the shard
     numbers: NDArray[np.int64]  # theirs in the whole listing
-    images: StoredImages
-    made_from: dict[str, Any]
+    images: Reencode
+    made_from: dict[str, object]
 
     def describe(self, done: int) -> str:
         """Which image is next when `done` are."""

@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,12 +88,12 @@ def _shard_faults(folder: Path, manifest: Manifest, number: int, index: NDArray[
     yield from _tar_faults(folder, shard, rows)
 
 
-def _member(data: bytes, row: Any) -> str:
+def _member(data: bytes, row: np.void) -> str:
     start = int(row["offset"]) - 512
     return data[start : start + 100].split(b"\0")[0].decode("ascii", "backslashreplace")
 
 
-def _record_fault(data: bytes, row: Any) -> str | None:
+def _record_fault(data: bytes, row: np.void) -> str | None:
     jpeg = data[int(row["offset"]) : int(row["offset"]) + int(row["size"])]
     if len(jpeg) != row["size"]:
         return "cut short"

@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +80,7 @@ class Manifest:
     count: int
     labelled: bool
     classes: list[str]
-    made_from: dict[str, Any]  # settings, and what identifies the source's listing
+    made_from: dict[str, object]  # settings, and what identifies the source's listing
     index: ShardFile
     shards: list[ShardFile]
     repaired: list[dict[str, str]] = field(default_factory=list)  # name, reason
@@ -91,7 +91,7 @@ class Manifest:
     @property
     def listing(self) -> str:
         """The fingerprint of the source's listing, "" if it is not known."""
-        return self.made_from.get("listing", "")
+        return str(self.made_from.get("listing", ""))
 
 
 def shard_name(number: int) -> str:
@@ -191,25 +191,25 @@ def sealed(text: bytes) -> bytes:
     return b'{\n "sha256": "%s",' % hashlib.sha256(text[1:]).hexdigest().encode() + text[1:]
 
 
-def _unsealed(text: bytes) -> dict[str, Any]:
-    """The entries of a JSON object that `sealed` made; ValueError when a bit of it differs."""
-    content = json.loads(text)
-    if content["format"] == FORMAT and text != sealed(b"{" + text[len(sealed(b"{")) :]):
-        raise ValueError("its own checksum differs")
-    content.pop("sha256", None)
-    return content
+def _is_sealed(text: bytes) -> bool:
+    """Whether `sealed` made this very text."""
+    return text == sealed(b"{" + text[len(sealed(b"{")) :])
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of `folder`; DataError when it is damaged, of another version or names odd files."""
     path = folder / MANIFEST
     try:
-        content = _unsealed(path.read_bytes())
+        text = path.read_bytes()
+        content = json.loads(text)
         if content["format"] != FORMAT:
             raise DataError(
                 f"{path} has format {content['format']}, this version reads format {FORMAT}:"
                 " convert again, or install the version that wrote it"
             )
+        if not _is_sealed(text):
+            raise ValueError("its own checksum differs")
+        content.pop("sha256", None)
         content["index"] = ShardFile(**content["index"])
         content["shards"] = [ShardFile(**shard) for shard in content["shards"]]
         if beton := content.get("beton"):

@@ -27,9 +27,9 @@ from rich.progress import Progress as Bar
 from spark_fast.errors import DataError, SettingsError, StorageError
 from spark_fast.pipelines.convert.beton_writer import BetonSettings
 from spark_fast.pipelines.convert.conversion import ConvertSettings, Progress, convert, convert_part
+from spark_fast.pipelines.convert.conversion_parts import Part
 from spark_fast.pipelines.convert.merge import merge
-from spark_fast.pipelines.convert.parts import Part
-from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.ffcv_install import require_ffcv
 from spark_fast.pipelines.sources.shard_format import Manifest
@@ -76,7 +76,7 @@ def convert_imagenet(
     short_side = (0 if max_side else 256) if short_side is None else short_side
     if images_per_shard < 0 or workers < 0:
         raise SettingsError("images_per_shard and workers are counts, or 0 to let the program choose")
-    settings = ConvertSettings(StoredImages(short_side, max_side, quality), images_per_shard, seed)
+    settings = ConvertSettings(Reencode(short_side, max_side, quality), images_per_shard, seed)
     beton = None if format == "shards" else BetonSettings(ffcv_raw, alone=format == "ffcv")
     if beton is not None:
         require_ffcv(f"--format {format}")

@@ -17,7 +17,7 @@ import simplejpeg
 from spark_fast.cli.convert import main
 from spark_fast.errors import DataError
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
-from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.sources.detect import TARS, detect_source
 from tests.commands import run_here
 from tests.pipelines.tars import tar_of, tar_of_tars
@@ -55,7 +55,7 @@ def here(src: Path, dst: Path, *options: str, code: int) -> SimpleNamespace:
 
 def convert_here(src: Path, dst: Path) -> None:
     """What `command` does, without the seconds that a new interpreter takes."""
-    convert(src, dst, ConvertSettings(StoredImages(short_side=200), images_per_shard=5))
+    convert(src, dst, ConvertSettings(Reencode(short_side=200), images_per_shard=5))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from spark_fast.cli.pretrain import main
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
-from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.convert.reencode import Reencode
 from tests.commands import run_here
 
 TINY = [
@@ -137,7 +137,7 @@ def killed_after(steps, folder, words):
 def test_killed_over_shards_and_resumed_it_ends_with_the_bits_of_the_raw_folder(unbroken, pictures, tmp_path):
     """Over a raw folder, and more often: faults/test_run.py."""
     folder, flags, _ = unbroken
-    convert(pictures, tmp_path / "shards", ConvertSettings(StoredImages(short_side=0), images_per_shard=20))
+    convert(pictures, tmp_path / "shards", ConvertSettings(Reencode(short_side=0), images_per_shard=20))
     flags = [f"--data_path={tmp_path / 'shards'}" if f.startswith("--data_path") else f for f in flags]
     words = [*flags, f"--exp_dir={tmp_path / 'run'}", "--log_every=1", "--resume=auto"]
     for _ in range(2):

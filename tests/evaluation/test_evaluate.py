@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from spark_fast import build_spark
 from spark_fast.cli.eval import main
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
-from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.weights.spark_keys import spark_state_dict
 from tests.evaluation.conftest import CLASSES, TINY, write_pictures
 
@@ -209,7 +209,7 @@ def test_weights_may_be_a_published_file_with_official_names(run, tmp_path):
 
 
 def test_images_may_be_shards(run, pictures, tmp_path):
-    convert(pictures, tmp_path / "shards", ConvertSettings(StoredImages(short_side=0), images_per_shard=20))
+    convert(pictures, tmp_path / "shards", ConvertSettings(Reencode(short_side=0), images_per_shard=20))
     for name, path in (("folder", pictures), ("shards", tmp_path / "shards")):
         assert run("knn", FRESH, f"--data_path={path}", f"--exp_dir={tmp_path / 'of' / name}", "--k=5") == 0
         assert result(tmp_path / "of" / name)["settings"]["data"]["data_path"] == str(path)

@@ -24,7 +24,7 @@ from spark_fast.pipelines.convert import process_pool as processes
 from spark_fast.pipelines.convert.beton_writer import BetonSettings
 from spark_fast.pipelines.convert.conversion import ConvertSettings, Progress, convert
 from spark_fast.pipelines.convert.process_pool import run_jobs
-from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.beton import BetonSource
 from spark_fast.pipelines.sources.detect import detect_source
@@ -39,7 +39,7 @@ SHARDS = 12
 
 
 def settings(src: Path, short_side: int = 256) -> ConvertSettings:
-    return ConvertSettings(StoredImages(short_side=short_side), images_per_shard=-(-len(detect_source(src)) // SHARDS))
+    return ConvertSettings(Reencode(short_side=short_side), images_per_shard=-(-len(detect_source(src)) // SHARDS))
 
 
 def convert_here(src: Path, dst: Path, form: str, made: ConvertSettings) -> None:

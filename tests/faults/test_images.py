@@ -18,7 +18,7 @@ from spark_fast.errors import DataError
 from spark_fast.pipelines import BadImageCounts, Batch
 from spark_fast.pipelines.convert.beton_writer import BetonSettings
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
-from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.beton import BetonSource, checks_path, sealed_checks
 from spark_fast.pipelines.sources.detect import detect_source
@@ -47,7 +47,7 @@ STORES = [
     pytest.param("ffcv", "beton", marks=pytest.mark.ffcv),
 ]
 every_backend = pytest.mark.parametrize(("backend", "store"), STORES)
-KEEP = ConvertSettings(StoredImages(short_side=0, quality=95))
+KEEP = ConvertSettings(Reencode(short_side=0, quality=95))
 
 
 def folder_of(root: Path, images: list[bytes]) -> Path:

@@ -14,7 +14,7 @@ import pytest
 from spark_fast.errors import DataError, ImageError
 from spark_fast.pipelines.convert.beton_writer import BetonSettings
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
-from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.shard_format import BETON
@@ -44,7 +44,7 @@ def read_all(path: Path) -> list[tuple[bytes, int] | str]:
 def converted(request: pytest.FixtureRequest, image_folder: Callable[..., Path], tmp_path: Path) -> Path:
     """8 images in two shards, or in a .beton without them."""
     beton = BetonSettings(raw=0.5, alone=True) if request.param == "beton" else None
-    settings = ConvertSettings(StoredImages(short_side=0), images_per_shard=4)
+    settings = ConvertSettings(Reencode(short_side=0), images_per_shard=4)
     convert(image_folder(8), tmp_path / "out", settings, beton=beton)
     return tmp_path / "out" / "train"
 

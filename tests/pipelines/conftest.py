@@ -8,7 +8,7 @@ import pytest
 
 from spark_fast.pipelines.convert.beton_writer import BetonSettings
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
-from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.convert.reencode import Reencode
 from tests.pipelines.pictures import jpeg
 
 
@@ -32,7 +32,7 @@ def beton_folder(image_folder: Callable[..., Path], tmp_path: Path) -> Callable[
     """Converts such a folder to shards and a .beton, half of its records raw unless said otherwise."""
 
     def make(root: Path | None = None, raw: float = 0.5, name: str = "converted", **settings: object) -> Path:
-        keep_size = ConvertSettings(StoredImages(short_side=0), images_per_shard=10)
+        keep_size = ConvertSettings(Reencode(short_side=0), images_per_shard=10)
         convert(root or image_folder(), tmp_path / name, keep_size, beton=BetonSettings(raw, **settings))
         return tmp_path / name / "train"
 

@@ -11,7 +11,7 @@ from torch.nn.functional import avg_pool2d, cosine_similarity
 
 from spark_fast.errors import DataError, SettingsError, StorageError
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
-from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.shard_format import MANIFEST, read_manifest
@@ -19,10 +19,10 @@ from tests.pipelines.building import build
 from tests.pipelines.pictures import encoded, jpeg, picture
 from tests.pipelines.tars import tar_of
 
-KEEP_SIZE = StoredImages(short_side=0)
+KEEP_SIZE = Reencode(short_side=0)
 
 
-def settings(images: StoredImages = KEEP_SIZE, images_per_shard: int = 5, seed: int = 0) -> ConvertSettings:
+def settings(images: Reencode = KEEP_SIZE, images_per_shard: int = 5, seed: int = 0) -> ConvertSettings:
     return ConvertSettings(images, images_per_shard, seed)
 
 
@@ -71,7 +71,7 @@ def test_the_number_of_processes_does_not_change_a_byte(image_folder, tmp_path):
     root = image_folder()
     (root / "val").mkdir()
     (root / "train" / "n0000").rename(root / "val" / "n0000")
-    small = settings(StoredImages(short_side=40))
+    small = settings(Reencode(short_side=40))
     convert(root, tmp_path / "one", small, workers=1)
     convert(root, tmp_path / "three", small, workers=3)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
@@ -262,7 +262,7 @@ def test_a_source_that_goes_away_is_not_taken_for_unreadable_images(image_folder
 )
 def test_senseless_settings_are_refused(values, message):
     with pytest.raises(SettingsError, match=message):
-        StoredImages(**values)
+        Reencode(**values)
 
 
 def test_small_data_sets_are_split_for_several_processes():

@@ -8,15 +8,15 @@ import pytest
 
 from spark_fast.errors import DataError, SettingsError, StorageError
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert, convert_part
+from spark_fast.pipelines.convert.conversion_parts import Part
 from spark_fast.pipelines.convert.merge import merge
-from spark_fast.pipelines.convert.parts import Part
-from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.shard_format import MANIFEST
 from tests.pipelines.tars import tar_of, tar_of_tars
 
-SETTINGS = ConvertSettings(StoredImages(short_side=40), images_per_shard=5)
+SETTINGS = ConvertSettings(Reencode(short_side=40), images_per_shard=5)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

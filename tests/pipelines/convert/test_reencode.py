@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from spark_fast.errors import ImageError
-from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.transforms.decode import decode
 from tests.pipelines.pictures import encoded, picture
 
-KEEP_SIZE = StoredImages(short_side=0)
+KEEP_SIZE = Reencode(short_side=0)
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 400), st.booleans())
 def test_sizes_are_reduced_to_the_side_asked_for_and_never_enlarged(height, width, side, short):
-    images = StoredImages(short_side=side if short else 0, max_side=0 if short else side)
+    images = Reencode(short_side=side if short else 0, max_side=0 if short else side)
     h, w = images.size(height, width)
     of = min if short else max
     assert of(h, w) == (min(of(height, width), side) if side else of(height, width))
@@ -31,7 +31,7 @@ def test_sizes_are_reduced_to_the_side_asked_for_and_never_enlarged(height, widt
 
 def test_larger_images_are_stored_as_pil_would_reduce_them():
     original = picture(1, 300, 400)
-    stored, repair = StoredImages(short_side=150, quality=95).encode(encoded(Image.fromarray(original), "PNG"))
+    stored, repair = Reencode(short_side=150, quality=95).encode(encoded(Image.fromarray(original), "PNG"))
     image = Image.open(io.BytesIO(stored))
     assert image.size == (200, 150)
     assert "not a JPEG" in (repair or "")
@@ -76,10 +76,10 @@ def test_real_images_lose_no_more_than_by_pillows_reduction_and_the_same_jpeg(im
     lost = []
     for path in sorted(imagenet_sample.glob("train/*/*.JPEG"))[::8]:
         image = Image.open(path).convert("RGB")
-        height, width = StoredImages().size(image.height, image.width)
+        height, width = Reencode().size(image.height, image.width)
         reduced = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
         theirs = simplejpeg.encode_jpeg(reduced, 90, "RGB", "420")
-        ours, _ = StoredImages().encode(path.read_bytes())
+        ours, _ = Reencode().encode(path.read_bytes())
         lost.append([np.abs(decode(data)[0].astype(int) - reduced).mean() for data in (ours, theirs)])
     assert len(lost) == 20
     ours, theirs = np.mean(lost, axis=0)

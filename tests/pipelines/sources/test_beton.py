@@ -10,7 +10,7 @@ import pytest
 from spark_fast.errors import DataError, SettingsError
 from spark_fast.pipelines.convert.beton_writer import BetonSettings
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
-from spark_fast.pipelines.convert.reencode import StoredImages
+from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.beton import BetonSource, checks_path, find_beton
 from spark_fast.pipelines.sources.detect import detect_source
@@ -20,7 +20,7 @@ from tests.pipelines.comparing import batches, same
 from tests.pipelines.convert.test_conversion import contents
 from tests.pipelines.pictures import jpeg
 
-KEEP_SIZE = ConvertSettings(StoredImages(short_side=0), images_per_shard=10)
+KEEP_SIZE = ConvertSettings(Reencode(short_side=0), images_per_shard=10)
 
 
 def names(folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from spark_fast.errors import DataError, SettingsError
 from spark_fast.files import atomic_write
@@ -56,7 +56,7 @@ class PartManifest:
     root: str  # where the images were
     labelled: bool
     classes: list[str]
-    made_from: dict[str, Any]  # as in the manifest of the whole
+    made_from: dict[str, object]  # as in the manifest of the whole
     shards: list[str]  # file names, also of shards with no readable image in them
 
     @property

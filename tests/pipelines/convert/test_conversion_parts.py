@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spark_fast.errors import SettingsError
-from spark_fast.pipelines.convert.parts import Part
+from spark_fast.pipelines.convert.conversion_parts import Part
 
 
 @pytest.mark.parametrize("text", ["", "2", "0/4", "5/4", "1/0", "-1/4", "1/4/2", "a/b", "1.0/2", "1/99999", "1 / 2"])
