@@ -31,8 +31,8 @@ from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.shard_format import BETON, MANIFEST, read_manifest
 from tests.faults import jobs
 from tests.pipelines.convert.test_conversion import contents
+from tests.pipelines.damage import flip
 from tests.pipelines.pictures import jpeg
-from tests.pipelines.sources.test_beton import flip
 
 ROOT = Path(__file__).parents[2]
 SHARDS = 12

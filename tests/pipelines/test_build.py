@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
 
 from spark_fast.errors import DataError, SettingsError
-from spark_fast.pipelines.backends.synthetic import IMAGES
 from spark_fast.pipelines.backends.torch_threads import TorchPipeline
 from spark_fast.pipelines.build import choose_pipeline
 from spark_fast.pipelines.sources.beton import CHECKS, RAW, BetonSource
@@ -35,42 +32,6 @@ def test_a_batch_larger_than_the_data_is_refused_with_both_numbers(image_folder)
 def test_no_data_path_is_refused():
     with pytest.raises(SettingsError, match="no data_path: name a folder"):
         build(None, batch_size=4)
-
-
-def synthetic(**settings: object) -> list:
-    settings = {"batch_size": 8, "input_size": (32, 64), "synthetic_samples": 50} | settings
-    pipeline = build(None, pipeline="synthetic", **settings)  # type: ignore[arg-type]
-    assert len(pipeline) == 6
-    return list(pipeline.epoch(1))
-
-
-def test_the_synthetic_pipeline_keeps_the_contract():
-    batches = synthetic(dtype=torch.bfloat16)
-    assert len({i for batch in batches for i in batch.ids.tolist()}) == 48
-    for images, labels, ids in batches:
-        assert images.shape == (8, 3, 32, 64)
-        assert images.dtype == torch.bfloat16
-        assert images.is_contiguous(memory_format=torch.channels_last)
-        assert images.float().std() > 0.5
-        assert labels.tolist() == (ids % IMAGES).tolist()
-    pipeline = build(None, pipeline="synthetic", batch_size=8, input_size=32, synthetic_samples=50)
-    whole, tail = list(pipeline.epoch(0)), list(pipeline.epoch(0, 4))
-    assert torch.equal(torch.stack([b.images for b in whole[4:]]), torch.stack([b.images for b in tail]))
-    with pytest.raises(ValueError, match="start_step 7"):
-        pipeline.epoch(0, 7)
-
-
-def test_synthetic_ranks_share_the_batches_of_one():
-    whole = synthetic()
-    ranks = [synthetic(rank=rank, world_size=2) for rank in range(2)]
-    for batch, first, second in zip(whole, *ranks, strict=True):
-        assert torch.equal(batch.images, torch.cat([first.images, second.images]))
-        assert torch.equal(batch.ids, torch.cat([first.ids, second.ids]))
-
-
-def test_synthetic_data_smaller_than_a_batch_are_refused():
-    with pytest.raises(DataError, match="larger than the 5 images of synthetic_samples"):
-        build(None, pipeline="synthetic", batch_size=8, synthetic_samples=5)
 
 
 def test_auto_takes_the_default_for_jpegs_and_says_so(image_folder, caplog):
@@ -141,28 +102,3 @@ def test_repeated_draws_of_a_sample_differ_and_are_those_of_other_epochs_without
         by_id = {i: image for b in plain for i, image in zip(b.ids.tolist(), b.images, strict=True)}
         assert torch.equal(images[copy::3], torch.stack([by_id[i] for i in ids[copy::3].tolist()]))
     assert not torch.equal(images[0::3], images[1::3])
-
-
-def test_the_validation_split_is_read_and_its_absence_is_told(image_folder, tmp_path):
-    root = image_folder()
-    with pytest.raises(DataError, match=r"images holds no folder val/, which should lie beside train/"):
-        batches(root, split="val")
-    with pytest.raises(DataError, match="holds no folder val/"):
-        batches(root / "train", split="val")
-    shutil.copytree(image_folder(8, name="other") / "train", root / "val")
-    (root / "train").rename(root / "test")
-    val = build(root, split="val", batch_size=4, input_size=32)
-    all_of_it = build(root / "val", split="all", batch_size=4, input_size=32)
-    assert (val.num_samples, val.num_classes, val.classes) == (8, 3, ["n0000", "n0001", "n0002"])
-    assert all_of_it.num_samples == 8
-    val.close(), all_of_it.close()
-
-
-def test_a_file_is_no_place_for_a_validation_split(image_folder):
-    root = image_folder(4)
-    (root / "list.txt").write_text("".join(f"train/n{i * 3 // 4:04d}/{i:04d}.JPEG {i}\n" for i in range(4)))
-    with pytest.raises(DataError, match=r"list.txt holds no folder val/"):
-        batches(root / "list.txt", split="val", batch_size=2)
-    listed = build(root / "list.txt", batch_size=2, input_size=32)
-    assert (listed.num_classes, listed.classes) == (4, [])
-    listed.close()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from spark_fast.errors import ImageError
+from spark_fast.errors import ImageError, SettingsError
 from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.transforms.decode import decode
 from tests.pipelines.pictures import encoded, picture
@@ -84,3 +84,17 @@ def test_real_images_lose_no_more_than_by_pillows_reduction_and_the_same_jpeg(im
     assert len(lost) == 20
     ours, theirs = np.mean(lost, axis=0)
     assert ours < 1.01 * theirs
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"short_side": 256, "max_side": 400}, "exclude each other"),
+        ({"short_side": -1}, "numbers of pixels"),
+        ({"quality": 0}, "quality 0 is no JPEG quality"),
+        ({"quality": 101}, "quality 101"),
+    ],
+)
+def test_senseless_settings_are_refused(values, message):
+    with pytest.raises(SettingsError, match=message):
+        Reencode(**values)

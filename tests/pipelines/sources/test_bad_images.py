@@ -10,12 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from spark_fast.errors import DataError
-from spark_fast.pipelines.backends.image_loader import ImageLoader
-from spark_fast.pipelines.sources.bad_images import SUBSTITUTES
-from spark_fast.pipelines.sources.detect import detect_source
-from spark_fast.pipelines.sources.source import read_patiently
-from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation
 from tests.pipelines.building import build
 from tests.pipelines.pictures import encoded, jpeg, picture
 
@@ -67,40 +61,3 @@ def test_readable_ones_are_counted_and_unreadable_ones_replaced_and_named(zoo, c
     assert all(torch.equal(image[name], image[stand_in]) for name in UNREADABLE)
     assert torch.equal(first.images[first.ids.argsort()], second.images[second.ids.argsort()])
     pipeline.close()
-
-
-def test_when_nothing_near_is_readable_the_storage_is_questioned(tmp_path):
-    for i in range(SUBSTITUTES + 4):
-        (tmp_path / f"{i:02d}.jpg").write_bytes(b"broken" if i <= SUBSTITUTES else jpeg(i))
-    source = detect_source(tmp_path)
-    loader, out = ImageLoader(source, Augmentation((32, 32))), torch.empty(32, 32, 3, dtype=torch.uint8)
-    draws = [0.5] * DRAWS
-    with pytest.raises(DataError, match=r"image 0 \(00.jpg\) cannot be read \(not a .*neither can the 16"):
-        loader.load(0, draws, out)
-    assert loader.load(1, draws, out).substituted
-    assert loader.load(len(source) - 1, draws, out).substituted is None
-    pipeline = build(tmp_path, batch_size=20, input_size=32)
-    with pytest.raises(DataError, match="is the storage still there"):
-        list(pipeline.epoch(0))
-    pipeline.close()
-
-
-def test_a_stumbling_storage_is_asked_again_and_then_the_image_is_replaced(image_folder):
-    source = detect_source(image_folder())
-    vanished = source.root / source.name(4)
-    data = vanished.read_bytes()
-    vanished.unlink()
-    out = torch.empty(32, 32, 3, dtype=torch.uint8)
-    loaded = ImageLoader(source, Augmentation((32, 32))).load(4, [0.5] * DRAWS, out)
-    assert "No such file" in (loaded.substituted or "")
-
-    class Stumbling:
-        tries = 0
-
-        def read(self, i: int) -> bytes:
-            self.tries += 1
-            if self.tries < 3:
-                raise OSError(5, "Input/output error")
-            return data
-
-    assert read_patiently(Stumbling(), 0) == data

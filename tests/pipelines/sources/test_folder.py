@@ -9,21 +9,10 @@ import pytest
 from torchvision.datasets import ImageFolder
 
 from spark_fast.errors import DataError, ImageError
-from spark_fast.pipelines.sources.detect import TARS, detect_source
+from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.folder import MAX_FILE_BYTES
 from tests.pipelines.pictures import jpeg
-
-
-def write(root: Path, *names: str) -> Path:
-    for i, name in enumerate(names):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"image %d" % i)
-    return root
-
-
-def names_of(path: Path) -> list[str]:
-    source = detect_source(path)
-    return [source.name(i) for i in range(len(source))]
+from tests.pipelines.sources.listing import names_of, write
 
 
 def test_class_folders_are_listed_and_labelled_as_by_torchvision(image_folder):
@@ -36,15 +25,6 @@ def test_class_folders_are_listed_and_labelled_as_by_torchvision(image_folder):
     assert source.labels.tolist() == theirs.targets
     assert source.classes == theirs.classes
     assert source.read(3) == Path(theirs.samples[3][0]).read_bytes()
-
-
-def test_the_folder_train_itself_and_class_folders_elsewhere_are_taken(image_folder):
-    root = image_folder()
-    inside = names_of(root)
-    assert names_of(root / "train") == inside
-    (root / "train").rename(root / "pictures")
-    assert names_of(root / "pictures") == inside
-    assert names_of(str(root / "pictures")) == inside
 
 
 def test_a_flat_folder_is_unlabelled(tmp_path):
@@ -107,42 +87,12 @@ def test_bad_lists_are_refused(tmp_path, text, message):
         detect_source(tmp_path / "list.txt")
 
 
-def test_a_missing_folder_is_named_with_its_nearest_parent(tmp_path):
-    with pytest.raises(DataError, match=rf"nowhere/deep does not exist: {tmp_path} does, but holds no 'nowhere'"):
-        detect_source(tmp_path / "nowhere" / "deep")
-
-
 def test_folders_without_images_are_refused_saying_what_was_sought(tmp_path):
     with pytest.raises(DataError, match=r"no images in .*: it holds 0 folders and 0 other"):
         detect_source(tmp_path)
     write(tmp_path, "train/x/readme.txt", "train/notes.md")
     with pytest.raises(DataError, match=r"train: it holds 1 folders and 1 other entries, but no .*\.jpeg, \.png"):
         detect_source(tmp_path)
-
-
-@pytest.mark.parametrize("left", ["shard-000000.tar.partial", "shard-000000.tar"])
-def test_an_unfinished_conversion_is_never_opened(tmp_path, left):
-    write(tmp_path, f"train/{left}", "train/x/a.jpg")
-    with pytest.raises(DataError, match=r"no manifest.json: the conversion was not finished. Run .*again"):
-        detect_source(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("files", "path", "message"),
-    [
-        (["x.tar"], "x.tar", r"x.tar is a tar, .* Convert once: .*convert_imagenet.py \S+/x.tar DST"),
-        (["x.tar"], "", r"holds a tar, .*convert_imagenet.py \S+/x.tar DST"),
-        ([*TARS.values(), "LICENCE"], "", r"as downloaded \(ILSVRC2012_img_test.*convert_imagenet.py {root} DST"),
-        ([TARS["train"], "val/n1/a.jpg"], "", r"as downloaded \(.*_train.tar\).*convert_imagenet.py {root} DST"),
-        (["n1.tar", "n2.tar"], "", r"holds 2 tars \(n1.tar \.\.\.\), .*convert_imagenet.py THE_TAR_THEY_WERE_IN DST"),
-        (["train/n1.tar", "train/n1/a.jpg"], "", r"train holds a tar, .*Unpacked already\? Then move"),
-        (["shard-000000.tar"], "shard-000000.tar", r"is one shard of a conversion: give its folder, {root}$"),
-    ],
-)
-def test_tars_of_images_are_refused_with_the_command_that_makes_them_usable(tmp_path, files, path, message):
-    write(tmp_path, *files)
-    with pytest.raises(DataError, match=message.replace("{root}", str(tmp_path))):
-        detect_source(tmp_path / path)
 
 
 def test_an_absurdly_large_file_is_not_read(tmp_path):

@@ -1,4 +1,4 @@
-"""Odd and damaged images under DALI: it must neither stop on them nor show them grey."""
+"""Odd and damaged images under decoders of whole batches: they must neither stop on them nor show them grey."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from spark_fast.pipelines.sources.shard_format import (
     write_shard,
 )
 from tests.pipelines.building import build
-from tests.pipelines.comparing import alike
-from tests.pipelines.comparing import dali_batches as batches
+from tests.pipelines.comparing import alike, batches
 from tests.pipelines.pictures import encoded, jpeg, picture
 
 
@@ -44,13 +43,22 @@ def shards(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.dali
-def test_shards_and_resume_give_what_torch_gives(shards):
+each_decoder = pytest.mark.parametrize(
+    "decoder",
+    [
+        pytest.param({"pipeline": "dali"}, id="dali", marks=pytest.mark.dali),
+        pytest.param({"decode_on": "device"}, id="device"),
+    ],
+)
+
+
+@each_decoder
+def test_shards_and_resume_give_what_torch_gives(shards, decoder):
     settings = {"batch_size": 4, "max_bad_fraction": 0.5}
     for start in (0, 3, 5):
-        ours = batches(shards, 1, start, **settings)
+        ours = batches(shards, 1, start, **settings, **decoder)
         assert len(ours) == 6 - start
-        assert alike(ours, batches(shards, 1, start, pipeline="torch", **settings))
+        assert alike(ours, batches(shards, 1, start, **settings))
 
 
 @pytest.mark.dali
@@ -66,16 +74,16 @@ def test_what_dali_refuses_though_it_is_sound_is_found_named_and_decoded_without
     (record,) = caplog.records  # once, and no other image of its batch
     assert "image 11 (n0001/0011.JPEG) is sound, but DALI refuses it (nvImageCodec failure" in record.getMessage()
     assert pipeline.bad_images.substituted == 0
-    assert alike(got, [batch for epoch in range(3) for batch in batches(root, epoch, pipeline="torch")])
+    assert alike(got, [batch for epoch in range(3) for batch in batches(root, epoch, batch_size=12)])
 
 
-@pytest.mark.dali
-def test_a_file_that_changes_under_our_hands_is_judged_again(image_folder):
+@each_decoder
+def test_a_file_that_changes_under_our_hands_is_judged_again(image_folder, decoder):
     root = image_folder()
-    pipeline = build(root, pipeline="dali", batch_size=24, input_size=32, max_bad_fraction=0.5)
+    pipeline = build(root, batch_size=24, input_size=32, max_bad_fraction=0.5, **decoder)
     list(pipeline.epoch(0))
     changed = root / "train" / "n0000" / "0003.JPEG"
-    changed.write_bytes(changed.read_bytes()[:-40])  # DALI would show grey, and say nothing
+    changed.write_bytes(changed.read_bytes()[:-40])  # a decoder would show grey, and say nothing
     list(pipeline.epoch(1))
     assert pipeline.bad_images.substituted == 1
     assert "3 n0000/0003.JPEG: damaged JPEG" in pipeline.bad_images.first_substituted[0]

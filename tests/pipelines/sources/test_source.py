@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from spark_fast.pipelines.sources import source
+from spark_fast.pipelines.sources.source import RETRY_SECONDS, num_classes, read_patiently
+
+
+class Stumbling:
+    """Storage that fails so many times before it reads."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+
+    def read(self, i: int) -> bytes:
+        self.failures -= 1
+        if self.failures >= 0:
+            raise OSError(5, f"Input/output error, {self.failures} to go")
+        return b"image %d" % i
+
+
+def test_stumbling_storage_is_asked_again_after_pauses(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(source, "time", SimpleNamespace(sleep=pauses.append))
+    assert read_patiently(Stumbling(2), 7) == b"image 7"
+    assert pauses == list(RETRY_SECONDS)
+    with pytest.raises(OSError, match="0 to go"):
+        read_patiently(Stumbling(3), 7)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "count"), [(None, [], 0), ([0, 4, 2], [], 5), ([0, 1], ["a", "b", "empty"], 3)]
+)
+def test_classes_are_counted_by_their_names_or_else_by_the_highest_label(labels, classes, count):
+    labels = None if labels is None else np.array(labels, np.int32)
+    assert num_classes(SimpleNamespace(labels=labels, classes=classes)) == count
