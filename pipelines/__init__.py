@@ -1,4 +1,4 @@
-"""Every way to bring image batches to the device, behind one contract."""
+"""Every way to bring image batches to the device, behind one interface: `build_pipeline(path, options)`."""
 
 from spark_fast.errors import DataError
 from spark_fast.pipelines.base import BadImageCounts, Batch, Pipeline

@@ -1,7 +1,7 @@
 """What every pipeline promises, whatever it reads and wherever it decodes.
 
 A pipeline is only a *decoder*: which samples make up a batch, and how each is cropped and flipped, is
-decided by the pure functions of `order` and `crops`. So batch k is the same for any number of workers,
+decided by the pure functions of `sampler` and `transforms.crops`. So batch k is the same for any number of workers,
 any number of ranks and any backend, and resuming in mid-epoch is starting at step k.
 """
 
@@ -24,7 +24,7 @@ class Batch(NamedTuple):
 
 @dataclass
 class BadImageCounts:
-    """Odd images met so far, counted as batches are delivered (an image counts once each time it is read)."""
+    """Bad and converted images so far, counted as batches are delivered (an image counts once each time it is read)."""
 
     read: int = 0
     converted: int = 0  # readable, but no colour JPEG: grey, CMYK, palette, 16-bit, PNG named .JPEG ...
@@ -46,9 +46,9 @@ class Pipeline(Protocol):
         ...
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
-        """The batches start_step, start_step + 1, ... of this epoch; closing it stops what is in the making."""
+        """The batches start_step, start_step + 1, ... of this epoch; closing it cancels the batches in preparation."""
         ...
 
     def close(self) -> None:
-        """Let go of threads and files; no batch can be had afterwards."""
+        """Release threads and files; no batch can be had afterwards."""
         ...

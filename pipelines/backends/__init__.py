@@ -1,1 +1,1 @@
-"""Who turns samples into batches on the device: threads, nvJPEG, DALI, FFCV, or generated images."""
+"""What turns samples into batches on the device: CPU threads, nvJPEG, DALI, FFCV, or generated images."""

@@ -1,4 +1,4 @@
-"""What the decoding backends have in common: their options, and an epoch that is refused once they are closed."""
+"""What the decoding backends have in common: options, labels, errors, and an epoch that is refused once closed."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class Backend(ABC):
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
         """Batches start_step ... len(self) - 1 of this epoch.
 
-        The iterator raises DataError when too many images are unreadable. Leaving it early cancels what
-        is in the making.
+        The iterator raises DataError when too many images are unreadable. Leaving it early cancels the
+        batches in preparation.
         """
         if self._closed.is_set():
             raise RuntimeError("this pipeline was closed")
@@ -78,16 +78,16 @@ class Backend(ABC):
         return [slice(start, start + size) for start in range(0, count, size)]
 
     def _stop_unless_wanted(self, *left: threading.Event) -> None:
-        """In a thread: CancelledError when nobody waits any more, as this is closed or one of `left` is set.
+        """In a worker thread: raise CancelledError if the batch is no longer wanted.
 
-        Also when the interpreter is ending, which waits for its threads.
+        That is when the pipeline is closed, an event of `left` is set, or the interpreter waits for its threads to end.
         """
         if self._closed.is_set() or any(event.is_set() for event in left) or not threading.main_thread().is_alive():
             raise CancelledError
 
     @contextmanager
     def _naming(self, sample: int) -> Iterator[None]:
-        """DataError passes; any other exception meanwhile becomes a RuntimeError that names the image."""
+        """Turn any exception but DataError into a RuntimeError that names the image."""
         try:
             yield
         except DataError:
@@ -97,7 +97,7 @@ class Backend(ABC):
             raise RuntimeError(f"while loading image {sample} ({name}): {error!r}") from error
 
     def _normalised(self, pixels: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 -> (B, 3, H, W) on the device, channels_last; from the host in memory used again."""
+        """(B, H, W, 3) uint8 -> (B, 3, H, W) on the device, channels_last; on the host in reused memory."""
         if self._on_cuda:
             return self._normalise(pixels.to(self.device))
         batch = self._buffers.take()[: len(pixels)]

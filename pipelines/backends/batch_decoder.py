@@ -1,14 +1,14 @@
-"""Batches decoded whole, by DALI or on the device, in our order, with our crops.
+"""Batches decoded as a whole, by DALI or nvJPEG, in the sampler's order, with the augmentation's crops.
 
 Three stages: `workers` threads read the files and examine them; a decoder takes a whole batch of encoded images
-with their boxes and flips; the device normalises. Order, boxes and flips come from `order` and `crops`, as for
+with their boxes and flips; the device normalises. Order, boxes and flips come from `sampler` and `crops`, as for
 every backend.
 
-The decoder is only given what it is known to decode as the other backends do: colour and grey JPEGs. All else
-(CMYK, PNG ...) is decoded by `decode` and handed over as pixels. And these decoders show a damaged scan as grey
-without a word, or end with an error that does not name the image. So the first time that an image is met, `decode`
-judges it, strictly; its checksum is kept (4 bytes an image), and as long as that is the same, the image goes to
-the decoder unseen. This costs a second decoding in a pipeline's first epoch, and none after it.
+The decoder gets only what it decodes as the other backends do: colour and grey JPEGs. All else (CMYK, PNG ...) is
+decoded by `decode` and handed over as pixels. These decoders turn a damaged scan into grey without an error, or raise
+one that does not name the image. So `decode` checks each image strictly the first time it is read, and its checksum is
+kept (4 bytes an image). As long as the checksum is the same, the image goes straight to the decoder. This costs a
+second decoding in a pipeline's first epoch, and none after it.
 """
 
 from __future__ import annotations
@@ -68,15 +68,15 @@ class BatchDecoder(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of threads and buffers."""
+        """Release threads and buffers."""
         ...
 
 
 Examined = tuple[Encoded, Loaded]
 
 
-class _Wanted(NamedTuple):
-    """Samples to be read, a batch or part of one."""
+class _Request(NamedTuple):
+    """Samples to read, a batch or part of one."""
 
     ids: NDArray[np.int64]  # (n,)
     draws: NDArray[np.float64]  # (n, DRAWS)
@@ -84,7 +84,7 @@ class _Wanted(NamedTuple):
 
 
 class _Pending(NamedTuple):
-    """A batch in the making."""
+    """A batch in preparation."""
 
     ids: NDArray[np.int64]
     read: list[Future[list[Examined]]]
@@ -98,14 +98,14 @@ class EncodedPipeline(Backend):
         super().__init__(source, sampler, options)
         self._sound = np.zeros(len(source), np.uint32)  # checksums of the images that `decode` approved
         self._refused: set[int] = set()  # samples that the decoder cannot decode, though they are sound
-        self._told = False
+        self._logged = False
         # On CUDA two take turns: one is fed while the other decodes.
         self._decoders = [self._make_decoder() for _ in range(2 if self._on_cuda else 1)]
         self._idle: queue.SimpleQueue[BatchDecoder] = queue.SimpleQueue()
         for decoder in self._decoders:
             self._idle.put(decoder)
         self._readers = ThreadPoolExecutor(self._workers, thread_name_prefix="decode-read")
-        self._conductors = ThreadPoolExecutor(len(self._decoders), thread_name_prefix="decode-batch")
+        self._decode_threads = ThreadPoolExecutor(len(self._decoders), thread_name_prefix="decode-batch")
 
     @abstractmethod
     def _make_decoder(self) -> BatchDecoder:
@@ -116,10 +116,10 @@ class EncodedPipeline(Backend):
         """What the decoder gave as a batch's images, (B, 3, H, W)."""
 
     def close(self) -> None:
-        """Stop the threads, let go of the decoders and close the source."""
+        """Stop the threads, close the decoders and close the source."""
         self._closed.set()
         self._readers.shutdown(wait=True, cancel_futures=True)
-        self._conductors.shutdown(wait=True, cancel_futures=True)
+        self._decode_threads.shutdown(wait=True, cancel_futures=True)
         for decoder in self._decoders:
             decoder.close()
         self._source.close()
@@ -131,7 +131,7 @@ class EncodedPipeline(Backend):
         def submit_next() -> None:
             if (share := next(steps, None)) is not None:
                 draws = uniform(self._sampler.seed, share.draw_ids, share.ids, DRAWS)
-                pending.append(self._submit(_Wanted(share.ids, draws, left)))
+                pending.append(self._submit(_Request(share.ids, draws, left)))
 
         try:
             for _ in range(self._prefetch):
@@ -147,18 +147,18 @@ class EncodedPipeline(Backend):
             read = [part for batch in pending for part in batch.read if not part.cancel()]
             wait(decoded), wait(read)
 
-    def _submit(self, batch: _Wanted) -> _Pending:
-        """Have the threads make this batch."""
+    def _submit(self, batch: _Request) -> _Pending:
+        """Let the threads prepare this batch."""
         ids, draws, left = batch
-        parts = [_Wanted(ids[part], draws[part], left) for part in self._parts(len(ids))]
+        parts = [_Request(ids[part], draws[part], left) for part in self._parts(len(ids))]
         read = [self._readers.submit(self._read, part) for part in parts]
-        return _Pending(ids, read, self._conductors.submit(self._decode, batch, read))
+        return _Pending(ids, read, self._decode_threads.submit(self._decode, batch, read))
 
-    def _read(self, wanted: _Wanted) -> list[Examined]:
+    def _read(self, request: _Request) -> list[Examined]:
         """In a reader thread: these samples, ready for the decoder."""
         examined = []
-        for sample, draws in zip(wanted.ids.tolist(), wanted.draws.tolist(), strict=True):
-            self._stop_unless_wanted(wanted.left)
+        for sample, draws in zip(request.ids.tolist(), request.draws.tolist(), strict=True):
+            self._stop_unless_wanted(request.left)
             with self._naming(sample):
                 examined.append(self._load(sample, draws))
         return examined
@@ -194,11 +194,11 @@ class EncodedPipeline(Backend):
             self._sound[i] = checksum
             return Encoded(np.frombuffer(data, np.uint8), box, flip), converted
         if not plain:
-            self._tell(i)
+            self._log_other_format(i)
         return Encoded(crop(pixels, box), Box(0, 0, box.height, box.width), flip), converted
 
-    def _decode(self, batch: _Wanted, read: list[Future[list[Examined]]]) -> tuple[Tensor, list[Loaded]]:
-        """In a conductor thread: wait for a batch's files, run the decoder."""
+    def _decode(self, batch: _Request, read: list[Future[list[Examined]]]) -> tuple[Tensor, list[Loaded]]:
+        """In a decode thread: wait for a batch's files, run the decoder."""
         examined = [image for part in read for image in part.result()]
         if batch.left.is_set() or self._closed.is_set():
             raise CancelledError
@@ -235,9 +235,9 @@ class EncodedPipeline(Backend):
             decoded.record_stream(torch.cuda.current_stream(self.device))  # it was allocated on another
         return self._finished(decoded)
 
-    def _tell(self, i: int) -> None:
-        if not self._told:
-            self._told = True
+    def _log_other_format(self, i: int) -> None:
+        if not self._logged:
+            self._logged = True
             name = self._source.name(i)
             text = "image %d (%s) and others that are no colour or grey JPEG are decoded without %s"
             logger.info(text, i, name, self._decoders[0].name)

@@ -1,10 +1,10 @@
-"""Batches decoded by NVIDIA DALI, in our order, with our crops.
+"""Batches decoded by NVIDIA DALI, in the sampler's order, with the augmentation's crops.
 
 `batch_decoder` reads and examines the images; here is DALI's graph: encoded images, boxes and flips in, bytes out.
 Nothing is in flight inside DALI between two calls. `decode` feeds one batch, runs the graph once and takes
 the result, so there is no reader with an epoch of its own, nothing to drain when training stops, and after
-a failure the graph is built anew (10 ms) without a batch being lost. Overlap is the business of the caller,
-who may own several decoders.
+a failure the graph is built anew (10 ms) without a batch being lost. The caller overlaps batches by owning several
+decoders.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class DaliDecoder:
         return pixels
 
     def close(self) -> None:
-        """Let go of DALI's threads and buffers."""
+        """Release DALI's threads and buffers."""
         self._graph = None
 
 

@@ -1,8 +1,8 @@
-"""Batches decoded by FFCV from a `.beton`, in our order, with our crops.
+"""Batches decoded by FFCV from a `.beton`, in the sampler's order, with the augmentation's crops.
 
 FFCV's thread decodes a batch at a time with `workers` compiled threads (`ffcv_loader`, `ffcv_kernel`); the
-device normalises. What the kernel cannot show, because the bytes are not those that were written or do not
-decode, is decoded here as the default pipeline does it, the next readable image standing in.
+device normalises. A record whose bytes are not those that were written, or that does not decode, is loaded here as in
+the default pipeline (`image_loader`): the next readable image stands in.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class FfcvPipeline(Backend):
         return draws
 
     def _finish(self, plan: NDArray[np.void], draws: list[list[float]], pixels: Tensor) -> list[Loaded]:
-        """In FFCV's thread: see to what the kernel could not show."""
+        """In FFCV's thread: load the images in whose place the kernel left a fault."""
         loaded = [Loaded(False, None)] * len(plan)
         for place in np.flatnonzero(plan["fault"]).tolist():
             sample = int(plan["sample"][place])

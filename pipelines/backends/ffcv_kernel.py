@@ -2,8 +2,8 @@
 
 FFCV resizes with OpenCV's area filter; the published code uses Pillow's antialiased bicubic one, so that is
 written out here (Pillow's src/libImaging/Resample.c): a separable filter whose support grows with the
-reduction, its edge weights renormalised. Both are offered. FFCV also decodes a damaged JPEG to grey without
-a word; here each record's checksum is compared and the decoder's verdict is kept, image by image.
+reduction, its edge weights renormalised. Both are offered. FFCV also decodes a damaged JPEG to grey
+silently; here each record's checksum is compared, and what the decoder reports is kept for each image.
 
 To be imported only where FFCV is known to be installed.
 """
@@ -128,7 +128,7 @@ def decode_planned(
     out: NDArray[np.uint8],
     bicubic: bool,
 ) -> None:
-    """Fill `out`, (n, H, W, 3), as `plan`, (n,) PLAN, says; a record that cannot be shown gets its `fault`.
+    """Fill `out`, (n, H, W, 3), as `plan`, (n,) PLAN, says; a record that cannot be decoded gets its `fault`.
 
     `metadata` is FFCV's table of the image field; the record at the byte starts[i] of `file` has sizes[i] bytes.
     """

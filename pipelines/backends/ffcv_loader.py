@@ -1,9 +1,9 @@
-"""An FFCV Loader that takes our order, crops and flips, and whose failures reach the consumer.
+"""An FFCV Loader that takes a given order, crops and flips, and whose failures reach the consumer.
 
 FFCV hands its decoder the sample numbers of a batch: rows of the array that its traversal order makes. Here a
-row holds more than the number (`ffcv_kernel.PLAN`), so that crops and flips travel the same way. What is FFCV's:
-the reader, the memory map, the graph and its compilation, the ring of buffers. What is not is the loop of its
-thread, which on an error ends without a word and leaves the consumer waiting for ever.
+row holds more than the number (`ffcv_kernel.PLAN`), so that crops and flips travel the same way. FFCV's own are
+the reader, the memory map, the graph and its compilation, and the ring of buffers. The loop of its thread is written
+anew: FFCV's ends silently on an error, and the consumer waits for ever.
 
 To be imported only where FFCV is known to be installed.
 """
@@ -82,7 +82,7 @@ class PlannedLoader(Loader):
         """Start to decode `plan`, whole batches of rows.
 
         In FFCV's thread and batch by batch, `prepare(rows)` sets boxes and flips, and `finish(rows, what prepare
-        returned, pixels)` may look at the faults and mend the pixels.
+        returned, pixels)` may read the faults and repair the pixels.
         """
         self.traversal_order.plan = plan
         return PlannedEpoch(self, self.traversal_order.sample_order(self.next_epoch), prepare, finish)

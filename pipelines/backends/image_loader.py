@@ -1,6 +1,6 @@
 """An image's way from its file to its place in a batch, and what happens when it cannot be read.
 
-This is the whole of it where the host decodes: all of the default pipeline's images, and those that FFCV cannot show.
+This is the whole of it where the host decodes: all of the default pipeline's images, and those that FFCV cannot decode.
 """
 
 from __future__ import annotations

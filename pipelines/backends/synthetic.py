@@ -1,4 +1,4 @@
-"""Generated images, rendered and normalised once: what training does with no data to wait for."""
+"""Random images, rendered and normalised once: the upper bound of the speed of training, without input."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class SyntheticPipeline:
         return (self._batch(share.ids) for share in self._sampler.epoch(epoch, start_step))
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Nothing to release."""
 
     def _batch(self, sample_ids: NDArray[np.int64]) -> Batch:
         ids = torch.from_numpy(sample_ids.copy())

@@ -1,9 +1,9 @@
 """The default pipeline: CPU threads decode, crop and resize; the device normalises.
 
-Threads, not processes: simplejpeg's decoder and torch's resize let go of the GIL, so threads scale, and
+Threads, not processes: simplejpeg's decoder and torch's resize release the GIL, so threads scale, and
 nothing is pickled, forked or left in /dev/shm. Each batch is split into chunks for a thread pool; every
 image has its place in a preallocated buffer, so the result does not depend on who finishes first.
-At most `prefetch` batches are in the making while the consumer works on one.
+At most `prefetch` batches are in preparation while the consumer works on one.
 
 For CUDA the buffer holds bytes, a quarter of what fp32 would put over the bus, and is pinned. Without it the
 threads normalise too, image by image while it is in their cache. With `augment_on="device"` the threads only decode
@@ -46,7 +46,7 @@ class _Slot:
 
 @dataclass
 class _Pending:
-    """A batch in the making."""
+    """A batch in preparation."""
 
     ids: NDArray[np.int64]
     pixels: Tensor  # (B, H, W, 3), of `dtype` and normalised, or bytes for the device: images, or cells with crops
@@ -107,7 +107,7 @@ class TorchPipeline(Backend):
             self._slots.extend(batch.slot for batch in batches if batch.slot)
 
     def _start_batch(self, share: Share, left: threading.Event) -> _Pending:
-        """In a decoder thread: have the threads fill a slot, or its beginning, with these samples."""
+        """In a decoder thread: let the threads fill a slot, or the first part of it, with these samples."""
         ids = share.ids
         draws = uniform(self._sampler.seed, share.draw_ids, ids, DRAWS)
         with self._starting:

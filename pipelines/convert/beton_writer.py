@@ -233,7 +233,7 @@ def _in_shard_order(
 
     ahead: deque[tuple[int, Future[tuple[bytes, int, int]]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
-        for i in source.stored_order().tolist():
+        for i in source.disk_order().tolist():
             ahead.append((i, pool.submit(load, i)))
             if len(ahead) > 4 * workers:
                 number, loaded = ahead.popleft()

@@ -1,4 +1,4 @@
-"""What stands in for an unreadable image, and how odd images are counted and named, for every backend.
+"""What stands in for an unreadable image, and how bad images are counted and named, for every backend.
 
 An unreadable image must not end a training run of days, and must not go unnoticed either: its place is
 taken by the next readable image in the listing, a function of the data alone, and it is counted and named.

@@ -25,8 +25,8 @@ _OF_CONVERSION = re.compile(rf"shard-\d{{6}}\.tar|.*{re.escape(PARTIAL)}")  # an
 def detect_source(data_path: str | Path, split: str = "train") -> Source:
     """The images of a split at `data_path`.
 
-    A folder of the split's name in it is meant, as in the published code. Without one, the training images are those of
-    the path itself; others must have one. "all": the path itself, whatever it holds.
+    They are in the folder of the split's name, as in the published code. Without such a folder, the path itself holds
+    the training images; other splits need one. The split "all" is the path itself, whatever it holds.
 
     Raises DataError when there are none, saying what was looked for.
     """

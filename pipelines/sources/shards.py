@@ -50,12 +50,12 @@ class ShardSource:
         """Bytes of each JPEG, (n,)."""
         return self._index["size"]
 
-    def stored_order(self) -> NDArray[np.int64]:
+    def disk_order(self) -> NDArray[np.int64]:
         """The samples as they lie in the shards, (n,)."""
         return np.lexsort((self._index["offset"], self._index["shard"]))
 
     def read(self, i: int) -> bytes:
-        """The JPEG of sample i; ImageError when the shard was cut short or changed under our hands."""
+        """The JPEG of sample i; ImageError when the shard was cut short or changed while in use."""
         row = self._index[i]
         return read_record(self._files[row["shard"]], self._names[row["shard"]], row, int(row["offset"]))
 

@@ -1,4 +1,4 @@
-"""What every source of images promises, and how it is read when the storage stumbles."""
+"""What every source of images promises, and how it is read when the storage fails for a moment."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-RETRY_SECONDS = (0.05, 0.2)  # pauses after which a read is tried again: network file systems stumble
+RETRY_SECONDS = (0.05, 0.2)  # pauses after which a read is tried again: network file systems fail for a moment
 
 
 class Source(Protocol):
@@ -34,7 +34,7 @@ class Source(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of open files."""
+        """Close open files."""
         ...
 
 
@@ -46,7 +46,7 @@ def num_classes(source: Source) -> int:
 
 
 def read_patiently(source: Source, i: int) -> bytes | memoryview:
-    """`source.read(i)`, tried again after a pause when the storage stumbles; raises what the last try did."""
+    """`source.read(i)`, tried again after a pause when the storage fails; raises what the last try did."""
     for pause in RETRY_SECONDS:
         try:
             return source.read(i)

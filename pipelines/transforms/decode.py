@@ -1,6 +1,6 @@
 """Bytes to pixels: (H, W, 3) uint8 RGB, or a reason why not.
 
-libjpeg-turbo (simplejpeg, which lets go of the GIL) decodes every JPEG, Pillow all the rest. JPEGs are
+libjpeg-turbo (simplejpeg, which releases the GIL) decodes every JPEG, Pillow all the rest. JPEGs are
 decoded *strictly*: where libjpeg would only warn and go on with grey blocks (file cut short, bad Huffman
 code), the image is refused, because nobody would see the grey. EXIF orientation is not applied and alpha
 is dropped, both as in the published code.

@@ -41,7 +41,7 @@ def crop(image: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
 def resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
     """Antialiased bicubic: (h, w, 3) -> (*size, 3) uint8.
 
-    NumPy moves the axes: each of torch's calls lets go of the GIL, and may have to wait to get it back.
+    NumPy moves the axes: each of torch's calls releases the GIL, and may have to wait to get it back.
     """
     # reshape, not [None]: with a stride of 0 torch would take the batch of one for planes and be twice as slow
     pixels = image.reshape(1, *image.shape).transpose(0, 3, 1, 2)  # (h, w, 3) -> (1, 3, h, w), channels_last
