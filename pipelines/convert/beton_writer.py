@@ -41,7 +41,7 @@ OnRecord = Callable[[int, int], None]  # images, bytes
 
 @dataclass(frozen=True)
 class BetonSettings:
-    """What is made of the shards of a folder."""
+    """How a .beton is made of the shards of a folder."""
 
     raw: float = 0.0  # share of the records stored as pixels
     alone: bool = False  # the shards are deleted when the .beton is whole
@@ -52,7 +52,7 @@ class BetonSettings:
 
 
 def mark(folder: Path, alone: bool) -> None:
-    """Note before the shards are written whether they are meant to be deleted: others must not be."""
+    """Note, before the shards are written, whether they are to be deleted: shards without the note never are."""
     mark_path = folder / _ALONE
     if alone:
         mark_path.touch()
@@ -63,10 +63,10 @@ def mark(folder: Path, alone: bool) -> None:
 def with_beton(
     folder: Path, manifest: Manifest, settings: BetonSettings | None, workers: int, on_record: OnRecord
 ) -> Manifest:
-    """Make what `settings` ask for of the finished shards in `folder`; None: the shards are all.
+    """Make the .beton that `settings` ask for of the finished shards in `folder`; None: only shards are wanted.
 
-    Returns the manifest that says so. Raises SettingsError when the folder was converted to another format,
-    DataError when a shard is damaged or FFCV is missing, OSError when writing fails.
+    Returns the manifest that lists it. Raises SettingsError when the folder was converted to another format or FFCV is
+    missing, DataError when a shard is damaged, OSError when writing fails.
     """
     made = manifest.beton
     if made is not None and made.alone:
@@ -132,7 +132,7 @@ def _write(folder: Path, settings: BetonSettings, workers: int, on_record: OnRec
 def _write_records(
     file: BinaryIO, source: ShardSource, raw: NDArray[np.bool_], workers: int, on_record: OnRecord
 ) -> NDArray[np.void]:
-    """All of a .beton; returns its CHECKS."""
+    """Write a whole .beton; returns its CHECKS."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.memory_allocator import MemoryAllocator
     from ffcv.types import (
@@ -222,7 +222,7 @@ def _page_size(source: ShardSource, raw: NDArray[np.bool_]) -> int:
 def _in_shard_order(
     source: ShardSource, raw: NDArray[np.bool_], workers: int
 ) -> Iterator[tuple[int, tuple[bytes, int, int]]]:
-    """Number, and content, height and width of each record; read and decoded some records ahead."""
+    """Number, and (content, height, width), of each record; some records are read and decoded ahead."""
 
     def load(i: int) -> tuple[bytes, int, int]:
         jpeg = _read(source, i)

@@ -119,7 +119,7 @@ def convert_part(
 
 
 def _splits(src: Path, dst: Path) -> list[tuple[Path, Path]]:
-    """Pairs of a source and the folder its shards go to, which is ours to write."""
+    """Pairs of a source and the folder its shards go to, which holds nothing but a conversion."""
     if not src.exists():
         raise DataError(f"{src} does not exist: give the folder of images, or the file list, to convert")
     real_src, real_dst = src.resolve(), dst.resolve()
@@ -133,7 +133,7 @@ def _splits(src: Path, dst: Path) -> list[tuple[Path, Path]]:
 
 
 def _refuse_others(dst: Path, splits: set[str] | None) -> None:
-    """Only what a conversion writes may be in DST: never mix with, never delete, what is someone else's."""
+    """Refuse a DST with files that no conversion writes: they are neither mixed with shards nor deleted."""
     if dst.exists() and not dst.is_dir():
         raise SettingsError(f"{dst} exists and is no folder: choose another destination")
     for entry in sorted(dst.iterdir()) if dst.exists() else []:
@@ -186,7 +186,7 @@ def _with_beton(
 
 
 def _counting(what: Path, done: int, total: int, on_progress: Callable[[Progress], None]) -> Callable[[int, int], None]:
-    """A function of newly done images and bytes read that reports how far `what` is."""
+    """A function of (images done, bytes read) since its last call that reports the progress of `what`."""
     read = 0
 
     def advance(images: int, size: int) -> None:
@@ -219,7 +219,7 @@ def _convert_part(
         return written
     with locked(dst, part.name):
         kept = _finished_shards(dst, paths, made_from)
-        for path in paths:  # the other parts' shards are none of our business
+        for path in paths:  # the shards of other parts are not touched
             _remove_shard(path, *([PARTIAL] if path.name in kept else ["", PARTIAL]))
         _write_shards(jobs, kept, workers, dst, on_progress)
         write_part(dst, written)
@@ -260,7 +260,7 @@ def _refuse_other_settings(dst: Path, asked: dict[str, object], found: dict[str,
 
 
 def _finished_shards(dst: Path, paths: Iterable[Path], made_from: dict[str, object]) -> set[str]:
-    """Those of these shards that an earlier run finished and that can stay."""
+    """File names of those of these shards that an earlier run finished and that are undamaged."""
     kept = set()
     for path in filter(Path.exists, (path.with_suffix(".json") for path in paths)):
         try:
@@ -275,7 +275,7 @@ def _finished_shards(dst: Path, paths: Iterable[Path], made_from: dict[str, obje
 
 
 def remove_leftovers(dst: Path, kept: set[str], done: bool) -> None:
-    """Delete what an interrupted run left and no whole shard stands for."""
+    """Delete what an interrupted run left behind, except whole shards."""
     for path in dst.iterdir():
         unfinished = path.name.startswith("shard-") and path.with_suffix(".tar").name not in kept
         report = done and path.suffix in (".json", ".lock") and path.name != MANIFEST

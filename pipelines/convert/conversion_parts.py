@@ -1,4 +1,4 @@
-"""One of N parts of a conversion, so that N machines can share the work: which shards it is, what it leaves.
+"""One of N parts of a conversion, so that N machines can share the work: which shards a part writes, and its manifest.
 
 A part is every N-th shard. Done, it leaves part-I-of-N.json beside its shards and their reports: what it wrote, from
 what, and with which settings.
@@ -38,11 +38,11 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Of its files, without suffix."""
+        """The stem of its files."""
         return f"part-{self.number:04d}-of-{self.of:04d}"
 
     def share(self, jobs: list[Job]) -> list[Job]:
-        """This part's of all jobs."""
+        """Those of all jobs that are this part's."""
         return jobs[self.number - 1 :: self.of]
 
 

@@ -1,4 +1,4 @@
-"""The folder that a conversion writes to: nobody else writes there meanwhile, and failures say what is left."""
+"""The folder that a conversion writes to: it is locked, and a failure to write says what is kept."""
 
 from __future__ import annotations
 

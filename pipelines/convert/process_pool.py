@@ -2,8 +2,8 @@
 
 Each process has one pipe: jobs go down, progress and results come up. When the parent is gone (killed,
 too) the pipe is closed, and the child ends at its next message. Nothing is named, so nothing goes stale.
-A process that dies, is stopped or falls silent is named together with the image it was at: each counts what it
-has done in memory that it shares with the parent.
+A process that dies, is stopped or sends nothing is named together with the image it was at: each counts its images
+in memory shared with the parent.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ _STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a dis
 
 
 def _state(pid: int | None) -> str:
-    """The kernel's letter for what a process does; "?" where there is no /proc."""
+    """The kernel's letter for the state of a process; "?" where there is no /proc."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -186,7 +186,7 @@ def _place(worker: _Worker[Job], describe: Describe[Job]) -> str:
 
 
 class _Reports:
-    """Sends progress now and then, and what is left at the end."""
+    """Sends progress every REPORT_SECONDS, and the rest at the end."""
 
     def __init__(self, pipe: Connection, done: ctypes.c_int64) -> None:
         self._pipe, self._done, self._images, self._bytes, self._sent = pipe, done, 0, 0, time.monotonic()
@@ -210,7 +210,7 @@ class _Reports:
 
 
 def _serve(work: Callable[[Job, Advance], None], pipe: Connection, done: ctypes.c_int64) -> None:
-    """In the child: jobs until there is none left, or no parent."""
+    """In the child: work on jobs until there is none left, or no parent."""
     faulthandler.enable()  # a crash in a decoder shows where, on stderr
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""What of an image goes into a shard: a baseline JPEG, 4:2:0, RGB colours, not larger than need be.
+"""Re-encode an image for a shard: a baseline JPEG, 4:2:0, RGB colours, reduced to the size asked for.
 
 So every decoder, those in hardware too, takes its fast path. An image that is like that already is copied
 byte for byte: no second generation of JPEG artefacts.
@@ -19,7 +19,7 @@ _MAX_JPEG_SIDE = 65500  # libjpeg's limit
 
 @dataclass(frozen=True)
 class Reencode:
-    """How images are stored. Images are never enlarged; 0 for both sides keeps their size."""
+    """Size and quality of the JPEGs. Images are never enlarged; 0 for both sides keeps their size."""
 
     short_side: int = 256
     max_side: int = 0

@@ -1,4 +1,4 @@
-"""The unit of conversion: write one shard, and a report that makes it count.
+"""The unit of conversion: write one shard, and a report without which the shard does not count.
 
 Runs in a process of its own and takes all it needs with it, so jobs are small and can be pickled.
 """
@@ -40,7 +40,7 @@ class ShardJob:
 
 
 def write_job(job: ShardJob, advance: Advance) -> None:
-    """Write a shard, its .idx, and last its .json, which makes it count."""
+    """Write a shard, its .idx, and last its report, a .json."""
     repaired: list[dict[str, str]] = []
     refused: list[dict[str, str]] = []
 
@@ -74,7 +74,7 @@ def write_job(job: ShardJob, advance: Advance) -> None:
 
 
 def _check_source_is_there(root: Path) -> None:
-    """An unmounted source must not pass for a million unreadable images."""
+    """Raise DataError when the source is unmounted, instead of refusing a million images as unreadable."""
     try:
         os.close(os.open(root, os.O_RDONLY))  # a folder, or a tar
     except OSError as error:

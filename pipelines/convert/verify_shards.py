@@ -1,4 +1,4 @@
-"""Read converted data again and compare everything with everything: is each byte what was written?"""
+"""Read converted data again: does every byte agree with manifest, index and checksums?"""
 
 from __future__ import annotations
 
