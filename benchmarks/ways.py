@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from measuring import clock
-from torch import Tensor, nn
+from torch import Tensor
 
 from spark_fast import SparK, build_spark
 from spark_fast.decoder import UNetBlock
@@ -79,7 +79,7 @@ def build(way: Way, shape: Shape, device: torch.device) -> SparK:
                 block.merge = False
     if way.published:
         for norm in (module for module in model.modules() if isinstance(module, MaskedNorm)):
-            norm.forward = partial(_norm_by_nonzero, norm)
+            norm.forward = partial(_norm_by_nonzero, norm)  # type: ignore[method-assign]
     return model.to(device, memory_format=way.layout).train()  # type: ignore[call-overload]
 
 
@@ -136,14 +136,14 @@ def tf32(on: bool) -> Iterator[None]:
             place.fp32_precision = precision
 
 
-def _norm_by_nonzero(norm: nn.Module, x: Tensor) -> Tensor:
+def _norm_by_nonzero(norm: MaskedNorm, x: Tensor) -> Tensor:
     """As the published encoder.py: the visible cells are looked up in every norm, for which the host waits."""
-    visible: Any = norm.context.visible  # type: ignore[union-attr]
+    visible = norm.context.visible
     if visible is None:
         return type(norm).forward(norm, x)
     at = visible.cells(x.shape[2])[:, 0].nonzero(as_tuple=True)
     last = x.permute(0, 2, 3, 1)  # (B, H, W, C)
-    rows = super(MaskedNorm, norm).forward(last[at][:, :, None, None])  # type: ignore[misc]  # (n, C, 1, 1)
+    rows = super(MaskedNorm, norm).forward(last[at][:, :, None, None])  # (n, C, 1, 1)
     out = torch.zeros_like(last, dtype=rows.dtype)
     out[at] = rows.flatten(1)
     return out.permute(0, 3, 1, 2)

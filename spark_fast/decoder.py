@@ -6,16 +6,16 @@ Structure and initialisation are those of the published code (pretrain/decoder.p
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spark_fast import upsample
+from spark_fast.autograd import AutogradContext
 
 
 class ReLU6(nn.ReLU6):
-    """In place, and remembering its output: torch's own remembers its input, and so copies what it then overwrites."""
+    """In place, saving its output for backward: torch's own saves its input, and so copies what it then overwrites."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(...) -> (...), the same memory."""
@@ -24,14 +24,14 @@ class ReLU6(nn.ReLU6):
 
 class _ReLU6(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: AutogradContext, x: Tensor) -> Tensor:
         x.clamp_(0, 6)
         ctx.mark_dirty(x)
         ctx.save_for_backward(x)
         return x
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: AutogradContext, *grads: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
         return torch.ops.aten.hardtanh_backward(grads[0], y, 0, 6)  # 0 at and beyond both limits, which y shows too
 
@@ -39,8 +39,9 @@ class _ReLU6(torch.autograd.Function):
 class UNetBlock(nn.Module):
     """Twice the resolution: (B, cin, h, w) -> (B, cout, 2h, 2w).
 
-    `merge` says whether the first two layers are computed as one, False: each by itself, by torch; None, the default:
-    as one where that pays.
+    Attributes:
+        merge: compute the first two layers as one (`spark_fast.upsample`); False: each by itself, by torch; None, the
+            default: as one where that pays.
     """
 
     merge: bool | None = None
@@ -63,7 +64,7 @@ class UNetBlock(nn.Module):
         assert up.bias is not None
         if self.merge is False:
             x = convolve(up(x))
-        elif self.merge or upsample.pays(x, up.out_channels):
+        elif self.merge or upsample.merging_pays(x, up.out_channels):
             x = upsample.upsample_and_convolve(x, up.weight, up.bias, convolve.weight)
         else:
             x = convolve(upsample.upsample(x, up.weight, up.bias))
@@ -75,10 +76,10 @@ class Decoder(nn.Module):
 
     Args:
         patch: the total stride, a power of two; log2(patch) blocks.
-        width: channels of the coarsest level, halved by every block.
+        width: channels of the coarsest level; block i has width // 2^i, rounded down as in the published code.
 
     Raises:
-        ValueError: `patch` is no power of two, or `width` cannot be halved that often.
+        ValueError: `patch` is no power of two, or `width` is less than `patch`, so that a block would have no channel.
     """
 
     def __init__(self, patch: int, width: int = 768) -> None:
@@ -86,15 +87,17 @@ class Decoder(nn.Module):
         blocks = patch.bit_length() - 1
         if patch != 2**blocks:
             raise ValueError(f"the decoder needs a total stride that is a power of two, got {patch}")
-        if width < 1 or width % 2**blocks:
-            raise ValueError(f"decoder_width {width} must be a multiple of {2**blocks} (halved {blocks} times)")
+        if width < patch:
+            raise ValueError(
+                f"decoder_width {width} is too small: it is halved {blocks} times, so the smallest is {patch}"
+            )
         widths = [width // 2**i for i in range(blocks + 1)]
         self.dec = nn.ModuleList(UNetBlock(cin, cout) for cin, cout in pairwise(widths))
         self.proj = nn.Conv2d(widths[-1], 3, kernel_size=1)
         self.apply(_initialize)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
-        """Levels coarsest first, (B, width / 2^i, h * 2^i, w * 2^i) -> (B, 3, H, W)."""
+        """Levels coarsest first, (B, width // 2^i, h * 2^i, w * 2^i) -> (B, 3, H, W)."""
         x = levels[0]
         for i, block in enumerate(self.dec):
             if 0 < i < len(levels):

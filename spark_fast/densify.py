@@ -1,4 +1,4 @@
-"""A level on its way from the packed encoder to the dense decoder: mask tokens in the holes, then a projection.
+"""From the packed encoder to the dense decoder: mask tokens in the holes of a level, then a projection.
 
 The projection is linear, and the holes all hold the same token. So
 
@@ -10,53 +10,53 @@ A 1x1 projection stays in its cell: it takes the packed rows and the token, befo
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from spark_fast.autograd import AutogradContext, cast_for_autocast
 from spark_fast.encoder.visible import VisiblePatches
-from spark_fast.upsample import autocast
 
 ADDRESSING = 28  # fitted to 24 projections on two CPU cores: to address nine taps costs 28/C of the dense products
 
 
-def pays(x: Tensor, keep: float) -> bool:
+def sparse_pays(x: Tensor, keep: float) -> bool:
     """Whether a 3x3 projection of (V, C, b, b) is faster from its visible share `keep`. On a GPU: not measured, no."""
     return x.device.type == "cpu" and keep + ADDRESSING / x.shape[1] < 1
 
 
-def densify(x: Tensor, token: Tensor, project: nn.Module, seen: VisiblePatches, sparse: bool | None = None) -> Tensor:
-    """project(seen.unpack(x, fill=token)), to rounding.
+def densify(
+    x: Tensor, token: Tensor, project: nn.Module, visible: VisiblePatches, sparse: bool | None = None
+) -> Tensor:
+    """project(visible.unpack(x, fill=token)), to rounding.
 
     Args:
         x: (V, C, b, b), a level of the packed encoder.
         token: (C,).
         project: the identity, or a Conv2d of 1x1 or 3x3 that keeps the size.
-        sparse: compute it from the visible cells; None: where that `pays`.
+        sparse: compute it from the visible cells; None: where that pays (`sparse_pays`).
 
     Returns:
         (B, N, h*b, w*b).
     """
     pointwise = isinstance(project, nn.Conv2d) and project.kernel_size == (1, 1)
     if sparse is None:
-        sparse = pointwise or pays(x, seen.keep)
+        sparse = pointwise or sparse_pays(x, visible.keep)
     if not sparse or not isinstance(project, nn.Conv2d):
-        return project(seen.unpack(x, fill=token))
+        return project(visible.unpack(x, fill=token))
     weight, bias = project.weight, project.bias
     assert bias is not None
-    x, token, weight, bias = autocast(x, token, weight, bias)
+    x, token, weight, bias = cast_for_autocast(x, token, weight, bias)
     c, b = x.shape[1:3]
-    rows = x.permute(0, 2, 3, 1).reshape(-1, c)
+    rows = x.permute(0, 2, 3, 1).reshape(-1, c)  # (V*b*b, C)
     if pointwise:
         both = F.linear(torch.cat([rows, token[None]]), weight.flatten(1), bias)
         packed = both[:-1].view(-1, b, b, len(weight)).permute(0, 3, 1, 2)
-        return seen.unpack(packed, fill=both[-1])
-    taps, outputs, holes = _tables(seen, b)
+        return visible.unpack(packed, fill=both[-1])
+    taps, outputs, holes = _tables(visible, b)
     dense = _Project.apply(torch.cat([rows, token[None]]), weight, taps, outputs, holes) + bias
-    return dense.view(seen.batch, seen.grid[0] * b, seen.grid[1] * b, len(weight)).permute(0, 3, 1, 2)
+    return dense.view(visible.batch, visible.grid[0] * b, visible.grid[1] * b, len(weight)).permute(0, 3, 1, 2)
 
 
 class _Project(torch.autograd.Function):
@@ -72,13 +72,13 @@ class _Project(torch.autograd.Function):
         return F.embedding_bag(taps, (rows @ _matrix(weight).t()).view(-1, len(weight)), mode="sum")
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: AutogradContext, inputs: tuple, output: Tensor) -> None:
         rows, weight, _, outputs, holes = inputs
         ctx.save_for_backward(rows, weight, outputs, holes)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple:
         rows, weight, outputs, holes = ctx.saved_tensors
         of_token = (holes.t().to(grad.dtype) @ grad).view(1, -1)
         grad = torch.cat([grad, grad.new_zeros(1, grad.shape[1])]).index_select(0, outputs)
@@ -92,7 +92,7 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.permute(2, 3, 0, 1).flatten(0, 2)
 
 
-def _tables(seen: VisiblePatches, b: int) -> tuple[Tensor, Tensor, Tensor]:
+def _tables(visible: VisiblePatches, b: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where the nine taps of a 3x3 convolution lead, numbered y-major; n = V*b*b visible cells, m = B*H*W in all.
 
     Returns:
@@ -101,14 +101,16 @@ def _tables(seen: VisiblePatches, b: int) -> tuple[Tensor, Tensor, Tensor]:
         (n*9,) int64: for each visible cell, the outputs it adds to, m where outside;
         (m, 9) bool: which taps are holes.
     """
-    (h, w), device = seen.grid, seen.index.device
-    n, m, (height, width) = seen.count * b * b, seen.batch * h * w * b * b, (h * b, w * b)
-    cells = torch.full((seen.batch * h * w, b, b), n, device=device, dtype=torch.int32)
+    (h, w), device = visible.grid, visible.index.device
+    n, m, (height, width) = visible.count * b * b, visible.batch * h * w * b * b, (h * b, w * b)
+    cells = torch.full((visible.batch * h * w, b, b), n, device=device, dtype=torch.int32)
     numbers = torch.arange(n, device=device, dtype=torch.int32).view(-1, b, b)
-    dense = cells.index_copy(0, seen.patches, numbers).view(-1, h, w, b, b).transpose(2, 3).reshape(-1, height, width)
+    dense = (
+        cells.index_copy(0, visible.patches, numbers).view(-1, h, w, b, b).transpose(2, 3).reshape(-1, height, width)
+    )
     around = F.pad(dense, (1, 1, 1, 1), value=n + 1).unfold(1, 3, 1).unfold(2, 3, 1).reshape(m, 9)
     taps = around * 9 + torch.arange(9, device=device, dtype=torch.int32)
     places = torch.arange(m, device=device).view(-1, height, width)
     outputs = F.pad(places, (1, 1, 1, 1), value=m).unfold(1, 3, 1).unfold(2, 3, 1).flip(3, 4)
     outputs = outputs.reshape(-1, h, b, w, b * 9).transpose(2, 3).reshape(-1, b * b * 9)
-    return taps, outputs.index_select(0, seen.patches).flatten(), around == n
+    return taps, outputs.index_select(0, visible.patches).flatten(), around == n

@@ -18,8 +18,8 @@ from torch import Tensor
 VISIBLE, HIDDEN = ".", "#"
 
 
-def chosen_mask(words: Sequence[str], grid: tuple[int, int]) -> Tensor:
-    """(h, w) bool, True where visible.
+def read_mask(words: Sequence[str], grid: tuple[int, int]) -> Tensor:
+    """Read a mask: (h, w) bool, True where visible.
 
     Args:
         words: the rows; or one file, a text of rows or a picture.

@@ -7,10 +7,10 @@ import re
 import sys
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
+from timm.models import FeatureInfo
 from torch import nn
 
 from spark_fast.encoder.pyramid import MIN_STRIDE
@@ -59,14 +59,17 @@ def build_network(model: str, kwargs: dict | None = None, stages: int | None = N
     if stages is None:
         return _features(model, kwargs or {})
     with torch.device("meta"):
-        info: Any = _features(model, kwargs or {}).feature_info
+        info = _features(model, kwargs or {}).feature_info
+    assert isinstance(info, FeatureInfo)
     levels = [i for i, stride in zip(info.out_indices, info.reduction(), strict=True) if stride >= MIN_STRIDE]
     if not 1 <= stages <= len(levels):
         raise ValueError(f"stages must be from 1 to {len(levels)}, the levels of {model}, got {stages}")
-    network: Any = _features(model, {**(kwargs or {}), "out_indices": levels[:stages]})
+    network = _features(model, {**(kwargs or {}), "out_indices": levels[:stages]})
     wanted = getattr(network, "_stage_out_idx", None)  # timm's EfficientNets build all their stages in any case
     if wanted is not None:
-        network.blocks = network.blocks[: max(wanted)]
+        blocks = network.get_submodule("blocks")
+        assert isinstance(blocks, nn.Sequential)
+        network.blocks = blocks[: max(wanted)]
     return network
 
 

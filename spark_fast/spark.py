@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from spark_fast.decoder import Decoder
 from spark_fast.densify import densify
 from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, VisiblePatches
+from spark_fast.encoder.pyramid import as_size
 from spark_fast.encoder.sparseconvnet import SparseEncoder
 from spark_fast.encoder.verify import verify
 from spark_fast.masking import num_visible
 from spark_fast.networks import build_network
-from spark_fast.verified_networks import is_proven
+from spark_fast.verified_networks import is_verified
 
 log = logging.getLogger("spark_fast")
 
@@ -82,10 +83,10 @@ class SparK(nn.Module):
         Raises:
             ValueError: images of another size, or a mask that keeps unequal numbers of patches.
         """
-        seen = self._visible(images, visible)
-        if seen.per_image == self.grid[0] * self.grid[1]:
+        patches = self._visible(images, visible)
+        if patches.per_image == self.grid[0] * self.grid[1]:
             raise ValueError("the mask hides no patch: there is nothing to reconstruct")
-        return self._loss(self._decode(images, seen), images, on=seen.complement())
+        return self._loss(self._decode(images, patches), images, on=patches.complement())
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, visible: Tensor) -> Tensor:
@@ -93,23 +94,23 @@ class SparK(nn.Module):
 
         The decoder predicts patches normalised by their own mean and deviation, which are taken from `images`.
         """
-        seen = self._visible(images, visible)
-        holes = seen.complement()
+        patches = self._visible(images, visible)
+        holes = patches.complement()
         mean, std = _patch_statistics(holes.pack(images))
-        filled = holes.pack(self._decode(images, seen)).to(images.dtype) * std + mean
-        return torch.where(seen.cells(images.shape[2]), images, holes.unpack(filled))
+        filled = holes.pack(self._decode(images, patches)).to(images.dtype) * std + mean
+        return torch.where(patches.cells(images.shape[2]), images, holes.unpack(filled))
 
     def encode(self, images: Tensor, visible: Tensor) -> list[Tensor]:
         """Dense feature maps (B, C_i, H_i, W_i) of the visible patches, finest first, zero where masked."""
-        seen = self._visible(images, visible)
-        return [seen.unpack(f) for f in self.encoder(images, seen)]
+        patches = self._visible(images, visible)
+        return [patches.unpack(f) for f in self.encoder(images, patches)]
 
-    def _decode(self, images: Tensor, seen: VisiblePatches) -> Tensor:
+    def _decode(self, images: Tensor, patches: VisiblePatches) -> Tensor:
         """Encode, densify, decode: (B, 3, H, W), every patch in units of its own deviation."""
         levels = []
         layers = zip(self.densify_norms, self.mask_tokens, self.densify_projs, strict=True)
-        for features, (norm, token, project) in zip(reversed(self.encoder(images, seen)), layers, strict=True):
-            levels.append(densify(norm(features), token.flatten(), project, seen, self.sparse_projections))
+        for features, (norm, token, project) in zip(reversed(self.encoder(images, patches)), layers, strict=True):
+            levels.append(densify(norm(features), token.flatten(), project, patches, self.sparse_projections))
         return self.decoder(levels)
 
     @staticmethod
@@ -130,15 +131,15 @@ class SparK(nn.Module):
             keys = torch.rand(len(images), self.grid[0] * self.grid[1], device=images.device)
             visible = keys.argsort(dim=1)[:, : self.num_visible].sort(dim=1).values
         if visible.dtype == torch.int64 and visible.dim() == 2 and len(visible) == len(images):
-            seen = VisiblePatches(visible, self.grid)
+            patches = VisiblePatches(visible, self.grid)
         elif visible.dtype == torch.bool and tuple(visible.shape) == (len(images), *self.grid):
-            seen = VisiblePatches.from_mask(visible)
+            patches = VisiblePatches.from_mask(visible)
         else:
             raise ValueError(
                 f"visible must be bool ({len(images)}, {self.grid[0]}, {self.grid[1]}) or int64 ({len(images)}, L), "
                 f"got {visible.dtype} {tuple(visible.shape)}"
             )
-        return seen
+        return patches
 
 
 def build_spark(
@@ -159,12 +160,13 @@ def build_spark(
         model: a timm name, your own as "package.module:function", or an nn.Module that returns a list of feature
             maps (it is converted in place).
         input_size: pixels, one number or (H, W); a multiple of the network's total stride.
-        encoder: "packed", "masked" for the published way, or "sparseconvnet" (see `spark_fast.encoder.sparseconvnet`).
+        encoder: "packed", "masked" (dense maps with zeroed holes, as published), or "sparseconvnet" (see
+            `spark_fast.encoder.sparseconvnet`).
         model_kwargs: passed to `timm.create_model`, e.g. {"drop_path_rate": 0.05}.
         stages: keep the first so many levels of the pyramid (stride 4, 8, 16, ...): 3 gives patches of 16 px, 2 of
             8 px. By default all, 32 px for most networks.
         sync_batchnorm: batch statistics over all ranks (`torch.nn.SyncBatchNorm`).
-        check: run `verify`; None: unless the table of proven networks has this one.
+        check: run `verify`; None: unless the table of verified networks has this one.
 
     Raises:
         ValueError: an unknown model (the nearest names are given), one whose layers cannot be packed (named) or that
@@ -172,10 +174,10 @@ def build_spark(
     """
     if encoder not in ENCODERS:
         raise ValueError(f"unknown encoder {encoder!r}; there are {', '.join(ENCODERS)}")
-    size = (input_size, input_size) if isinstance(input_size, int) else input_size
+    size = as_size(input_size)
     network = build_network(model, model_kwargs, stages) if isinstance(model, str) else model
     if check is None:
-        check = not (isinstance(model, str) and is_proven(model, model_kwargs, stages))
+        check = not (isinstance(model, str) and is_verified(model, model_kwargs, stages))
     if check:
         log.info("checking that the packed encoder computes what the network computes")
         found = verify(network, stages=stages)

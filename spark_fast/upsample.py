@@ -11,21 +11,21 @@ zeros, while the merged map sees the ring of y just outside the image, as the tr
 What that ring adds is computed (a line of pixels on each side) and taken off again.
 
 The merge costs 144 C^2 C' multiplications whatever the batch, the two-step form 4 B H W C C' more than the merged one:
-it pays from B H W = 36 C upwards, see `pays`.
+it pays from B H W = 36 C upwards, see `merging_pays`.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spark_fast.autograd import AutogradContext, cast_for_autocast
+
 ADVANTAGE = 3  # the saving must be so many times the merge: below, it was measured equal or slower
 
 
-def pays(x: Tensor, channels: int) -> bool:
+def merging_pays(x: Tensor, channels: int) -> bool:
     """Whether the merged form is the faster one for an input (B, C, h, w) and `channels` between the two."""
     pixels = 4 * len(x) * x.shape[2] * x.shape[3]
     return 4 * pixels >= ADVANTAGE * 144 * channels
@@ -39,17 +39,17 @@ def upsample(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     if x.device.type != "cpu" or len(x) * x.shape[2] * x.shape[3] > 2 * x.shape[1]:
         return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
-    return _Upsample.apply(*autocast(x, weight, bias))
+    return _Upsample.apply(*cast_for_autocast(x, weight, bias))
 
 
 class _Upsample(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: AutogradContext, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: AutogradContext, *grads: Tensor) -> tuple[Tensor, ...]:
         (x, weight), (grad,) = ctx.saved_tensors, grads
         (batch, c, h, w), m = x.shape, weight.shape[1]
         taps = F.pad(grad, (1, 1, 1, 1)).permute(0, 2, 3, 1).unfold(1, 4, 2).unfold(2, 4, 2)  # (B, h, w, M, 4, 4)
@@ -74,7 +74,7 @@ def upsample_and_convolve(x: Tensor, transposed: Tensor, bias: Tensor, weight: T
     Returns:
         (B, N, 2h, 2w).
     """
-    x, transposed, bias, weight = autocast(x, transposed, bias, weight)
+    x, transposed, bias, weight = cast_for_autocast(x, transposed, bias, weight)
     kernel = _Merge.apply(transposed, weight)
     inside = torch.einsum("nmrs,m->n", weight, bias)  # what the bias adds where all nine taps are inside
     z = F.conv_transpose2d(x, kernel, inside.detach(), stride=2, padding=2)
@@ -89,25 +89,17 @@ class _Merge(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, transposed: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: AutogradContext, transposed: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(transposed, weight)
         return F.conv2d(transposed, weight, padding=2)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: AutogradContext, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (transposed, weight), (grad,) = ctx.saved_tensors, grads
         (n, m), flipped = weight.shape[:2], weight.flip(2, 3).transpose(0, 1)
         taps = grad.permute(0, 2, 3, 1).unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3)  # (C, 4, 4, 3, 3, N)
         grad_weight = taps.reshape(-1, 9 * n).t() @ transposed.permute(0, 2, 3, 1).reshape(-1, m)
         return F.conv2d(grad, flipped), grad_weight.view(3, 3, n, m).flip(0, 1).permute(2, 3, 0, 1)
-
-
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As autocast would hand them to a convolution: our own functions are not on its list."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
 
 
 def _ring(x: Tensor, transposed: Tensor, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,12 +126,12 @@ class _Edges(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: AutogradContext, x: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x)
         return x[:, :, 0].clone(), x[:, :, -1].clone(), x[..., 0].clone(), x[..., -1].clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: AutogradContext, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         g = torch.zeros_like(x)
         for edge, grad in zip((g[:, :, 0], g[:, :, -1], g[..., 0], g[..., -1]), grads, strict=True):
@@ -155,13 +147,13 @@ class _TakeOffEdges(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, inside: Tensor, *edges: Tensor) -> Tensor:
+    def forward(ctx: AutogradContext, z: Tensor, inside: Tensor, *edges: Tensor) -> Tensor:
         for line, edge in zip((z[:, :, 0], z[:, :, -1], z[..., 0], z[..., -1]), edges, strict=True):
             line -= edge
         ctx.mark_dirty(z)
         return z
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: AutogradContext, *grads: Tensor) -> tuple[Tensor, ...]:
         (g,) = grads
         return g, g.sum(dim=(0, 2, 3)), -g[:, :, 0], -g[:, :, -1], -g[..., 0], -g[..., -1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from functools import cache
 from importlib.resources import files
-from typing import Any
 
 import timm
 
@@ -13,12 +12,16 @@ UNVERIFIED_KWARGS = {"drop_path_rate", "drop_rate", "pretrained"}  # these chang
 
 
 @cache
-def table(version: str = timm.__version__) -> dict[str, dict[str, Any]]:
-    """{"proven": {name: largest difference}, "refused": {name: reason}} for a version of timm; empty if not swept."""
+def sweep_results(version: str = timm.__version__) -> dict[str, dict[str, float | str]]:
+    """What the sweep found, for a version of timm; both parts are empty if it was not swept.
+
+    Returns:
+        {"verified": {name: largest relative difference}, "refused": {name: reason}}.
+    """
     path = files("spark_fast") / "sweeps" / f"timm-{version}.json"
-    return json.loads(path.read_text()) if path.is_file() else {"proven": {}, "refused": {}}
+    return json.loads(path.read_text()) if path.is_file() else {"verified": {}, "refused": {}}
 
 
-def is_proven(model: str, kwargs: dict | None = None, stages: int | None = None) -> bool:
+def is_verified(model: str, kwargs: dict | None = None, stages: int | None = None) -> bool:
     """Has the sweep verified just this network, with the timm that is installed?"""
-    return model in table()["proven"] and stages is None and not set(kwargs or {}) - UNVERIFIED_KWARGS
+    return model in sweep_results()["verified"] and stages is None and not set(kwargs or {}) - UNVERIFIED_KWARGS

@@ -39,7 +39,7 @@ def test_biases_start_at_zero_and_norms_at_the_identity(decoder):
     assert all((m.weight == 1).all() for m in decoder.modules() if isinstance(m, nn.BatchNorm2d))
 
 
-@pytest.mark.parametrize(("patch", "width"), [(2, 8), (4, 12), (32, 64)])
+@pytest.mark.parametrize(("patch", "width"), [(2, 8), (4, 12), (32, 64), (32, 48), (8, 13)])
 def test_widths_halve_and_resolution_doubles_with_every_block(patch, width):
     decoder, blocks = Decoder(patch, width), patch.bit_length() - 1
     assert [b.up_sample.in_channels for b in decoder.dec] == [width // 2**i for i in range(blocks)]
@@ -66,10 +66,11 @@ def test_a_patch_that_is_no_power_of_two_is_refused(patch):
         Decoder(patch, 96)
 
 
-@pytest.mark.parametrize("width", [0, -8, 12, 1])
-def test_a_width_that_cannot_be_halved_is_refused(width):
-    with pytest.raises(ValueError, match=rf"decoder_width {width} must be a multiple of 8 \(halved 3 times\)"):
+@pytest.mark.parametrize("width", [0, -8, 7, 1])
+def test_a_width_that_leaves_a_block_without_channels_is_refused_with_the_smallest(width):
+    with pytest.raises(ValueError, match=f"decoder_width {width} is too small: .* 3 times, so the smallest is 8"):
         Decoder(8, width)
+    assert Decoder(8, 8).proj.in_channels == 1
 
 
 def test_relu6_and_its_gradient_are_torchs_also_at_its_limits():

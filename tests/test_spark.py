@@ -1,6 +1,7 @@
 """SparK from outside: what it accepts and refuses, its loss, its reconstruction, its features."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -209,9 +210,9 @@ def test_a_change_in_a_hole_changes_no_feature_and_no_prediction(model):
         ({"model": "resnet51"}, r"unknown model 'resnet51'; did you mean .*resnet5\d"),
         ({"model": "qqqq"}, r"unknown model 'qqqq'; see timm\.list_models"),
         ({"encoder": "sparse"}, "unknown encoder 'sparse'; there are packed, masked"),
-        ({"decoder_width": 100}, "decoder_width 100 must be a multiple of 32"),
-        ({"decoder_width": 0}, "decoder_width 0 must be"),
-        ({"decoder_width": -32}, "decoder_width -32 must be"),
+        ({"decoder_width": 31}, "decoder_width 31 is too small: it is halved 5 times, so the smallest is 32"),
+        ({"decoder_width": 0}, "decoder_width 0 is too small"),
+        ({"decoder_width": -32}, "decoder_width -32 is too small"),
         ({"input_size": 70}, "input size 70x70 is not a multiple of the patch, 32 px"),
         ({"input_size": (64, 70)}, "input size 64x70 is not a multiple"),
         ({"mask_ratio": 1.5}, "mask ratio must be between 0 and 1, got 1.5"),
@@ -227,6 +228,20 @@ def test_at_the_coarsest_level_equal_widths_are_not_projected():
     projections = small(decoder_width=32).densify_projs
     assert [p.kernel_size for p in projections] == [(1, 1), (3, 3), (3, 3), (3, 3)]
     assert [(p.in_channels, p.out_channels) for p in projections] == [(512, 32), (256, 16), (128, 8), (64, 4)]
+
+
+def test_a_width_that_is_no_multiple_of_the_patch_is_rounded_down_as_published(tmp_path):
+    model, again = lively(small(decoder_width=48)), small(decoder_width=48)
+    published = [48, 24, 12, 6, 3, 1]  # the published decoder.py: [width // 2**i for i in range(n + 1)]
+    assert [(b.up_sample.in_channels, b.conv[-2].out_channels) for b in model.decoder.dec] == list(pairwise(published))
+    assert [p.out_channels for p in model.densify_projs] == published[:4]
+    images, index = pictures(dtype=torch.float32), index_of(model)
+    model(images, index).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    again.load_state_dict(torch.load(tmp_path / "model.pth"))
+    with torch.no_grad():
+        assert torch.equal(again.eval()(images, index), model.eval()(images, index))
 
 
 def test_a_resnet_is_densified_by_batch_norms_and_a_convnext_by_layer_norms():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from spark_fast.decoder import UNetBlock
-from spark_fast.upsample import pays, upsample, upsample_and_convolve
+from spark_fast.upsample import merging_pays, upsample, upsample_and_convolve
 
 size = st.integers(1, 5)
 
@@ -77,6 +77,6 @@ def test_a_block_merged_and_not_gives_the_same(training):
 
 
 def test_it_pays_for_many_pixels_and_few_channels_only():
-    assert pays(torch.empty(8, 48, 112, 112, device="meta"), 48)
-    assert not pays(torch.empty(8, 768, 7, 7, device="meta"), 768)
-    assert pays(torch.empty(1024, 768, 7, 7, device="meta"), 768)
+    assert merging_pays(torch.empty(8, 48, 112, 112, device="meta"), 48)
+    assert not merging_pays(torch.empty(8, 768, 7, 7, device="meta"), 768)
+    assert merging_pays(torch.empty(1024, 768, 7, 7, device="meta"), 768)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spark_fast.encoder import VisiblePatches
-from spark_fast.encoder.conv.geometry import axes
+from spark_fast.encoder.conv.geometry import layer_axes
 from spark_fast.encoder.visible import Places
 from spark_fast.errors import SettingsError
 from spark_fast.files import atomic_write
@@ -82,7 +82,7 @@ def arrange(grid: tuple[int, int], b: int, mask_ratio: float, seed: int) -> Draw
     one_each = _colours(seen.count)[:, :, None, None].expand(-1, -1, b, b)
     dense = seen.unpack(one_each, fill=torch.full((3,), HOLE))  # (1, 3, h*b, w*b), the masked map
     packed = seen.pack(dense)  # (V, 3, b, b)
-    y, x = axes(torch.nn.Conv2d(3, 3, 3, padding=1))
+    y, x = layer_axes(torch.nn.Conv2d(3, 3, 3, padding=1))
     table = seen.window_table(b, Places(y.window(b), x.window(b)))
     rows = torch.cat([packed.permute(0, 2, 3, 1).reshape(-1, 3), torch.full((1, 3), NOTHING)])  # (V*b*b + 1, 3)
     windows = rows[table].view(seen.count, len(y.window(b)), len(x.window(b)), 3)

@@ -1,4 +1,4 @@
-"""Pack and verify every network of timm; write the table that construction consults and the docs show.
+"""Pack and verify every network of timm; write the table that `build_spark` consults and the docs show.
 
     python tools/sweep_timm.py                  # all of timm.list_models(): under an hour on two cores
     python tools/sweep_timm.py "resnet*" regnetx_002 --dry_run
@@ -37,7 +37,7 @@ PAGE = ROOT / "docs" / "networks.md"
 HUGE = 250e6  # parameters: verified one at a time, they need the memory
 
 
-def prove(name: str) -> tuple[str, float | None, str]:
+def verify_network(name: str) -> tuple[str, float | None, str]:
     """(name, largest difference or None, reason of refusal)."""
     logging.disable(logging.WARNING)
     try:
@@ -62,14 +62,14 @@ def main(argv: list[str] | None = None) -> int:
     names = [n for n in timm.list_models() if any(fnmatch.fnmatch(n, p) for p in options.models)]
     if not names:
         parser.error(f"no model of timm {timm.__version__} is called {' or '.join(options.models)}")
-    known = json.loads(TABLE.read_text()) if TABLE.is_file() else {"proven": {}, "refused": {}}
+    known = json.loads(TABLE.read_text()) if TABLE.is_file() else {"verified": {}, "refused": {}}
     todo = [n for n in names if options.again or not any(n in known[k] for k in known)]
     print(f"timm {timm.__version__}: {len(todo)} networks to check", flush=True)
     started = time.monotonic()
     for done, (name, difference, reason) in enumerate(results(todo, options.workers)):
         for part in known.values():
             part.pop(name, None)
-        known["refused" if difference is None else "proven"][name] = reason or float(f"{difference:.1g}")
+        known["refused" if difference is None else "verified"][name] = reason or float(f"{difference:.1g}")
         if options.dry_run:
             print(name, reason or f"{difference:.0e}", flush=True)
         elif done % 20 == 19:
@@ -77,25 +77,25 @@ def main(argv: list[str] | None = None) -> int:
     if not options.dry_run:
         write(known)
         PAGE.write_text(page(known))
-    proven = sum(n in known["proven"] for n in names)
+    verified = sum(n in known["verified"] for n in names)
     minutes = (time.monotonic() - started) / 60
-    print(f"{proven} of {len(names)} networks proven, {len(names) - proven} refused; {minutes:.1f} minutes")
+    print(f"{verified} of {len(names)} networks verified, {len(names) - verified} refused; {minutes:.1f} minutes")
     return 0
 
 
 def results(names: list[str], workers: int) -> Iterator[tuple[str, float | None, str]]:
-    """`prove` of every name, from small to large, the huge ones last and alone."""
+    """`verify_network` of every name, from small to large, the huge ones last and alone."""
     context = get_context("spawn")
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
         every = track(pool.map(size, names), "sizes", total=len(names), transient=True)
         sizes = dict(zip(names, every, strict=True))
         ordered = sorted(names, key=sizes.__getitem__)
-        futures = [pool.submit(prove, n) for n in ordered if sizes[n] <= HUGE]
+        futures = [pool.submit(verify_network, n) for n in ordered if sizes[n] <= HUGE]
         for future in track(as_completed(futures), "networks", total=len(futures)):
             yield future.result()
     for name in track([n for n in ordered if sizes[n] > HUGE], "the largest"):
         with ProcessPoolExecutor(1, context) as pool:  # a process each: its memory comes back
-            yield pool.submit(prove, name).result()
+            yield pool.submit(verify_network, name).result()
 
 
 def size(name: str) -> int:
@@ -120,7 +120,7 @@ def write(known: dict) -> None:
 def page(known: dict) -> str:
     """The table as a page of the docs, by family (the module of timm)."""
     families: dict[str, tuple[list[str], dict[str, list[str]]]] = defaultdict(lambda: ([], defaultdict(list)))
-    for name in known["proven"]:
+    for name in known["verified"]:
         families[_family(name)][0].append(name)
     for name, reason in known["refused"].items():
         families[_family(name)][1][_short(reason)].append(name)
@@ -128,19 +128,19 @@ def page(known: dict) -> str:
         "# Every network of timm",
         "",
         f"Written by `python tools/sweep_timm.py` with timm {timm.__version__}, torch {torch.__version__}: "
-        f"**{len(known['proven'])} networks proven**, {len(known['refused'])} refused.",
+        f"**{len(known['verified'])} networks verified**, {len(known['refused'])} refused.",
         "",
-        "Proven means that `spark_fast.verify` ran on it: with nothing masked the packed encoder equals the network "
+        "Verified means that `spark_fast.verify` ran on it: with nothing masked the packed encoder equals the network "
         "in every feature and gradient (float64, training and evaluation), and masked pixels reach nothing.",
         "",
-        "## Proven",
+        "## Verified",
         "",
         "| family | networks | |",
         "| --- | --- | --- |",
     ]
-    for family, (proven, _) in sorted(families.items()):
-        if proven:
-            lines.append(f"| {family} | {len(proven)} | {' '.join(sorted(proven))} |")
+    for family, (verified, _) in sorted(families.items()):
+        if verified:
+            lines.append(f"| {family} | {len(verified)} | {' '.join(sorted(verified))} |")
     lines += ["", "## Refused", "", "| family | networks | reason | |", "| --- | --- | --- | --- |"]
     for family, (_, refused) in sorted(families.items()):
         for reason, names in sorted(refused.items()):

@@ -16,7 +16,7 @@ from typing import Annotated
 import tyro
 
 from spark_fast.errors import CheckpointError, SettingsError
-from spark_fast.mask_file import chosen_mask
+from spark_fast.mask_file import read_mask
 from spark_fast.masking import num_visible
 from spark_fast.reporting.reconstructions import filled_grid, open_images, reconstruction_grid, save_png
 from spark_fast.run.command import run_tool
@@ -63,7 +63,7 @@ def reconstruct(
     grid = pretrained.model.grid
     try:
         if mask:
-            visible = chosen_mask(mask, grid).flatten().nonzero().flatten().repeat(len(images), 1)  # (N, L)
+            visible = read_mask(mask, grid).flatten().nonzero().flatten().repeat(len(images), 1)  # (N, L)
             picture = filled_grid(pretrained.model, pixels, visible)
         else:
             keep = None if mask_ratio is None else num_visible(grid, mask_ratio)

@@ -12,8 +12,8 @@ from spark_fast.encoder.visible import VisiblePatches
 class EncoderContext:
     """The visible patches of the running call, or None in a dense call.
 
-    A network out of timm is called as `network(x)`, so the patches reach its layers by this object, which
-    belongs to one encoder and is filled and emptied by that encoder's `forward`.
+    A network is called as `network(x)`, so its layers find the patches in this object. It belongs to one encoder,
+    whose `forward` fills and empties it.
 
     Args:
         dense: the layers run on dense maps with holes (the masked encoder), not on packed patches.
@@ -33,12 +33,12 @@ class EncoderContext:
 
         (V, C, b, b) -> (V, C, 1, 1), the same for every patch of an image; for maps (B, C, H, W) -> (B, C, 1, 1).
         """
-        return self.per_image(x, lambda images: images.mean((2, 3), keepdim=True))
+        return self.reduce_images(x, lambda images: images.mean((2, 3), keepdim=True))
 
-    def per_image(self, x: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-        """As `image_mean` for any `reduce`: (B, C, h, w) -> (B, C', 1, 1)."""
-        seen = self.visible
-        if seen is None:
+    def reduce_images(self, x: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        """As `image_mean`, for any `reduce` from the cells of images (B, C, h, w) to one per image, (B, C', 1, 1)."""
+        visible = self.visible
+        if visible is None:
             return reduce(x)
-        reduced = reduce(seen.as_images(seen.pack(x) if self.dense else x))
-        return reduced if self.dense else seen.spread(reduced)
+        reduced = reduce(visible.as_images(visible.pack(x) if self.dense else x))
+        return reduced if self.dense else visible.spread(reduced)

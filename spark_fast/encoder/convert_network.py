@@ -1,4 +1,4 @@
-"""Turn a ConvNet into an encoder of visible patches: every layer by its kind, refused by name if it has none.
+"""Convert the layers of a ConvNet, in place, each by its kind; a layer of no known kind is refused by name.
 
 A converted layer keeps its parameters, their names and its place, so the state dict is that of the network.
 """
@@ -8,21 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
-from typing import Any
 
 from torch import nn
 
 from spark_fast.encoder.context import EncoderContext
-from spark_fast.encoder.conv.geometry import axes
-from spark_fast.encoder.layer_registry import BLOCKS, PADS, UnsupportedLayerError, kind, reason
-from spark_fast.encoder.layers.halo import DenseFallback, FoldedPadding, HaloConv, HaloPool
+from spark_fast.encoder.conv.geometry import layer_axes
+from spark_fast.encoder.layer_registry import BLOCKS, UnsupportedLayerError, layer_kind, refusal_reason
+from spark_fast.encoder.layers.converted import ConvertedLayer, FoldedPadding, PaddedLayer
+from spark_fast.encoder.layers.halo import DenseFallback, HaloConv, HaloPool
 from spark_fast.encoder.layers.masked import MaskedGlobalReduction, MaskedLocal, MaskedNorm
 from spark_fast.encoder.layers.per_image import GlobalReduction, ImagePool, PerImage
 
-Table = dict[str, type]
+LayerTable = dict[str, type[ConvertedLayer]]
 Sides = tuple[int, int, int, int]
 UNKNOWN = "of no known kind (see spark_fast.encoder.register)"
-PACKED: Table = {
+PACKED: LayerTable = {
     "conv": HaloConv,
     "pool": HaloPool,
     "local": DenseFallback,
@@ -31,7 +31,7 @@ PACKED: Table = {
     "per_image": PerImage,
     "pad": FoldedPadding,
 }
-MASKED: Table = {
+MASKED: LayerTable = {
     "norm": MaskedNorm,
     **dict.fromkeys(("conv", "pool", "local"), MaskedLocal),
     "global_reduction": MaskedGlobalReduction,
@@ -40,8 +40,12 @@ MASKED: Table = {
 }
 
 
-def convert_layers(network: nn.Module, table: Table, context: EncoderContext) -> tuple[nn.Module, Callable[[], None]]:
+def convert_layers(
+    network: nn.Module, table: LayerTable, context: EncoderContext
+) -> tuple[nn.Module, Callable[[], None]]:
     """Convert every layer of `network`, in place, by a table of kind -> mixin.
+
+    The kinds that the table lacks stay as they are.
 
     Returns:
         the network, and a function that puts the old layers back.
@@ -51,11 +55,11 @@ def convert_layers(network: nn.Module, table: Table, context: EncoderContext) ->
     """
     check_layers(network)
     pads, folded_padding = _padding(network)
-    made: dict[int, nn.Module] = {}  # a layer used in two places stays one
+    made: dict[int, ConvertedLayer] = {}  # a layer used in two places stays one
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
     for path, module in list(_layers(network)):
-        found = "pad" if id(module) in pads else kind(module)
-        mixin = BLOCKS[type(module)] if found == "block" else table.get(found or "")
+        kind = "pad" if id(module) in pads else layer_kind(module)
+        mixin = BLOCKS[type(module)] if kind == "block" else table.get(kind or "")
         if mixin is None:
             continue
         converted = made.setdefault(id(module), _convert_layer(module, mixin, context, path))
@@ -65,8 +69,10 @@ def convert_layers(network: nn.Module, table: Table, context: EncoderContext) ->
         parent, _, name = path.rpartition(".")
         replaced.append((network.get_submodule(parent), name, module))
         setattr(network.get_submodule(parent), name, converted)
-    for layer, (sides, value) in folded_padding.items():
-        made[layer].folded_padding, made[layer].fill = sides, value  # type: ignore[assignment]
+    for number, (sides, value) in folded_padding.items():
+        layer = made[number]
+        assert isinstance(layer, PaddedLayer)
+        layer.folded_padding, layer.fill = sides, value
 
     def undo() -> None:
         for parent, name, module in reversed(replaced):
@@ -84,10 +90,10 @@ def check_layers(network: nn.Module) -> None:
     pads, folded_padding = _padding(network)
     refused: dict[tuple[str, str], list[str]] = {}
     for path, module in _layers(network):
-        why = reason(module)
-        if why is None and id(module) not in pads and kind(module) is None:
+        why = refusal_reason(module)
+        if why is None and id(module) not in pads and layer_kind(module) is None:
             why = _unknown(module)
-        elif kind(module) in ("conv", "pool"):
+        elif layer_kind(module) in ("conv", "pool"):
             why = _misfit(module, *folded_padding.get(id(module), ((0, 0, 0, 0), 0.0)))
         if why:
             refused.setdefault((type(module).__name__, why), []).append(path or "network")
@@ -102,11 +108,11 @@ def check_layers(network: nn.Module) -> None:
 def _layers(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
     """The layers of a network: modules of a known kind, whole, and whatever else has no children."""
     children = list(module.named_children())
-    found, blocks = [], kind(module) == "block"
-    if blocks:
-        inside = BLOCKS[type(module)].inside  # type: ignore[attr-defined]
+    found = []
+    if layer_kind(module) == "block":
+        inside = BLOCKS[type(module)].inside
         found, children = [(path, module)], [(name, child) for name, child in children if name not in inside]
-    elif kind(module) or reason(module) or not children:
+    elif layer_kind(module) or refusal_reason(module) or not children:
         return [(path, module)]
     for name, child in children:
         found += _layers(child, f"{path}.{name}" if path else name)
@@ -114,9 +120,9 @@ def _layers(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
 
 
 def _unknown(module: nn.Module) -> str | None:
-    if isinstance(module, PADS):
+    if isinstance(module, nn.ConstantPad2d):
         return "padding not followed by a convolution or pooling"
-    if hasattr(module, "where"):
+    if isinstance(module, ConvertedLayer):
         return "packed already"
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # without children, or they were no layer
     return None if isinstance(module, containers) else UNKNOWN
@@ -131,32 +137,30 @@ def _padding(network: nn.Module) -> tuple[set[int], dict[int, tuple[Sides, float
     """
     pads, folded_padding = set(), {}
     for parent in network.modules():
-        if kind(parent) == "block":
-            inside: dict[str, Sides] = BLOCKS[type(parent)].padded  # type: ignore[attr-defined]
-            folded_padding.update({id(parent.get_submodule(n)): (sides, 0.0) for n, sides in inside.items()})
+        if layer_kind(parent) == "block":
+            padded = BLOCKS[type(parent)].padded
+            folded_padding.update({id(parent.get_submodule(n)): (sides, 0.0) for n, sides in padded.items()})
         for pad, layer in pairwise(parent.children()):
-            if isinstance(pad, PADS) and kind(layer) in ("conv", "pool") and min(_sides(pad)) >= 0:
+            if not isinstance(pad, nn.ConstantPad2d):  # ZeroPad2d is one
+                continue
+            if layer_kind(layer) in ("conv", "pool") and min(pad.padding) >= 0:
                 pads.add(id(pad))
-                folded_padding[id(layer)] = (_sides(pad), float(getattr(pad, "value", 0.0)))
+                folded_padding[id(layer)] = (pad.padding, float(pad.value))
     return pads, folded_padding
 
 
-def _sides(pad: nn.Module) -> Sides:
-    value: Any = pad.padding
-    return (value,) * 4 if isinstance(value, int) else tuple(value)
-
-
-def _misfit(module: Any, sides: Sides, value: float) -> str | None:
+def _misfit(module: nn.Module, sides: Sides, value: float) -> str | None:
     """Why a convolution or pooling, with the padding it takes over, cannot be packed; None if it can."""
-    if getattr(module, "padding_mode", "zeros") != "zeros":
-        return f"padding_mode={module.padding_mode!r}"
+    mode = getattr(module, "padding_mode", "zeros")
+    if mode != "zeros":
+        return f"padding_mode={mode!r}"
     if getattr(module, "return_indices", False):
         return "return_indices=True"
-    if value and kind(module) == "conv":
+    if value and layer_kind(module) == "conv":
         return f"it is padded with {value}, where only zero is nothing to a convolution"
-    y, x = axes(module, sides)
+    y, x = layer_axes(module, sides)
     if y.stride != x.stride:
-        return f"stride={module.stride} is not square"
+        return f"stride={(y.stride, x.stride)} is not square"
     if not all(a.aligned(getattr(module, "ceil_mode", False)) for a in (y, x)):
         return (
             f"kernel {y.kernel}x{x.kernel}, stride {y.stride}, padding {y.lo} and {x.lo} do not turn a map into one "
@@ -165,16 +169,18 @@ def _misfit(module: Any, sides: Sides, value: float) -> str | None:
     return None
 
 
-def _convert_layer(module: nn.Module, mixin: type, context: EncoderContext, path: str) -> nn.Module:
+def _convert_layer(
+    module: nn.Module, mixin: type[ConvertedLayer], context: EncoderContext, path: str
+) -> ConvertedLayer:
     """The same layer, parameters shared, as an object of class (mixin, its own class)."""
-    cls: Any = _converted_class(mixin, type(module))  # type: ignore[arg-type]
-    converted: nn.Module = cls.__new__(cls)
+    cls = _converted_class(mixin, type(module))  # type: ignore[arg-type]
+    converted = cls.__new__(cls)
     converted.__dict__.update(module.__dict__)
-    converted.context, converted.where = context, path or "the layer"  # type: ignore[assignment]
+    converted.context, converted.layer_path = context, path or "the layer"
     return converted
 
 
 @cache
-def _converted_class(mixin: Any, base: Any) -> Any:
+def _converted_class(mixin: type[ConvertedLayer], base: type[nn.Module]) -> type[ConvertedLayer]:
     """Made on demand, as torch.nn.utils.parametrize does, so that each kind is written once for all types."""
     return type(f"{mixin.__name__}{base.__name__}", (mixin, base), {})

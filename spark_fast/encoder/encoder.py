@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from spark_fast.encoder.context import EncoderContext
-from spark_fast.encoder.convert_network import MASKED, PACKED, Table, check_layers, convert_layers
+from spark_fast.encoder.convert_network import MASKED, PACKED, LayerTable, check_layers, convert_layers
 from spark_fast.encoder.layer_registry import UnsupportedLayerError
-from spark_fast.encoder.layers.halo import Halo
-from spark_fast.encoder.pyramid import feature_maps, meta_images, pyramid, run_on_meta
+from spark_fast.encoder.layers.converted import ConvertedLayer
+from spark_fast.encoder.layers.halo import HaloLayer
+from spark_fast.encoder.pyramid import as_size, feature_maps, find_pyramid, meta_images, run_on_meta
 from spark_fast.encoder.visible import VisiblePatches
 
 
@@ -23,7 +24,7 @@ class Encoder(nn.Module):
         input_size: (H, W) in pixels.
         stages: keep the first so many levels of the pyramid (maps finer than stride 4 are never used), all by
             default. The last one kept sets the patch, so the network must not go on beyond it.
-        keep: the share of patches that will be visible, for the printed plan.
+        keep: the visible share of the patches, for the printed plan.
 
     Attributes:
         channels, strides: of the levels kept, finest first.
@@ -33,7 +34,7 @@ class Encoder(nn.Module):
         ValueError: levels that are not a pyramid of factors of two, or an input size off the patch grid.
     """
 
-    table: Table
+    table: LayerTable
 
     def __init__(
         self, network: nn.Module, input_size: tuple[int, int], stages: int | None = None, keep: float = 0.4
@@ -41,7 +42,7 @@ class Encoder(nn.Module):
         super().__init__()
         check_layers(network)
         self.context = EncoderContext(dense=self.table is MASKED)
-        self.levels, self.channels, self.strides = pyramid(network, input_size, stages)
+        self.levels, self.channels, self.strides = find_pyramid(network, input_size, stages)
         self.network, undo = convert_layers(network, self.table, self.context)
         try:
             self._trace(input_size, keep)
@@ -82,7 +83,7 @@ class Encoder(nn.Module):
 
         def note(module: nn.Module, inputs: tuple) -> None:
             entered.append((paths[module], module))
-            if isinstance(module, Halo) and inputs[0].dim() == 4:
+            if isinstance(module, HaloLayer) and inputs[0].dim() == 4:
                 module.cells, module.keep = inputs[0].shape[2], keep
 
         paths = {module: path or "network" for path, module in self.network.named_modules()}
@@ -128,17 +129,23 @@ class MaskedEncoder(Encoder):
         return [visible.pack(f) for f in features]
 
 
-def pack(network: nn.Module, input_size: tuple[int, int] = (224, 224), stages: int | None = None) -> PackedEncoder:
+def pack(network: nn.Module, input_size: int | tuple[int, int] = 224, stages: int | None = None) -> PackedEncoder:
     """Convert a network that returns a list of feature maps into a packed encoder, in place.
 
     Printed, the encoder shows how each layer that looks across patches is computed, with 40 % of them visible.
 
-    Args and errors: those of `Encoder`.
+    Args:
+        network: returns a list of feature maps of falling resolution.
+        input_size: pixels, one number or (H, W); a multiple of the network's total stride.
+        stages: keep the first so many levels of the pyramid, all by default.
+
+    Raises:
+        UnsupportedLayerError: a layer that cannot be packed, by name.
+        ValueError: levels that are not a pyramid of factors of two, or an input size off the patch grid.
     """
-    return PackedEncoder(network, input_size, stages)
+    return PackedEncoder(network, as_size(input_size), stages)
 
 
 def _own_type(module: nn.Module) -> str:
     """The name of the layer's class before it was converted."""
-    converted = hasattr(module, "where")
-    return (type(module).__bases__[1] if converted else type(module)).__name__
+    return (module.original_type() if isinstance(module, ConvertedLayer) else type(module)).__name__

@@ -7,7 +7,7 @@ packed form alike.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
+Size = tuple[int, ...]  # (y, x)
 
 
 class FastGroups(TorchDispatchMode):
     """While active, float64 convolutions of more than one group run as batched matrix products."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         """Compute `aten.convolution` and its backward here where they have groups."""
         if func is aten.convolution.default and args[0].dtype == torch.float64:
             x, weight, bias, stride, padding, dilation, transposed, _, groups = args
@@ -33,21 +34,21 @@ class FastGroups(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _columns(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
-    """(N, C, H, W) -> (G, N*H'*W', C/G*ky*kx)."""
+def _columns(x: Tensor, kernel: Size, stride: Size, padding: Size, dilation: Size, groups: int) -> Tensor:
+    """The inputs of each output cell: (N, C, H, W) -> (G, N*H'*W', C/G*ky*kx)."""
     n = len(x)
     unfolded = F.unfold(x, kernel, dilation, padding, stride)  # (N, C*ky*kx, P)
     each = unfolded.view(n, groups, -1, unfolded.shape[2]).permute(1, 0, 3, 2)
     return each.reshape(groups, -1, each.shape[3])
 
 
-def _size(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> tuple[int, int]:
+def _size(x: Tensor, kernel: Size, stride: Size, padding: Size, dilation: Size) -> tuple[int, int]:
     h, w = ((x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1))
     return h, w
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Size, padding: Size, dilation: Size, groups: int
 ) -> Tensor:
     kernel, n = weight.shape[2:], len(x)
     columns = _columns(x, kernel, stride, padding, dilation, groups)
@@ -58,7 +59,14 @@ def _forward(
 
 
 def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, wanted: list[bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Size,
+    padding: Size,
+    dilation: Size,
+    groups: int,
+    wanted: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     kernel, (n, o) = weight.shape[2:], grad.shape[:2]
     rows = grad.reshape(n, groups, o // groups, -1).permute(1, 0, 3, 2).reshape(groups, -1, o // groups)

@@ -1,23 +1,23 @@
-"""What kind of layer each type is: the table by which a network is packed, or refused by name.
+"""The kind of each type of layer: the table by which a network is packed, or refused by name.
 
-pointwise    it sees one cell at a time: untouched
-norm         its statistics run over all cells of the batch (BatchNorm): untouched when packed
-conv, pool   it looks across the edge of a patch: takes its halo first
-local        it looks across in a way of its own (reflected borders, bilinear resizing): on the dense map
-mixer        it reduces over an image and returns the map: over the image's visible cells
-image_pool   it reduces an image to one cell: over the image's visible cells
-per_image    it draws a random number per image
-block        it mixes positions in its own `forward`: written again in `blocks`
+pointwise         sees one cell at a time: unchanged
+norm              its statistics run over all cells of the batch (BatchNorm): unchanged when packed
+conv, pool        looks across the edge of a patch: takes its halo first
+local             looks across it otherwise (blurring, bilinear resizing): computed on the dense map
+global_reduction  reduces over an image and returns the map: over the image's visible cells
+image_pool        reduces an image to one cell: over the image's visible cells
+per_image         draws a random number per image
+block             mixes positions in its own `forward`: reimplemented in `layers/timm_blocks.py`
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from types import ModuleType
 
 import timm.layers as tl
 from timm.layers import activations as timm_activations
-from timm.layers import grn
+from timm.layers import cbam, grn, layer_scale, pool2d_same, selective_kernel
 from timm.models import (
     _efficientnet_blocks,
     efficientformer,
@@ -56,7 +56,12 @@ LAYER_KINDS: dict[type, str] = {}
 
 
 def register(kind: str, *types: type) -> None:
-    """Say of what kind your own layers are, e.g. `register("pointwise", MyScale)`; see the module's text.
+    """Say of what kind your own layers are, e.g. `register("pointwise", MyScale)`.
+
+    Args:
+        kind: pointwise, norm, conv, pool, local, global_reduction, image_pool or per_image, as this module's text
+            explains them.
+        types: the layers' classes; subclasses are not included.
 
     Raises:
         ValueError: an unknown kind.
@@ -67,7 +72,7 @@ def register(kind: str, *types: type) -> None:
     LAYER_KINDS.update(dict.fromkeys(types, kind))
 
 
-def _timm(module: Any, *names: str) -> list[type]:
+def _timm(module: ModuleType, *names: str) -> list[type]:
     """The types that this version of timm has."""
     return [vars(module)[n] for n in names if n in vars(module)]
 
@@ -76,7 +81,7 @@ register("pointwise", *_activations(), nn.Identity, nn.Dropout, nn.Linear, nn.La
 register("pointwise", nn.PixelShuffle, nn.PixelUnshuffle)  # whole patches only: checked by tracing
 register("pointwise", *_timm(tl, "LayerNorm", "LayerNorm2d", "LayerNormAct2d", "RmsNorm2d", "RmsNormAct2d"))
 register("pointwise", *_timm(tl, "SimpleNorm2d", "SpaceToDepth", "DepthToSpace"))
-register("pointwise", *_timm(tl.layer_scale, "LayerScale", "LayerScale2d"))
+register("pointwise", *_timm(layer_scale, "LayerScale", "LayerScale2d"))
 register("pointwise", *_timm(metaformer, "Scale", "LayerNorm2dNoBias", "LayerNormNoBias"))
 register("pointwise", *_timm(fastvit, "LayerScale2d"), *_timm(swiftformer, "LayerScale2d"))
 register("pointwise", *_timm(efficientformer, "LayerScale2d"), *_timm(hgnet, "LearnableAffineBlock"))
@@ -87,7 +92,7 @@ register(
 register("norm", *_timm(tl, "EvoNorm2dB0", "EvoNorm2dB1", "EvoNorm2dB2"))
 register("conv", nn.Conv2d, *_timm(tl, "Conv2dSame", "StdConv2d", "StdConv2dSame", "ScaledStdConv2d"))
 register("conv", *_timm(tl, "ScaledStdConv2dSame"))
-register("pool", nn.MaxPool2d, nn.AvgPool2d, *_timm(tl.pool2d_same, "MaxPool2dSame", "AvgPool2dSame"))
+register("pool", nn.MaxPool2d, nn.AvgPool2d, *_timm(pool2d_same, "MaxPool2dSame", "AvgPool2dSame"))
 register("local", *_timm(tl, "BlurPool2d", "DropBlock2d"))
 register(
     "global_reduction",
@@ -104,24 +109,23 @@ register("global_reduction", grn.GlobalResponseNorm, *_timm(metaformer, "GroupNo
 register("global_reduction", *_timm(tl, "SEModule", "EffectiveSEModule", "EcaModule", "CecaModule", "GlobalContext"))
 register(
     "global_reduction",
-    *_timm(tl.cbam, "ChannelAttn", "LightChannelAttn"),
+    *_timm(cbam, "ChannelAttn", "LightChannelAttn"),
     *_timm(_efficientnet_blocks, "SqueezeExcite"),
 )
 register("global_reduction", *_timm(senet, "SEModule"), *_timm(hgnet, "EseModule"))
 register("per_image", tl.DropPath)
 
-BLOCKS: dict[type, type] = {
+BLOCKS: dict[type[nn.Module], type[blocks.Block]] = {
     tl.SplitAttn: blocks.SplitAttention,
-    tl.selective_kernel.SelectiveKernelAttn: blocks.KernelSelection,
+    selective_kernel.SelectiveKernelAttn: blocks.KernelSelection,
     focalnet.FocalModulation: blocks.FocalModulation,
     _efficientnet_blocks.CondConvResidual: blocks.ConditionalResidual,
     tl.CondConv2d: blocks.ConditionalConv,
     **dict.fromkeys(_timm(hgnet, "StemV2"), blocks.PaddedStem),
 }
-PADS = (nn.ZeroPad2d, nn.ConstantPad2d)
 ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
-REASONS = [
+REFUSED = [
     (r"LSTM|GRU|^RNN|SSD$|Mamba(?!Out)", "recurrent: a cell depends on all cells before it"),
     (r"^(?!Positional).*Fourier|Dct|FFT|GlobalFilter", "Fourier: every output depends on the whole image"),
     (
@@ -133,8 +137,8 @@ REASONS = [
 TOKEN_MIXERS = tuple(_timm(mlp_mixer, "MixerBlock", "SpatialGatingBlock", "ResBlock"))  # too common to go by name
 
 
-def kind(module: nn.Module) -> str | None:
-    """The kind of a layer, "block", or None for a module that is none (a container, or unknown)."""
+def layer_kind(module: nn.Module) -> str | None:
+    """The kind of a layer, "block" for one of `BLOCKS`, or None for a container or an unknown module."""
     cls = type(module)
     if cls in BLOCKS:
         return "block"
@@ -149,21 +153,21 @@ def kind(module: nn.Module) -> str | None:
     return LAYER_KINDS.get(cls)
 
 
-def _whole(factor: Any) -> bool:
+def _whole(factor: float | tuple[float, ...] | None) -> bool:
     return factor is not None and all(
         float(f).is_integer() for f in (factor if isinstance(factor, tuple) else (factor,))
     )
 
 
-def reason(module: nn.Module) -> str | None:
+def refusal_reason(module: nn.Module) -> str | None:
     """Why a layer that mixes positions by its nature is refused, None for any other.
 
     Your own class is not judged by its name, but by its layers, and by the checks of what it computes (`verify`).
     """
-    if kind(module):
+    if layer_kind(module):
         return None
     if isinstance(module, TOKEN_MIXERS):
         return "token mixing: linear layers over all positions of an image"
     if type(module).__module__.partition(".")[0] not in ("torch", "timm"):
         return None
-    return next((why for pattern, why in REASONS if re.search(pattern, type(module).__name__)), None)
+    return next((why for pattern, why in REFUSED if re.search(pattern, type(module).__name__)), None)

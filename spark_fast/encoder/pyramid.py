@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +26,25 @@ class Pyramid(NamedTuple):
         return self.strides[-1]
 
 
+def as_size(input_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(H, W) of an input size that may be one number."""
+    return (input_size, input_size) if isinstance(input_size, int) else input_size
+
+
 def feature_maps(network: nn.Module, images: Tensor) -> list[Tensor]:
     """The network's maps, (B, C_i, H_i, W_i) each; those of timm's channels-last networks are turned round."""
     return _channels_first(network, network(images))
 
 
-def _channels_first(network: nn.Module, maps: Any) -> list[Tensor]:
+def _channels_first(network: nn.Module, maps: object) -> list[Tensor]:
     if not isinstance(maps, (list, tuple)) or not all(isinstance(m, Tensor) and m.dim() == 4 for m in maps):
         raise ValueError(f"the network must return a list of feature maps (B, C, H, W), got {type(maps).__name__}")
     last = str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC")
     return [m.permute(0, 3, 1, 2) if last else m for m in maps]
 
 
-def pyramid(network: nn.Module, input_size: tuple[int, int], stages: int | None = None) -> Pyramid:
-    """Find the levels, on the meta device.
+def find_pyramid(network: nn.Module, input_size: tuple[int, int], stages: int | None = None) -> Pyramid:
+    """Find the levels of a network, on the meta device.
 
     Args:
         network: returns a list of feature maps.
@@ -61,7 +66,7 @@ def pyramid(network: nn.Module, input_size: tuple[int, int], stages: int | None 
     return found
 
 
-def run_on_meta(module: nn.Module, *args: Any) -> Any:
+def run_on_meta(module: nn.Module, *args: object) -> list[Tensor]:
     """`module(*args)` in evaluation mode on the meta device, to learn shapes: nothing is computed, nothing changed."""
     modes = [(m, m.training) for m in module.modules()]
     tensors = itertools.chain(module.named_parameters(), module.named_buffers())

@@ -7,22 +7,25 @@ stride 1, undilated, an odd kernel above 1x1 padded to the same size) hands it t
 Which cells are active follows from the mask, never from the features: a visible cell may well be zero. SparseConvNet
 keeps them, and the neighbours of each (a *rulebook*), in a Metadata object, one per step and resolution.
 
-It is here because it is asked for, not because it is fast. It knows float32 alone: autocast is off inside, float64
-takes the packed way. It makes rulebooks on the CPU, so that a GPU waits, and `torch.compile` breaks its graph.
+It is here because it is asked for, not because it is fast. It computes in float32: autocast is off inside, and float64
+is computed as in the packed encoder. It makes rulebooks on the CPU, so that a GPU waits, and `torch.compile` breaks its
+graph.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from spark_fast.autograd import AutogradContext
 from spark_fast.encoder import PackedEncoder
 from spark_fast.encoder.conv.geometry import Axis
-from spark_fast.encoder.convert_network import PACKED, Table
+from spark_fast.encoder.convert_network import PACKED, LayerTable
 from spark_fast.encoder.layers.halo import HaloConv
 from spark_fast.encoder.visible import VisiblePatches
 
@@ -37,7 +40,7 @@ class SparseConvNetError(ValueError):
     """SparseConvNet cannot be used here; the message says why, and how to install it."""
 
 
-def require() -> Any:
+def require() -> ModuleType:
     """The module `sparseconvnet`; raises SparseConvNetError where it is missing or was built for another torch."""
     try:
         return importlib.import_module("sparseconvnet")
@@ -48,10 +51,10 @@ def require() -> Any:
         ) from error
 
 
-def sites(visible: VisiblePatches, b: int) -> tuple[Tensor, Any]:
+def sites(visible: VisiblePatches, b: int) -> tuple[Tensor, object]:
     """(height and width of the map, Metadata) of the visible cells, b x b a patch, in the order of the packed rows."""
-    tables: dict = visible._tables
-    if ("sites", b) not in tables:
+
+    def make() -> tuple[Tensor, object]:
         scn, (h, w) = require(), visible.grid
         if visible.index.is_cuda and not scn.SCN.is_cuda_build():  # it would take the pointers for host memory
             raise SparseConvNetError(f"SparseConvNet was built without CUDA; build it where a GPU is:\n{INSTALL}")
@@ -60,8 +63,13 @@ def sites(visible: VisiblePatches, b: int) -> tuple[Tensor, Any]:
         cells = torch.stack(torch.broadcast_tensors(image, y, x), -1).view(-1, 3)  # (V*b*b, 3)
         size, metadata = torch.tensor([h * b, w * b]), scn.Metadata(2)
         metadata.createMetadataForDenseToSparse(size, cells, visible.batch)
-        tables["sites", b] = (size, metadata)
-    return tables["sites", b]
+        return size, metadata
+
+    return visible.cached_table(("sites", b), make)
+
+
+class _SubmanifoldContext(AutogradContext, Protocol):
+    where: tuple[Tensor, Tensor, object]
 
 
 class _Submanifold(torch.autograd.Function):
@@ -75,13 +83,13 @@ class _Submanifold(torch.autograd.Function):
         return out
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: _SubmanifoldContext, inputs: tuple, output: Tensor) -> None:
         *saved, ctx.where = inputs
         ctx.save_for_backward(*saved)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: _SubmanifoldContext, grad: Tensor) -> tuple:
         (rows, kernel), no_bias, grad = ctx.saved_tensors, grad.new_empty(0), grad.contiguous()
         to_rows, to_kernel = torch.zeros_like(rows), torch.zeros_like(kernel)
         with torch.autocast(rows.device.type, enabled=False):
@@ -94,8 +102,8 @@ def submanifold(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Visible
     """(V, C, b, b) and a torch weight (O, C, k, k) -> (V, O, b, b), in the dtype of x or of autocast."""
     (o, c, k, _), b, device = weight.shape, x.shape[2], x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    rows = x.permute(0, 2, 3, 1).reshape(-1, c).float().contiguous()
-    kernel = weight.float().permute(2, 3, 1, 0).reshape(k * k, 1, c, o).contiguous()
+    rows = x.permute(0, 2, 3, 1).reshape(-1, c).float().contiguous()  # (V*b*b, C)
+    kernel = weight.float().permute(2, 3, 1, 0).reshape(k * k, 1, c, o).contiguous()  # (k*k, 1, C, O)
     size, metadata = sites(visible, b)
     out = _Submanifold.apply(rows, kernel, (size, torch.tensor([k, k]), metadata))
     out = out if bias is None else out + bias
@@ -106,25 +114,25 @@ class SparseConv(HaloConv):
     """A convolution of packed patches, by SparseConvNet where it can."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(V, C, b, b) -> (V, O, b/stride, b/stride); a dense map when no patches are current."""
-        seen = self.context.visible
+        """(V, C, b, b) -> (V, O, b/stride, b/stride); on a dense map while no patches are visible."""
+        visible = self.context.visible
         unfit = x.dtype == torch.float64 or x.is_meta  # in tracing there are shapes alone
-        if seen is None or unfit or not self.submanifold(x.shape[2]):
+        if visible is None or unfit or not self.can_be_submanifold(x.shape[2]):
             return super().forward(x)
-        return submanifold(x, self.kernel(), self.bias, seen)
+        return submanifold(x, self.kernel(), self.bias, visible)
 
     def extra_repr(self) -> str:
         """As the packed layer's, which is what float64 takes, and whether SparseConvNet computes it."""
-        return super().extra_repr() + (", sparseconvnet" if self.cells and self.submanifold(self.cells) else "")
+        return super().extra_repr() + (", sparseconvnet" if self.cells and self.can_be_submanifold(self.cells) else "")
 
-    def submanifold(self, b: int) -> bool:
+    def can_be_submanifold(self, b: int) -> bool:
         """Can SparseConvNet compute this layer?"""
-        y, x = self.axes(b)
+        y, x = self.checked_axes(b)
         k = y.kernel
         return self.groups == 1 and k > 1 and k % 2 == 1 and y == x == Axis(k, 1, 1, k // 2, k // 2)
 
 
-SPARSE: Table = {**PACKED, "conv": SparseConv}
+SPARSE: LayerTable = {**PACKED, "conv": SparseConv}
 
 
 class SparseEncoder(PackedEncoder):

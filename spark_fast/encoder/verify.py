@@ -1,4 +1,4 @@
-"""Two checks that prove a packed encoder for any network, without knowing the network.
+"""Two checks that verify a packed encoder for any network, without knowing the network.
 
 identity   with nothing masked it equals the network it was made from: outputs and gradients, training and
            evaluation. This catches every operation across patches that was missed, functional ones too.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from spark_fast.encoder import PackedEncoder
 from spark_fast.encoder.convert_network import check_layers
 from spark_fast.encoder.grouped_float64 import FastGroups
-from spark_fast.encoder.pyramid import feature_maps, pyramid
+from spark_fast.encoder.pyramid import as_size, feature_maps, find_pyramid
 from spark_fast.encoder.visible import VisiblePatches
 from spark_fast.masking import sample_visible
 
@@ -45,13 +45,13 @@ class VerificationError(ValueError):
 
 
 def verify(
-    network: nn.Module, input_size: tuple[int, int] | None = None, batch: int = 2, stages: int | None = None
+    network: nn.Module, input_size: int | tuple[int, int] | None = None, batch: int = 2, stages: int | None = None
 ) -> Verified:
     """Run both checks on a copy of `network`.
 
     Args:
         network: returns a list of feature maps, as for `pack`.
-        input_size: (H, W), by default 2 x 3 patches.
+        input_size: pixels, one number or (H, W), by default 2 x 3 patches.
         batch: images.
         stages: as for `pack`.
 
@@ -62,7 +62,7 @@ def verify(
     original = copy.deepcopy(network).double()
     _randomise_constants(original)
     check_layers(original)
-    size = input_size or _few_patches(original, stages)
+    size = _few_patches(original, stages) if input_size is None else as_size(input_size)
     shared = {id(p): p for p in original.parameters()}
     encoder = PackedEncoder(copy.deepcopy(original, shared), size, stages=stages)
     grid = (size[0] // encoder.patch, size[1] // encoder.patch)
@@ -97,14 +97,14 @@ def _everything(count: int, grid: tuple[int, int]) -> VisiblePatches:
 def _identity(
     original: nn.Module, encoder: PackedEncoder, images: Tensor, grid: tuple[int, int], training: bool
 ) -> float:
-    seen = _everything(len(images), grid)
+    visible = _everything(len(images), grid)
     runs = []
     for module in (original.train(training), encoder.train(training)):
         torch.manual_seed(1)  # the same stochastic depth
         x = images.clone().requires_grad_()
         with _projected_gradients(original) as gradients:
             if module is encoder:
-                features = [seen.unpack(f) for f in encoder(x, seen)]
+                features = [visible.unpack(f) for f in encoder(x, visible)]
             else:
                 maps = feature_maps(original, x)
                 features = [maps[i] for i in encoder.levels]
@@ -144,13 +144,13 @@ def _projected_gradients(network: nn.Module) -> Iterator[dict[int, tuple[float, 
 
 def _leak(encoder: PackedEncoder, images: Tensor, grid: tuple[int, int]) -> float:
     keep = max(1, grid[0] * grid[1] // 2)
-    seen = VisiblePatches(sample_visible(0, 0, torch.arange(len(images)), grid, keep), grid)
-    cells = seen.cells(images.shape[2])
+    visible = VisiblePatches(sample_visible(0, 0, torch.arange(len(images)), grid, keep), grid)
+    cells = visible.cells(images.shape[2])
     outputs, leaked = [], 0.0
     for fill in (0.0, 1e3):
         torch.manual_seed(1)
         x = images.masked_fill(~cells, fill).requires_grad_()
-        features = encoder.train()(x, seen)
+        features = encoder.train()(x, visible)
         total = torch.stack([(f * _weights(f)).sum() for f in features]).sum()
         outputs.append([f.detach() for f in features])
         if not fill:
@@ -165,13 +165,13 @@ def _first_difference(original: nn.Module, encoder: PackedEncoder, images: Tenso
 
     A module whose input differs already, and nothing before it does, was given that by the code of its parent.
     """
-    seen = _everything(len(images), grid)
+    visible = _everything(len(images), grid)
     torch.manual_seed(1)  # the same stochastic depth
     with _recorded(original, None) as dense:
         feature_maps(original, images)
     torch.manual_seed(1)
-    with _recorded(encoder.network, seen) as packed:
-        encoder(images, seen)
+    with _recorded(encoder.network, visible) as packed:
+        encoder(images, visible)
     for path in dense:
         wrong = [
             got.shape == expected.shape and not _difference(got, expected) < TOLERANCE
@@ -184,15 +184,15 @@ def _first_difference(original: nn.Module, encoder: PackedEncoder, images: Tenso
 
 
 @contextmanager
-def _recorded(network: nn.Module, seen: VisiblePatches | None) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+def _recorded(network: nn.Module, visible: VisiblePatches | None) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Path -> (input, output) of every module at its first call, as dense maps, in the order of completion."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def dense(value: object) -> Tensor:
         if not isinstance(value, Tensor) or value.dim() != 4:
             return torch.empty(0)
-        whole = seen is not None and len(value) == seen.count and value.shape[2] == value.shape[3]
-        return seen.unpack(value) if seen is not None and whole else value.clone()
+        whole = visible is not None and len(value) == visible.count and value.shape[2] == value.shape[3]
+        return visible.unpack(value) if visible is not None and whole else value.clone()
 
     hooks = ExitStack()
     for path, module in network.named_modules():
@@ -219,7 +219,7 @@ def _few_patches(network: nn.Module, stages: int | None) -> tuple[int, int]:
     reasons = []
     for patch in (32, 64, 16, 8, 128):
         try:
-            stride = pyramid(network, (patch * 3, patch * 3), stages).patch
+            stride = find_pyramid(network, (patch * 3, patch * 3), stages).patch
         except ValueError as error:
             reasons.append(str(error))
             continue

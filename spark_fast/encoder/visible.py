@@ -16,11 +16,13 @@ C channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Table = TypeVar("Table")
 
 
 class Places(NamedTuple):
@@ -57,7 +59,7 @@ class VisiblePatches:
         self.keep = self.per_image / (grid[0] * grid[1])  # the visible share
         images = torch.arange(self.batch, device=index.device)[:, None]
         self.patches = (images * (grid[0] * grid[1]) + index).flatten()  # (V,) in the B*h*w patches of the batch
-        self._tables: dict[tuple, Tensor] = {}
+        self._tables: dict[tuple, Any] = {}
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> VisiblePatches:
@@ -87,13 +89,20 @@ class VisiblePatches:
         holes = self.grid[0] * self.grid[1] - self.per_image
         return VisiblePatches(_first_true(~self.mask.flatten(1))[:, :holes], self.grid)
 
+    def cached_table(self, key: tuple, make: Callable[[], Table]) -> Table:
+        """A table that follows from the mask: made by `make` the first time that `key` is asked for, then kept."""
+        if key not in self._tables:
+            self._tables[key] = make()
+        return self._tables[key]
+
     def cells(self, height: int) -> Tensor:
         """(B, 1, height, width) bool: the visible cells of a dense map of that height."""
-        key = ("cells", height)
-        if key not in self._tables:
+
+        def make() -> Tensor:
             b = height // self.grid[0]
-            self._tables[key] = self.mask.repeat_interleave(b, 1).repeat_interleave(b, 2)[:, None]
-        return self._tables[key]
+            return self.mask.repeat_interleave(b, 1).repeat_interleave(b, 2)[:, None]
+
+        return self.cached_table(("cells", height), make)
 
     @property
     def neighbours(self) -> Tensor:
@@ -102,16 +111,17 @@ class VisiblePatches:
 
     def neighbourhood(self, reach: int, dtype: torch.dtype = torch.int32) -> Tensor:
         """(V, 2*reach+1, 2*reach+1): as `neighbours`, further."""
-        key = ("neighbourhood", reach, dtype)
-        if key not in self._tables:
+
+        def make() -> Tensor:
             (h, w), side = self.grid, 2 * reach + 1
             numbers = torch.arange(self.count, device=self.index.device, dtype=dtype).view(self.batch, self.per_image)
             full = torch.full((self.batch, h * w), self.count, device=self.index.device, dtype=dtype)
             full = full.scatter(1, self.index, numbers).view(self.batch, h, w)
             lookup = torch.nn.functional.pad(full, (reach,) * 4, value=self.count)  # (B, h + 2*reach, w + 2*reach)
             around = lookup.unfold(1, side, 1).unfold(2, side, 1).reshape(-1, side, side)  # (B*h*w, side, side)
-            self._tables[key] = around.index_select(0, self.patches)
-        return self._tables[key]
+            return around.index_select(0, self.patches)
+
+        return self.cached_table(("neighbourhood", reach, dtype), make)
 
     def segments(self, b: int) -> Tensor:
         """(V*b,) int64: patch rows of b cells, in a dense map seen as (B*h*b*w, b*C).
@@ -119,13 +129,14 @@ class VisiblePatches:
         A row of cells inside a patch is contiguous in a channels_last map, so packing and unpacking move b*C
         numbers per index instead of C.
         """
-        key = ("segments", b)
-        if key not in self._tables:
+
+        def make() -> Tensor:
             w = self.grid[1]
             top, left = self.patches // w, self.patches % w  # patch row in the batch, patch column
             rows = top[:, None] * b + torch.arange(b, device=top.device)  # (V, b) pixel rows in the batch
-            self._tables[key] = (rows * w + left[:, None]).flatten()
-        return self._tables[key]
+            return (rows * w + left[:, None]).flatten()
+
+        return self.cached_table(("segments", b), make)
 
     def pack(self, dense: Tensor) -> Tensor:
         """Take the visible patches out of a dense map: (B, C, h*b, w*b) -> (V, C, b, b)."""
@@ -161,16 +172,17 @@ class VisiblePatches:
 
         V*b*b stands for "nothing there" (masked or outside).
         """
-        key = ("window", b, places)
-        if key not in self._tables:
+
+        def make() -> Tensor:
             device, (ky, kx) = self.index.device, places.taps
             ys, xs = (_numbers(axis, device) for axis in places[:2])
             down, along = (axis.div(b, rounding_mode="floor") for axis in (ys, xs))  # which neighbour: -1, 0, 1
             patch = self.neighbours[:, down + 1][:, :, along + 1]  # (V, ny, nx)
             table = patch * (b * b) + (ys - down * b)[:, None] * b + (xs - along * b)
             table = table.clamp(max=self.count * b * b).view(-1, len(ys) // ky, ky, len(xs) // kx, kx)
-            self._tables[key] = table.transpose(2, 3).flatten()
-        return self._tables[key]
+            return table.transpose(2, 3).flatten()  # (V, ny/ky, nx/kx, ky, kx), as one row
+
+        return self.cached_table(("window", b, places), make)
 
     def cell_table(self, b: int, places: Places) -> Tensor:
         """(V*b*b, K) int64: every place of every window in which a cell stands; the transpose of `window_table`.
@@ -178,8 +190,8 @@ class VisiblePatches:
         V*places stands for "no further place". K is at most (1 + ceil(halo / b))^2 for a plain window, so the
         backward pass is a gather and a sum: no atomics, and the same order of additions every time.
         """
-        key = ("cell", b, places)
-        if key not in self._tables:
+
+        def make() -> Tensor:
             device, (ky, kx) = self.index.device, places.taps
             (steps_y, at_y), (steps_x, at_x) = (
                 [_numbers([n for row in t for n in row], device).view(b, -1) for t in _shown(b, axis)]
@@ -191,8 +203,9 @@ class VisiblePatches:
             at = patch * places.size + down[:, :, None, None] + along
             nothing = (at_y < 0)[:, :, None, None] | (at_x < 0)
             at = at.masked_fill(nothing, self.count * places.size).clamp(max=self.count * places.size)
-            self._tables[key] = at.transpose(2, 3).reshape(self.count * b * b, -1)
-        return self._tables[key]
+            return at.transpose(2, 3).reshape(self.count * b * b, -1)  # (V, b, b, Sy, Sx) -> (V*b*b, K)
+
+        return self.cached_table(("cell", b, places), make)
 
 
 def lay_segments(
@@ -204,9 +217,9 @@ def lay_segments(
     """
     batch, h, w = grid
     shape = (batch * h * b * w, b * c)
-    canvas = rows.new_zeros(shape) if fill is None else fill.to(rows.dtype).repeat(b).expand(shape).contiguous()
-    canvas = canvas.index_copy_(0, segments, rows.view(-1, b * c))  # in place: it is new, a copy would cost its size
-    return canvas.view(batch, h * b, w * b, c).permute(0, 3, 1, 2)
+    dense = rows.new_zeros(shape) if fill is None else fill.to(rows.dtype).repeat(b).expand(shape).contiguous()
+    dense = dense.index_copy_(0, segments, rows.view(-1, b * c))  # in place: it is new, a copy would cost its size
+    return dense.view(batch, h * b, w * b, c).permute(0, 3, 1, 2)
 
 
 def collect_segments(dense: Tensor, b: int, segments: Tensor) -> Tensor:

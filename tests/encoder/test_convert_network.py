@@ -134,8 +134,8 @@ def test_a_layer_of_ones_own_is_packed_once_its_kind_is_told(monkeypatch):
 
 def test_the_printed_encoder_shows_the_plan():
     text = repr(pack(timm.create_model("convnext_atto", features_only=True)))
-    assert "groups=40, b=8, way=" in text
-    assert "b=1, way=canvas" in text
+    assert "groups=40, b=8, algorithm=" in text
+    assert "b=1, algorithm=dense" in text
 
 
 def test_stages_keep_the_first_levels():

@@ -146,11 +146,11 @@ def test_stochastic_depth_drops_whole_images_alike_in_both_encoders():
     network = timm.create_model("convnext_zepto_rms", features_only=True, drop_path_rate=0.9).double()
     _randomise_constants(network)
     images = torch.randn(6, 3, 64, 64, dtype=torch.float64)
-    seen = VisiblePatches(sample_visible(0, 0, torch.arange(6), (2, 2), 2), (2, 2))
+    visible = VisiblePatches(sample_visible(0, 0, torch.arange(6), (2, 2), 2), (2, 2))
     outputs = []
     for kind in (PackedEncoder, MaskedEncoder):
         torch.manual_seed(0)
-        outputs.append(kind(copy.deepcopy(network), (64, 64)).train()(images, seen))
+        outputs.append(kind(copy.deepcopy(network), (64, 64)).train()(images, visible))
     for a, b in zip(*outputs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
@@ -188,11 +188,11 @@ def test_under_autocast_packed_and_masked_agree_to_the_rounding_of_bf16(name):
     network = timm.create_model(name, features_only=True)
     _randomise_constants(network)
     images = torch.randn(4, 3, 96, 96)
-    seen = VisiblePatches(sample_visible(0, 0, torch.arange(4), (3, 3), 4), (3, 3))
+    visible = VisiblePatches(sample_visible(0, 0, torch.arange(4), (3, 3), 4), (3, 3))
     outputs = []
     for kind, enabled in ((PackedEncoder, True), (MaskedEncoder, True), (PackedEncoder, False)):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            features = kind(copy.deepcopy(network), (96, 96)).train()(images, seen)
+            features = kind(copy.deepcopy(network), (96, 96)).train()(images, visible)
         outputs.append(features)
     for packed, masked, exact in zip(*outputs, strict=True):
         rounding = (masked.float() - exact).norm() / exact.norm()

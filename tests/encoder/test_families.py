@@ -12,7 +12,7 @@ from spark_fast.encoder.grouped_float64 import FastGroups
 from spark_fast.encoder.verify import _randomise_constants
 from spark_fast.masking import sample_visible
 from spark_fast.networks import build_network
-from spark_fast.verified_networks import table
+from spark_fast.verified_networks import sweep_results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,7 +51,7 @@ def test_packed_equals_masked(named):
     network = copy.deepcopy(network).double()
     _randomise_constants(network)
     grid = (2, 3)
-    seen = VisiblePatches(sample_visible(1, 0, torch.arange(2), grid, 3), grid)
+    visible = VisiblePatches(sample_visible(1, 0, torch.arange(2), grid, 3), grid)
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     shared = {id(p): p for p in network.parameters()}
     runs = []
@@ -59,7 +59,7 @@ def test_packed_equals_masked(named):
         encoder = kind(copy.deepcopy(network, dict(shared)), (64, 96)).train()
         torch.manual_seed(1)  # the same stochastic depth
         with FastGroups():
-            features = encoder(images, seen)
+            features = encoder(images, visible)
             weights = [torch.randn(f.shape, generator=torch.Generator().manual_seed(2)) for f in features]
             loss = torch.stack([(f * w).sum() for f, w in zip(features, weights, strict=True)]).sum()
             used = [p for p in encoder.parameters() if p.requires_grad]
@@ -76,8 +76,8 @@ def test_packed_equals_masked(named):
             assert (a - b).norm() <= tolerance * (b.norm() + 1e-5 * scale)
 
 
-def test_every_proven_family_is_tested():
-    swept = table()["proven"]
+def test_every_verified_family_is_tested():
+    swept = sweep_results()["verified"]
     if not swept:
         pytest.skip(f"timm {timm.__version__} was not swept")
     family = timm.models._registry._model_to_module

@@ -90,22 +90,24 @@ def test_it_equals_the_packed_encoder_in_features_and_all_gradients(scn, name, p
 @pytest.mark.parametrize("k", [3, 5, 7])
 @pytest.mark.parametrize("b", [1, 2, 4])
 def test_a_layer_is_the_masked_dense_convolution(scn, k, b):
-    seen = masked(2, (3, 4), 0.5)
-    x = torch.randn(seen.count, 5, b, b).relu().requires_grad_()  # a visible cell that is zero is active all the same
+    visible = masked(2, (3, 4), 0.5)
+    x = (
+        torch.randn(visible.count, 5, b, b).relu().requires_grad_()
+    )  # a visible cell that is zero is active all the same
     conv = nn.Conv2d(5, 6, k, padding=k // 2)
-    ways = {
-        "sparse": submanifold(x, conv.weight, conv.bias, seen),
-        "dense": seen.pack(F.conv2d(seen.unpack(x), conv.weight, conv.bias, padding=k // 2)),
+    outputs = {
+        "sparse": submanifold(x, conv.weight, conv.bias, visible),
+        "dense": visible.pack(F.conv2d(visible.unpack(x), conv.weight, conv.bias, padding=k // 2)),
     }
-    grad = torch.randn(seen.count, 6, b, b)
-    found = {w: [out, *torch.autograd.grad(out, (x, conv.weight, conv.bias), grad)] for w, out in ways.items()}
+    grad = torch.randn(visible.count, 6, b, b)
+    found = {name: [out, *torch.autograd.grad(out, (x, conv.weight, conv.bias), grad)] for name, out in outputs.items()}
     torch.testing.assert_close(found["sparse"], found["dense"], rtol=1e-4, atol=1e-5)
 
 
 def test_which_layers_it_computes():
     def able(*args, **kwargs):
         conv = type("Layer", (SparseConv, nn.Conv2d), {})(3, 6, *args, **kwargs)
-        return conv.submanifold(8)
+        return conv.can_be_submanifold(8)
 
     assert able(3, padding=1)
     assert able(7, padding=3)
@@ -155,21 +157,21 @@ def test_a_training_step_gives_the_packed_loss_and_gradients(scn):
 
 
 def test_autocast_is_left_outside(scn):
-    seen = masked(2, (3, 3), 0.5)
-    x, conv = torch.randn(seen.count, 5, 4, 4), nn.Conv2d(5, 6, 3, padding=1)
-    exact = submanifold(x, conv.weight, conv.bias, seen)
+    visible = masked(2, (3, 3), 0.5)
+    x, conv = torch.randn(visible.count, 5, 4, 4), nn.Conv2d(5, 6, 3, padding=1)
+    exact = submanifold(x, conv.weight, conv.bias, visible)
     with torch.autocast("cpu", torch.bfloat16):
-        out = submanifold(x, conv.weight, conv.bias, seen)
+        out = submanifold(x, conv.weight, conv.bias, visible)
         out.sum().backward()  # some do it inside
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, exact.bfloat16())
     assert conv.weight.grad.dtype == torch.float32
 
 
-def test_float64_takes_the_packed_way(scn):
+def test_float64_is_computed_as_in_the_packed_encoder(scn):
     made = network("resnet10t").double()
-    images, seen = torch.randn(2, 3, 64, 64, dtype=torch.float64), masked(2, (2, 2), 0.5)
-    a, b = (kind(copy.deepcopy(made), (64, 64))(images, seen) for kind in (SparseEncoder, PackedEncoder))
+    images, visible = torch.randn(2, 3, 64, 64, dtype=torch.float64), masked(2, (2, 2), 0.5)
+    a, b = (kind(copy.deepcopy(made), (64, 64))(images, visible) for kind in (SparseEncoder, PackedEncoder))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -181,8 +183,8 @@ def test_called_without_a_mask_it_is_the_dense_network(scn):
 
 def test_it_runs_under_compile_with_graph_breaks(scn):
     encoder = SparseEncoder(network("resnet10t"), (64, 64)).eval()
-    images, seen = torch.randn(2, 3, 64, 64), masked(2, (2, 2), 0.5)
-    torch.testing.assert_close(torch.compile(encoder, backend="eager")(images, seen), encoder(images, seen))
+    images, visible = torch.randn(2, 3, 64, 64), masked(2, (2, 2), 0.5)
+    torch.testing.assert_close(torch.compile(encoder, backend="eager")(images, visible), encoder(images, visible))
 
 
 def test_where_it_is_missing_the_message_says_how_to_install_it(monkeypatch):

@@ -10,7 +10,7 @@ Patches stay aligned, and a layer can be packed, only where the layer turns m*s 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import timm.layers as tl
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
@@ -43,11 +43,11 @@ class Axis(NamedTuple):
         return -(-max(self.lo, self.hi, 0) // b)
 
     def window(self, b: int) -> tuple[int, ...]:
-        """The cells seen by a patch of b cells."""
+        """The cells that a patch of b cells needs, as coordinates from its first: the n places of its window."""
         return tuple(range(-self.lo, b + self.hi))
 
-    def columns(self, b: int) -> tuple[int, ...]:
-        """The cells seen by each output cell, one output cell after the other."""
+    def taps(self, b: int) -> tuple[int, ...]:
+        """The cells that each output cell needs, k for one output cell after the other."""
         steps = range(-self.lo, b - self.lo, self.stride)
         return tuple(start + tap * self.dilation for start in steps for tap in range(self.kernel))
 
@@ -58,10 +58,11 @@ class Axis(NamedTuple):
         return rounded == -1
 
 
-def axes(layer: nn.Module, folded_padding: tuple[int, int, int, int] = (0, 0, 0, 0)) -> tuple[Axis, Axis]:
-    """The geometry of a convolution or pooling along y and x.
+def layer_axes(layer: nn.Module, folded_padding: tuple[int, int, int, int] = (0, 0, 0, 0)) -> tuple[Axis, Axis]:
+    """The geometry of a convolution or pooling along y and x, for maps that are a multiple of its stride.
 
-    `folded_padding` is padding taken over from elsewhere: (left, right, top, bottom).
+    Args:
+        folded_padding: (left, right, top, bottom) cells of padding taken over from a layer before it.
     """
     kernel, stride, dilation = (_pair(getattr(layer, n, 1)) for n in ("kernel_size", "stride", "dilation"))
     left, right, top, bottom = folded_padding
@@ -74,7 +75,7 @@ def axes(layer: nn.Module, folded_padding: tuple[int, int, int, int] = (0, 0, 0,
 
 def _padding(layer: nn.Module, axis: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
     """(before, after). "Same" padding of a map that is a multiple of the stride does not depend on its size."""
-    padding: Any = getattr(layer, "padding", 0)
+    padding = getattr(layer, "padding", 0)
     if padding == "same" or (isinstance(layer, SAME) and getattr(layer, "same_pad", True)):
         total = max(dilation * (kernel - 1) + 1 - stride, 0)
         return total // 2, total - total // 2
@@ -83,5 +84,5 @@ def _padding(layer: nn.Module, axis: int, kernel: int, stride: int, dilation: in
     return (_pair(padding)[axis],) * 2
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])

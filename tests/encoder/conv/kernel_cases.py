@@ -1,4 +1,4 @@
-"""The GPU kernels against the PyTorch way: on CUDA, or on the CPU by Triton's interpreter.
+"""The GPU kernels against PyTorch: on CUDA, or on the CPU by Triton's interpreter.
 
 Not collected by name: `test_kernels` runs this file in a process of its own, because Triton decides when it is imported
 whether to interpret.
@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from spark_fast.encoder import VisiblePatches
 from spark_fast.encoder.context import EncoderContext
+from spark_fast.encoder.conv import kernels as gpu
 from spark_fast.encoder.conv.convolve import convolve, gather_windows
-from spark_fast.encoder.conv.geometry import Axis, axes
+from spark_fast.encoder.conv.geometry import Axis, layer_axes
 from spark_fast.encoder.conv.kernels import tile
 from spark_fast.encoder.convert_network import PACKED, convert_layers
 from spark_fast.masking import sample_visible
@@ -26,7 +27,7 @@ DTYPES = [torch.float32, torch.bfloat16] if INTERPRETED else [torch.float32, tor
 OPS = torch.ops.spark_fast
 
 
-def visible(grid=(3, 4), batch=2, keep=5):
+def some_visible(grid=(3, 4), batch=2, keep=5):
     """Each image another mask, most patches without some of their neighbours."""
     index = sample_visible(0, 0, torch.arange(batch), grid, keep)
     assert batch == 1 or len(index.unique(dim=0)) > 1
@@ -37,8 +38,8 @@ def normal(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
-def packed(seen, c, b, dtype=torch.float32):
-    return normal(seen.count, c, b, b, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+def packed(visible, c, b, dtype=torch.float32):
+    return normal(visible.count, c, b, b, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
 
 
 def close(got, expected, dtype, scale=1e-5):
@@ -63,11 +64,11 @@ WINDOWS = [  # b, channels, y, x
 @pytest.mark.parametrize(("b", "c", "y", "x"), WINDOWS)
 @pytest.mark.parametrize("fill", [0.0, float("-inf")])
 def test_windows_and_their_sum(b, c, y, x, fill, dtype):
-    seen, cells = visible(), None
+    visible, cells = some_visible(), None
     runs = []
     for kernels in (True, False):
-        cells = packed(seen, c, b, dtype)
-        windows = gather_windows(cells, (y, x), seen, fill, kernels)
+        cells = packed(visible, c, b, dtype)
+        windows = gather_windows(cells, (y, x), visible, fill, kernels)
         upstream = normal(*windows.shape, dtype=dtype, seed=1)
         runs.append((windows, *torch.autograd.grad(windows, cells, upstream)))
     assert torch.equal(runs[0][0], runs[1][0])
@@ -95,12 +96,12 @@ def depthwise_layer(c, kernel, stride, dilation, bias=True):
     return nn.Conv2d(c, c, kernel, stride, padding, dilation, groups=c, bias=bias).to(DEVICE)
 
 
-def gradients(layer, seen, b, way, dtype, compute=None):
+def gradients(layer, visible, b, algorithm, dtype, compute=None):
     """Output and gradients (x, weight, bias) of a layer rounded to `dtype` and computed in `compute`."""
     parameters = [p.detach().to(dtype).to(compute or dtype).requires_grad_() for p in layer.parameters()]
-    x = packed(seen, layer.in_channels, b, dtype).detach().to(compute or dtype).requires_grad_()
+    x = packed(visible, layer.in_channels, b, dtype).detach().to(compute or dtype).requires_grad_()
     bias = parameters[1] if parameters[1:] else None
-    y = convolve(x, parameters[0], bias, axes(layer), layer.groups, seen, way)
+    y = convolve(x, parameters[0], bias, layer_axes(layer), layer.groups, visible, algorithm)
     upstream = normal(*y.shape, dtype=dtype, seed=1).to(y.dtype)
     return [y, *torch.autograd.grad(y, [x, *parameters], upstream)]
 
@@ -108,17 +109,17 @@ def gradients(layer, seen, b, way, dtype, compute=None):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("b", "c", "kernel", "stride", "dilation", "grid"), DEPTHWISE)
 def test_depthwise_and_its_gradients(b, c, kernel, stride, dilation, grid, dtype):
-    seen = visible(grid, batch=1 if b == 8 else 2, keep=2 if grid == (1, 3) else 3)
+    visible = some_visible(grid, batch=1 if b == 8 else 2, keep=2 if grid == (1, 3) else 3)
     layer = depthwise_layer(c, kernel, stride, dilation, bias=b != 2)
-    got = gradients(layer, seen, b, "direct", dtype)
+    got = gradients(layer, visible, b, "direct", dtype)
     assert got[0].is_contiguous(memory_format=torch.channels_last)
-    for mine, expected in zip(got, gradients(layer, seen, b, "canvas", dtype, torch.float64), strict=True):
+    for mine, expected in zip(got, gradients(layer, visible, b, "dense", dtype, torch.float64), strict=True):
         close(mine, expected, dtype)
 
 
 def test_one_run_is_like_another_to_the_bit():
-    seen, layer = visible(keep=3), depthwise_layer(6, 5, 1, 1)
-    for first, second in zip(*(gradients(layer, seen, 2, "direct", torch.float32) for _ in range(2)), strict=True):
+    visible, layer = some_visible(keep=3), depthwise_layer(6, 5, 1, 1)
+    for first, second in zip(*(gradients(layer, visible, 2, "direct", torch.float32) for _ in range(2)), strict=True):
         assert torch.equal(first, second)
 
 
@@ -129,34 +130,39 @@ def network():
         nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 8, 3, padding=1, groups=2), nn.ReLU(inplace=True),
         nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1),
     )  # fmt: skip
-    current = EncoderContext(dense=False)
-    return convert_layers(layers, PACKED, current)[0].to(DEVICE), current
+    context = EncoderContext(dense=False)
+    return convert_layers(layers, PACKED, context)[0].to(DEVICE), context
 
 
-def run(layers, current, seen, kernels, call=None):
-    current.visible, current.kernels = seen, kernels
-    x = packed(seen, 4, 2)
+def run(layers, context, visible, kernels, call=None):
+    context.visible, context.kernels = visible, kernels
+    x = packed(visible, 4, 2)
     y = (call or layers)(x)
     upstream = normal(*y.shape, seed=1)
     return [y, *torch.autograd.grad(y, [x, *layers.parameters()], upstream)]
 
 
-def test_layers_take_the_kernels_and_give_the_same():
-    layers, current = network()
-    seen = visible()
-    kernels, plain = (run(layers, current, seen, wanted) for wanted in (True, False))
+def test_layers_take_the_kernels_and_give_the_same(monkeypatch):
+    layers, context = network()
+    visible, launched = some_visible(), set()
+    for name in ("gather_windows", "depthwise_convolution"):
+        operator = getattr(gpu, name)
+        monkeypatch.setattr(gpu, name, lambda *a, name=name, operator=operator: launched.add(name) or operator(*a))
+    plain = run(layers, context, visible, False)
+    assert not launched
+    kernels = run(layers, context, visible, True)
+    assert launched == {"gather_windows", "depthwise_convolution"}
     for got, expected in zip(kernels, plain, strict=True):
         close(got, expected, torch.float32)
-    current.kernels = True
+    context.kernels = True
     layers[0].cells = 2
-    assert "way=direct" in repr(layers[0])
-    assert ("neighbourhood", 1, torch.int32) in seen._tables
+    assert "algorithm=direct" in repr(layers[0])
 
 
 def test_autocast_computes_in_its_dtype():
-    layers, current = network()
-    current.visible, current.kernels = visible(), True
-    x = packed(current.visible, 4, 2)
+    layers, context = network()
+    context.visible, context.kernels = some_visible(), True
+    x = packed(context.visible, 4, 2)
     with torch.autocast(DEVICE, torch.bfloat16):
         y = layers[0](x)
     assert y.dtype == torch.bfloat16
@@ -164,26 +170,28 @@ def test_autocast_computes_in_its_dtype():
 
 
 def test_checkpointed_layers():
-    layers, current = network()
-    seen = visible(keep=3)
-    again = run(layers, current, seen, True, lambda x: checkpoint(layers, x, use_reentrant=False))
-    for got, expected in zip(again, run(layers, current, seen, True), strict=True):
+    layers, context = network()
+    visible = some_visible(keep=3)
+    again = run(layers, context, visible, True, lambda x: checkpoint(layers, x, use_reentrant=False))
+    for got, expected in zip(again, run(layers, context, visible, True), strict=True):
         assert torch.equal(got, expected)
 
 
 def test_compiled_whole_they_give_the_same():
-    layers, current = network()
-    seen = visible(keep=3)
+    layers, context = network()
+    visible = some_visible(keep=3)
     compiled = torch.compile(layers, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")
-    for got, expected in zip(run(layers, current, seen, True, compiled), run(layers, current, seen, True), strict=True):
+    for got, expected in zip(
+        run(layers, context, visible, True, compiled), run(layers, context, visible, True), strict=True
+    ):
         close(got, expected, torch.float32, 1e-5 if INTERPRETED else 1e-2)  # a GPU multiplies matrices in TF32
 
 
 def test_the_operators_are_what_torch_asks_of_operators():
-    seen = visible(keep=2)
-    around, y = seen.neighbourhood(1), [3, 1, 1, 1, 1]
-    cells, weight, bias = (normal(*shape) for shape in ((seen.count, 2, 2, 4), (4, 1, 3, 3), (4,)))
-    windows = normal(seen.count, 4, 4, 4)
+    visible = some_visible(keep=2)
+    around, y = visible.neighbourhood(1), [3, 1, 1, 1, 1]
+    cells, weight, bias = (normal(*shape) for shape in ((visible.count, 2, 2, 4), (4, 1, 3, 3), (4,)))
+    windows = normal(visible.count, 4, 4, 4)
     for tensor in (cells, weight, bias):
         tensor.requires_grad_()
     torch.library.opcheck(OPS.gather_windows, (cells, around, [1, 1], [4, 4], 0.0))
@@ -196,8 +204,8 @@ def test_the_operators_are_what_torch_asks_of_operators():
 
 
 def test_what_does_not_fit_is_refused():
-    seen = visible()
-    cells, around = normal(seen.count, 2, 2, 4), seen.neighbourhood(1)
+    visible = some_visible()
+    cells, around = normal(visible.count, 2, 2, 4), visible.neighbourhood(1)
     with pytest.raises(ValueError, match="beyond the next patch of 2"):
         OPS.gather_windows(cells, around, [3, 3], [8, 8])
     with pytest.raises(ValueError, match="looks 3 cells beyond patches of 2, the neighbours reach 1 patches"):
@@ -207,17 +215,17 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_no_patch_no_work():
-    seen = VisiblePatches(torch.zeros(0, 5, dtype=torch.int64, device=DEVICE), (3, 4))
-    out = gradients(depthwise_layer(4, 3, 1, 1), seen, 2, "direct", torch.float32)
+    visible = VisiblePatches(torch.zeros(0, 5, dtype=torch.int64, device=DEVICE), (3, 4))
+    out = gradients(depthwise_layer(4, 3, 1, 1), visible, 2, "direct", torch.float32)
     assert [len(out[0]), len(out[1])] == [0, 0]
     assert not out[2].any()
 
 
 @cuda
 def test_a_cuda_graph_takes_them():
-    layers, current = network()
-    current.visible, current.kernels = visible(), True
-    x = packed(current.visible, 4, 2)
+    layers, context = network()
+    context.visible, context.kernels = some_visible(), True
+    x = packed(context.visible, 4, 2)
 
     def step():
         return [torch.autograd.grad(layers(x).square().sum(), [x, *layers.parameters()])]
@@ -240,17 +248,17 @@ def test_a_cuda_graph_takes_them():
 def test_offsets_beyond_two_to_the_31():
     """More elements than int32 counts: the last patch of a large batch is computed as if it were alone."""
     b, c = 8, 1024
-    seen = VisiblePatches(torch.arange(4, device=DEVICE).repeat(8200, 1), (2, 2))
-    size = seen.count * b * b * c
+    visible = VisiblePatches(torch.arange(4, device=DEVICE).repeat(8200, 1), (2, 2))
+    size = visible.count * b * b * c
     assert size > 2**31
     if torch.cuda.mem_get_info()[0] < 10 * size:
         pytest.skip("takes 22 GB of GPU memory")
     last = normal(4, c, b, b, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-    x = last.new_zeros(seen.count, b, b, c).permute(0, 3, 1, 2)
+    x = last.new_zeros(visible.count, b, b, c).permute(0, 3, 1, 2)
     x[-4:] = last
     layer, alone = depthwise_layer(c, 7, 1, 1).bfloat16(), VisiblePatches(torch.arange(4, device=DEVICE)[None], (2, 2))
     results = [
-        convolve(cells, layer.weight, layer.bias, axes(layer), c, around, "direct")[-4:]
-        for cells, around in ((x, seen), (last, alone))
+        convolve(cells, layer.weight, layer.bias, layer_axes(layer), c, around, "direct")[-4:]
+        for cells, around in ((x, visible), (last, alone))
     ]
     assert torch.equal(*results)

@@ -45,7 +45,9 @@ def test_kernels_on_the_gpu_equal_pytorch():
 
 def launches(c, b, k, reach):
     """(kernel, constants) of a layer as the operators launch them, its tensors in bf16."""
-    halo, depthwise = (sys.modules[f"spark_fast.encoder.conv.kernels.{name}"] for name in ("halo", "depthwise"))
+    halo, depthwise = (
+        sys.modules[f"spark_fast.encoder.conv.kernels.{name}"] for name in ("halo_triton", "depthwise_triton")
+    )
     tile, p = halo.channel_tile(c), k // 2
     window = {"C": c, "B": b, "N_Y": b + k - 1, "N_X": b + k - 1, "LO_Y": p, "LO_X": p}
     window |= {"ROWS": 4096 // max(64, tile), "CHANNELS": tile}
@@ -121,8 +123,8 @@ def test_a_fallback_that_is_logged_does_not_break_a_compiled_graph(caplog):
 
 
 def test_neighbours_further_than_the_next():
-    seen = VisiblePatches(torch.tensor([[0, 4, 5]]), (2, 3))  # x..    numbers 0..
-    around = seen.neighbourhood(2)  # .xx            .12
+    visible = VisiblePatches(torch.tensor([[0, 4, 5]]), (2, 3))  # x..    numbers 0..
+    around = visible.neighbourhood(2)  # .xx            .12
     assert around.dtype == torch.int32
     assert around[0].tolist() == [[3] * 5, [3] * 5, [3, 3, 0, 3, 3], [3, 3, 3, 1, 2], [3] * 5]
-    assert torch.equal(around[:, 1:4, 1:4].long(), seen.neighbours)
+    assert torch.equal(around[:, 1:4, 1:4].long(), visible.neighbours)

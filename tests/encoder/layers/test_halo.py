@@ -1,4 +1,4 @@
-"""Every way to convolve and pool patches gives what the dense layer gives on the map with its holes zeroed."""
+"""Every algorithm to convolve and pool patches gives what the dense layer gives on the map with its holes zeroed."""
 
 import itertools
 
@@ -10,43 +10,43 @@ from torch import nn
 
 from spark_fast.encoder import VisiblePatches
 from spark_fast.encoder.context import EncoderContext
-from spark_fast.encoder.conv.convolve import convolve, plan
-from spark_fast.encoder.conv.geometry import axes
+from spark_fast.encoder.conv.convolve import choose_algorithm, convolve
+from spark_fast.encoder.conv.geometry import layer_axes
 from spark_fast.encoder.convert_network import PACKED, convert_layers
 from spark_fast.masking import sample_visible
 
 GRID = (3, 4)
-WAYS = ("window", "columns", "canvas")
+ALGORITHMS = ("halo", "im2col", "dense")
 
 
-def visible(batch=2, keep=5):
+def some_visible(batch=2, keep=5):
     return VisiblePatches(sample_visible(0, 0, torch.arange(batch), GRID, keep), GRID)
 
 
 def converted(layer):
-    current = EncoderContext(dense=False)
-    return convert_layers(layer, PACKED, current)[0], current
+    context = EncoderContext(dense=False)
+    return convert_layers(layer, PACKED, context)[0], context
 
 
-def both(layer, seen, b, channels, fill=0.0):
+def both(layer, visible, b, channels, fill=0.0):
     """(packed output and gradients, dense ones) of one layer."""
-    dense = torch.randn(seen.batch, channels, GRID[0] * b, GRID[1] * b, dtype=torch.float64)
-    packed_layer, current = converted(layer)
-    current.visible = seen
-    x = seen.pack(dense).requires_grad_()
-    y = seen.unpack(packed_layer(x))
-    weights = torch.randn_like(y) * seen.cells(y.shape[2])
+    dense = torch.randn(visible.batch, channels, GRID[0] * b, GRID[1] * b, dtype=torch.float64)
+    packed_layer, context = converted(layer)
+    context.visible = visible
+    x = visible.pack(dense).requires_grad_()
+    y = visible.unpack(packed_layer(x))
+    weights = torch.randn_like(y) * visible.cells(y.shape[2])
     packed = torch.autograd.grad((y * weights).sum(), [x, *packed_layer.parameters()])
-    current.visible = None
+    context.visible = None
     z = dense.clone().requires_grad_()
-    out = packed_layer(z.masked_fill(~seen.cells(z.shape[2]), fill))
-    out = out.masked_fill(~seen.cells(out.shape[2]), 0)
+    out = packed_layer(z.masked_fill(~visible.cells(z.shape[2]), fill))
+    out = out.masked_fill(~visible.cells(out.shape[2]), 0)
     expected = torch.autograd.grad((out * weights).sum(), [z, *packed_layer.parameters()])
-    return (y, seen.unpack(packed[0]), *packed[1:]), (out, *expected)
+    return (y, visible.unpack(packed[0]), *packed[1:]), (out, *expected)
 
 
 def agree(layer, b, channels=4, fill=0.0):
-    for got, expected in zip(*both(layer.double(), visible(), b, channels, fill), strict=True):
+    for got, expected in zip(*both(layer.double(), some_visible(), b, channels, fill), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -63,51 +63,51 @@ def test_convolution(b, k, s, d, groups):
     agree(nn.Conv2d(4, 4, k, s, padding, d, groups, bias=k % 2 == 1), b)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize(("k", "s", "groups"), [((3, 3), 1, 1), ((1, 5), 1, 4), ((3, 1), 1, 1), ((3, 3), 2, 2)])
-def test_all_ways_are_one_convolution(way, k, s, groups):
-    if way == "columns" and groups > 1:
+def test_all_algorithms_are_one_convolution(algorithm, k, s, groups):
+    if algorithm == "im2col" and groups > 1:
         pytest.skip("a matrix product has no groups")
     torch.manual_seed(0)
-    seen, b = visible(), 4
+    visible, b = some_visible(), 4
     layer = nn.Conv2d(4, 8, k, s, (k[0] // 2, k[1] // 2), groups=groups).double()
-    dense = torch.randn(2, 4, GRID[0] * b, GRID[1] * b, dtype=torch.float64) * seen.cells(GRID[0] * b)
+    dense = torch.randn(2, 4, GRID[0] * b, GRID[1] * b, dtype=torch.float64) * visible.cells(GRID[0] * b)
     runs = []
     for packed in (True, False):
         x = dense.clone().requires_grad_()
         if packed:
-            y = convolve(seen.pack(x), layer.weight, layer.bias, axes(layer), groups, seen, way)
+            y = convolve(visible.pack(x), layer.weight, layer.bias, layer_axes(layer), groups, visible, algorithm)
         else:
-            y = seen.pack(layer(x))
+            y = visible.pack(layer(x))
         weights = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
         gradients = torch.autograd.grad((y * weights).sum(), [x, layer.weight, layer.bias])
-        runs.append([y, gradients[0] * seen.cells(x.shape[2]), *gradients[1:]])
+        runs.append([y, gradients[0] * visible.cells(x.shape[2]), *gradients[1:]])
     for got, expected in zip(*runs, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_what_backward_keeps_is_the_input_alone():
-    """Windows, columns and canvases are made again: that is where the memory would go."""
-    seen, b = visible(), 8
+    """What the convolution reads is gathered again: that is where the memory would go."""
+    visible, b = some_visible(), 8
     kept = {}
-    for way in WAYS:
-        x, weight = torch.randn(seen.count, 16, b, b, requires_grad=True), torch.randn(16, 16, 3, 3)
+    for algorithm in ALGORITHMS:
+        x, weight = torch.randn(visible.count, 16, b, b, requires_grad=True), torch.randn(16, 16, 3, 3)
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, s=sizes: s.append((t.dtype, t.numel())) or t, lambda t: t
         ):
-            convolve(x, weight, None, axes(nn.Conv2d(16, 16, 3, padding=1)), 1, seen, way)
-        kept[way] = sum(n for dtype, n in sizes if dtype == torch.float32)
-    assert set(kept.values()) == {seen.count * 16 * b * b + 16 * 16 * 9}
+            convolve(x, weight, None, layer_axes(nn.Conv2d(16, 16, 3, padding=1)), 1, visible, algorithm)
+        kept[algorithm] = sum(n for dtype, n in sizes if dtype == torch.float32)
+    assert set(kept.values()) == {visible.count * 16 * b * b + 16 * 16 * 9}
 
 
-def test_the_grid_of_convolutions_takes_every_way():
-    ways = set()
+def test_the_grid_of_convolutions_takes_every_algorithm():
+    used = set()
     for b, k, s, d, groups in CONVOLUTIONS:
         if k % 2:
             layer = nn.Conv2d(64 * groups, 64 * groups, k, s, d * (k - 1) // 2, d, groups, device="meta")
-            ways.add(plan(b, axes(layer), layer.weight, groups, 5 / 12))
-    assert ways == {"rows", *WAYS}
+            used.add(choose_algorithm(b, layer_axes(layer), layer.weight, groups, 5 / 12))
+    assert used == {"pointwise_gemm", *ALGORITHMS}
 
 
 SPECIAL = [
@@ -151,17 +151,17 @@ def test_layers_with_a_geometry_of_their_own(layer, b):
 )
 def test_max_pooling_is_the_maximum_over_visible_cells(pool, b):
     agree(pool, b, 3, fill=float("-inf"))
-    layer, current = converted(pool)
-    current.visible = visible()
+    layer, context = converted(pool)
+    context.visible = some_visible()
     assert (layer(torch.full((10, 1, b, b), -5.0)) == -5).all(), "a hole's zero won over a visible value"
 
 
 def test_a_zero_padded_maximum_sees_the_padding_and_not_the_holes():
     """BiT pads with zeros before its max pooling: at the image's border a zero is real, beside a hole it is not."""
-    layer, current = converted(nn.Sequential(nn.ConstantPad2d(1, 0.0), nn.MaxPool2d(3, 2)))
-    current.visible = VisiblePatches(torch.tensor([[4]]), (3, 3))
+    layer, context = converted(nn.Sequential(nn.ConstantPad2d(1, 0.0), nn.MaxPool2d(3, 2)))
+    context.visible = VisiblePatches(torch.tensor([[4]]), (3, 3))
     assert (layer(torch.full((1, 1, 4, 4), -5.0)) == -5).all()
-    current.visible = VisiblePatches(torch.tensor([[0]]), (3, 3))
+    context.visible = VisiblePatches(torch.tensor([[0]]), (3, 3))
     assert layer(torch.full((1, 1, 4, 4), -5.0))[0, 0].tolist() == [[0, 0], [0, -5]]
 
 
@@ -179,6 +179,6 @@ def test_called_without_patches_a_converted_layer_is_the_ordinary_one():
 
 def test_the_printed_layer_says_how_it_is_computed():
     layer, _ = converted(nn.Conv2d(3, 5, 3, padding=1))
-    assert "way" not in repr(layer)
+    assert "algorithm" not in repr(layer)
     layer.cells, layer.keep = 8, 0.4
-    assert "b=8, way=window" in repr(layer)
+    assert "b=8, algorithm=halo" in repr(layer)

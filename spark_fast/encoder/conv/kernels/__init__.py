@@ -1,7 +1,7 @@
 """GPU kernels (Triton) for the layers that look across patches, and when they are used.
 
 Each is registered as a `torch.library` operator with a fake and a gradient, so that `torch.compile(fullgraph=True)` and
-CUDA graphs take it. The PyTorch way in `spark_fast.encoder.conv.convolve` computes the same: it serves every other
+CUDA graphs take it. `spark_fast.encoder.conv.convolve` computes the same by PyTorch: it serves every other
 device and dtype, and is the oracle in tests. With TRITON_INTERPRET=1 in the environment (Triton's own variable, read
 when it is imported) the kernels run on the CPU, slowly.
 

@@ -1,4 +1,4 @@
-"""Depthwise convolution of packed patches that reads the neighbours where they lie: no window, no canvas.
+"""Depthwise convolution of packed patches that reads the neighbours where they lie: no window, no dense map.
 
     out[v, y, x, c] = bias[c] + sum over taps (i, j) of weight[c, i, j] * cell(v, y*s + i*d - lo, x*s + j*d - lo)[c]
 
@@ -17,20 +17,21 @@ For stride 1 (e bytes per element, u <= 1 the share of taps that fall on a visib
 Worked example: ConvNeXt-S, 7x7, 224 px, batch 128, mask 0.6 (V = 128*20 = 2560), bf16. Stages 1-4 have b = 8, 4, 2, 1
 and C = 96, 192, 384, 768: 15.7, 7.9, 3.9 and 2.0 M elements. Stage 1: 63 MB (19 us at the 3.35 TB/s of an H100) and
 1.54 GFLOP (23 us at its 67 TFLOP/s in fp32), forward and each gradient, so arithmetic and instructions bound it, not
-memory; the window tensor that it does not write would have 14^2/8^2 = 3.1 times the cells. On the canvas all 49 patches
-are computed instead of 20, and laid out and collected besides.
+memory; the window tensor that it does not write would have 14^2/8^2 = 3.1 times the cells. On the dense map all 49
+patches are computed instead of 20, and laid out and collected besides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from spark_fast.autograd import AutogradContext
 from spark_fast.encoder.conv.geometry import Axis
 from spark_fast.encoder.conv.kernels.tile import WAVES, at, channel_tile, my_tile, on_device, row_tile, rows_of
 
@@ -246,13 +247,19 @@ def _weights_like(
     return kernel, cells.new_empty(channels, dtype=torch.float32)
 
 
-def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+class _DepthwiseContext(AutogradContext, Protocol):
+    y: Sequence[int]
+    x: Sequence[int]
+    bias: torch.dtype | None
+
+
+def _keep(ctx: _DepthwiseContext, inputs: tuple, output: Tensor) -> None:
     cells, weight, bias, neighbours, ctx.y, ctx.x = inputs
     ctx.bias = None if bias is None else bias.dtype
     ctx.save_for_backward(cells, weight, neighbours)
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple:
+def _gradients(ctx: _DepthwiseContext, grad: Tensor) -> tuple:
     cells, weight, neighbours = ctx.saved_tensors
     grad_cells = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:

@@ -1,7 +1,7 @@
 """The window of every patch, its halo taken from the neighbours, and the sum of windows that is its gradient.
 
 Packed cells (V, b, b, C) -> windows (V, n, m, C), n = b + lo + hi. Both kernels only move memory; where a cell comes
-from is computed from the table of neighbours, so no index is stored (the PyTorch way keeps 8 bytes per window cell and
+from is computed from the table of neighbours, so no index is stored (PyTorch's gather keeps 8 bytes per window cell and
 8*K per cell, and copies the cells once to append a row of zeros).
 
 With e bytes per element (cells of masked patches are not read, a cell that is read again comes from L2):
@@ -19,13 +19,14 @@ with a 3x3 kernel (n = 10): gather 31 + 49 = 81 MB, sum the same, 24 us each at 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from spark_fast.autograd import AutogradContext
 from spark_fast.encoder.conv.kernels.tile import at, channel_tile, my_tile, on_device, rows_of
 
 
@@ -113,7 +114,9 @@ def sum_windows(windows: Tensor, neighbours: Tensor, lo: Sequence[int], b: int) 
     return out
 
 
-def _launch(kernel: Any, out: Tensor, arguments: tuple, cells: Tensor, lo: Sequence[int], size: Sequence[int]) -> None:
+def _launch(
+    kernel: triton.JITFunction, out: Tensor, arguments: tuple, cells: Tensor, lo: Sequence[int], size: Sequence[int]
+) -> None:
     b, channels = cells.shape[2:]
     if any(before > b or whole - b - before > b or before < 0 for before, whole in zip(lo, size, strict=True)):
         raise ValueError(
@@ -140,13 +143,18 @@ def _cells_like(windows: Tensor, neighbours: Tensor, lo: Sequence[int], b: int) 
     return windows.new_empty(windows.shape[0], b, b, windows.shape[3])
 
 
-def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+class _GatherContext(AutogradContext, Protocol):
+    lo: Sequence[int]
+    b: int
+
+
+def _keep(ctx: _GatherContext, inputs: tuple, output: Tensor) -> None:
     cells, neighbours, ctx.lo, _, _ = inputs
     ctx.b = cells.shape[1]
     ctx.save_for_backward(neighbours)
 
 
-def _gradient(ctx: Any, grad: Tensor) -> tuple:
+def _gradient(ctx: _GatherContext, grad: Tensor) -> tuple:
     return sum_windows(grad, ctx.saved_tensors[0], ctx.lo, ctx.b), None, None, None, None
 
 

@@ -1,10 +1,12 @@
-"""Is the way that `plan` chooses for a convolution the fastest one? Every way of every layer, in one run.
+"""Is the algorithm that `choose_algorithm` takes for a convolution the fastest? Every algorithm of every layer.
 
-    python benchmarks/halo_or_canvas.py
+    python benchmarks/conv_algorithms.py
 
 Forward and backward of single layers, as they occur in ResNets, ResNeXts, ConvNeXts, EfficientNets and InceptionNeXts:
-kernels, groups, channels, cells per patch and mask ratios. For each, the ways that can compute it alternate and the
-medians are kept; "loss" is the time of the chosen way over that of the fastest.
+kernels, groups, channels, cells per patch and mask ratios. For each, the algorithms that can compute it
+alternate and the medians are kept; "loss" is the time of the chosen one over that of the fastest.
+
+A result recorded up to 26 November 2026 names them window (halo), columns (im2col) and canvas (dense).
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from rich.table import Table
 from torch import nn
 
 from spark_fast.encoder import VisiblePatches
-from spark_fast.encoder.conv.convolve import convolve, plan
-from spark_fast.encoder.conv.geometry import axes
+from spark_fast.encoder.conv.convolve import choose_algorithm, convolve
+from spark_fast.encoder.conv.geometry import layer_axes
 from spark_fast.masking import sample_visible
 from spark_fast.run.malloc import keep_heap
 
@@ -74,16 +76,16 @@ class Options:
     threads: int = 2
     device: str = "cpu"
     precision: str = "fp32"
-    name: str = "halo_or_canvas"
+    name: str = "conv_algorithms"
     """the result is kept as benchmarks/results/<name>.json"""
 
 
-def ways(layer: Layer) -> list[str]:
+def algorithms(layer: Layer) -> list[str]:
     """Those that can compute it."""
-    reach = max(max(a.lo, a.hi) for a in axes(module(layer)))
-    possible = ["canvas"]
+    reach = max(max(a.lo, a.hi) for a in layer_axes(module(layer)))
+    possible = ["dense"]
     if reach <= layer.b:
-        possible += ["window", "columns"] if layer.groups == 1 else ["window"]
+        possible += ["halo", "im2col"] if layer.groups == 1 else ["halo"]
     return possible
 
 
@@ -94,28 +96,28 @@ def module(layer: Layer) -> nn.Conv2d:
 
 
 def measure(layer: Layer, ratio: float, options: Options) -> dict:
-    """Seconds of every way."""
+    """Seconds of every algorithm."""
     device = torch.device(options.device)
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     conv = module(layer).to(device, dtype)
     patches = options.patches**2
     keep = max(1, round(patches * (1 - ratio)))
     index = sample_visible(0, 0, torch.arange(options.batch, device=device), (options.patches,) * 2, keep)
-    seen = VisiblePatches(index, (options.patches,) * 2)
-    shape = (seen.count, layer.channels, layer.b, layer.b)
+    visible = VisiblePatches(index, (options.patches,) * 2)
+    shape = (visible.count, layer.channels, layer.b, layer.b)
     x = torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
 
-    def run(way: str) -> Callable[[], tuple[float, ...]]:
+    def run(algorithm: str) -> Callable[[], tuple[float, ...]]:
         def timed() -> tuple[float, ...]:
             start = clock(device)
-            y = convolve(x, conv.weight, conv.bias, axes(conv), layer.groups, seen, way)
+            y = convolve(x, conv.weight, conv.bias, layer_axes(conv), layer.groups, visible, algorithm)
             torch.autograd.grad(y, [x, conv.weight], torch.ones_like(y))
             return (clock(device) - start,)
 
         return timed
 
-    seconds = {k: v[0] for k, v in medians({w: run(w) for w in ways(layer)}, options.repeats).items()}
-    chosen = plan(layer.b, axes(conv), conv.weight, layer.groups, seen.keep)
+    seconds = {k: v[0] for k, v in medians({w: run(w) for w in algorithms(layer)}, options.repeats).items()}
+    chosen = choose_algorithm(layer.b, layer_axes(conv), conv.weight, layer.groups, visible.keep)
     best = min(seconds, key=seconds.__getitem__)
     return {
         **layer._asdict(),
@@ -131,17 +133,15 @@ def measure(layer: Layer, ratio: float, options: Options) -> dict:
 def show(rows: list[dict]) -> None:
     """Print the table."""
     table = Table(title="milliseconds, forward + backward")
-    for title in ("layer", "channels", "b", "mask", "window", "columns", "canvas", "chosen", "loss"):
+    for title in ("layer", "channels", "b", "mask", "halo", "im2col", "dense", "chosen", "loss"):
         table.add_column(title, justify="right")
     for row in rows:
-        each = [
-            f"{row['seconds'][w] * 1e3:.1f}" if w in row["seconds"] else "" for w in ("window", "columns", "canvas")
-        ]
+        each = [f"{row['seconds'][w] * 1e3:.1f}" if w in row["seconds"] else "" for w in ("halo", "im2col", "dense")]
         loss = f"[red]{row['loss']:.2f}" if row["loss"] > 1.1 else f"{row['loss']:.2f}"
         table.add_row(row["layer"], str(row["channels"]), str(row["b"]), str(row["mask"]), *each, row["chosen"], loss)
     Console(width=120).print(table)
     right = sum(row["loss"] <= 1.1 for row in rows)
-    print(f"the chosen way is within 10 % of the fastest for {right} of {len(rows)} layers")
+    print(f"the chosen algorithm is within 10 % of the fastest for {right} of {len(rows)} layers")
 
 
 def main(options: Options) -> None:

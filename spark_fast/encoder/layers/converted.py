@@ -1,0 +1,48 @@
+"""What the mixins of all converted layers have in common.
+
+A converted layer is an object of a class (mixin, its own class), made by `spark_fast.encoder.convert_network`: it keeps
+its parameters, and `super().forward` in a mixin is the forward of the layer that it was.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from spark_fast.encoder.context import EncoderContext
+
+
+class ConvertedLayer(nn.Module):
+    """Base of the mixins.
+
+    Attributes:
+        context: the visible patches of the running call.
+        layer_path: where the layer is in its network, for messages.
+    """
+
+    context: EncoderContext
+    layer_path: str
+
+    @classmethod
+    def original_type(cls) -> type[nn.Module]:
+        """The class of the layer before it was converted."""
+        return cls.__bases__[1]
+
+
+class PaddedLayer(ConvertedLayer):
+    """A convolution or pooling, which may take over the padding of a layer before it.
+
+    Attributes:
+        folded_padding: that padding, (left, right, top, bottom) cells.
+        fill: the value that it holds.
+    """
+
+    folded_padding = (0, 0, 0, 0)
+    fill = 0.0
+
+
+class FoldedPadding(ConvertedLayer):
+    """Mixin: a padding layer whose padding the layer after it has taken over."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input itself while patches are visible: a patch has no border to pad."""
+        return super().forward(x) if self.context.visible is None else x
