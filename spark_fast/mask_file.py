@@ -33,7 +33,7 @@ def read_mask(words: Sequence[str], grid: tuple[int, int]) -> Tensor:
             mask = _from_picture(path, grid)
         except UnidentifiedImageError:
             mask = _from_rows(_lines(path), grid)
-    elif len(words) == 1 and path.suffix:
+    elif len(words) == 1 and path.suffix and set(words[0]) - {VISIBLE, HIDDEN}:
         raise ValueError(f"there is no mask file {path}")
     else:
         mask = _from_rows(words, grid)

@@ -107,7 +107,8 @@ def check_layers(network: nn.Module) -> None:
 
 def _layers(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
     """The layers of a network: modules of a known kind, whole, and whatever else has no children."""
-    children = list(module.named_children())
+    # unlike named_children, with every name of a layer that stands in several places
+    children = [(name, child) for name, child in module._modules.items() if child is not None]
     found = []
     if layer_kind(module) == "block":
         inside = BLOCKS[type(module)].inside
@@ -132,21 +133,23 @@ def _padding(network: nn.Module) -> tuple[set[int], dict[int, tuple[Sides, float
     """Padding that the layer after it takes over.
 
     Returns:
-        the padding layers followed by a convolution or pooling, by id; and what each such layer takes over, by id:
-        (left, right, top, bottom) and the value it holds.
+        the padding layers followed by a convolution or pooling wherever they stand, by id; and what each such layer
+        takes over, by id: (left, right, top, bottom) and the value it holds.
     """
-    pads, folded_padding = set(), {}
+    pads, loose, folded_padding = set(), set(), {}
     for parent in network.modules():
         if layer_kind(parent) == "block":
             padded = BLOCKS[type(parent)].padded
             folded_padding.update({id(parent.get_submodule(n)): (sides, 0.0) for n, sides in padded.items()})
-        for pad, layer in pairwise(parent.children()):
+        for pad, layer in pairwise([*parent._modules.values(), None]):
             if not isinstance(pad, nn.ConstantPad2d):  # ZeroPad2d is one
                 continue
-            if layer_kind(layer) in ("conv", "pool") and min(pad.padding) >= 0:
+            if layer is not None and layer_kind(layer) in ("conv", "pool") and min(pad.padding) >= 0:
                 pads.add(id(pad))
                 folded_padding[id(layer)] = (pad.padding, float(pad.value))
-    return pads, folded_padding
+            else:
+                loose.add(id(pad))
+    return pads - loose, folded_padding
 
 
 def _misfit(module: nn.Module, sides: Sides, value: float) -> str | None:

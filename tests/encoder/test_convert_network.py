@@ -2,15 +2,14 @@
 
 import pytest
 import timm
-import torch
 from torch import nn
 
-from spark_fast import pack, verify
-from spark_fast.encoder import MaskedEncoder, PackedEncoder, UnsupportedLayerError, register
+from spark_fast import pack
+from spark_fast.encoder import UnsupportedLayerError
 from spark_fast.encoder.context import EncoderContext
-from spark_fast.encoder.convert_network import PACKED, convert_layers
-from spark_fast.encoder.layer_registry import LAYER_KINDS
-from spark_fast.encoder.verify import VerificationError
+from spark_fast.encoder.convert_network import MASKED, PACKED, convert_layers
+from spark_fast.encoder.layers.converted import ConvertedLayer
+from tests.encoder.halving import Halving
 
 
 @pytest.mark.parametrize(
@@ -36,29 +35,6 @@ def test_a_layer_that_cannot_be_packed_is_refused_by_name(layer, reason):
     assert type(network[0]) is nn.Conv2d, "a refused network must stay as it was"
 
 
-class Halving(nn.Module):
-    """A three-level network of its own."""
-
-    def __init__(self, kernel=3, extra=None):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 4, 4)
-        self.down = nn.ModuleList(nn.Conv2d(8, 8, 3, 2, 1) for _ in range(2))
-        self.extra = extra or nn.Identity()
-
-    def forward(self, x):
-        levels = [self.stem(x)]
-        for layer in self.down:
-            levels.append(layer(levels[-1].relu()))
-        levels[-1] = self.extra(levels[-1])
-        return levels
-
-
-def test_input_sizes_off_the_patch_grid_are_refused_with_both_numbers():
-    with pytest.raises(ValueError, match="input size 40x48 is not a multiple of the patch, 16 px"):
-        PackedEncoder(Halving(), (40, 48))
-    assert PackedEncoder(Halving(), (32, 48)).strides == [4, 8, 16]
-
-
 def test_a_layer_that_finds_less_than_a_patch_is_refused_and_all_is_put_back():
     network = Halving(extra=nn.Sequential(nn.Conv2d(8, 8, 2, 2), nn.Upsample(scale_factor=2)))
     with pytest.raises(UnsupportedLayerError, match=r"extra.0 \(Conv2d\): .* does not divide the 1 cells of a patch"):
@@ -66,83 +42,31 @@ def test_a_layer_that_finds_less_than_a_patch_is_refused_and_all_is_put_back():
     assert type(network.stem) is nn.Conv2d
 
 
-def test_attention_is_refused_as_such_and_not_layer_by_layer():
-    with pytest.raises(UnsupportedLayerError, match=r"xca \(CrossCovarianceAttn\): attention: .*, and 2 more"):
-        pack(timm.create_model("edgenext_xx_small", features_only=True))
+@pytest.mark.parametrize("table", [PACKED, MASKED], ids=["packed", "masked"])
+def test_a_converted_layer_knows_its_path_its_own_type_and_the_context_of_its_network(table):
+    context = EncoderContext(dense=table is MASKED)
+    network, _ = convert_layers(timm.create_model("resnetblur18", features_only=True), table, context)
+    converted = {path: m for path, m in network.named_modules() if isinstance(m, ConvertedLayer)}
+    assert {m.original_type() for m in converted.values()} >= {nn.Conv2d, nn.MaxPool2d}
+    for path, module in converted.items():
+        assert module.layer_path == path
+        assert module.context is context
+        assert isinstance(module, module.original_type())
 
 
-class ResBlock(nn.Sequential):
-    """Named as a token mixer of timm is."""
+def test_a_layer_used_in_two_places_stays_one():
+    shared = nn.Conv2d(8, 8, 3, padding=1)
+    network, undo = convert_layers(nn.Sequential(shared, nn.ReLU(), shared), PACKED, EncoderContext(dense=False))
+    assert network[0] is network[2]
+    assert isinstance(network[0], ConvertedLayer)
+    undo()
+    assert network[0] is network[2] is shared
 
 
-def test_a_block_of_ones_own_is_not_judged_by_a_common_name():
-    assert pack(Halving(extra=ResBlock(nn.Conv2d(8, 8, 3, padding=1))), (32, 32)).patch == 16
-    with pytest.raises(UnsupportedLayerError, match=r"blocks.0 \(MixerBlock\): token mixing"):
-        pack(timm.create_model("mixer_s32_224", features_only=True))
-
-
-class EdgeAttention(nn.Module):
-    """Named as attention, but a gate."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate = nn.Conv2d(8, 8, 3, padding=1)
-
-    def forward(self, x):
-        return x * self.gate(x).sigmoid()
-
-
-class MyAttention(nn.Module):
-    """Attention out of layers of known kinds."""
-
-    def __init__(self):
-        super().__init__()
-        self.project = nn.Conv2d(8, 8, 1)
-
-    def forward(self, x):
-        cells = self.project(x).flatten(2)  # (B, C, h, w) -> (B, C, h*w)
-        return (cells @ (cells.transpose(1, 2) @ cells).softmax(-1)).view_as(x)
-
-
-def test_attention_of_ones_own_is_judged_by_what_it_computes_not_by_its_name():
-    assert verify(Halving(extra=EdgeAttention())).identity < 1e-9
-    with pytest.raises(VerificationError, match="with nothing masked the packed network differs"):
-        verify(Halving(extra=MyAttention()))
-
-
-class Gain(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(8, 1, 1))
-
-    def forward(self, x):
-        return x * self.gain
-
-
-def test_a_layer_of_ones_own_is_packed_once_its_kind_is_told(monkeypatch):
-    with pytest.raises(UnsupportedLayerError, match=r"extra \(Gain\): of no known kind \(see spark_fast.encoder.reg"):
-        pack(Halving(extra=Gain()), (32, 32))
-    monkeypatch.setitem(LAYER_KINDS, nn.ReLU, "pointwise")  # restored after the test, with what register adds
-    register("pointwise", Gain)
-    try:
-        assert pack(Halving(extra=Gain()), (32, 32)).patch == 16
-    finally:
-        del LAYER_KINDS[Gain]
-    with pytest.raises(ValueError, match="unknown kind of layer 'pointy'"):
-        register("pointy", Gain)
-
-
-def test_the_printed_encoder_shows_the_plan():
-    text = repr(pack(timm.create_model("convnext_atto", features_only=True)))
-    assert "groups=40, b=8, algorithm=" in text
-    assert "b=1, algorithm=dense" in text
-
-
-def test_stages_keep_the_first_levels():
-    network = timm.create_model("resnet10t", features_only=True, out_indices=(1, 2))
-    encoder = MaskedEncoder(network, (64, 64), stages=2)
-    assert (encoder.strides, encoder.patch) == ([4, 8], 8)
-    with pytest.raises(ValueError, match=r"conv1.0 \(MaskedLocalConv2d\): packed already"):
-        MaskedEncoder(network, (64, 64))
-    with pytest.raises(ValueError, match="stages must be from 1 to 4"):
-        MaskedEncoder(timm.create_model("resnet10t", features_only=True), (64, 64), stages=5)
+def test_a_padding_layer_used_in_two_places_is_taken_over_in_both_or_refused():
+    pad, context = nn.ZeroPad2d(1), EncoderContext(dense=False)
+    both = nn.Sequential(pad, nn.Conv2d(3, 3, 3), pad, nn.Conv2d(3, 3, 3))
+    network, _ = convert_layers(both, PACKED, context)
+    assert [network[i].folded_padding for i in (1, 3)] == [(1, 1, 1, 1)] * 2
+    with pytest.raises(UnsupportedLayerError, match="padding not followed by a convolution or pooling"):
+        convert_layers(nn.Sequential(pad, nn.Conv2d(3, 3, 3), pad, nn.ReLU()), PACKED, context)

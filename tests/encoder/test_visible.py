@@ -4,15 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark_fast.encoder.visible import Places, VisiblePatches, _in_runs
-
-
-@st.composite
-def masks(draw):
-    batch, h, w = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 5))
-    keep = draw(st.integers(1, h * w))
-    keys = torch.rand(batch, h * w, generator=torch.Generator().manual_seed(draw(st.integers(0, 10**6))))
-    index = keys.argsort(1)[:, :keep].sort(1).values
-    return VisiblePatches(index, (h, w))
+from tests.encoder.masks import masks
 
 
 @given(masks(), st.sampled_from([1, 2, 3, 8]), st.integers(1, 4))
@@ -117,3 +109,14 @@ def test_numbers_are_made_on_the_device_in_runs_of_even_steps(values):
     made = _in_runs(values, torch.device("cpu"))
     assert made.tolist() == values
     assert made.dtype == torch.int64
+
+
+def test_a_table_is_made_once_for_each_key():
+    visible = VisiblePatches(torch.tensor([[0, 2], [1, 3]]), (2, 2))
+    made = []
+    tables = [visible.cached_table(("mine", b), lambda b=b: made.append(b) or [b]) for b in (1, 2, 1)]
+    assert made == [1, 2]
+    assert tables[0] is tables[2]
+    assert tables[0] is not tables[1]
+    assert visible.segments(4) is visible.segments(4)
+    assert visible.segments(4) is not visible.segments(2)
