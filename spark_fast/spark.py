@@ -42,14 +42,17 @@ class SparK(nn.Module):
         encoder: an encoder of visible patches.
         input_size: (H, W) in pixels.
         mask_ratio: share of the patches hidden, 0.6 as published.
-        decoder_width: channels of the decoder at the coarsest level.
+        decoder_width: channels of the decoder at the coarsest level; level i has decoder_width // 2^i.
 
     Attributes:
-        sparse_projections: whether the 3x3 projections into the decoder are computed from the visible cells; None, the
-            default: where that pays.
+        patch: pixels per patch side.
+        grid: (h, w), patches per image.
+        num_visible: visible patches per image.
+        sparse_projections: compute the 3x3 projections into the decoder from the visible cells; None, the default:
+            where that pays.
 
     Raises:
-        ValueError: a mask ratio or a decoder width that does not fit.
+        ValueError: a mask ratio or a decoder width that does not fit; the message has the limit.
     """
 
     sparse_projections: bool | None = None
@@ -90,9 +93,19 @@ class SparK(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, visible: Tensor) -> Tensor:
-        """(B, 3, H, W) at input scale: visible pixels kept, masked patches filled in by the decoder.
+        """Fill in the masked patches; visible pixels are kept to the bit.
 
         The decoder predicts patches normalised by their own mean and deviation, which are taken from `images`.
+
+        Args:
+            images: (B, 3, H, W).
+            visible: as for `forward`.
+
+        Returns:
+            (B, 3, H, W) at the scale of `images`.
+
+        Raises:
+            ValueError: images of another size, or a mask that keeps unequal numbers of patches.
         """
         patches = self._visible(images, visible)
         holes = patches.complement()
@@ -101,7 +114,18 @@ class SparK(nn.Module):
         return torch.where(patches.cells(images.shape[2]), images, holes.unpack(filled))
 
     def encode(self, images: Tensor, visible: Tensor) -> list[Tensor]:
-        """Dense feature maps (B, C_i, H_i, W_i) of the visible patches, finest first, zero where masked."""
+        """The features of the visible patches, as dense maps.
+
+        Args:
+            images: (B, 3, H, W).
+            visible: as for `forward`.
+
+        Returns:
+            (B, C_i, H_i, W_i) per level, finest first, zero where masked.
+
+        Raises:
+            ValueError: images of another size, or a mask that keeps unequal numbers of patches.
+        """
         patches = self._visible(images, visible)
         return [patches.unpack(f) for f in self.encoder(images, patches)]
 
@@ -123,6 +147,7 @@ class SparK(nn.Module):
         return (predicted.to(wide) - (target - mean) / std).square().mean()
 
     def _visible(self, images: Tensor, visible: Tensor | None) -> VisiblePatches:
+        """The patches that `visible` says, in either of its forms; drawn when None."""
         if tuple(images.shape[1:]) != (3, *self.input_size):
             raise ValueError(
                 f"images must be (B, 3, {self.input_size[0]}, {self.input_size[1]}), got {tuple(images.shape)}"
@@ -131,15 +156,13 @@ class SparK(nn.Module):
             keys = torch.rand(len(images), self.grid[0] * self.grid[1], device=images.device)
             visible = keys.argsort(dim=1)[:, : self.num_visible].sort(dim=1).values
         if visible.dtype == torch.int64 and visible.dim() == 2 and len(visible) == len(images):
-            patches = VisiblePatches(visible, self.grid)
-        elif visible.dtype == torch.bool and tuple(visible.shape) == (len(images), *self.grid):
-            patches = VisiblePatches.from_mask(visible)
-        else:
-            raise ValueError(
-                f"visible must be bool ({len(images)}, {self.grid[0]}, {self.grid[1]}) or int64 ({len(images)}, L), "
-                f"got {visible.dtype} {tuple(visible.shape)}"
-            )
-        return patches
+            return VisiblePatches(visible, self.grid)
+        if visible.dtype == torch.bool and tuple(visible.shape) == (len(images), *self.grid):
+            return VisiblePatches.from_mask(visible)
+        raise ValueError(
+            f"visible must be bool ({len(images)}, {self.grid[0]}, {self.grid[1]}) or int64 ({len(images)}, L), "
+            f"got {visible.dtype} {tuple(visible.shape)}"
+        )
 
 
 def build_spark(
