@@ -107,9 +107,7 @@ def check_layers(network: nn.Module) -> None:
 
 def _layers(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
     """The layers of a network: modules of a known kind, whole, and whatever else has no children."""
-    # unlike named_children, with every name of a layer that stands in several places
-    children = [(name, child) for name, child in module._modules.items() if child is not None]
-    found = []
+    children, found = _children(module), []
     if layer_kind(module) == "block":
         inside = BLOCKS[type(module)].inside
         found, children = [(path, module)], [(name, child) for name, child in children if name not in inside]
@@ -120,7 +118,13 @@ def _layers(module: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:
     return found
 
 
+def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """As `named_children`, but a module that stands in two places comes twice."""
+    return [(name, child) for name, child in module._modules.items() if child is not None]
+
+
 def _unknown(module: nn.Module) -> str | None:
+    """Why a module of no kind is refused, None for a container."""
     if isinstance(module, nn.ConstantPad2d):
         return "padding not followed by a convolution or pooling"
     if isinstance(module, ConvertedLayer):
@@ -141,7 +145,7 @@ def _padding(network: nn.Module) -> tuple[set[int], dict[int, tuple[Sides, float
         if layer_kind(parent) == "block":
             padded = BLOCKS[type(parent)].padded
             folded_padding.update({id(parent.get_submodule(n)): (sides, 0.0) for n, sides in padded.items()})
-        for pad, layer in pairwise([*parent._modules.values(), None]):
+        for pad, layer in pairwise([*(child for _, child in _children(parent)), None]):
             if not isinstance(pad, nn.ConstantPad2d):  # ZeroPad2d is one
                 continue
             if layer is not None and layer_kind(layer) in ("conv", "pool") and min(pad.padding) >= 0:

@@ -56,7 +56,11 @@ class Encoder(nn.Module):
         return self.strides[-1]
 
     def forward(self, images: Tensor, visible: VisiblePatches | None = None) -> list[Tensor]:
-        """Encode (B, 3, H, W).
+        """Encode the visible patches of a batch, or whole images.
+
+        Args:
+            images: (B, 3, H, W).
+            visible: the patches to encode; None: the whole images.
 
         Returns:
             per level, finest first: the packed features (V, C_i, b_i, b_i) of the visible patches; without
@@ -71,9 +75,11 @@ class Encoder(nn.Module):
             self.context.visible = None
 
     def _enter(self, images: Tensor, visible: VisiblePatches) -> Tensor:
+        """(B, 3, H, W) -> what the converted network runs on."""
         raise NotImplementedError
 
     def _leave(self, features: list[Tensor], visible: VisiblePatches) -> list[Tensor]:
+        """What the converted network returns -> (V, C_i, b_i, b_i) per level."""
         raise NotImplementedError
 
     def _trace(self, input_size: tuple[int, int], keep: float) -> None:
@@ -123,7 +129,7 @@ class MaskedEncoder(Encoder):
     table = MASKED
 
     def _enter(self, images: Tensor, visible: VisiblePatches) -> Tensor:
-        return images.masked_fill(~visible.cells(images.shape[2]), 0.0)
+        return images.masked_fill(~visible.cells(images.shape[2]), 0.0)  # (B, 3, H, W)
 
     def _leave(self, features: list[Tensor], visible: VisiblePatches) -> list[Tensor]:
         return [visible.pack(f) for f in features]

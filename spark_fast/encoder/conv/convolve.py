@@ -99,9 +99,8 @@ def convolve(
         return F.linear(rows, weight.flatten(1), bias).permute(0, 3, 1, 2)
     if algorithm == "direct":
         around = visible.neighbourhood(max(axis.patches(b) for axis in axes))
-        return gpu.depthwise_convolution(x.permute(0, 2, 3, 1), weight, bias, around, y_axis, x_axis).permute(
-            0, 3, 1, 2
-        )
+        cells = x.permute(0, 2, 3, 1)  # (V, b, b, C) -> (V, b', b', C)
+        return gpu.depthwise_convolution(cells, weight, bias, around, y_axis, x_axis).permute(0, 3, 1, 2)
     tables: tuple[Tensor, Tensor | None]
     if algorithm == "dense":
         # one tensor may not be passed twice to a compiled autograd function
