@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("spark_fast", "pipelines", "tools", "benchmarks")
+PACKAGES = ("spark_fast", "pipelines", "tools", "benchmarks", "docs")
 FILES = sorted(
     path
     for package in PACKAGES

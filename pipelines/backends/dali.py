@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spark_fast.commands import INSTALL_DALI
 from spark_fast.errors import DataError
 from spark_fast.pipelines.backends.batch_decoder import DecoderError, Encoded
 
@@ -115,7 +116,7 @@ def _import_dali() -> tuple[Any, Any, Any]:
     except ImportError as error:
         raise DataError(
             f"--pipeline dali needs NVIDIA DALI, which cannot be imported ({error}). Install it with\n"
-            '  pip install "spark_fast[dali]"\n'
+            f"  {INSTALL_DALI}\n"
             "or, which is the same, pip install nvidia-dali-cuda130"
         ) from error
     return fn, pipeline_def, types

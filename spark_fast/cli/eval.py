@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from spark_fast.checkpoint.manager import read_newest
+from spark_fast.cli.start import start
 from spark_fast.errors import CheckpointError, SettingsError
 from spark_fast.evaluation.accuracy import Scores
 from spark_fast.evaluation.backbone import build_backbone, build_classifier
@@ -27,6 +28,7 @@ from spark_fast.evaluation.knn import classify_by_neighbours
 from spark_fast.evaluation.linear_probe import LinearProbe, shuffled, train_probe
 from spark_fast.evaluation.report import Report
 from spark_fast.evaluation.weights import Weights, read_weights
+from spark_fast.networks import import_from_current_folder
 from spark_fast.pipelines import Pipeline
 from spark_fast.run.command import open_store, run_command, running
 from spark_fast.run.distributed import Ranks
@@ -53,7 +55,9 @@ def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLo
     """k-NN or a linear probe: the network is frozen."""
     refuse_another_run(asked)
     weights = _weights(asked)
-    settings: Any = asked.resolved(*_network(asked, weights))
+    network, stages = _network(asked, weights)
+    import_from_current_folder(network)
+    settings: Any = asked.resolved(network, stages)
     backbone = build_backbone(settings.network, settings.model.stages, weights)
     features = frozen(backbone, ranks.device, resolve_precision(settings.run.precision, ranks.device))
     fresh = isinstance(settings, Linear) and settings.probe.augment
@@ -122,6 +126,7 @@ def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, c
     path, state = read_newest(checkpoints) if checkpoints else (Path(), {})
     weights = None if state else _weights(asked)
     network, stages = _network(asked, weights) if not state else _resumed(asked, path, state)
+    import_from_current_folder(network)
     settings = asked.resolved(network, stages)
     recipe: Any = settings.recipe
     train = open_train(settings, ranks, scale=(recipe.min_scale, 1.0), repeats=recipe.repeats)
@@ -167,4 +172,4 @@ def _check_sizes(settings: Evaluation, train: Pipeline) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start("eval"))

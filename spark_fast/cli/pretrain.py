@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spark_fast.cli.start import start
 from spark_fast.errors import SettingsError
 from spark_fast.pipelines import Pipeline
 from spark_fast.reporting.loggers import require_wandb
@@ -116,4 +117,4 @@ def open_model(settings: Settings, ranks: Ranks) -> SparK:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start("train"))

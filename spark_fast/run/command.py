@@ -6,20 +6,18 @@ and saved.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import tyro
 
 from spark_fast.checkpoint.manager import CheckpointManager, check_space
 from spark_fast.errors import LostRankError, SparkFastError, StorageError
+from spark_fast.networks import import_from_current_folder
 from spark_fast.pipelines import Pipeline, build_pipeline
 from spark_fast.run.config import Tree
 from spark_fast.run.distributed import Ranks, join
@@ -38,6 +36,7 @@ def run_command(
     ranks = None
     try:
         settings = parse(argv)
+        import_from_current_folder(settings.network)
         ranks = join(settings.run.device, settings.run.timeout)
         if ranks.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0) and not settings.run.resume:
             logging.getLogger("spark_fast").info("torchrun restarted this run: going on as with --resume auto")
@@ -107,19 +106,6 @@ def open_store(settings: Tree, lock: RunLock, run: Any, keep_steps: int = 0, pic
     )
     store.clean(run.step)
     return store
-
-
-def run_tool(tool: Callable[..., int], argv: list[str] | None = None) -> int:
-    """Run a function of tools/ on a command line, which tyro reads by its signature; returns the exit code."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    file = Path(inspect.getfile(tool))
-    try:
-        about = inspect.getdoc(inspect.getmodule(tool))
-        return tyro.cli(tool, args=argv, use_underscores=True, prog=file.name, description=about)
-    except SparkFastError as error:
-        return _complain(file.stem, error, error.exit_code)
-    except OSError as error:
-        return _complain(file.stem, error, StorageError.exit_code)
 
 
 def _complain(name: str, error: Exception, code: int) -> int:
