@@ -76,10 +76,8 @@ def test_the_wheel_holds_the_pipelines_in_the_package_and_nowhere_else(wheel):
     with zipfile.ZipFile(wheel) as file:
         held = {Path(name) for name in file.namelist()}
         sizes = {Path(info.filename): info.file_size for info in file.infolist()}
-    sources = {
-        Path("spark_fast/pipelines") / path.relative_to(ROOT / "pipelines") for path in ROOT.glob("pipelines/**/*.py")
-    }
-    sources |= {path.relative_to(ROOT) for path in ROOT.glob("spark_fast/*/*.py")}
+    sources = {path.relative_to(ROOT) for path in ROOT.glob("spark_fast/**/*.py")}
+    sources |= {Path("spark_fast") / path.relative_to(ROOT) for path in ROOT.glob("pipelines/**/*.py")}
     assert len(sources) > 60
     assert sources <= held
     assert all(sizes[path] == (ROOT / path).stat().st_size for path in sources)
