@@ -28,7 +28,6 @@ from spark_fast.evaluation.knn import classify_by_neighbours
 from spark_fast.evaluation.linear_probe import LinearProbe, shuffled, train_probe
 from spark_fast.evaluation.report import Report
 from spark_fast.evaluation.weights import Weights, read_weights
-from spark_fast.networks import import_from_current_folder
 from spark_fast.pipelines import Pipeline
 from spark_fast.run.command import open_store, run_command, running
 from spark_fast.run.distributed import Ranks
@@ -55,9 +54,7 @@ def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLo
     """k-NN or a linear probe: the network is frozen."""
     refuse_another_run(asked)
     weights = _weights(asked)
-    network, stages = _network(asked, weights)
-    import_from_current_folder(network)
-    settings: Any = asked.resolved(network, stages)
+    settings: Any = asked.resolved(*_network(asked, weights))
     backbone = build_backbone(settings.network, settings.model.stages, weights)
     features = frozen(backbone, ranks.device, resolve_precision(settings.run.precision, ranks.device))
     fresh = isinstance(settings, Linear) and settings.probe.augment
@@ -126,7 +123,6 @@ def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, c
     path, state = read_newest(checkpoints) if checkpoints else (Path(), {})
     weights = None if state else _weights(asked)
     network, stages = _network(asked, weights) if not state else _resumed(asked, path, state)
-    import_from_current_folder(network)
     settings = asked.resolved(network, stages)
     recipe: Any = settings.recipe
     train = open_train(settings, ranks, scale=(recipe.min_scale, 1.0), repeats=recipe.repeats)
