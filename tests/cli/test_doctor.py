@@ -15,7 +15,7 @@ import torch
 import tyro
 
 from spark_fast.cli import doctor
-from spark_fast.errors import DataError
+from spark_fast.errors import SparkFastError
 from spark_fast.pipelines.ffcv_install import require_ffcv
 
 TOOL = Path(__file__).parents[2] / "tools" / "doctor.py"
@@ -138,7 +138,7 @@ def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
 
 def test_the_command_for_ffcv_is_the_pipelines_own(monkeypatch):
     monkeypatch.setitem(sys.modules, "ffcv.loader", None)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(SparkFastError) as caught:
         require_ffcv("--pipeline ffcv")
     assert doctor.OPTIONAL["ffcv"][1] in str(caught.value)
 

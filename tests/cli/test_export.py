@@ -19,8 +19,8 @@ from spark_fast.cli import export, reconstruct
 from spark_fast.cli import pretrain as train
 from spark_fast.weights.load import load_weights
 from spark_fast.weights.spark_keys import spark_state_dict
+from tests.cli.conftest import write_pictures
 from tests.commands import run_here
-from tests.evaluation.conftest import write_pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
