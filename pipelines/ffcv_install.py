@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from spark_fast.commands import INSTALL_FFCV
 from spark_fast.errors import SettingsError
-
-COMMAND = (
-    "apt-get install -y --no-install-recommends libturbojpeg0-dev libopencv-dev pkg-config"
-    " && pip install 'spark-fast[ffcv]'"
-)
 
 
 def require_ffcv(purpose: str) -> None:
@@ -19,7 +15,7 @@ def require_ffcv(purpose: str) -> None:
         import ffcv.loader  # noqa: F401
     except (ImportError, OSError) as error:
         raise SettingsError(
-            f"{purpose} needs FFCV, which cannot be imported ({error}). Install it with\n  {COMMAND}"
+            f"{purpose} needs FFCV, which cannot be imported ({error}). Install it with\n  {INSTALL_FFCV}"
         ) from error
     finally:
         torch.set_num_threads(threads)  # FFCV's import sets it to 1, for the whole process

@@ -2,7 +2,7 @@
 
 import sys
 
-from spark_fast.cli.eval import main
+from spark_fast.cli.start import evaluate as main
 
 __all__ = ["main"]
 

@@ -41,8 +41,7 @@ def build_network(model: str, kwargs: dict | None = None, stages: int | None = N
     """Build the network that `model` names; it returns a list of feature maps.
 
     Args:
-        model: a timm name, or `package.module:function`, a function that returns an nn.Module (looked for in the
-            current folder too).
+        model: a timm name, or `package.module:function`, a function that returns an nn.Module.
         kwargs: for `timm.create_model` or the function.
         stages: of a timm network, only the part that makes the first so many levels from stride 4 upwards.
 
@@ -73,6 +72,16 @@ def build_network(model: str, kwargs: dict | None = None, stages: int | None = N
     return network
 
 
+def import_from_current_folder(model: str) -> None:
+    """Have a model `package.module:function` looked for in the current folder first, as `python -m` does.
+
+    For commands alone: it changes sys.path, which is a Python caller's own.
+    """
+    here = str(Path.cwd())
+    if ":" in model and here not in sys.path:
+        sys.path.insert(0, here)
+
+
 def _features(name: str, kwargs: dict) -> nn.Module:
     try:
         return timm.create_model(name, features_only=True, **kwargs)
@@ -82,9 +91,6 @@ def _features(name: str, kwargs: dict) -> nn.Module:
 
 def _own(target: str, kwargs: dict) -> nn.Module:
     module_name, _, function_name = target.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` does
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:

@@ -2,7 +2,7 @@
 
 import sys
 
-from spark_fast.cli.pretrain import main
+from spark_fast.cli.start import train as main
 
 __all__ = ["main"]
 

@@ -1,4 +1,4 @@
-"""The networks of timm that `tools/sweep_timm.py` has packed and verified, by version of timm."""
+"""The networks of timm that `benchmarks/sweep_timm.py` has packed and verified, by version of timm."""
 
 from __future__ import annotations
 

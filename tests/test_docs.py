@@ -15,12 +15,17 @@ from torch.distributed.run import get_args_parser
 
 import spark_fast.evaluation.eval_settings as evaluation
 import spark_fast.training.settings as training
+from spark_fast.commands import SCRIPTS
 from spark_fast.run.config import tomllib
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-OURS = re.compile(r"spark-fast-|torchrun |\S*python -m |(\S*python|bash) (tools|benchmarks)/|pip install |pytest ")
-IN_PROSE = re.compile(r"spark-fast-\w+ .*--\w+ |(\S*python|bash) (tools|benchmarks)/")  # others there are but names
+OURS = re.compile(
+    r"\S*spark-fast-|torchrun |\S*python -m |(\S*python|bash) (tools|benchmarks|docs)/|pip install |pytest "
+)
+IN_PROSE = re.compile(
+    r"spark-fast-\w+ .*--\w+ |(\S*python|bash) (tools|benchmarks|docs)/"
+)  # others there are but names
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
@@ -85,7 +90,7 @@ def read(monkeypatch):
 def check(line, read):
     """Raise if a command line would be refused."""
     words = shlex.split(line, comments=True)
-    program, words = words[0], words[1:]
+    program, words = Path(words[0]).name, words[1:]
     if program == "torchrun":
         at = words.index("-m")
         get_args_parser().parse_args([*words[:at], "-m", "x"])
@@ -99,6 +104,8 @@ def check(line, read):
         training.parse(words)
     elif program == "spark-fast-eval":
         evaluation.parse(words)
+    elif program.startswith("spark-fast-"):
+        read(ROOT / "tools" / SCRIPTS[program.removeprefix("spark-fast-")], words)
     elif program.endswith("python"):
         read(ROOT / words[0], words[1:])
     elif program == "bash":
@@ -143,7 +150,7 @@ def test_command_lines_are_understood(line, read):
 
 def test_the_command_lines_are_found():
     found = [param.values[0] for param in COMMANDS]
-    for start in ("spark-fast-train", "spark-fast-eval knn", "torchrun", "python tools/export.py", "bash tools/pt.sh"):
+    for start in ("spark-fast-train", "spark-fast-eval knn", "torchrun", "spark-fast-export", "bash tools/pt.sh"):
         assert any(line.startswith(start) for line in found), start
     assert any("--rdzv-endpoint" in line and "--resume auto" in line for line in found), "lines that go on are joined"
 
@@ -156,6 +163,8 @@ def test_the_command_lines_are_found():
         "torchrun --no_such=2 -m spark_fast.train my_run --data_path x",
         "torchrun --nnodes=2 -m spark_fast.train my_run --data_path x --bs many",
         "python tools/export.py run --to nowhere --out x",
+        "spark-fast-export run --to nowhere --out x",
+        "spark-fast-no_such_command run",
         "python tools/no_such_tool.py",
         "python benchmarks/train_step.py --no_such_flag 1",
         "bash tools/demo.sh --no_such_flag 1",
@@ -165,7 +174,7 @@ def test_the_command_lines_are_found():
     ],
 )
 def test_a_wrong_command_line_would_be_found(line, read):
-    with pytest.raises((SystemExit, AssertionError, ValueError)):
+    with pytest.raises((SystemExit, AssertionError, ValueError, KeyError)):
         check(line, read)
 
 
@@ -183,11 +192,11 @@ def flags_of_a_script(path):
 
 
 def test_every_flag_in_the_text_is_one_of_a_command():
-    known = {"help", "config", "print_config", "full"}
+    known = {"help", "version", "config", "print_config", "full"}
     known |= set(re.findall(r"`--(\w+)`", (ROOT / "docs" / "settings.md").read_text()))  # written from the settings
     known |= {flag.lstrip("-") for action in get_args_parser()._actions for flag in action.option_strings}
     known |= set("|".join(re.findall(r"--\((.*?)\)", (ROOT / "tools" / "pt.sh").read_text())).split("|"))
-    for folder in ("tools", "benchmarks", "spark_fast/cli"):
+    for folder in ("tools", "benchmarks", "docs/generate", "spark_fast/cli"):
         known |= {flag for path in (ROOT / folder).glob("*.py") for flag in flags_of_a_script(path)}
     for page in PAGES:
         text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)

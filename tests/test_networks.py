@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from spark_fast.networks import build_network
+from spark_fast.networks import build_network, import_from_current_folder
 
 
 def test_stages_of_an_efficientnet_leave_the_later_blocks_out():
@@ -32,10 +32,18 @@ def test_a_network_that_cannot_be_built_is_refused_with_the_reason(name, stages,
         build_network(name, stages=stages)
 
 
-def test_your_own_network_is_found_in_the_current_folder(tmp_path, monkeypatch):
+def test_your_own_network_is_found_in_the_current_folder_where_a_command_looks_there(tmp_path, monkeypatch):
     (tmp_path / "mine_for_the_test.py").write_text(
         "from torch import nn\n\ndef build(width=3):\n    return nn.Conv2d(3, width, 1)\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = [entry for entry in sys.path if entry]  # "" is the current folder
+    monkeypatch.setattr(sys, "path", list(path))
+    with pytest.raises(ValueError, match="No module named 'mine_for_the_test'"):
+        build_network("mine_for_the_test:build")
+    import_from_current_folder("resnet50")
+    assert sys.path == path
+    for _ in range(2):
+        import_from_current_folder("mine_for_the_test:build")
+    assert sys.path == [str(tmp_path), *path]
     assert build_network("mine_for_the_test:build", {"width": 5}).out_channels == 5

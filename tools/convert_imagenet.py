@@ -2,7 +2,7 @@
 
 import sys
 
-from spark_fast.cli.convert import main
+from spark_fast.cli.start import convert
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(convert())

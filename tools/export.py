@@ -2,7 +2,7 @@
 
 import sys
 
-from spark_fast.cli.export import main
+from spark_fast.cli.start import export
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(export())

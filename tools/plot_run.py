@@ -2,7 +2,7 @@
 
 import sys
 
-from spark_fast.cli.plot import main
+from spark_fast.cli.start import plot
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(plot())

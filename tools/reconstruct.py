@@ -2,7 +2,7 @@
 
 import sys
 
-from spark_fast.cli.reconstruct import main
+from spark_fast.cli.start import reconstruct
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(reconstruct())

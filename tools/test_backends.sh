@@ -10,7 +10,8 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 bash "$root/tools/environment.sh" dev
 cd "$root"
 python="$root/.venv/bin/python"
-system=(libturbojpeg0-dev libopencv-dev pkg-config) # FFCV is compiled against these
+packages="$("$python" -c 'from spark_fast.commands import FFCV_SYSTEM_PACKAGES as found; print(*found)')"
+read -ra system <<<"$packages" # FFCV is compiled against these
 
 have_system_packages() {
     command -v pkg-config >/dev/null && pkg-config --exists libturbojpeg opencv4

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spark_fast.commands import INSTALL_DALI
 from spark_fast.errors import SettingsError
 from spark_fast.pipelines.backends.batch_decoder import BatchDecoder, DecoderError, Encoded, EncodedPipeline
 
@@ -96,7 +97,7 @@ def _build(batch_size: int, size: tuple[int, int], device: torch.device, threads
     except ImportError as error:
         raise SettingsError(
             f"--pipeline dali needs NVIDIA DALI, which cannot be imported ({error}). Install it with\n"
-            '  pip install "spark_fast[dali]"\n'
+            f"  {INSTALL_DALI}\n"
             "or, which is the same, pip install nvidia-dali-cuda130"
         ) from error
     on_cuda = device.type == "cuda"

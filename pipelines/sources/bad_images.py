@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from spark_fast.commands import command
 from spark_fast.errors import DataError
 from spark_fast.pipelines.base import BadImageCounts
 from spark_fast.pipelines.sources.source import Source
@@ -63,7 +64,7 @@ class BadImages:
             raise DataError(
                 f"{counts.substituted} of {counts.read} images read so far were unreadable and substituted,"
                 f" more than max_bad_fraction = {self._max_bad_fraction:g}. Repair or remove them, or convert"
-                " the data (tools/convert_imagenet.py leaves them out). The first:\n  "
+                f" the data ({command('convert')} leaves them out). The first:\n  "
                 + "\n  ".join(counts.first_substituted)
             )
 

@@ -18,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from spark_fast.commands import command
 from spark_fast.errors import DataError
 from spark_fast.files import PARTIAL
 from spark_fast.pipelines.sources.shard_format import BETON, MANIFEST, read_manifest, read_record
@@ -64,7 +65,7 @@ def find_beton(data_path: str | Path, split: str = "train") -> Path:
     if not found:
         raise DataError(
             f"--pipeline ffcv reads a .beton, and there is none at {path}: make one with"
-            " tools/convert_imagenet.py SRC DST --format ffcv, or take another --pipeline"
+            f" {command('convert')} SRC DST --format ffcv, or take another --pipeline"
         )
     return found[0]
 
@@ -125,13 +126,13 @@ def _read_checks(beton: Path) -> tuple[NDArray[np.void], bytes]:
     """The CHECKS rows, and the sha256 of FFCV's tables."""
     path = checks_path(beton)
     if not beton.exists() and beton.with_name(beton.name + PARTIAL).exists():
-        raise DataError(f"{beton} was not finished: run tools/convert_imagenet.py again with the same settings")
+        raise DataError(f"{beton} was not finished: run {command('convert')} again with the same settings")
     try:
         whole = path.read_bytes()
     except FileNotFoundError:
         raise DataError(
             f"{beton} has no {path.name} beside it, without which damage in it would go unnoticed: copy both, or"
-            " make them with tools/convert_imagenet.py --format ffcv"
+            f" make them with {command('convert')} --format ffcv"
         ) from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}") from error

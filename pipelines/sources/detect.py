@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from spark_fast.commands import command
 from spark_fast.errors import DataError
 from spark_fast.files import PARTIAL
 from spark_fast.pipelines.sources.beton import BetonSource
@@ -65,7 +66,7 @@ def _refuse_unfinished(path: Path) -> None:
     if any(map(_OF_CONVERSION.fullmatch, names)):
         raise DataError(
             f"{path} holds shards but no {MANIFEST}: the conversion was not finished. Run"
-            " tools/convert_imagenet.py again with the same settings; it goes on where it stopped."
+            f" {command('convert')} again with the same settings; it goes on where it stopped."
         )
     if tars := [name for name in names if name.endswith(".tar")]:
         raise _no_tars(path, tars)
@@ -84,6 +85,6 @@ def _no_tars(path: Path, tars: list[str]) -> DataError:
     else:
         what, src = f"{path} holds {len(tars)} tars ({tars[0]} ...)", Path("THE_TAR_THEY_WERE_IN")
     return DataError(
-        f"{what}, which training does not read. Convert once: python tools/convert_imagenet.py {src} DST,"
+        f"{what}, which training does not read. Convert once: {command('convert')} {src} DST,"
         " then --data_path DST. (Unpacked already? Then move what is packed elsewhere.)"
     )

@@ -29,6 +29,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from spark_fast.commands import command
 from spark_fast.errors import DataError, ImageError
 from spark_fast.files import atomic_write
 
@@ -164,7 +165,7 @@ def read_record(file: BinaryIO, name: str, row: NDArray[np.void], offset: int, k
     if len(data) != size:
         raise ImageError(f"{name} was cut short while in use")
     if zlib.crc32(data) != row["crc"]:
-        raise ImageError(f"checksum differs, the {kind} is damaged: see convert_imagenet.py --verify")
+        raise ImageError(f"checksum differs, the {kind} is damaged: see {command('convert')} --verify")
     return data
 
 

@@ -1,18 +1,17 @@
 """Convert images into shards, or a .beton for FFCV, that any of the pipelines reads fast.
 
-    python tools/convert_imagenet.py /data/imagenet /data/imagenet_256
+    spark-fast-convert /data/imagenet /data/imagenet_256
 
-then train with --data_path /data/imagenet_256. Stopped, it goes on where it was when started again. Exit
-codes: 0 done, 2 settings, 3 data, 6 storage, 130 Ctrl-C.
+then train with --data_path /data/imagenet_256. Stopped, it goes on where it was when started again.
+Exit codes: 0 done, 2 settings, 3 data, 6 storage, 130 Ctrl-C.
 
 Several machines share the work: on machine I of N add --part I/N, then once, with all files in one folder,
 
-    python tools/convert_imagenet.py /data/imagenet_256 --merge
+    spark-fast-convert /data/imagenet_256 --merge
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
@@ -24,7 +23,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from spark_fast.errors import DataError, SettingsError, StorageError
+from spark_fast.cli.start import start
+from spark_fast.cli.tool import run_tool
+from spark_fast.errors import DataError, SettingsError
 from spark_fast.pipelines.convert.beton_writer import BetonSettings
 from spark_fast.pipelines.convert.conversion import ConvertSettings, Progress, convert, convert_part
 from spark_fast.pipelines.convert.conversion_parts import Part
@@ -37,7 +38,7 @@ from spark_fast.pipelines.sources.shard_format import Manifest
 LINE_SECONDS = 10  # between progress lines when the output is no terminal
 
 
-def convert_imagenet(
+def convert_images(
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
     dst: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = None,
     *,
@@ -81,40 +82,38 @@ def convert_imagenet(
     if beton is not None:
         require_ffcv(f"--format {format}")
     workers = workers or len(os.sched_getaffinity(0))
-    console = Console()
     if merge_parts:
         if dst or part or overwrite:
             raise SettingsError("--merge takes one folder, that of the parts, and neither --part nor --overwrite")
-        return _report(merge(src), verify, workers, console)
+        return _report(merge(src), verify, workers)
     if dst is None:
         raise SettingsError("give SRC and DST: what to convert, and the folder for the shards")
     if part:
         if beton or overwrite or verify:
             raise SettingsError("--part goes neither with --overwrite nor, before --merge, with --format or --verify")
-        return _convert_part(src, dst, settings, Part.parse(part), workers, console)
-    with Display(console) as display:
+        return _convert_part(src, dst, settings, Part.parse(part), workers)
+    with Display() as display:
         show = display.show
         written = convert(src, dst, settings, workers=workers, overwrite=overwrite, beton=beton, on_progress=show)
-    return _report(written, verify, workers, console)
+    return _report(written, verify, workers)
 
 
-def _convert_part(src: Path, dst: Path, settings: ConvertSettings, part: Part, workers: int, console: Console) -> int:
-    with Display(console) as display:
+def _convert_part(src: Path, dst: Path, settings: ConvertSettings, part: Part, workers: int) -> int:
+    with Display() as display:
         written = convert_part(src, dst, settings, part, workers=workers, on_progress=display.show)
     for folder, manifest in written:
-        line = f"{folder}: part {part} is done, {len(manifest.shards)} shards; --merge makes one of all parts"
-        console.print(line, highlight=False, soft_wrap=True)
+        print(f"{folder}: part {part} is done, {len(manifest.shards)} shards; --merge makes one of all parts")
     return 0
 
 
-def _report(written: list[tuple[Path, Manifest]], verify_too: bool, workers: int, console: Console) -> int:
+def _report(written: list[tuple[Path, Manifest]], verify_too: bool, workers: int) -> int:
     for folder, manifest in written:
-        console.print(_summary(folder, manifest), highlight=False, soft_wrap=True)
+        print(_summary(folder, manifest))
     if verify_too:
         faults = [f"{folder}/{fault}" for folder, _ in written for fault in verify_shards(folder, workers)]
         if faults:
             raise DataError("\n".join([*faults, f"{len(faults)} faults: convert again with --overwrite"]))
-        console.print("verified: every shard, record and index is as written")
+        print("verified: every shard, record and index is as written")
     return 0
 
 
@@ -133,8 +132,8 @@ def _summary(folder: Path, manifest: Manifest) -> str:
 class Display:
     """Progress as a bar on a terminal, as a line now and then elsewhere."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self) -> None:
+        console = Console()
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -166,28 +165,15 @@ class Display:
         if self._bar.disable and (now - self._line > LINE_SECONDS or progress.done == progress.total):
             self._line = now
             left = (progress.total - progress.done) / rate if rate else 0
-            self._console.print(
-                f"{progress.folder}: {progress.done}/{progress.total} images, {speed}, {left:.0f} s left",
-                highlight=False,
-                soft_wrap=True,
-            )
+            line = f"{progress.folder}: {progress.done}/{progress.total} images, {speed}, {left:.0f} s left"
+            print(line, flush=True)
 
 
-def main(words: list[str] | None = None) -> int:
-    """Run the command with these words, else those of the command line; returns the exit code."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    try:
-        return tyro.cli(convert_imagenet, args=words, use_underscores=True, description=__doc__)
-    except (SettingsError, DataError, StorageError) as error:
-        print(f"convert_imagenet: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(
-            "convert_imagenet: interrupted. Whole shards are kept: the same command goes on from there.",
-            file=sys.stderr,
-        )
-        return 130
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    kept = "interrupted. Whole shards are kept: the same command goes on from there."
+    return run_tool("convert", convert_images, argv, interrupted=kept)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start("convert"))

@@ -1,6 +1,6 @@
 """What of this machine training can use, what is missing, and what to install or set.
 
-    python tools/doctor.py [--data_path FOLDER] [--exp_dir FOLDER]
+    spark-fast-doctor [--data_path FOLDER] [--exp_dir FOLDER]
 
 Exit codes: 0 training can run, 1 something that it needs is missing.
 """
@@ -26,19 +26,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from spark_fast.run.command import run_tool
+from spark_fast.cli.start import start
+from spark_fast.cli.tool import run_tool
+from spark_fast.commands import INSTALL_DALI, INSTALL_FFCV, command
 
-FFCV = (
-    "apt-get install -y --no-install-recommends libturbojpeg0-dev libopencv-dev pkg-config"
-    " && pip install 'spark-fast[ffcv]'"
-)
+IMPORTED = {  # module that training cannot do without, each needed by the next: how to get one that loads
+    "torch": "https://pytorch.org/get-started/locally",
+    "torchvision": "one built for this torch: https://pytorch.org/get-started/locally",
+    "timm": "pip install --force-reinstall --no-deps timm",
+}
 OPTIONAL = {  # module: (what it is for, how to get it)
     "triton": ("kernels on a GPU", "comes with torch's builds for Linux with a GPU"),
-    "ffcv": ("--pipeline ffcv", FFCV),
-    "nvidia.dali": ("--pipeline dali", "pip install 'spark-fast[dali]'"),
+    "ffcv": ("--pipeline ffcv", INSTALL_FFCV),
+    "nvidia.dali": ("--pipeline dali", INSTALL_DALI),
     "sparseconvnet": ("--sparse_conv=1", "docs/how_it_works.md, True sparse convolutions"),
     "wandb": ("--wandb", "pip install 'spark-fast[wandb]'"),
-    "matplotlib": ("tools/plot_run.py", "pip install 'spark-fast[plots]'"),
+    "matplotlib": (command("plot"), "pip install 'spark-fast[plots]'"),
 }
 SAMPLE = 256 * 2**20  # bytes read or written to tell a disk's speed
 OPEN_FILES = 1024
@@ -67,9 +70,10 @@ def doctor(
         exp_dir: Where runs will be written: free space and speed.
     """
     findings = [*packages()]
-    if _is_missing(found := _load("torch")):
-        findings.append(Finding("importing torch", found, "https://pytorch.org/get-started/locally", needed=True))
-    else:
+    broken = next((package for package in IMPORTED if _is_missing(_load(package))), "")
+    if broken:
+        findings.append(Finding(f"importing {broken}", _load(broken), IMPORTED[broken], needed=True))
+    if broken != "torch":
         findings += [*devices(), *decoders()]
     findings += [*optional_parts(), *limits(), written_to(exp_dir)]
     if data_path is not None:
@@ -80,7 +84,10 @@ def doctor(
     for finding in findings:
         style = "red" if finding.needed else "yellow" if finding.advice else ""
         table.add_row(*map(escape, (finding.what, finding.found, finding.advice)), style=style)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    with console.capture() as text:  # rich would end the process by itself where nobody reads its output
+        console.print(table)
+    print(text.get(), end="")
     missing = [finding.what for finding in findings if finding.needed]
     print(f"missing: {', '.join(missing)}" if missing else "training can run here")
     return 1 if missing else 0
@@ -125,11 +132,11 @@ def devices() -> Iterator[Finding]:
 
 def decoders() -> Iterator[Finding]:
     """JPEG decoders, tried on a small picture: libjpeg-turbo (simplejpeg), which all need, and nvJPEG (torchvision)."""
-    import numpy as np
     import torch
 
     jpeg = b""
     try:
+        import numpy as np
         import simplejpeg
 
         jpeg = simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))
@@ -161,7 +168,7 @@ def _load(module: str) -> str:
     """Its version, or why there is none."""
     try:
         return str(getattr(importlib.import_module(module), "__version__", "yes"))
-    except (ImportError, OSError) as error:
+    except Exception as error:  # a broken package may raise anything
         absent = isinstance(error, ModuleNotFoundError) and module.startswith(error.name or "?")
         return ABSENT if absent else f"{BROKEN}: {error}"
 
@@ -219,7 +226,7 @@ def read_from(data_path: Path) -> Finding:
         return Finding(what, "nothing to read", "check --data_path", needed=True)
     seconds = time.perf_counter() - start
     small = read / count < 2**20
-    advice = "many small files: tools/convert_imagenet.py makes shards of them" if small else ""
+    advice = f"many small files: {command('convert')} makes shards of them" if small else ""
     return Finding(what, f"{read / 2**20 / seconds:.0f} MB/s, {count / seconds:.0f} files/s", advice)
 
 
@@ -243,8 +250,8 @@ def _native_bf16() -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    return run_tool(doctor, argv)
+    return run_tool("doctor", doctor, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start("doctor"))

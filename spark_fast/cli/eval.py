@@ -17,6 +17,7 @@ import torch
 
 from spark_fast.checkpoint.file import RunContent
 from spark_fast.checkpoint.manager import read_newest
+from spark_fast.cli.start import start
 from spark_fast.errors import INTERRUPTED, CheckpointError, SettingsError
 from spark_fast.evaluation.accuracy import Scores
 from spark_fast.evaluation.backbone import build_backbone, build_classifier
@@ -27,6 +28,7 @@ from spark_fast.evaluation.finetune import FinetuneRun
 from spark_fast.evaluation.knn import classify_by_neighbours
 from spark_fast.evaluation.linear_probe import LinearProbe, shuffled, train_probe
 from spark_fast.evaluation.report import Report
+from spark_fast.networks import import_from_current_folder
 from spark_fast.pipelines import Pipeline, View
 from spark_fast.run.command import open_checkpoints, run_command, running
 from spark_fast.run.distributed import Ranks
@@ -124,6 +126,7 @@ def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, c
     before = read_newest(checkpoints) if checkpoints else None
     weights = None if before else _weights(asked)
     network, stages = _resumed(asked, *before) if before else _network(asked, weights)
+    import_from_current_folder(network)
     settings = asked.resolved(network, stages)
     recipe: Any = settings.recipe
     train = open_train(settings, ranks, View(scale=(recipe.min_scale, 1.0), repeats=recipe.repeats))
@@ -184,4 +187,4 @@ def _check_sizes(settings: Evaluation, train: Pipeline) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start("eval"))

@@ -1,6 +1,6 @@
 """Write pre-trained weights in the form that others read, with a model card, proven by loading them.
 
-    python tools/export.py output_my_run --to timm --out resnet50.safetensors
+    spark-fast-export output_my_run --to timm --out resnet50.safetensors
 
 The source is a run folder (its newest checkpoint), a checkpoint, or a published file, with decoder or without.
 Exit codes: 0 done, 2 settings, 6 storage or checkpoint.
@@ -14,7 +14,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from spark_fast.run.command import run_tool
+from spark_fast.cli.start import start
+from spark_fast.cli.tool import run_tool
+from spark_fast.networks import import_from_current_folder
 from spark_fast.weights.export_formats import export
 from spark_fast.weights.load_pretrained import load_pretrained
 
@@ -35,6 +37,7 @@ def export_weights(
         out: File to write (.safetensors or .pth), or folder for hf_folder.
         model: The network, where the file does not tell (timm name), or if it is your own (package.module:function).
     """
+    import_from_current_folder(model)
     pretrained = load_pretrained(source, model)
     made = export(pretrained, to, out)
     print(f"{out}: {len(made.state)} tensors of {pretrained.spec.network} from {pretrained.path}, loaded and compared")
@@ -46,8 +49,8 @@ def export_weights(
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    return run_tool(export_weights, argv)
+    return run_tool("export", export_weights, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start("export"))

@@ -1,6 +1,6 @@
 """Draw loss, learning rate, throughput and data wait of runs, as one PNG.
 
-    python tools/plot_run.py output_my_run output_other --out runs.png
+    spark-fast-plot output_my_run output_other --out runs.png
 
 Reads metrics.jsonl of each run folder, also while it is training. Needs matplotlib. Exit codes: 0 done, 2 settings,
 6 storage.
@@ -16,10 +16,11 @@ from typing import Annotated, Any
 
 import tyro
 
+from spark_fast.cli.start import start
+from spark_fast.cli.tool import run_tool
 from spark_fast.errors import SettingsError
 from spark_fast.files import atomic_write
 from spark_fast.reporting.metrics_file import read_metrics
-from spark_fast.run.command import run_tool
 
 PANELS = {  # key of a row -> title
     "loss": "loss",
@@ -92,8 +93,8 @@ def _rows(run: Path) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    return run_tool(plot_run, argv)
+    return run_tool("plot", plot_run, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start("plot"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+from spark_fast.cli.start import start
 from spark_fast.errors import INTERRUPTED
 from spark_fast.run.command import run_command
 from spark_fast.run.distributed import Ranks
@@ -28,4 +29,4 @@ def _run(settings: Settings, ranks: Ranks, watchdog: Watchdog) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start("train"))

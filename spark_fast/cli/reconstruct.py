@@ -1,8 +1,8 @@
 """Draw what a pre-trained model makes of images: input, visible part, reconstruction, a row per image.
 
-    python tools/reconstruct.py output_my_run photo.jpg other.png --out grid.png
-    python tools/reconstruct.py res50_withdecoder_1kpretrained_spark_style.pth photo.jpg --out grid.png --seed 3
-    python tools/reconstruct.py output_my_run photo.jpg --out grid.png --mask mask.txt
+    spark-fast-reconstruct output_my_run photo.jpg other.png --out grid.png
+    spark-fast-reconstruct res50_withdecoder_1kpretrained_spark_style.pth photo.jpg --out grid.png --seed 3
+    spark-fast-reconstruct output_my_run photo.jpg --out grid.png --mask mask.txt
 
 Exit codes: 0 done, 2 settings, 3 images, 6 storage or checkpoint.
 """
@@ -15,11 +15,13 @@ from typing import Annotated
 
 import tyro
 
+from spark_fast.cli.start import start
+from spark_fast.cli.tool import run_tool
 from spark_fast.errors import CheckpointError, SettingsError
 from spark_fast.mask_file import read_mask
 from spark_fast.masking import num_visible
+from spark_fast.networks import import_from_current_folder
 from spark_fast.reporting.reconstructions import filled_grid, open_images, reconstruction_grid, save_png
-from spark_fast.run.command import run_tool
 from spark_fast.weights.load_pretrained import Pretrained, load_pretrained
 
 
@@ -53,6 +55,7 @@ def reconstruct(
         raise SettingsError("--mask says which patches are hidden, --mask_ratio how many: choose one of them")
     if not images:
         raise SettingsError("give one image or more")
+    import_from_current_folder(model)
     pretrained = load_pretrained(source, model, input_size)
     if not pretrained.weights.state.has_decoder:
         raise CheckpointError(
@@ -82,8 +85,8 @@ def _about(pretrained: Pretrained) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    return run_tool(reconstruct, argv)
+    return run_tool("reconstruct", reconstruct, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start("reconstruct"))

@@ -6,21 +6,19 @@ and saved.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
 
 import torch
-import tyro
 
 from spark_fast.checkpoint.manager import CheckpointManager, check_space
 from spark_fast.errors import LostRankError, SparkFastError, StorageError
+from spark_fast.networks import import_from_current_folder
 from spark_fast.pipelines import LoaderOptions, Pipeline, build_pipeline
 from spark_fast.run.config import Tree
 from spark_fast.run.distributed import Ranks, join
@@ -40,7 +38,9 @@ def run_command(
     """Run a command on these words of its command line; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
-        return on_ranks(parse(argv), run)
+        settings = parse(argv)
+        import_from_current_folder(settings.network)
+        return on_ranks(settings, run)
     except SparkFastError as error:
         return _complain(name, error, error.exit_code)
     except OSError as error:  # metrics or logs: a full disk, a lost mount
@@ -127,19 +127,6 @@ def open_checkpoints(
     manager = CheckpointManager(folder, keep_last=keep_last, keep_steps=keep_steps)
     manager.clean(step)
     return manager
-
-
-def run_tool(tool: Callable[..., int], argv: list[str] | None = None) -> int:
-    """Run a function of tools/ on a command line, which tyro reads by its signature; returns the exit code."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    file = Path(inspect.getfile(tool))
-    try:
-        about = inspect.getdoc(inspect.getmodule(tool))
-        return tyro.cli(tool, args=argv, use_underscores=True, prog=file.name, description=about)
-    except SparkFastError as error:
-        return _complain(file.stem, error, error.exit_code)
-    except OSError as error:
-        return _complain(file.stem, error, StorageError.exit_code)
 
 
 def _complain(name: str, error: Exception, code: int) -> int:

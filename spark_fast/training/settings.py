@@ -34,7 +34,7 @@ class Data:
     """The images and how they reach the device."""
 
     data_path: str = ""
-    """image folder (ImageNet layout or flat), file list, or shards or a .beton made by tools/convert_imagenet.py"""
+    """image folder (ImageNet layout or flat), file list, or shards or a .beton made by spark-fast-convert"""
     pipeline: str = "auto"
     """auto (the fastest for the data), torch, dali, ffcv (both extras), or synthetic (generated: no data's speed)"""
     ffcv_resize: Literal["bicubic", "area"] = "bicubic"

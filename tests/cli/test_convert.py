@@ -15,6 +15,7 @@ import pytest
 import simplejpeg
 
 from spark_fast.cli.convert import main
+from spark_fast.commands import command as command_name
 from spark_fast.errors import DataError
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import Reencode
@@ -128,7 +129,7 @@ def test_tars_train_after_the_command_that_their_refusal_names(src, tmp_path):
     tars.mkdir()
     (tars / TARS["train"]).write_bytes(tar_of_tars(src / "train"))
     (tars / TARS["val"]).write_bytes(tar_of({path.name: path.read_bytes() for path in (src / "val").rglob("*.JPEG")}))
-    with pytest.raises(DataError, match=f"as downloaded .* Convert once: python tools/convert_imagenet.py {tars} DST"):
+    with pytest.raises(DataError, match=f"as downloaded .* Convert once: {command_name('convert')} {tars} DST"):
         detect_source(tars)
     ended = run(tars, dst)
     assert ended.returncode == 0, ended.stderr
@@ -151,7 +152,7 @@ def test_ctrl_c_leaves_whole_shards_and_says_how_to_go_on(src, tmp_path, workers
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert stderr == "convert_imagenet: interrupted. Whole shards are kept: the same command goes on from there.\n"
+    assert stderr == "convert_imagenet.py: interrupted. Whole shards are kept: the same command goes on from there.\n"
     left = [path.name for path in dst.rglob("*") if path.is_file()]
     assert not any(name.endswith(".partial") or name == "manifest.json" for name in left)
     convert_here(src, dst)  # goes on without a complaint

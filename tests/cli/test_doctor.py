@@ -1,7 +1,10 @@
-"""tools/doctor.py says what is there, what is missing, and what to do."""
+"""spark-fast-doctor says what is there, what is missing, and what to do."""
 
 import importlib
+import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -12,7 +15,10 @@ import torch
 import tyro
 
 from spark_fast.cli import doctor
-from spark_fast.pipelines.ffcv_install import COMMAND
+from spark_fast.errors import SparkFastError
+from spark_fast.pipelines.ffcv_install import require_ffcv
+
+TOOL = Path(__file__).parents[2] / "tools" / "doctor.py"
 
 
 def run(capsys, *flags):
@@ -130,5 +136,28 @@ def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     assert "Permission denied" in finding.found
 
 
-def test_the_command_for_ffcv_is_the_pipelines_own():
-    assert doctor.OPTIONAL["ffcv"][1] == COMMAND
+def test_the_command_for_ffcv_is_the_pipelines_own(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ffcv.loader", None)
+    with pytest.raises(SparkFastError) as caught:
+        require_ffcv("--pipeline ffcv")
+    assert doctor.OPTIONAL["ffcv"][1] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("package", "error", "missing"),
+    [
+        ("torch", "ModuleNotFoundError(\"No module named 'torch'\", name='torch')", "importing torch"),
+        ("torch", "OSError('libcudart.so.13: cannot open shared object file')", "importing torch"),
+        ("torchvision", "RuntimeError('operator torchvision::nms does not exist')", "importing torchvision"),
+        ("numpy", "ModuleNotFoundError(\"No module named 'numpy'\", name='numpy')", "libjpeg-turbo"),
+    ],
+)
+def test_the_command_itself_needs_none_of_what_it_looks_for(tmp_path, package, error, missing):
+    (tmp_path / f"{package}.py").write_text(f"raise {error}\n")
+    words = [sys.executable, str(TOOL), "--exp_dir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert "Traceback" not in done.stderr
+    assert done.stdout.splitlines()[-1].startswith("missing: ")
+    assert missing in done.stdout.splitlines()[-1]
+    assert done.returncode == 1

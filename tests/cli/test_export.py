@@ -1,6 +1,7 @@
 """The command: from a run, and from published files, to what timm, torchvision and the published code load strictly."""
 
 import json
+import sys
 from contextlib import redirect_stdout
 from io import StringIO
 
@@ -18,8 +19,8 @@ from spark_fast.cli import export, reconstruct
 from spark_fast.cli import pretrain as train
 from spark_fast.weights.load import load_weights
 from spark_fast.weights.spark_keys import spark_state_dict
+from tests.cli.conftest import write_pictures
 from tests.commands import run_here
-from tests.evaluation.conftest import write_pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,6 +70,23 @@ def weights_of(run):
 
 def run_export(*words, code=0):
     assert export.main([str(w) for w in words]) == code
+
+
+def test_your_own_network_is_found_in_the_folder_where_the_command_is_run(run, tmp_path, monkeypatch):
+    code = "import timm\n\ndef make(**kwargs):\n    return timm.create_model('resnet10t', features_only=True)\n"
+    (tmp_path / "own_here.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    path = [entry for entry in sys.path if entry]  # "" is the current folder
+    flags = [f"--data_path={run.parent / 'pictures'}", "--input_size=64", "--mask=0.5", "--decoder_width=32"]
+    flags += ["--bs=4", "--ep=1", "--wp_ep=0", "--threads=1", "--workers=1", "--exp_dir=own", "--verify=never"]
+    for main, words in (
+        (train.main, ["name", "--model=own_here:make", *flags]),
+        (export.main, ["own", "--model=own_here:make", "--to=safetensors", "--out=own.safetensors"]),
+    ):
+        monkeypatch.setattr(sys, "path", list(path))
+        sys.modules.pop("own_here", None)
+        run_here(main, *words)
+    assert "layer1.0.conv1.weight" in load_file(tmp_path / "own.safetensors")
 
 
 def sums(tensors):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from spark_fast.commands import command
 from tests.cli.test_pretrain import pictures, train  # noqa: F401
 from tests.faults.test_run import flags_of
 
@@ -26,7 +27,7 @@ def test_a_decoder_that_is_not_installed(pictures, tmp_path, pipeline, package):
     )
     done = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 3, done.stderr
-    assert "pip install" in done.stderr or "convert_imagenet.py" in done.stderr
+    assert "pip install" in done.stderr or f"{command('convert')} SRC DST" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -41,7 +41,7 @@ def test_the_stages_that_were_not_trained_are_listed_and_the_file_still_loads_st
 def test_your_own_network_leaves_under_its_own_names_when_you_name_it(tmp_path, monkeypatch):
     code = "import timm\n\ndef make():\n    return timm.create_model('resnet10t', features_only=True)\n"
     (tmp_path / "own_exported.py").write_text(code)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     path, state = saved(tmp_path, "own_exported:make")
     with pytest.raises(SettingsError, match="say --model own_exported:make"):
         load_pretrained(path)

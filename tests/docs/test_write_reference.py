@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 
+from docs.generate import write_reference
 from spark_fast.training.settings import Settings, parse
-from tools import write_reference
 
 
 def test_the_page_is_up_to_date():
-    assert write_reference.PAGE.read_text() == write_reference.reference(), "run python tools/write_reference.py"
+    assert write_reference.PAGE.read_text() == write_reference.reference(), "run docs/generate/write_reference.py"
 
 
 @pytest.mark.parametrize("tree", write_reference.COMMANDS.values(), ids=write_reference.COMMANDS)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tools import draw_mask_pattern
-from tools.draw_mask_pattern import Options, averaging, patterns, table
+from docs.generate import draw_mask_pattern
+from docs.generate.draw_mask_pattern import Options, averaging, patterns, table
 
-PAGE = Path(draw_mask_pattern.__file__).parents[1] / "docs" / "why_sparse.md"
+PAGE = Path(draw_mask_pattern.__file__).parents[1] / "why_sparse.md"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,7 +1,7 @@
 """Pack and verify every network of timm; write the table that `build_spark` consults and the docs show.
 
-    python tools/sweep_timm.py                  # all of timm.list_models(): under an hour on two cores
-    python tools/sweep_timm.py "resnet*" regnetx_002 --dry_run
+    python benchmarks/sweep_timm.py                  # all of timm.list_models(): under an hour on two cores
+    python benchmarks/sweep_timm.py "resnet*" regnetx_002 --dry_run
 
 Each network is refused on the meta device where its layers alone tell (attention), and else built and run through
 `spark_fast.verify` on 64x96 pixels in float64. Results are written as they come, and a stopped sweep goes on.
@@ -127,7 +127,7 @@ def page(known: dict) -> str:
     lines = [
         "# Every network of timm",
         "",
-        f"Written by `python tools/sweep_timm.py` with timm {timm.__version__}, torch {torch.__version__}: "
+        f"Written by `python benchmarks/sweep_timm.py` with timm {timm.__version__}, torch {torch.__version__}: "
         f"**{len(known['verified'])} networks verified**, {len(known['refused'])} refused.",
         "",
         "Verified means that `spark_fast.verify` ran on it: with nothing masked the packed encoder equals the network "

@@ -1,6 +1,6 @@
 """Draw what packing does to a mask: the map, the packed patches, and the window that a 3x3 convolution sees of each.
 
-    python tools/draw_packed.py                       # docs/packed.png
+    python docs/generate/draw_packed.py               # docs/packed.png
 
 Every cell has the colour of its patch, and the real code moves them: `VisiblePatches.pack`, and `window_table` for the
 halos. So the colours in a window's border show from which neighbours its cells came. Needs matplotlib.
@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from torch import Tensor
 
 from spark_fast.encoder import VisiblePatches
 from spark_fast.encoder.conv.geometry import layer_axes
 from spark_fast.encoder.visible import Places
-from spark_fast.errors import SettingsError
+from spark_fast.errors import SettingsError, StorageError
 from spark_fast.files import atomic_write
 from spark_fast.masking import num_visible, sample_visible
-from spark_fast.run.command import run_tool
 
-PICTURE = Path(__file__).parents[1] / "docs" / "packed.png"
+PICTURE = Path(__file__).parents[1] / "packed.png"
 COLUMNS = 4  # packed patches in a row of the picture
 HOLE, NOTHING = 0.85, 1.0  # grey of masked cells, and of places in a window where there is nothing
 
@@ -137,7 +137,11 @@ def _tile(panel: Any, colours: Any, b: int, inset: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    return run_tool(draw_packed, argv)
+    try:
+        return tyro.cli(draw_packed, args=argv, use_underscores=True, prog="draw_packed.py", description=__doc__)
+    except (SettingsError, OSError) as error:
+        print(f"draw_packed: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", StorageError.exit_code)
 
 
 if __name__ == "__main__":

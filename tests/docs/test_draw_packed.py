@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tools import draw_packed
-from tools.draw_packed import HOLE, NOTHING, arrange
+from docs.generate import draw_packed
+from docs.generate.draw_packed import HOLE, NOTHING, arrange
 
 
 @pytest.mark.parametrize(("grid", "b", "ratio"), [((4, 5), 4, 0.6), ((3, 3), 1, 0.5), ((1, 2), 2, 0.5)])

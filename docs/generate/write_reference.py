@@ -1,6 +1,6 @@
 """Write docs/settings.md, every setting of training and evaluation, from the trees that define them.
 
-python tools/write_reference.py
+python docs/generate/write_reference.py
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from spark_fast.evaluation.eval_settings import Finetune, Knn, Linear
 from spark_fast.training.settings import Settings
 
-PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
+PAGE = Path(__file__).parents[1] / "settings.md"
 COMMANDS: dict[str, type] = {
     "spark-fast-train": Settings,
     "spark-fast-eval knn": Knn,
@@ -24,9 +24,9 @@ COMMANDS: dict[str, type] = {
 }
 HEAD = """# Every setting
 
-Written by `python tools/write_reference.py` from the settings themselves. A flag may also be written with dashes and as
-`--name=value`; `--config file.toml` takes the same names in a table for each group (`--print_config` prints one), and
-flags win over it.
+Written by `python docs/generate/write_reference.py` from the settings themselves. A flag may also be written with
+dashes and as `--name=value`; `--config file.toml` takes the same names in a table for each group (`--print_config`
+prints one), and flags win over it.
 """
 
 

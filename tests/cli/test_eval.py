@@ -19,7 +19,7 @@ from spark_fast.cli.eval import main
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.weights.spark_keys import spark_state_dict
-from tests.evaluation.conftest import CLASSES, TINY, write_pictures
+from tests.cli.conftest import CLASSES, TINY, write_pictures
 
 FRESH = "--weights=none"
 

@@ -1,0 +1,37 @@
+"""Where every command starts: `spark-fast-NAME`, `python -m spark_fast.train` and the scripts in tools/.
+
+`--version` is answered before the module of the command is imported, and torch with it, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from importlib import import_module
+
+import spark_fast
+
+MODULES = {"train": "pretrain"}  # command -> module of this package, where the names differ
+
+
+def start(name: str, argv: list[str] | None = None) -> int:
+    """Run the command spark-fast-`name` on these words, else on those of the command line; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    if "--version" in words:
+        print(f"spark-fast-{name} {spark_fast.__version__}")
+        return 0
+    try:
+        module = import_module(f"spark_fast.cli.{MODULES.get(name, name)}")
+    except KeyboardInterrupt:
+        print(f"spark-fast-{name}: interrupted", file=sys.stderr)
+        return 130
+    return module.main(words)
+
+
+train = partial(start, "train")
+evaluate = partial(start, "eval")
+convert = partial(start, "convert")
+export = partial(start, "export")
+reconstruct = partial(start, "reconstruct")
+plot = partial(start, "plot")
+doctor = partial(start, "doctor")
