@@ -1,4 +1,4 @@
-"""`torchrun ... -m spark_fast.train`: the command spark-fast-train, which is spark_fast/cli/pretrain.py."""
+"""`torchrun ... -m spark_fast.train`: the command spark-fast-train, which is spark_fast/cli/train.py."""
 
 import sys
 

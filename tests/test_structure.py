@@ -13,7 +13,7 @@ LINK = ROOT / "spark_fast" / "pipelines"  # to pipelines/
 FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py") if LINK not in p.parents)
 # the rooms and files of the product, from the ground up: each imports from its own floor and those below
 FLOORS = [
-    ["errors", "files", "commands"],
+    ["errors", "files", "commands", "autograd"],
     ["pipelines"],
     ["masking", "upsample"],
     ["encoder"],
@@ -30,7 +30,8 @@ FLOORS = [
     ["train", "evaluate"],
 ]
 MOST_ARROWS = 25  # between the files and folders of one folder
-MOST_ARROWS_BETWEEN_ROOMS = 65  # of spark_fast itself, with its rooms, the method's files and what all stand on
+GROUND = {*FLOORS[0], "versions"}  # files that anything may stand on
+MOST_ARROWS_BETWEEN_ROOMS = 48  # of spark_fast itself: its rooms and the files of the method, without the ground
 
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 
@@ -84,7 +85,7 @@ def arrows():
 
 def test_there_is_something_to_look_at():
     assert len(FILES) > 100
-    assert below(GRAPH["spark_fast.cli.pretrain"], "spark_fast.training")
+    assert below(GRAPH["spark_fast.cli.train"], "spark_fast.training")
     assert below(GRAPH["spark_fast.pipelines.build"], "spark_fast.pipelines.sources")
     assert ("training", "run") in arrows()["spark_fast"]
 
@@ -112,8 +113,12 @@ def test_nothing_is_called_utils():
 
 
 def test_no_two_files_of_the_product_have_one_name():
+    other_names = {
+        ROOT / "spark_fast" / "train.py",
+        ROOT / "spark_fast" / "evaluate.py",
+    }  # of commands, for torchrun -m
     product = [p for p in FILES if p.relative_to(ROOT).parts[0] in ("spark_fast", "pipelines")]
-    names = Counter(p.name for p in product if p.name != "__init__.py")
+    names = Counter(p.name for p in product if p.name != "__init__.py" and p not in commands)
     assert not [name for name, count in names.items() if count > 1]
 
 
@@ -131,8 +136,9 @@ def test_every_room_stands_on_a_floor_and_imports_downwards():
 
 
 def test_no_folder_is_a_tangle():
-    counts = {folder: len(pairs) for folder, pairs in arrows().items()}
-    assert counts.pop("spark_fast") <= MOST_ARROWS_BETWEEN_ROOMS
+    found = arrows()
+    assert len([pair for pair in found.pop("spark_fast") if not GROUND & set(pair)]) <= MOST_ARROWS_BETWEEN_ROOMS
+    counts = {folder: len(pairs) for folder, pairs in found.items()}
     assert {folder: count for folder, count in counts.items() if count > MOST_ARROWS} == {}
 
 

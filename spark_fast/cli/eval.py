@@ -32,8 +32,8 @@ from spark_fast.networks import import_from_current_folder
 from spark_fast.pipelines import Pipeline, View
 from spark_fast.run.command import open_checkpoints, run_command, running
 from spark_fast.run.distributed import Ranks
-from spark_fast.run.folder import describe, open_run_folder, refuse_another_run
 from spark_fast.run.lock import RunLock
+from spark_fast.run.run_folder import describe, open_run_folder, refuse_another_run
 from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
 from spark_fast.training.resume import checkpoints_to_resume

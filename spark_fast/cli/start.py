@@ -11,8 +11,6 @@ from importlib import import_module
 
 import spark_fast
 
-MODULES = {"train": "pretrain"}  # command -> module of this package, where the names differ
-
 
 def start(name: str, argv: list[str] | None = None) -> int:
     """Run the command spark-fast-`name` on these words, else on those of the command line; returns the exit code."""
@@ -21,7 +19,7 @@ def start(name: str, argv: list[str] | None = None) -> int:
         print(f"spark-fast-{name} {spark_fast.__version__}")
         return 0
     try:
-        module = import_module(f"spark_fast.cli.{MODULES.get(name, name)}")
+        module = import_module(f"spark_fast.cli.{name}")
     except KeyboardInterrupt:
         print(f"spark-fast-{name}: interrupted", file=sys.stderr)
         return 130

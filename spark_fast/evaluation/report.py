@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spark_fast.files import atomic_write
 from spark_fast.reporting.metrics_file import MetricsFile, line_of
-from spark_fast.run.folder import RESULT
+from spark_fast.run.run_folder import RESULT
 from spark_fast.versions import versions
 
 log = logging.getLogger("spark_fast")

@@ -22,8 +22,8 @@ from spark_fast.networks import import_from_current_folder
 from spark_fast.pipelines import LoaderOptions, Pipeline, build_pipeline
 from spark_fast.run.config import Tree
 from spark_fast.run.distributed import Ranks, join
-from spark_fast.run.folder import describe, open_run_folder, refuse_another_run
 from spark_fast.run.lock import RunLock
+from spark_fast.run.run_folder import describe, open_run_folder, refuse_another_run
 from spark_fast.run.watchdog import Watchdog
 
 log = logging.getLogger("spark_fast")

@@ -14,7 +14,7 @@ from spark_fast.reporting.loggers import require_wandb
 from spark_fast.run.command import on_ranks, open_checkpoints, open_pipeline, running
 from spark_fast.run.cpu_sync_batchnorm import HostSyncBatchNorm
 from spark_fast.run.distributed import Ranks
-from spark_fast.run.folder import output_restored, refuse_another_run
+from spark_fast.run.run_folder import output_restored, refuse_another_run
 from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
 from spark_fast.spark import SparK, build_spark

@@ -15,8 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from spark_fast import build_spark, load_spark_state_dict
 from spark_fast.cli import eval as evaluate
-from spark_fast.cli import export, reconstruct
-from spark_fast.cli import pretrain as train
+from spark_fast.cli import export, reconstruct, train
 from spark_fast.weights.load import load_weights
 from spark_fast.weights.spark_keys import spark_state_dict
 from tests.cli.conftest import write_pictures

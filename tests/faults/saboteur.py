@@ -101,7 +101,7 @@ ACTIONS: dict[str, Callable[[], None]] = {
 }
 
 if __name__ == "__main__":
-    from spark_fast.cli.pretrain import main
+    from spark_fast.cli.train import main
 
     arm(sys.argv[1], int(sys.argv[2]), ACTIONS[sys.argv[3]])
     sys.exit(main(sys.argv[4:]))

@@ -24,9 +24,9 @@ from spark_fast.checkpoint.manager import (
     read_newest,
 )
 from spark_fast.checkpoint.validate_file import sidecar
-from spark_fast.cli.pretrain import main
+from spark_fast.cli.train import main
 from tests.checkpoint.test_file import trained
-from tests.cli.test_pretrain import TINY, assert_same_weights, here, pictures  # noqa: F401
+from tests.cli.test_train import TINY, assert_same_weights, here, pictures  # noqa: F401
 from tests.faults import saboteur
 
 SABOTEUR = Path(saboteur.__file__)
@@ -146,7 +146,7 @@ def test_killed_inside_a_save_of_a_run_it_ends_with_the_same_bits(unbroken, tmp_
     """Row 2 once more, with the command itself."""
     folder, flags = unbroken
     if not times(0, 30):
-        pytest.skip("with --full; tests/cli/test_pretrain.py kills the command at random moments")
+        pytest.skip("with --full; tests/cli/test_train.py kills the command at random moments")
     for i in range(30):
         point = list(saboteur.POINTS)[(i + 4) % len(saboteur.POINTS)]
         words = [*flags, f"--exp_dir={tmp_path / str(i)}"]

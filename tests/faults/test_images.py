@@ -32,7 +32,7 @@ from spark_fast.pipelines.sources.shard_format import (
     write_shard,
 )
 from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation
-from tests.cli.test_pretrain import TINY, here
+from tests.cli.test_train import TINY, here
 from tests.faults.kinds import DAMAGED, VALID, bombs
 from tests.pipelines.building import build
 from tests.pipelines.comparing import pixels

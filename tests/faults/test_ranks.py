@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.cli.test_pretrain import assert_same_weights, pictures, weights  # noqa: F401
+from tests.cli.test_train import assert_same_weights, pictures, weights  # noqa: F401
 from tests.faults import trainee
 from tests.faults.test_run import STEPS, flags_of, here, rows, samples
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from spark_fast.commands import command
-from tests.cli.test_pretrain import pictures, train  # noqa: F401
+from tests.cli.test_train import pictures, train  # noqa: F401
 from tests.faults.test_run import flags_of
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.cli.test_pretrain import TINY, here
+from tests.cli.test_train import TINY, here
 from tests.optional import missing
 
 OPTIONAL = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("dali", "ffcv")]

@@ -17,7 +17,7 @@ import time
 from collections.abc import Generator
 from pathlib import Path
 
-from spark_fast.cli import pretrain as train
+from spark_fast.cli import train
 from spark_fast.pipelines import Batch, LoaderOptions, Pipeline
 from spark_fast.run import command
 

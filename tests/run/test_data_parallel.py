@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from tests.cli.test_pretrain import TINY, losses, pictures, torchrun, train, weights  # noqa: F401
+from tests.cli.test_train import TINY, losses, pictures, torchrun, train, weights  # noqa: F401
 
 
 def test_zero_is_the_same_to_the_bit_and_its_checkpoint_is_anyones(pictures, tmp_path):  # noqa: F811

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from spark_fast.commands import command
 from spark_fast.errors import DataError
 from spark_fast.pipelines.sources.detect import TARS, detect_source
 from tests.pipelines.building import build
@@ -35,18 +36,20 @@ def test_an_unfinished_conversion_is_never_opened(tmp_path, left):
 @pytest.mark.parametrize(
     ("files", "path", "message"),
     [
-        (["x.tar"], "x.tar", r"x.tar is a tar, .* Convert once: .*convert_imagenet.py \S+/x.tar DST"),
-        (["x.tar"], "", r"holds a tar, .*convert_imagenet.py \S+/x.tar DST"),
-        ([*TARS.values(), "LICENCE"], "", r"as downloaded \(ILSVRC2012_img_test.*convert_imagenet.py {root} DST"),
-        ([TARS["train"], "val/n1/a.jpg"], "", r"as downloaded \(.*_train.tar\).*convert_imagenet.py {root} DST"),
-        (["n1.tar", "n2.tar"], "", r"holds 2 tars \(n1.tar \.\.\.\), .*convert_imagenet.py THE_TAR_THEY_WERE_IN DST"),
+        (["x.tar"], "x.tar", r"x.tar is a tar, .* Convert once: {convert} \S+/x.tar DST"),
+        (["x.tar"], "", r"holds a tar, .*{convert} \S+/x.tar DST"),
+        ([*TARS.values(), "LICENCE"], "", r"as downloaded \(ILSVRC2012_img_test.*{convert} {root} DST"),
+        ([TARS["train"], "val/n1/a.jpg"], "", r"as downloaded \(.*_train.tar\).*{convert} {root} DST"),
+        (["n1.tar", "n2.tar"], "", r"holds 2 tars \(n1.tar \.\.\.\), .*{convert} THE_TAR_THEY_WERE_IN DST"),
         (["train/n1.tar", "train/n1/a.jpg"], "", r"train holds a tar, .*Unpacked already\? Then move"),
         (["shard-000000.tar"], "shard-000000.tar", r"is one shard of a conversion: give its folder, {root}$"),
     ],
 )
 def test_tars_of_images_are_refused_with_the_command_that_makes_them_usable(tmp_path, files, path, message):
     write(tmp_path, *files)
-    with pytest.raises(DataError, match=message.replace("{root}", str(tmp_path))):
+    with pytest.raises(
+        DataError, match=message.replace("{root}", str(tmp_path)).replace("{convert}", command("convert"))
+    ):
         detect_source(tmp_path / path)
 
 

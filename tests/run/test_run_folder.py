@@ -12,8 +12,8 @@ import torch
 
 import spark_fast
 from spark_fast.errors import CheckpointError, SettingsError
-from spark_fast.run.folder import CHECKPOINT, describe, open_run_folder, refuse_another_run
 from spark_fast.run.lock import RunLock
+from spark_fast.run.run_folder import CHECKPOINT, describe, open_run_folder, refuse_another_run
 from spark_fast.training.settings import parse
 
 

@@ -22,7 +22,7 @@ import timm
 import torch
 from PIL import Image
 
-from spark_fast.cli.pretrain import main
+from spark_fast.cli.train import main
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import Reencode
 from tests.commands import run_here
