@@ -19,7 +19,7 @@ from spark_fast.errors import DataError
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import StoredImages
 from spark_fast.pipelines.sources.detect import TARS, open_source
-from tests.commands import run_here
+from tests.commands import HANG_SECONDS, run_here
 from tests.pipelines.tars import tar_of, tar_of_tars
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_imagenet.py"
@@ -44,7 +44,7 @@ def command(src: Path, dst: Path, *options: str) -> list[str]:
 
 def run(src: Path, dst: Path, *options: str, **popen: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(  # type: ignore[call-overload]
-        command(src, dst, *options), capture_output=True, text=True, timeout=60, check=False, **popen
+        command(src, dst, *options), capture_output=True, text=True, timeout=HANG_SECONDS, check=False, **popen
     )
 
 
@@ -62,8 +62,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
+def wait_for(condition, process: subprocess.Popen) -> None:
+    end = time.monotonic() + HANG_SECONDS
     while not condition():
         assert time.monotonic() < end, "nothing happened"
         assert process.poll() is None, process.communicate()
@@ -149,7 +149,7 @@ def test_ctrl_c_leaves_whole_shards_and_says_how_to_go_on(src, tmp_path, workers
     )
     wait_for(lambda: list(dst.glob("train/*.json")), process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 130
     assert stderr == "convert_imagenet: interrupted. Whole shards are kept: the same command goes on from there.\n"
     left = [path.name for path in dst.rglob("*") if path.is_file()]

@@ -25,7 +25,8 @@ from PIL import Image
 from spark_fast.cli.pretrain import main
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import StoredImages
-from tests.commands import run_here
+from tests.commands import HANG_SECONDS, run_here
+from tests.faults import trainee
 
 TINY = [
     "--model=resnet10t",
@@ -56,7 +57,7 @@ def command(*words):
 
 
 def train(*words, code=0, **kwargs):
-    done = subprocess.run(command(*words), capture_output=True, text=True, timeout=300, **kwargs)
+    done = subprocess.run(command(*words), capture_output=True, text=True, timeout=HANG_SECONDS, **kwargs)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -159,18 +160,18 @@ def test_killed_and_resumed_on_real_images(imagenet_sample, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])  # SIGUSR1: tests/faults/test_checkpoint_faults.py
 def test_a_signal_saves_and_says_how_to_resume(unbroken, tmp_path, number):
+    """It comes with the batch of the ninth step, which is then the last."""
     folder, flags, _ = unbroken
     flags = [f for f in flags if f != "--save_every=1"]
     words = [*flags, f"--exp_dir={tmp_path / 'run'}", "--log_every=1"]
-    process = subprocess.Popen(command(*words), stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "step 8/" in line:
-            process.send_signal(number)
-            break
-    rest = process.stdout.read()
-    assert process.wait() == 75
-    assert "--resume auto" in rest
-    assert weights(tmp_path / "run")["step"] <= 10
+    plan = [tmp_path / "ledger", f"0:8:{number.name[3:]}"]
+    done = subprocess.run(
+        [sys.executable, trainee.__file__, *map(str, [*plan, *words])],
+        capture_output=True, text=True, timeout=HANG_SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 75, done.stderr
+    assert "--resume auto" in done.stdout
+    assert weights(tmp_path / "run")["step"] == 9
     here(*words, "--resume=auto")
     assert_same_weights(folder, tmp_path / "run")
 
@@ -195,7 +196,7 @@ def torchrun(*words, ranks=2, code=0):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*launcher, "-m", "spark_fast.train", *map(str, words)],
-        capture_output=True, text=True, timeout=300, env=environment,
+        capture_output=True, text=True, timeout=HANG_SECONDS, env=environment,
     )  # fmt: skip
     assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
     return done

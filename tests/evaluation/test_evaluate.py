@@ -19,6 +19,7 @@ from spark_fast.cli.eval import main
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import StoredImages
 from spark_fast.weights.spark_keys import spark_state_dict
+from tests.commands import HANG_SECONDS
 from tests.evaluation.conftest import CLASSES, TINY, write_pictures
 
 FRESH = "--weights=none"
@@ -116,9 +117,8 @@ def ranks(number, folder, pictures, mode, *words):
     command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={number}", "-m", "spark_fast.evaluate"]
     given = [mode, *TINY, f"--data_path={pictures}", FRESH, f"--exp_dir={folder}", *words]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *command, *given], capture_output=True, text=True, timeout=200, env=env, check=False
-    )
+    words = [sys.executable, "-m", *command, *given]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=HANG_SECONDS, env=env, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

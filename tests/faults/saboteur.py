@@ -71,10 +71,11 @@ def kill() -> None:
 
 
 def send(*numbers: int) -> None:
-    """Signals to this process, one a second and a bit; after a second one it hangs: only the signal can end it."""
+    """Signals to this process, some seconds apart: only one more than a second after the first, as the main thread
+    met it, counts as the second. After a second one it hangs: only the signal can end it."""
     for number in numbers:
         os.kill(os.getpid(), number)
-        time.sleep(1.1 if len(numbers) > 1 else 0)
+        time.sleep(5 if len(numbers) > 1 else 0)
     while len(numbers) > 1:
         time.sleep(1)
 

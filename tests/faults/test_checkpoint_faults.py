@@ -27,6 +27,7 @@ from spark_fast.checkpoint.validate_file import sidecar
 from spark_fast.cli.pretrain import main
 from tests.checkpoint.test_file import trained
 from tests.cli.test_pretrain import TINY, assert_same_weights, here, pictures  # noqa: F401
+from tests.commands import HANG_SECONDS
 from tests.faults import saboteur
 
 SABOTEUR = Path(saboteur.__file__)
@@ -110,7 +111,7 @@ def test_no_truncated_and_no_flipped_file_is_loaded(tmp_path):
 def sabotaged(point, number, action, *flags, code):
     words = [sys.executable, SABOTEUR, point, str(number), action, *map(str, flags)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=HANG_SECONDS, env=environment)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -146,7 +147,7 @@ def test_killed_inside_a_save_of_a_run_it_ends_with_the_same_bits(unbroken, tmp_
     """Row 2 once more, with the command itself."""
     folder, flags = unbroken
     if not times(0, 30):
-        pytest.skip("with --full; tests/cli/test_pretrain.py kills the command at random moments")
+        pytest.skip("with --repeat_drills; tests/cli/test_pretrain.py kills the command at random moments")
     for i in range(30):
         point = list(saboteur.POINTS)[(i + 4) % len(saboteur.POINTS)]
         words = [*flags, f"--exp_dir={tmp_path / str(i)}"]

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.cli.test_pretrain import pictures, train  # noqa: F401
+from tests.commands import HANG_SECONDS
 from tests.faults.test_run import flags_of
 
 
@@ -24,7 +25,8 @@ def test_a_decoder_that_is_not_installed(pictures, tmp_path, pipeline, package):
     script = (
         f"import sys; sys.modules[{package!r}] = None\nfrom spark_fast.train import main\nsys.exit(main(sys.argv[1:]))"
     )
-    done = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", script, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 3, done.stderr
     assert "pip install" in done.stderr or "convert_imagenet.py" in done.stderr
     assert "Traceback" not in done.stderr
@@ -52,7 +54,7 @@ def test_what_others_stumble_over_is_not_needed(pictures, tmp_path, limit):  # n
     """Few open files, and next to no shared memory: nothing to be set, as neither is used."""
     words = [sys.executable, "-m", "spark_fast.train", *flags_of(pictures, 1, f"--exp_dir={tmp_path / 'run'}")]
     isolated = ["unshare", "--mount", "bash", "-c", f'{limit} && exec "$@"', "limited", *map(str, words)]
-    done = subprocess.run(isolated, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(isolated, capture_output=True, text=True, timeout=HANG_SECONDS)
     if "unshare failed" in done.stderr or "permission denied" in done.stderr:
         pytest.skip(f"this process may not: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
