@@ -70,6 +70,7 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_parts_of_tars_killed_at_random_moments_merge_to_the_same_bytes(src, tmp_path, seed):
     convert_here(src, tmp_path / "whole")
@@ -123,6 +124,7 @@ def test_a_flipped_byte_is_found_by_verify(src, tmp_path):
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_tars_train_after_the_command_that_their_refusal_names(src, tmp_path):
     tars, dst = tmp_path / "tars", tmp_path / "out"
     tars.mkdir()
@@ -137,7 +139,7 @@ def test_tars_train_after_the_command_that_their_refusal_names(src, tmp_path):
     assert len(open_source(dst)) == 35
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_whole_shards_and_says_how_to_go_on(src, tmp_path, workers):
     dst = tmp_path / "out"
     process = subprocess.Popen(

@@ -12,6 +12,7 @@ from tests.commands import HANG_SECONDS
 pytest.importorskip("triton", reason="triton is not installed")
 
 
+@pytest.mark.slow
 def test_norms_are_fused_and_read_the_map_no_more_than_they_must():
     command = [sys.executable, "-W", "ignore", Path(__file__).with_name("fused_norms.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)

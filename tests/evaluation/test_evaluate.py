@@ -122,12 +122,14 @@ def ranks(number, folder, pictures, mode, *words):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_neighbours_of_one(run, pictures, tmp_path):
     assert run("knn", FRESH, f"--exp_dir={tmp_path / 'one'}", "--k=9") == 0
     ranks(2, tmp_path / "two", pictures, "knn", "--k=9")
     assert measured(tmp_path / "one") == measured(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_two_ranks_fine_tune_and_count_every_image_once(pictures, tmp_path):
     ranks(2, tmp_path / "two", pictures, "finetune", "--ep=1", "--wp_ep=0")
     found = result(tmp_path / "two")

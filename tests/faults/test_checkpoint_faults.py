@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,10 +26,9 @@ from spark_fast.checkpoint.validate_file import sidecar
 from spark_fast.cli.pretrain import main
 from tests.checkpoint.test_file import trained
 from tests.cli.test_pretrain import TINY, assert_same_weights, here, pictures  # noqa: F401
-from tests.commands import HANG_SECONDS
 from tests.faults import saboteur
+from tests.processes import run_forked
 
-SABOTEUR = Path(saboteur.__file__)
 STEPS = 6  # of a run here, one epoch
 
 
@@ -108,12 +106,8 @@ def test_no_truncated_and_no_flipped_file_is_loaded(tmp_path):
     assert read_newest(candidates(tmp_path))[1]["step"] == 2
 
 
-def sabotaged(point, number, action, *flags, code):
-    words = [sys.executable, SABOTEUR, point, str(number), action, *map(str, flags)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=HANG_SECONDS, env=environment)
-    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
+def sabotaged(*words, code):
+    return run_forked(saboteur.main, *words, code=code)
 
 
 @pytest.fixture(scope="module")

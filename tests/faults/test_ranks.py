@@ -17,6 +17,8 @@ from tests.commands import HANG_SECONDS
 from tests.faults import trainee
 from tests.faults.test_run import STEPS, flags_of, here, rows, samples
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

@@ -4,8 +4,8 @@
 
 PLAN is a list such as 1:4:kill,0:5:nan: rank 1 gets SIGKILL, and rank 0 a batch with a NaN, instead of step 4 or 5
 (counted from 0); nan, inf, raise, hang, or any signal. A signal comes once, also when the run is started again. With
-`saved` in it, a save that falls due is not put off but waits for the one before it: when step N is given out, the
-checkpoint after step N - 1 is on disk, however slow the disk. The ledger has a line for every step begun.
+`saved` in it, a save that falls due is not put off but waits for the one before it: when step N is given out, N steps
+are done and the checkpoint of N - 1 is on disk, however slow the disk. The ledger has a line for every step begun.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Watched:
         return batch
 
 
-def main(ledger: str, plan: str, *flags: str) -> int:
+def main(words: list[str]) -> int:
+    ledger, plan, *flags = words
     faults = [fault.split(":") for fault in plan.split(",") if ":" in fault]
     planned = {(int(rank), int(step)): what for rank, step, what in faults}
     build, due = command.build_pipeline, AsyncWriter.due
@@ -83,10 +84,10 @@ def main(ledger: str, plan: str, *flags: str) -> int:
     if "saved" in plan.split(","):
         AsyncWriter.due = waited  # type: ignore[method-assign]
     try:
-        return train.main(list(flags))
+        return train.main(flags)
     finally:
         command.build_pipeline, AsyncWriter.due = build, due  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -10,6 +10,8 @@ import pytest
 
 from tests.commands import HANG_SECONDS
 
+pytestmark = pytest.mark.slow
+
 DEMO = Path(__file__).parents[2] / "tools" / "demo.py"
 PICTURES = ("--pictures", "16", "--picture_size", "64")
 TRAINING = ("--input_size", "64", "--batch_size", "8", "--decoder_width", "32", "--log_every", "1")
