@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 import torch
 
+HANG_SECONDS = 600  # a guard against hanging, for what ends by itself: however busy the machine, it is not reached
+
 
 @contextmanager
 def as_it_was() -> Iterator[None]:

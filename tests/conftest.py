@@ -22,24 +22,49 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's & has it, 
 SHARED = Path(os.environ.get("SPARK_FAST_SHARED", Path(__file__).parents[2] / "shared"))
 
 
+LEFT = pytest.StashKey[int]()  # how many slow tests were left for --full
+
+
 def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the slow tests too, as CI does")
     parser.addoption(
-        "--full", action="store_true", help="repeat the drills of tests/faults as docs/reliability.md says"
+        "--repeat_drills", action="store_true", help="repeat the drills of tests/faults as docs/reliability.md says"
     )
 
 
-def pytest_collection_modifyitems(items):
-    """Tests of an optional decoder are skipped where it is not installed."""
+def pytest_collection_modifyitems(config, items):
+    """Slow tests are left for --full; tests of an optional decoder are skipped where it is not installed."""
+    if not config.getoption("--full"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        config.stash[LEFT] = len(slow)
     for item in items:
         for decoder in MODULES:
             if item.get_closest_marker(decoder) and (why := missing(decoder)):
                 item.add_marker(pytest.mark.skip(reason=why))
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a process of xdist, which prints nothing itself
+        session.config.workeroutput["left"] = session.config.stash.get(LEFT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Each process of xdist collects, and so leaves, the same tests."""
+    node.config.stash[LEFT] = getattr(node, "workeroutput", {}).get("left", 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if left := config.stash.get(LEFT, 0):
+        terminalreporter.write_line(f"{left} slow tests were left for --full")
+
+
 @pytest.fixture(scope="session")
 def times(request):
-    """times(short, full): how often a drill repeats itself, few times in CI."""
-    return lambda short, full: full if request.config.getoption("--full") else short
+    """times(few, many): how often a drill repeats itself, many times with --repeat_drills."""
+    return lambda few, many: many if request.config.getoption("--repeat_drills") else few
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -30,7 +30,7 @@ def recorded_images(figures, dtype):
 
 
 @pytest.mark.parametrize("encoder", ["packed", "masked"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["resnet18", *(pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS[1:])])
 def test_trajectory_equals_the_published_code(golden, name, encoder):
     figures, arrays, state = golden(name)
     model = build(figures, state, encoder, torch.float64)

@@ -113,10 +113,7 @@ def test_nothing_is_called_utils():
 
 
 def test_no_two_files_of_the_product_have_one_name():
-    other_names = {
-        ROOT / "spark_fast" / "train.py",
-        ROOT / "spark_fast" / "evaluate.py",
-    }  # of commands, for torchrun -m
+    commands = {ROOT / "spark_fast" / "train.py", ROOT / "spark_fast" / "evaluate.py"}  # for torchrun -m
     product = [p for p in FILES if p.relative_to(ROOT).parts[0] in ("spark_fast", "pipelines")]
     names = Counter(p.name for p in product if p.name != "__init__.py" and p not in commands)
     assert not [name for name, count in names.items() if count > 1]

@@ -41,4 +41,4 @@ fi
 "$python" -c 'import ffcv, nvidia.dali'
 
 export OMP_WAIT_POLICY=passive
-exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "ffcv or dali"
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --full -m "ffcv or dali"

@@ -14,6 +14,7 @@ from spark_fast.checkpoint.file import read, read_run, restore, snapshot, write
 from spark_fast.checkpoint.validate_file import sidecar
 from spark_fast.errors import CheckpointError
 from spark_fast.training.optim import build_optimizer, set_rates
+from tests.commands import HANG_SECONDS
 
 
 class Tiny(nn.Module):
@@ -81,7 +82,9 @@ except CheckpointError as error:
 
 def test_a_file_system_that_takes_no_more_is_a_checkpoint_error_and_the_old_one_is_kept(tmp_path):
     path = tmp_path / "ckpt-last.pth"
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert done.returncode == 0, done.stderr
     assert f"refused: cannot write {path}" in done.stdout
     assert "File too large" in done.stdout

@@ -20,7 +20,7 @@ from spark_fast.errors import DataError
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.sources.detect import TARS, detect_source
-from tests.commands import run_here
+from tests.commands import HANG_SECONDS, run_here
 from tests.pipelines.tars import tar_of, tar_of_tars
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_imagenet.py"
@@ -45,7 +45,7 @@ def command(src: Path, dst: Path, *options: str) -> list[str]:
 
 def run(src: Path, dst: Path, *options: str, **popen: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(  # type: ignore[call-overload]
-        command(src, dst, *options), capture_output=True, text=True, timeout=60, check=False, **popen
+        command(src, dst, *options), capture_output=True, text=True, timeout=HANG_SECONDS, check=False, **popen
     )
 
 
@@ -63,14 +63,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
+def wait_for(condition, process: subprocess.Popen) -> None:
+    end = time.monotonic() + HANG_SECONDS
     while not condition():
         assert time.monotonic() < end, "nothing happened"
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_parts_of_tars_killed_at_random_moments_merge_to_the_same_bytes(src, tmp_path, seed):
     convert_here(src, tmp_path / "whole")
@@ -124,6 +125,7 @@ def test_a_flipped_byte_is_found_by_verify(src, tmp_path):
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_tars_train_after_the_command_that_their_refusal_names(src, tmp_path):
     tars, dst = tmp_path / "tars", tmp_path / "out"
     tars.mkdir()
@@ -138,7 +140,7 @@ def test_tars_train_after_the_command_that_their_refusal_names(src, tmp_path):
     assert len(detect_source(dst)) == 35
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_whole_shards_and_says_how_to_go_on(src, tmp_path, workers):
     dst = tmp_path / "out"
     process = subprocess.Popen(
@@ -150,7 +152,7 @@ def test_ctrl_c_leaves_whole_shards_and_says_how_to_go_on(src, tmp_path, workers
     )
     wait_for(lambda: list(dst.glob("train/*.json")), process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 130
     assert stderr == "convert_imagenet.py: interrupted. Whole shards are kept: the same command goes on from there.\n"
     left = [path.name for path in dst.rglob("*") if path.is_file()]

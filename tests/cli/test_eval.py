@@ -20,6 +20,7 @@ from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.weights.spark_keys import spark_state_dict
 from tests.cli.conftest import CLASSES, TINY, write_pictures
+from tests.commands import HANG_SECONDS
 
 FRESH = "--weights=none"
 
@@ -116,18 +117,19 @@ def ranks(number, folder, pictures, mode, *words):
     command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={number}", "-m", "spark_fast.evaluate"]
     given = [mode, *TINY, f"--data_path={pictures}", FRESH, f"--exp_dir={folder}", *words]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *command, *given], capture_output=True, text=True, timeout=200, env=env, check=False
-    )
+    words = [sys.executable, "-m", *command, *given]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=HANG_SECONDS, env=env, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_neighbours_of_one(run, pictures, tmp_path):
     assert run("knn", FRESH, f"--exp_dir={tmp_path / 'one'}", "--k=9") == 0
     ranks(2, tmp_path / "two", pictures, "knn", "--k=9")
     assert measured(tmp_path / "one") == measured(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_two_ranks_fine_tune_and_count_every_image_once(pictures, tmp_path):
     ranks(2, tmp_path / "two", pictures, "finetune", "--ep=1", "--wp_ep=0")
     found = result(tmp_path / "two")

@@ -25,7 +25,9 @@ from PIL import Image
 from spark_fast.cli.train import main
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import Reencode
-from tests.commands import run_here
+from tests.commands import HANG_SECONDS, run_here
+from tests.faults import trainee
+from tests.processes import Forked, run_forked
 
 TINY = [
     "--model=resnet10t",
@@ -56,7 +58,7 @@ def command(*words):
 
 
 def train(*words, code=0, **kwargs):
-    done = subprocess.run(command(*words), capture_output=True, text=True, timeout=300, **kwargs)
+    done = subprocess.run(command(*words), capture_output=True, text=True, timeout=HANG_SECONDS, **kwargs)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -83,7 +85,7 @@ def unbroken(pictures, tmp_path_factory):
     """A run of 3 epochs of 6 steps, never disturbed."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
     flags = ["name", f"--data_path={pictures}", *TINY, "--bs=8", "--ep=3", "--base_lr=0.01", "--save_every=1"]
-    done = train(*flags, f"--exp_dir={folder}", "--log_every=1")
+    done = here(*flags, f"--exp_dir={folder}", "--log_every=1")
     return folder, flags, done
 
 
@@ -124,13 +126,12 @@ def killed_after(steps, folder, words):
     """Start a run and kill it with SIGKILL once it reports `steps` more steps than it began with."""
     metrics = folder / "metrics.jsonl"
     seen = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-    process = subprocess.Popen(command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = Forked(main, *words, folder=folder.parent)
     while process.poll() is None:
         if metrics.exists() and len(metrics.read_text().splitlines()) >= seen + steps:
             time.sleep(random.random() * 0.1)  # anywhere: in a step, in the save, while loading
             process.kill()
         time.sleep(0.005)
-    process.stderr.close()
     process.wait()
 
 
@@ -148,6 +149,7 @@ def test_killed_over_shards_and_resumed_it_ends_with_the_bits_of_the_raw_folder(
     assert rows == list(range(1, 19)), "each step once, in order"
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_on_real_images(imagenet_sample, tmp_path):
     flags = ["name", f"--data_path={imagenet_sample}", *TINY, "--bs=40", "--ep=2", "--save_every=1", "--log_every=1"]
     here(*flags, f"--exp_dir={tmp_path / 'whole'}")
@@ -159,18 +161,13 @@ def test_killed_and_resumed_on_real_images(imagenet_sample, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])  # SIGUSR1: tests/faults/test_checkpoint_faults.py
 def test_a_signal_saves_and_says_how_to_resume(unbroken, tmp_path, number):
+    """It comes with the batch of the ninth step, which is then the last."""
     folder, flags, _ = unbroken
     flags = [f for f in flags if f != "--save_every=1"]
     words = [*flags, f"--exp_dir={tmp_path / 'run'}", "--log_every=1"]
-    process = subprocess.Popen(command(*words), stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "step 8/" in line:
-            process.send_signal(number)
-            break
-    rest = process.stdout.read()
-    assert process.wait() == 75
-    assert "--resume auto" in rest
-    assert weights(tmp_path / "run")["step"] <= 10
+    done = run_forked(trainee.main, tmp_path / "ledger", f"0:8:{number.name[3:]}", *words, code=75)
+    assert "--resume auto" in done.stdout
+    assert weights(tmp_path / "run")["step"] == 9
     here(*words, "--resume=auto")
     assert_same_weights(folder, tmp_path / "run")
 
@@ -195,7 +192,7 @@ def torchrun(*words, ranks=2, code=0):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*launcher, "-m", "spark_fast.train", *map(str, words)],
-        capture_output=True, text=True, timeout=300, env=environment,
+        capture_output=True, text=True, timeout=HANG_SECONDS, env=environment,
     )  # fmt: skip
     assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
     return done
@@ -205,7 +202,7 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("model", ["convnext_zepto_rms", "resnet10t"])
+@pytest.mark.parametrize("model", ["convnext_zepto_rms", pytest.param("resnet10t", marks=pytest.mark.slow)])
 def test_two_ranks_give_the_losses_of_one(pictures, tmp_path, model):
     flags = ["name", f"--data_path={pictures}", *TINY, f"--model={model}", "--bs=8", "--ep=2", "--base_lr=0.01"]
     here(*flags, f"--exp_dir={tmp_path / 'one'}", "--log_every=1")
@@ -217,6 +214,7 @@ def test_two_ranks_give_the_losses_of_one(pictures, tmp_path, model):
         assert (two[name] - one[name]).float().abs().mean() < 1e-5 + 1e-3 * one[name].float().abs().mean(), name
 
 
+@pytest.mark.slow
 def test_interrupted_ranks_save_together_and_resume_on_one(pictures, tmp_path):
     flags = ["name", f"--data_path={pictures}", *TINY, "--bs=8", "--ep=2", "--base_lr=0.01", "--log_every=1"]
     torchrun(*flags, f"--exp_dir={tmp_path / 'run'}", "--max_steps=5", code=1)  # torchrun reports any code as 1
@@ -270,6 +268,7 @@ BAD = [
 ]
 
 
+@pytest.mark.slow
 def test_your_own_network_trains_from_the_command_line_with_smaller_patches(pictures, tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "your_own_network.md").read_text()
     code = page.split("```python\n")[1].split("```")[0].split("from spark_fast")[0]

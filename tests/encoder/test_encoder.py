@@ -75,8 +75,8 @@ def test_stochastic_depth_drops_whole_images_alike_in_both_encoders():
 @pytest.mark.parametrize(
     ("name", "stages", "backend"),
     [
-        ("resnet10t", 2, "inductor"),  # minutes of g++, even for two stages
-        ("convnext_zepto_rms", 2, "inductor"),
+        pytest.param("resnet10t", 2, "inductor", marks=pytest.mark.slow),  # minutes of g++, even for two stages
+        pytest.param("convnext_zepto_rms", 2, "inductor", marks=pytest.mark.slow),
         ("seresnet18", None, "eager"),
         ("convnextv2_atto", None, "eager"),
         ("test_nfnet", None, "eager"),

@@ -1,9 +1,8 @@
 """`spark-fast-train` with one real fault at a chosen point of a save: a signal, or a file system that takes no more.
 
-    python saboteur.py POINT N ACTION [flags of spark-fast-train]
-
-POINT is the system call that is about to be made (`POINTS`), N says at which occurrence. The fault comes from the
-thread that writes, so it hits the save and nothing else, whatever the speed of the machine.
+Its command line is POINT N ACTION [flags of spark-fast-train], in a process of its own (tests/processes.py). POINT is
+the system call that is about to be made (`POINTS`), N says at which occurrence. The fault comes from the thread that
+writes, so it hits the save and nothing else, whatever the speed of the machine.
 """
 
 from __future__ import annotations
@@ -15,6 +14,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+
+from spark_fast.checkpoint.file import _Hashed
+from spark_fast.cli import train
 
 POINTS: dict[str, tuple[str, str]] = {  # name -> audit event, how its path ends
     "nothing written": ("open", r"step_\d+\.pth\.partial"),
@@ -50,8 +52,6 @@ def arm(point: str, number: int, action: Callable[[], None]) -> None:
 
 def _arm_write(left: list[int], action: Callable[[], None]) -> None:
     """Half of the bytes of the largest write are on disk."""
-    from spark_fast.checkpoint.file import _Hashed
-
     write = _Hashed.write
 
     def half(self: _Hashed, content: bytes) -> int:
@@ -71,10 +71,11 @@ def kill() -> None:
 
 
 def send(*numbers: int) -> None:
-    """Signals to this process, one a second and a bit; after a second one it hangs: only the signal can end it."""
+    """Signals to this process, some seconds apart: only one more than a second after the first, as the main thread
+    met it, counts as the second. After a second one it hangs: only the signal can end it."""
     for number in numbers:
         os.kill(os.getpid(), number)
-        time.sleep(1.1 if len(numbers) > 1 else 0)
+        time.sleep(5 if len(numbers) > 1 else 0)
     while len(numbers) > 1:
         time.sleep(1)
 
@@ -100,8 +101,8 @@ ACTIONS: dict[str, Callable[[], None]] = {
     "twice": lambda: send(signal.SIGTERM, signal.SIGTERM),
 }
 
-if __name__ == "__main__":
-    from spark_fast.cli.train import main
 
-    arm(sys.argv[1], int(sys.argv[2]), ACTIONS[sys.argv[3]])
-    sys.exit(main(sys.argv[4:]))
+def main(words: list[str]) -> int:
+    point, number, action, *flags = words
+    arm(point, int(number), ACTIONS[action])
+    return train.main(flags)

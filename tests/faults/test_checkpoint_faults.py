@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,8 +27,8 @@ from spark_fast.cli.train import main
 from tests.checkpoint.test_file import trained
 from tests.cli.test_train import TINY, assert_same_weights, here, pictures  # noqa: F401
 from tests.faults import saboteur
+from tests.processes import run_forked
 
-SABOTEUR = Path(saboteur.__file__)
 STEPS = 6  # of a run here, one epoch
 
 
@@ -107,12 +106,8 @@ def test_no_truncated_and_no_flipped_file_is_loaded(tmp_path):
     assert read_newest(candidates(tmp_path))[1]["step"] == 2
 
 
-def sabotaged(point, number, action, *flags, code):
-    words = [sys.executable, SABOTEUR, point, str(number), action, *map(str, flags)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
+def sabotaged(*words, code):
+    return run_forked(saboteur.main, *words, code=code)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +141,7 @@ def test_killed_inside_a_save_of_a_run_it_ends_with_the_same_bits(unbroken, tmp_
     """Row 2 once more, with the command itself."""
     folder, flags = unbroken
     if not times(0, 30):
-        pytest.skip("with --full; tests/cli/test_train.py kills the command at random moments")
+        pytest.skip("with --repeat_drills; tests/cli/test_train.py kills the command at random moments")
     for i in range(30):
         point = list(saboteur.POINTS)[(i + 4) % len(saboteur.POINTS)]
         words = [*flags, f"--exp_dir={tmp_path / str(i)}"]

@@ -105,6 +105,7 @@ def only_whole_files_count(folder: Path) -> None:
             detect_source(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "form"),
     [
@@ -157,6 +158,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "size"), [("shards", "512k"), pytest.param("both", "4m", marks=pytest.mark.ffcv)])
 def test_a_full_disk_leaves_whole_shards_and_with_room_it_goes_on(tmp_path, small_disk, form, size):
     src, dst = tmp_path / "src", small_disk(size)
@@ -199,7 +201,14 @@ def convert_with_signal(root: Path, out: Path, made: ConvertSettings, number: si
         convert(root, out, made, workers=2, on_progress=inject)
 
 
-@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGSEGV, marks=pytest.mark.slow),
+        signal.SIGKILL,
+        pytest.param(signal.SIGSTOP, marks=pytest.mark.slow),
+    ],
+)
 def test_a_worker_that_dies_or_is_stopped_is_named_with_its_image(
     image_folder, tmp_path, times, monkeypatch, capfd, number
 ):
@@ -255,7 +264,7 @@ def test_a_worker_that_hangs_is_reported_and_then_given_up(monkeypatch, caplog):
 
 def test_a_worker_that_is_slow_to_start_and_to_end_is_given_time(monkeypatch, caplog):
     """Importing takes it seconds: at work it would be told of after so long a silence."""
-    monkeypatch.setattr(processes, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(processes, "SILENT_SECONDS", 0.5)
     monkeypatch.setattr(processes, "POLL_SECONDS", 0.05)
     run_jobs(jobs.silent, [0.0] * 2, 2, nowhere, lambda job, done: "nowhere")
     assert not caplog.messages

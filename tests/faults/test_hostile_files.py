@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from tests.commands import HANG_SECONDS
+
 HOSTILE = """
 import resource, sys
 from pathlib import Path
@@ -78,7 +80,7 @@ def test_hostile_files_are_refused_cost_no_memory_and_run_nothing(tmp_path):
     for kind in ("code", "bomb", "header", "nested", "tensor"):
         paths.append(tmp_path / f"{kind}.{'safetensors' if kind == 'header' else 'pth'}")
         told.append(hostile(kind, paths[-1]))
-    done = subprocess.run([sys.executable, "-c", HOSTILE, *paths], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", HOSTILE, *paths], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == len(paths), done.stdout

@@ -201,6 +201,7 @@ print(replaced, (after - before) // 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", pytest.param("dali", marks=pytest.mark.dali)])
 def test_bombs_are_refused_without_unpacking_them(tmp_path, times, backend):
     for folder in ("small", "bombs"):

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 from tests.cli.test_train import assert_same_weights, pictures, weights  # noqa: F401
+from tests.commands import HANG_SECONDS
 from tests.faults import trainee
 from tests.faults.test_run import STEPS, flags_of, here, rows, samples
+
+pytestmark = pytest.mark.slow
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -27,7 +30,7 @@ def launcher(*options, ranks=2):
 def torchrun(ledger, plan, *flags, ranks=2, restarts=0, code=0):
     """torchrun reports any failure as 1."""
     words = [*launcher(ranks=ranks), f"--max-restarts={restarts}", trainee.__file__, ledger, plan, *flags]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=HANG_SECONDS, env=ENVIRONMENT)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -45,9 +48,8 @@ def test_when_a_rank_is_killed_the_other_leaves_and_names_it(whole, tmp_path, ti
     """Row 3."""
     _, flags = whole
     for i in range(times(1, 10)):
-        started = time.monotonic()
-        words = [*flags, f"--exp_dir={tmp_path / str(i)}"]
-        done = torchrun(tmp_path / f"{i}.ledger", f"{i % 2}:4:kill", *words, code=1)
+        words = [*flags, "--timeout=7200", f"--exp_dir={tmp_path / str(i)}"]  # it is not this that ends the other
+        done = torchrun(tmp_path / f"{i}.ledger", f"saved,{i % 2}:4:kill", *words, code=1)
         told = [text for text in done.stderr.splitlines() if f"rank {1 - i % 2} leaves, as another is gone" in text]
         assert len(told) == 1, done.stderr
         assert re.search(
@@ -55,7 +57,6 @@ def test_when_a_rank_is_killed_the_other_leaves_and_names_it(whole, tmp_path, ti
         )
         assert "in pretrain" not in done.stderr, "a line, and no traceback of ours"
         assert weights(tmp_path / str(i))["step"] >= 3
-        assert time.monotonic() - started < 120
 
 
 def test_killed_ranks_come_back_with_torchruns_restarts_to_the_same_bits(whole, tmp_path, times):
@@ -73,8 +74,8 @@ def test_killed_ranks_come_back_with_torchruns_restarts_to_the_same_bits(whole, 
 def test_a_rank_that_is_stopped_is_named_and_given_up(whole, tmp_path):
     """Row 24: SIGSTOP. The other one waits for it in an exchange."""
     _, flags = whole
-    words = [*flags, "--timeout=6", f"--exp_dir={tmp_path / 'run'}"]
-    done = torchrun(tmp_path / "ledger", "1:4:stop", *words, code=1)
+    words = [*flags, "--timeout=30", f"--exp_dir={tmp_path / 'run'}"]
+    done = torchrun(tmp_path / "ledger", "saved,1:4:stop", *words, code=1)
     assert re.search(
         r"rank 0 has made no progress for \d+ s at step \d, (in the step|waiting for data|saving)", done.stderr
     )
@@ -117,14 +118,16 @@ def free_port():
 
 
 def test_a_node_that_is_killed_comes_back_and_the_run_completes(whole, tmp_path):
-    """Two nodes on this machine, each a torchrun of its own; all processes of the second one get SIGKILL."""
-    folder, flags = whole
-    words = [*flags, f"--exp_dir={tmp_path / 'run'}"]
-    meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}", "--rdzv-id=drill"]
-    command = ["--max-restarts=3", trainee.__file__, tmp_path / "ledger", "", *words]
+    """Two nodes on this machine, each a torchrun of its own; all processes of the second one get SIGKILL.
 
-    def node(name, host):
-        words = [*launcher(*meet, f"--rdzv-conf=is_host={host}", ranks=1), *command]
+    They get it while its rank is stopped in the middle of an epoch, so that the run cannot end before.
+    """
+    folder, flags = whole
+    meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}", "--rdzv-id=drill"]
+
+    def node(name, host, plan=""):
+        words = [*launcher(*meet, f"--rdzv-conf=is_host={host}", ranks=1), "--max-restarts=3", trainee.__file__]
+        words += [tmp_path / "ledger", plan, *flags, f"--exp_dir={tmp_path / 'run'}"]
         out = (tmp_path / name).open("w")
         environment = {**ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see docs/many_devices.md
         return subprocess.Popen(list(map(str, words)), stdout=out, stderr=out, env=environment)
@@ -132,8 +135,8 @@ def test_a_node_that_is_killed_comes_back_and_the_run_completes(whole, tmp_path)
     def told():
         return "\n".join(path.read_text() for path in tmp_path.glob("node*"))
 
-    nodes = [node("node0", 1), node("node1", 0)]
-    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(rows(tmp_path / "run")) < 4:
+    nodes = [node("node0", 1), node("node1", 0, plan="0:4:stop,1:4:stop")]  # whichever rank it becomes
+    while not list(tmp_path.glob("ledger.*")):
         assert all(process.poll() is None for process in nodes), told()
         time.sleep(0.05)
     ranks = subprocess.run(["pgrep", "-P", str(nodes[1].pid)], capture_output=True, text=True).stdout.split()

@@ -7,26 +7,34 @@ import sys
 
 import pytest
 
+from spark_fast.cli.train import main
 from spark_fast.commands import command
-from tests.cli.test_train import pictures, train  # noqa: F401
+from tests.cli.test_train import pictures  # noqa: F401
+from tests.commands import HANG_SECONDS
 from tests.faults.test_run import flags_of
+from tests.processes import run_forked
 
 
 def test_no_gpu(pictures, tmp_path):  # noqa: F811
-    done = train(*flags_of(pictures, 1, "--device=cuda", f"--exp_dir={tmp_path / 'run'}"), code=2,
+    done = run_forked(main, *flags_of(pictures, 1, "--device=cuda", f"--exp_dir={tmp_path / 'run'}"), code=2,
                  env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
     assert "--device cuda: torch sees no GPU here" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("pipeline", "package"), [("ffcv", "ffcv"), ("dali", "nvidia.dali")])
-def test_a_decoder_that_is_not_installed(pictures, tmp_path, pipeline, package):  # noqa: F811
+def main_without(words):
+    package, *flags = words
+    sys.modules[package] = None
+    return main(flags)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "package", "code"),
+    [("ffcv", "ffcv", 3), ("dali", "nvidia.dali", 2)],  # FFCV misses its .beton first
+)
+def test_a_decoder_that_is_not_installed(pictures, tmp_path, pipeline, package, code):  # noqa: F811
     words = flags_of(pictures, 1, f"--pipeline={pipeline}", f"--exp_dir={tmp_path / 'run'}")
-    script = (
-        f"import sys; sys.modules[{package!r}] = None\nfrom spark_fast.train import main\nsys.exit(main(sys.argv[1:]))"
-    )
-    done = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 3, done.stderr
+    done = run_forked(main_without, package, *words, code=code)
     assert "pip install" in done.stderr or f"{command('convert')} SRC DST" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -43,17 +51,18 @@ def test_a_port_in_use(pictures, tmp_path):  # noqa: F811
             "MASTER_ADDR": "localhost",
             "MASTER_PORT": str(port),
         }
-        done = train(*flags_of(pictures, 1, f"--exp_dir={tmp_path / 'run'}"), code=2, env=environment)
+        done = run_forked(main, *flags_of(pictures, 1, f"--exp_dir={tmp_path / 'run'}"), code=2, env=environment)
     assert f"the ranks cannot meet at localhost:{port}" in done.stderr
     assert "--standalone" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", ["ulimit -n 128", "mount -t tmpfs -o size=64k tmpfs /dev/shm"])
 def test_what_others_stumble_over_is_not_needed(pictures, tmp_path, limit):  # noqa: F811
     """Few open files, and next to no shared memory: nothing to be set, as neither is used."""
     words = [sys.executable, "-m", "spark_fast.train", *flags_of(pictures, 1, f"--exp_dir={tmp_path / 'run'}")]
     isolated = ["unshare", "--mount", "bash", "-c", f'{limit} && exec "$@"', "limited", *map(str, words)]
-    done = subprocess.run(isolated, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(isolated, capture_output=True, text=True, timeout=HANG_SECONDS)
     if "unshare failed" in done.stderr or "permission denied" in done.stderr:
         pytest.skip(f"this process may not: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr

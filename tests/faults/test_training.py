@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from spark_fast.cli import convert
 from tests.cli.test_train import TINY, here
+from tests.commands import run_here
 from tests.optional import missing
 
 OPTIONAL = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("dali", "ffcv")]
@@ -22,8 +22,7 @@ def trained(imagenet_sample: Path, tmp_path_factory: pytest.TempPathFactory):
     """backend -> losses of three steps over the same conversion."""
     place = tmp_path_factory.mktemp("trained")
     form = "shards" if missing("ffcv") else "both"
-    tool = [sys.executable, "-m", "spark_fast.cli.convert", str(imagenet_sample), str(place / "data")]
-    subprocess.run([*tool, "--format", form, "--verify"], check=True, capture_output=True)
+    run_here(convert.main, imagenet_sample, place / "data", "--workers", 1, "--format", form, "--verify")
     losses: dict[str, list[float]] = {}
 
     def run(backend: str) -> list[float]:

@@ -3,8 +3,9 @@
     python trainee.py LEDGER PLAN [flags of spark-fast-train]
 
 PLAN is a list such as 1:4:kill,0:5:nan: rank 1 gets SIGKILL, and rank 0 a batch with a NaN, instead of step 4 or 5
-(counted from 0); nan, inf, raise, hang, or any signal. A signal comes once, also when the run is started again. The
-ledger has a line for every step begun.
+(counted from 0); nan, inf, raise, hang, or any signal. A signal comes once, also when the run is started again. With
+`saved` in it, a save that falls due is not put off but waits for the one before it: when step N is given out, N steps
+are done and the checkpoint of N - 1 is on disk, however slow the disk. The ledger has a line for every step begun.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Generator
 from pathlib import Path
 
+from spark_fast.checkpoint.async_writer import AsyncWriter
 from spark_fast.cli import train
 from spark_fast.pipelines import Batch, LoaderOptions, Pipeline
 from spark_fast.run import command
@@ -62,10 +64,11 @@ class Watched:
         return batch
 
 
-def main(ledger: str, plan: str, *flags: str) -> int:
-    faults = [fault.split(":") for fault in plan.split(",") if fault]
+def main(words: list[str]) -> int:
+    ledger, plan, *flags = words
+    faults = [fault.split(":") for fault in plan.split(",") if ":" in fault]
     planned = {(int(rank), int(step)): what for rank, step, what in faults}
-    build = command.build_pipeline
+    build, due = command.build_pipeline, AsyncWriter.due
 
     def watched(data_path: str | Path | None, options: LoaderOptions) -> Watched | Pipeline:
         pipeline = build(data_path, options)
@@ -73,12 +76,18 @@ def main(ledger: str, plan: str, *flags: str) -> int:
             return pipeline
         return Watched(pipeline, options.rank, Path(ledger), planned)
 
+    def waited(writer: AsyncWriter, step: int) -> bool:
+        writer.wait()
+        return due(writer, step)
+
     command.build_pipeline = watched  # type: ignore[assignment]
+    if "saved" in plan.split(","):
+        AsyncWriter.due = waited  # type: ignore[method-assign]
     try:
-        return train.main(list(flags))
+        return train.main(flags)
     finally:
-        command.build_pipeline = build
+        command.build_pipeline, AsyncWriter.due = build, due  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -13,6 +13,7 @@ import torch
 
 from spark_fast.pipelines import Batch
 from spark_fast.pipelines.transforms.resize import MEAN, STD
+from tests.commands import HANG_SECONDS
 from tests.pipelines.building import build
 
 
@@ -48,7 +49,7 @@ print("running", flush=True)
 def left_open(root: Path, pipeline: str, batch_size: int, then: str) -> subprocess.CompletedProcess[str]:
     """A program that takes one batch, prints "running", and ends by `then` with its epoch left open."""
     command = [sys.executable, "-c", SCRIPT.format(then=then), str(root), pipeline, str(batch_size)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
 
 
 def same(left: list[Batch], right: list[Batch]) -> bool:

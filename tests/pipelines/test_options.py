@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from spark_fast.cli.train import main
 from spark_fast.errors import SettingsError
 from spark_fast.pipelines import LoaderOptions, View
 from spark_fast.pipelines.options import PIPELINES
@@ -62,5 +63,5 @@ def test_only_torch_leaves_work_to_the_device(pipeline, work):
     ],
 )
 def test_a_mistake_in_the_options_ends_the_command_with_exit_code_2(image_folder, capsys, flag, message):
-    assert train.main(["x", f"--data_path={image_folder(4)}", flag]) == SettingsError.exit_code == 2
+    assert main(["x", f"--data_path={image_folder(4)}", flag]) == SettingsError.exit_code == 2
     assert message in capsys.readouterr().err

@@ -6,8 +6,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+import tests.processes  # noqa: F401
 from spark_fast.run.cpu_sync_batchnorm import HostSyncBatchNorm
 
+START = "forkserver"  # which has imported torch already: tests/processes.py
 SHAPES = [(4, 3, 5, 2), (8, 16, 1, 1)]
 
 
@@ -41,7 +43,8 @@ def half(rank, rendezvous, folder, shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.bfloat16, 0.05)])
 def test_two_ranks_compute_what_one_does(tmp_path, shape, dtype, atol):
-    mp.spawn(half, (tmp_path / "store", tmp_path, shape, dtype), nprocs=2)
+    words = tmp_path / "store", tmp_path, shape, dtype
+    mp.start_processes(half, words, nprocs=2, start_method=START)
     (one, one_own), (two, two_own) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     x, upstream, norm = problem(shape, dtype)
     expected, sums = results(norm, x, upstream)

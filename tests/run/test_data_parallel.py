@@ -1,11 +1,13 @@
 """Two ranks: sharing the optimiser's state changes no bit, exchanging gradients in bf16 changes little."""
 
 import numpy as np
+import pytest
 import torch
 
 from tests.cli.test_train import TINY, losses, pictures, torchrun, train, weights  # noqa: F401
 
 
+@pytest.mark.slow
 def test_zero_is_the_same_to_the_bit_and_its_checkpoint_is_anyones(pictures, tmp_path):  # noqa: F811
     flags = ["name", f"--data_path={pictures}", *TINY, "--bs=8", "--ep=2", "--base_lr=0.01", "--log_every=1"]
     torchrun(*flags, f"--exp_dir={tmp_path / 'plain'}")

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import HANG_SECONDS
+
+pytestmark = pytest.mark.slow
+
 DEMO = Path(__file__).parents[2] / "tools" / "demo.py"
 PICTURES = ("--pictures", "16", "--picture_size", "64")
 TRAINING = ("--input_size", "64", "--batch_size", "8", "--decoder_width", "32", "--log_every", "1")
@@ -18,7 +22,7 @@ def command(out, *more):
 
 
 def run(out, *more):
-    return subprocess.run(command(out, *more), capture_output=True, text=True, timeout=240)
+    return subprocess.run(command(out, *more), capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +63,13 @@ def test_stopped_it_saves_and_the_same_command_goes_on(finished, tmp_path):
 
     def stopped_after(lines, number):
         process = subprocess.Popen(command(tmp_path / "out", *shards), stderr=subprocess.PIPE, text=True)
-        until = time.monotonic() + 90
+        until = time.monotonic() + HANG_SECONDS
         while not metrics.exists() or metrics.read_text().count("\n") < lines:
             assert process.poll() is None
             assert time.monotonic() < until
             time.sleep(0.05)
         os.kill(process.pid, number)
-        _, told = process.communicate(timeout=60)
+        _, told = process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == 75
         assert "goes on from here" in told
         return metrics.read_text().splitlines()

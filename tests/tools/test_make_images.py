@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.commands import HANG_SECONDS
+
 COMMAND = Path(__file__).parents[2] / "tools" / "make_images.py"
 TINY = ("--train", "5", "--val", "2", "--classes", "2", "--size", "48")
 
 
 def make(dst, *more):
     return subprocess.run(
-        [sys.executable, str(COMMAND), str(dst), *TINY, *more], capture_output=True, text=True, timeout=120
+        [sys.executable, str(COMMAND), str(dst), *TINY, *more], capture_output=True, text=True, timeout=HANG_SECONDS
     )
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import HANG_SECONDS
+
 LAUNCHER = Path(__file__).parents[2] / "tools" / "pt.sh"
 
 
@@ -26,7 +28,7 @@ def launch(tmp_path):
             ["bash", str(checkout / "tools" / "pt.sh"), *words],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=HANG_SECONDS,
             env={**os.environ, "CODE": str(code)},
         )
 
@@ -94,7 +96,7 @@ def test_the_real_trainer_is_found_without_torchrun():
         ["bash", str(LAUNCHER), "mine", "--num_nodes=0", "--mask=0.7", "--bs=64", "--print_config"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
         env={**os.environ, "PATH": path},
     )
     assert result.returncode == 0, result.stderr

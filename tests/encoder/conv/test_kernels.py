@@ -34,6 +34,7 @@ def run_cases(**environment):
     assert " passed" in done.stdout
 
 
+@pytest.mark.slow
 def test_kernels_interpreted_on_the_cpu_equal_pytorch():
     run_cases(TRITON_INTERPRET="1")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -172,9 +171,7 @@ def test_leaving_epochs_early_disturbs_none_of_the_following(image_folder):
         iterator = pipeline.epoch(epoch)
         next(iterator)
         iterator.close()
-    start = time.monotonic()
     assert same(list(pipeline.epoch(0)), batches(root, batch_size=4))
-    assert time.monotonic() - start < 10
     assert pipeline.bad_images.read == 10 * 4 + 24  # counted when delivered
     pipeline.close()
 
