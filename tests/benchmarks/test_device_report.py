@@ -28,6 +28,7 @@ def report(folder, *words):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_every_part_runs_without_a_gpu_or_says_why_not(tmp_path):
     done = report(tmp_path, "--name", "smoke")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
