@@ -25,7 +25,7 @@ from tests.commands import HANG_SECONDS
 Main = Callable[[list[str]], int]  # of a module: the new process finds it by its name
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "timm", "spark_fast.cli.pretrain", "spark_fast.cli.convert", __name__])
+_context.set_forkserver_preload(["torch", "timm", "spark_fast.cli.train", "spark_fast.cli.convert", __name__])
 
 
 class Forked:
