@@ -105,7 +105,7 @@ def recipe_for(network: str, size: tuple[int, int]) -> tuple[int, float, Recipe]
         log.info("no recipe is published for %s: what you do not set is as for %s", network, kin)
     batch_size, recipe = RECIPES.get(network, RECIPES[kin])
     if min(size) < LARGE:
-        return batch_size, 0.95, recipe
+        return batch_size, 0.95, replace(recipe)  # the caller's own
     if network == "convnext_large":
         batch_size, recipe = LARGE_384
     return batch_size, 1.0, replace(recipe, augment="auto")

@@ -159,7 +159,9 @@ def test_killed_and_resumed_on_real_images(imagenet_sample, tmp_path):
     assert_same_weights(tmp_path / "whole", tmp_path / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])  # SIGUSR1: tests/faults/test_checkpoint_faults.py
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)  # SIGUSR1: tests/faults/test_checkpoint_faults.py
 def test_a_signal_saves_and_says_how_to_resume(unbroken, tmp_path, number):
     """It comes with the batch of the ninth step, which is then the last."""
     folder, flags, _ = unbroken
@@ -202,7 +204,7 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("model", ["convnext_zepto_rms", pytest.param("resnet10t", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["resnet10t", pytest.param("convnext_zepto_rms", marks=pytest.mark.slow)])
 def test_two_ranks_give_the_losses_of_one(pictures, tmp_path, model):
     flags = ["name", f"--data_path={pictures}", *TINY, f"--model={model}", "--bs=8", "--ep=2", "--base_lr=0.01"]
     here(*flags, f"--exp_dir={tmp_path / 'one'}", "--log_every=1")
@@ -334,6 +336,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(unbroken, tmp_path, monkey
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_a_profile_is_taken_while_training_goes_on(unbroken, tmp_path):
     folder, flags, _ = unbroken
     done = here(*flags, f"--exp_dir={tmp_path / 'run'}", "--profile")
@@ -342,6 +345,7 @@ def test_a_profile_is_taken_while_training_goes_on(unbroken, tmp_path):
     assert_same_weights(folder, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_loggers_that_fail_are_a_warning_each_and_training_is_the_same(unbroken, tmp_path):
     folder, flags, _ = unbroken
     (tmp_path / "run").mkdir()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from spark_fast.cli import convert, export, pretrain, reconstruct
+from spark_fast.cli import convert, export, reconstruct, train
 from spark_fast.cli import eval as evaluate
 from tests.commands import run_here
 
@@ -38,7 +38,7 @@ def metrics(path):
 
 
 def pretrained(*words, code=0):
-    return run_here(pretrain.main, "old", *words, code=code)
+    return run_here(train.main, "old", *words, code=code)
 
 
 def test_a_run_is_resumed_by_its_command_and_ends_as_if_it_had_never_stopped(old):
@@ -65,7 +65,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(old):
 
 
 def test_the_settings_of_a_run_are_read_by_config(old):
-    done = run_here(pretrain.main, "--config=run/config.toml", "--print_config")
+    done = run_here(train.main, "--config=run/config.toml", "--print_config")
     assert 'model = "compat_network:build"\n' in done.stdout
     kept = [line for line in (old / "run" / "config.toml").read_text().splitlines() if line]
     assert [line for line in kept if line not in done.stdout.splitlines()] == []

@@ -77,10 +77,10 @@ def test_stochastic_depth_drops_whole_images_alike_in_both_encoders():
     [
         pytest.param("resnet10t", 2, "inductor", marks=pytest.mark.slow),  # minutes of g++, even for two stages
         pytest.param("convnext_zepto_rms", 2, "inductor", marks=pytest.mark.slow),
-        ("seresnet18", None, "eager"),
-        ("convnextv2_atto", None, "eager"),
+        pytest.param("seresnet18", None, "eager", marks=pytest.mark.slow),
+        pytest.param("convnextv2_atto", None, "eager", marks=pytest.mark.slow),
         ("test_nfnet", None, "eager"),
-        ("tf_mobilenetv3_small_minimal_100", None, "eager"),
+        pytest.param("tf_mobilenetv3_small_minimal_100", None, "eager", marks=pytest.mark.slow),
     ],
 )
 def test_the_packed_model_compiles_into_one_graph_and_once(name, stages, backend):

@@ -25,6 +25,11 @@ def test_the_recipes_are_the_published_ones():
     assert as_published("convnext_large", 384) == (1024, 200, 20, "adamw", 6e-5, 0.7, 0.01, 0.8, 3, 0.5, 0.99995)
 
 
+def test_a_recipe_is_the_callers_own():
+    recipe_for("resnet50", (224, 224))[2].mixup = 9.0
+    assert as_published("resnet50", 224) == PUBLISHED["resnet50"]
+
+
 def test_every_field_of_a_recipe_is_set_and_the_config_of_a_run_repeats_it(tmp_path):
     for name in ("resnet10t", "convnext_atto", "resnet50"):
         asked = parse(["finetune", "a", "--data_path=x", "--weights=none", f"--model={name}", "--mixup=0", "--wd=0"])

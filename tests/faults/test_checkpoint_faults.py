@@ -170,6 +170,7 @@ def test_a_signal_during_a_save_waits_for_it(pictures, tmp_path, times):  # noqa
         assert_same_weights(folder, run)
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_run_that_hangs_in_its_save(unbroken, tmp_path):
     """Row 4: the writer hangs for ever, as on a lost mount."""
     _, flags = unbroken

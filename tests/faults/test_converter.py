@@ -262,6 +262,7 @@ def test_a_worker_that_hangs_is_reported_and_then_given_up(monkeypatch, caplog):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_slow_to_start_and_to_end_is_given_time(monkeypatch, caplog):
     """Importing takes it seconds: at work it would be told of after so long a silence."""
     monkeypatch.setattr(processes, "SILENT_SECONDS", 0.5)

@@ -90,6 +90,7 @@ def test_a_launcher_flag_without_a_usable_value_is_named(launch, words):
     assert words[0].partition("=")[0] in result.stderr
 
 
+@pytest.mark.slow
 def test_the_real_trainer_is_found_without_torchrun():
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     result = subprocess.run(

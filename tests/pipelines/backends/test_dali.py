@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from spark_fast.commands import INSTALL_DALI
 from spark_fast.errors import SettingsError
 from spark_fast.pipelines import Batch
 from spark_fast.pipelines.backends.batch_decoder import Encoded
@@ -29,7 +30,7 @@ def test_without_dali_the_command_that_installs_it_is_given(image_folder, monkey
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(SettingsError, match=r"needs NVIDIA DALI") as caught:
         build(image_folder(), pipeline="dali", batch_size=4)
-    assert 'pip install "spark_fast[dali]"\n' in str(caught.value)
+    assert f"{INSTALL_DALI}\n" in str(caught.value)
     assert "pip install nvidia-dali-cuda130" in str(caught.value)
 
 

@@ -188,11 +188,13 @@ def run_script(root: Path, then: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_interpreter_ends_with_an_epoch_left_open(image_folder):
     ended = run_script(image_folder(), "")
     assert (ended.returncode, ended.stdout) == (0, "running\n"), ended.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_program(image_folder):
     ended = run_script(image_folder(), "import os, signal; os.kill(os.getpid(), signal.SIGINT); time.sleep(30)")
     assert ended.returncode == -2

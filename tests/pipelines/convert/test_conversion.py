@@ -67,6 +67,7 @@ def test_the_shards_are_shuffled_by_the_seed_and_hold_each_image_once(image_fold
     assert orders[0] != list(range(24))
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_does_not_change_a_byte(image_folder, tmp_path):
     root = image_folder()
     (root / "val").mkdir()
@@ -236,6 +237,7 @@ def test_small_data_sets_are_split_for_several_processes():
     ]
 
 
+@pytest.mark.slow
 def test_real_images_convert_and_train(imagenet_sample, tmp_path):
     written = convert(imagenet_sample, tmp_path / "out", ConvertSettings(images_per_shard=64), workers=2)
     assert [(folder.name, manifest.count) for folder, manifest in written] == [("train", 160), ("val", 40)]

@@ -57,6 +57,7 @@ def convert_parts(src: Path, dst: Path, of: int, *, without: int = 0) -> None:
             convert_part(src, dst, SETTINGS, Part(number, of))
 
 
+@pytest.mark.slow
 def test_the_tars_convert_to_the_bytes_of_the_unpacked_folder(tars, whole, tmp_path):
     convert(tars, tmp_path / "out", SETTINGS, workers=2)
     assert contents(tmp_path / "out") == whole

@@ -86,6 +86,7 @@ def test_long_and_strange_names_are_read(tmp_path):
     assert all(source.name(i).encode("utf-8") for i in range(3))
 
 
+@pytest.mark.slow
 def test_threads_and_processes_may_read_at_once(archive):
     source = tar_source(archive)
     alone = [source.read(i) for i in range(24)] * 8
