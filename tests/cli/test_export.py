@@ -38,7 +38,7 @@ def run(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=["resnet18", "convnext_tiny"])
+@pytest.fixture(scope="module", params=["resnet18", pytest.param("convnext_tiny", marks=pytest.mark.slow)])
 def published(request, golden, tmp_path_factory):
     """(name, state, folder): the two files of the published code, made from the recorded figures."""
     figures, _, state = golden(request.param)

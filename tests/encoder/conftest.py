@@ -22,7 +22,13 @@ NETWORKS = [
 ]
 
 
-@pytest.fixture(scope="module", params=NETWORKS, ids=lambda n: n[0])
+FAST = {"resnet14t", "seresnet18", "convnext_zepto_rms", "convnextv2_atto"}
+PARAMS = [
+    pytest.param((name, kwargs), id=name, marks=[] if name in FAST else [pytest.mark.slow]) for name, kwargs in NETWORKS
+]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def network(request):
     name, kwargs = request.param
     torch.manual_seed(0)

@@ -150,6 +150,7 @@ def test_killed_inside_a_save_of_a_run_it_ends_with_the_same_bits(unbroken, tmp_
         assert_same_weights(folder, tmp_path / str(i))
 
 
+@pytest.mark.slow
 def test_a_signal_during_a_save_waits_for_it(pictures, tmp_path, times):  # noqa: F811
     """Row 4: the signal comes when a checkpoint is about to get its name.
 
