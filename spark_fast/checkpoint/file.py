@@ -40,7 +40,7 @@ class RunContent(TypedDict):
     step: int
     epoch: int
     loss: float
-    settings: dict[str, dict[str, Any]]
+    settings: dict[str, Content]
     num_samples: int
     random_state: dict[str, Tensor]
     scaler: Content
@@ -176,7 +176,7 @@ def read_run(path: Path) -> RunContent:
     return cast(RunContent, content)
 
 
-def check_format(path: Path, content: dict[str, Any]) -> None:
+def check_format(path: Path, content: Content) -> None:
     """Raise CheckpointError for what another version wrote in a way that this one does not know."""
     if isinstance(content.get("format"), int) and content["format"] != FORMAT:
         raise CheckpointError(f"{path} is of format {content['format']}, this version reads {FORMAT}")

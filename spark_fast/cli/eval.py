@@ -11,9 +11,9 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from spark_fast.checkpoint.file import RunContent
 from spark_fast.checkpoint.manager import read_newest
@@ -23,12 +23,11 @@ from spark_fast.evaluation.accuracy import Scores
 from spark_fast.evaluation.backbone import build_backbone, build_classifier
 from spark_fast.evaluation.data import Labelled, open_train, open_val
 from spark_fast.evaluation.eval_settings import Evaluation, Finetune, Knn, Linear, parse
-from spark_fast.evaluation.features import extract, frozen
+from spark_fast.evaluation.features import Features, extract, frozen
 from spark_fast.evaluation.finetune import FinetuneRun
 from spark_fast.evaluation.knn import classify_by_neighbours
 from spark_fast.evaluation.linear_probe import LinearProbe, shuffled, train_probe
 from spark_fast.evaluation.report import Report
-from spark_fast.networks import import_from_current_folder
 from spark_fast.pipelines import Pipeline, View
 from spark_fast.run.command import open_checkpoints, run_command, running
 from spark_fast.run.distributed import Ranks
@@ -49,15 +48,17 @@ def main(argv: list[str] | None = None) -> int:
 def evaluate(settings: Evaluation, ranks: Ranks, watchdog: Watchdog) -> int:
     """Evaluate in the mode of the settings; returns the exit code."""
     with running(settings, ranks, watchdog) as (lock, closing):
-        mode = finetune if isinstance(settings, Finetune) else on_features
-        return mode(settings, ranks, watchdog, lock, closing)  # type: ignore[arg-type]
+        if isinstance(settings, Finetune):
+            return finetune(settings, ranks, watchdog, lock, closing)
+        return on_features(settings, ranks, watchdog, lock, closing)
 
 
 def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLock, closing: ExitStack) -> int:
     """k-NN or a linear probe: the network is frozen."""
     refuse_another_run(asked.folder)
     weights = _weights(asked)
-    settings: Any = asked.resolved(*_network(asked, weights))
+    settings = asked.resolved(*_network(asked, weights))
+    assert settings.data.crop_pct is not None  # resolved
     backbone = build_backbone(settings.network, settings.model.stages, weights)
     features = frozen(backbone, ranks.device, resolve_precision(settings.run.precision, ranks.device))
     fresh = isinstance(settings, Linear) and settings.probe.augment
@@ -81,6 +82,7 @@ def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLo
             ranks=ranks,
         )
     else:
+        assert isinstance(settings, Linear)
         scores = _probe(settings, ranks, learned, features, queries, fresh, report)
     seen = {"train_images": train.num_samples, "replaced": val.pipeline.bad_images.substituted}
     found = {"mode": settings.mode, **scores.accuracy(), **seen, "settings": settings.to_dict()}
@@ -89,7 +91,13 @@ def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLo
 
 
 def _probe(
-    settings: Linear, ranks: Ranks, train: Labelled, features: Any, queries: Any, fresh: bool, report: Report
+    settings: Linear,
+    ranks: Ranks,
+    train: Labelled,
+    features: Features,
+    queries: tuple[Tensor, Tensor],
+    fresh: bool,
+    report: Report,
 ) -> Scores:
     """Train a linear layer, and judge it after every epoch; the scores of the last one."""
     batch_size, images = settings.batch_size, train.pipeline.num_samples
@@ -126,9 +134,8 @@ def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, c
     before = read_newest(checkpoints) if checkpoints else None
     weights = None if before else _weights(asked)
     network, stages = _resumed(asked, *before) if before else _network(asked, weights)
-    import_from_current_folder(network)
     settings = asked.resolved(network, stages)
-    recipe: Any = settings.recipe
+    recipe = settings.whole_recipe
     train = open_train(settings, ranks, View(scale=(recipe.min_scale, 1.0), repeats=recipe.repeats))
     closing.callback(train.close)
     val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "judging"))

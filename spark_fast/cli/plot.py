@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -55,7 +55,7 @@ def plot_run(
     return 0
 
 
-def draw(curves: Mapping[str, Sequence[dict[str, Any]]]) -> bytes:
+def draw(curves: Mapping[str, Sequence[dict[str, float]]]) -> bytes:
     """A PNG with a panel for each of PANELS and a line for each run, over the steps."""
     try:
         from matplotlib.figure import Figure
@@ -78,7 +78,7 @@ def draw(curves: Mapping[str, Sequence[dict[str, Any]]]) -> bytes:
     return content.getvalue()
 
 
-def _rows(run: Path) -> list[dict[str, Any]]:
+def _rows(run: Path) -> list[dict[str, float]]:
     path = run / "metrics.jsonl" if run.is_dir() else run
     try:
         rows = read_metrics(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from tyro.conf import OmitArgPrefixes, arg
 
@@ -210,6 +210,11 @@ class Finetune(Evaluation):
         given = {k: v for k, v in dataclasses.asdict(self.recipe).items() if v is not None}
         whole.recipe = dataclasses.replace(recipe, **given)
         return whole
+
+    @property
+    def whole_recipe(self) -> Any:
+        """The recipe of a resolved tree, where no field is None: the type cannot say so."""
+        return self.recipe
 
     def meaning(self) -> dict:
         """The same as `to_dict`, each value spelled in one way."""

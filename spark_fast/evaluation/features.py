@@ -11,8 +11,10 @@ from spark_fast.evaluation.backbone import Backbone
 from spark_fast.evaluation.data import Labelled
 from spark_fast.training.step import DTYPES
 
+Features = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> (B, C) fp32
 
-def frozen(backbone: Backbone, device: torch.device, precision: str) -> Callable[[Tensor], Tensor]:
+
+def frozen(backbone: Backbone, device: torch.device, precision: str) -> Features:
     """The backbone on its device, (B, 3, H, W) -> (B, C) fp32, computing in `precision`."""
     backbone = backbone.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     dtype = DTYPES[precision]
@@ -25,7 +27,7 @@ def frozen(backbone: Backbone, device: torch.device, precision: str) -> Callable
     return features
 
 
-def extract(features: Callable[[Tensor], Tensor], data: Labelled) -> tuple[Tensor, Tensor]:
+def extract(features: Features, data: Labelled) -> tuple[Tensor, Tensor]:
     """(N, C) and (N,): this rank's images, in their order; none where the rank has none."""
     found = [(features(images), labels) for images, labels in data.epoch()]
     if not found:

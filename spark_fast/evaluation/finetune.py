@@ -10,7 +10,6 @@ import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -102,7 +101,7 @@ class FinetuneRun:
 
     def __init__(self, settings: Finetune, ranks: Ranks, train: Pipeline, val: Labelled, network: nn.Module) -> None:
         self.settings, self.ranks, self.train_images, self.val = settings, ranks, train, val
-        self.recipe: Any = cast(Any, settings.recipe)  # resolved: nothing in it is None
+        self.recipe = settings.whole_recipe
         self.network = self._on_device(network).train()
         self.position = Position(len(train), self.recipe.epochs)
         self.best: Content = {}

@@ -7,19 +7,21 @@ as 18 and more, so the same decay would leave the stem a tenth of its rate. Othe
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from math import ceil
-from typing import Any
 
 from timm.models import ConvNeXt, ResNet
 from timm.optim import param_groups_layer_decay
 from torch import nn
+
+LayerOf = Callable[[str], int]  # the layer of a parameter, by its name
 
 RESNET_BLOCKS = {  # blocks of the second and third level -> how many of each are one layer
     (4, 6): (2, 3), (4, 23): (2, 3), (8, 36): (4, 4), (24, 36): (4, 4), (30, 48): (5, 6),
 }  # fmt: skip
 
 
-def parameter_groups(model: nn.Module, layer_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, layer_decay: float) -> list[dict[str, object]]:
     """Groups for `set_rates`: each with its `lr_scale`, and with or without weight decay (1-d tensors).
 
     Args:
@@ -39,23 +41,25 @@ def parameter_groups(model: nn.Module, layer_decay: float) -> list[dict[str, Any
     ]
 
 
-def _published_layers(model: Any) -> tuple[int, Any]:
+def _published_layers(model: nn.Module) -> tuple[int, LayerOf]:
     """The number of the classifier's layer, and what gives a parameter's by its name; 0 where none is published."""
     if isinstance(model, ResNet):
-        levels: Any = (model.layer2, model.layer3)
-        depths = (len(levels[0]), len(levels[1]))
+        depths = (_blocks(model, "layer2"), _blocks(model, "layer3"))
         if depths in RESNET_BLOCKS:
             of_2, of_3 = RESNET_BLOCKS[depths]
             begin_3 = 2 + ceil(depths[0] / of_2)
             return _layers(begin_3 + ceil(depths[1] / of_3), of_2, begin_3, of_3, r"layer(\d)\.(\d+)\.", r"fc\.")
     if isinstance(model, ConvNeXt):
-        stages: Any = model.stages
-        last = 12 if len(stages[2].blocks) > 9 else 6
+        last = 12 if _blocks(model, "stages.2.blocks") > 9 else 6
         return last + 1, lambda name: _convnext_layer(name, last)
-    return 0, None
+    return 0, lambda name: 0
 
 
-def _layers(last: int, of_2: int, begin_3: int, of_3: int, block: str, head: str) -> tuple[int, Any]:
+def _blocks(model: nn.Module, level: str) -> int:
+    return len(list(model.get_submodule(level).children()))
+
+
+def _layers(last: int, of_2: int, begin_3: int, of_3: int, block: str, head: str) -> tuple[int, LayerOf]:
     def layer_of(name: str) -> int:
         if re.match(head, name):
             return last + 1

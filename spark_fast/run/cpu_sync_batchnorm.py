@@ -6,12 +6,14 @@ way two numbers per channel are exchanged, in one message, and torch's kernels p
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from spark_fast.autograd import AutogradContext
 
 
 class HostSyncBatchNorm(nn.BatchNorm2d):
@@ -60,17 +62,23 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variances.mean(0) + (means - mean).square().mean(0)
 
 
+class _Context(AutogradContext, Protocol):
+    eps: float
+
+
 class _Normalize(torch.autograd.Function):
     """(x - mean) / sqrt(var + eps) * weight + bias, where mean and var are those of x over all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    def forward(
+        ctx: _Context, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, var)
         ctx.eps = eps
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """w / s (g - mean(g) - n mean(g n)), with n the normalised input, s its deviation, means over all ranks."""
         (g,), (x, weight, mean, var) = grads, ctx.saved_tensors
         _, gx, gs = torch.ops.aten.native_batch_norm_backward(

@@ -7,7 +7,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,7 @@ class Ranks:
         """What every rank has, in their order: anything that pickles; a host-side exchange."""
         if self.control is None:
             return [value]
-        values: list[Any] = [None] * self.world_size
+        values = [value] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values
 

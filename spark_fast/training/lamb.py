@@ -75,7 +75,7 @@ class Lamb(torch.optim.Optimizer):
             if self.found_inf is not None:
                 group["step"] -= self.found_inf
 
-    def _update(self, params: list[Tensor], group: dict[str, Any], lr: Any, decay: Any) -> None:
+    def _update(self, params: list[Tensor], group: dict[str, Any], lr: float | Tensor, decay: float | Tensor) -> None:
         moved = torch._foreach_mul(params, -decay)
         step = group["step"] if self._bias_correction else torch.full_like(group["step"], LONG)
         torch._fused_adamw_(

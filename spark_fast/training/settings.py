@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -242,7 +243,7 @@ class Settings(Tree):
         return settings
 
     @classmethod
-    def from_dict(cls, tree: dict[str, dict[str, Any]]) -> Settings:
+    def from_dict(cls, tree: Mapping[str, Mapping[str, Any]]) -> Settings:
         """What `to_dict` gave; settings that it lacks are the defaults (an older version knew fewer).
 
         Raises:
