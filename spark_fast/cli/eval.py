@@ -141,11 +141,11 @@ def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, c
     val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "judging"))
     closing.callback(val.close)
     model = build_classifier(network, stages, weights, train.num_classes, recipe.drop_path, settings.size)
+    interrupt = Interrupt()
+    closing.callback(interrupt.release)
     run = FinetuneRun(settings, ranks, train, val, model)
     if before:
         run.restore(*before)
-    interrupt = Interrupt()
-    closing.callback(interrupt.release)
     at, manager = run.position, None
     if ranks.main:
         size, keep_last = run.checkpoint_bytes, settings.run.keep_last

@@ -3,8 +3,8 @@
 Convolutions and matrix products are counted by `torch.utils.flop_counter` on the meta device, where nothing is
 computed; norms, activations and the optimiser are not counted. The encoder's count is that of the ordinary network
 on a whole image times the visible share, which is exact for every layer that works cell by cell. It is what the task
-needs, whichever way it is computed: the same for `--encoder packed` and `masked`, without the halo's or the canvas's
-extra work, with each layer of the decoder by itself and its projections of whole maps.
+needs, however it is computed: the same for `--encoder packed` and `masked`, without the extra work of halos or of dense
+fallbacks, with each layer of the decoder by itself and its projections of whole maps.
 """
 
 from __future__ import annotations

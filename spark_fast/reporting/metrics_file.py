@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class MetricsFile:
-    """A board (see `boards`) that is a file.
+    """A logger (see `loggers.Logger`) that is a file.
 
     Lines are appended by one call each, so a reader sees whole ones; one that does not fit on the disk is taken back.
 

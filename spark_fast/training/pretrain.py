@@ -70,18 +70,19 @@ def pretrain_from_settings(settings: Settings, ranks: Ranks, watchdog: Watchdog)
         closing.callback(pipeline.close)
         model = open_model(settings, ranks)
         resume = checkpoints_to_resume(settings.run.resume, settings.folder)
+        interrupt = Interrupt()
+        closing.callback(interrupt.release)
         run = PretrainRun(settings, ranks, pipeline, model)
         if resume:
             run.restore(resume)
         elif settings.model.init_weight:
             load_weights(Path(settings.model.init_weight), model)
         if settings.run.dry_run:
+            interrupt.release()  # there is nothing to save
             if not settings.run.resume:
                 refuse_another_run(settings.folder)
             print_plan(run)
             return PretrainResult(settings.folder, {}, finished=True)
-        interrupt = Interrupt()
-        closing.callback(interrupt.release)
         pictured = manager = None
         if ranks.main:
             pictured = pictured_images(settings, ranks)

@@ -73,7 +73,7 @@ class Model:
     encoder: Literal["packed", "masked", "sparseconvnet"] = "packed"
     """packed (the visible patches alone), masked (the published way), or sparseconvnet (optional install)"""
     verify: Literal["auto", "always", "never"] = "auto"
-    """check at the start that the packed network computes what the network does; auto: unless proven before"""
+    """check at the start that the packed network computes what the network does; auto: unless verified before"""
     sparse_conv: bool = False
     """the published flag for --encoder sparseconvnet"""
     init_weight: str = ""
