@@ -7,6 +7,8 @@ takes seconds and would be paid by every process of the converter.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from spark_fast.versions import __version__
+
 if TYPE_CHECKING:
     from spark_fast.encoder import pack
     from spark_fast.encoder.verify import verify
@@ -14,8 +16,7 @@ if TYPE_CHECKING:
     from spark_fast.training.pretrain import pretrain
     from spark_fast.weights.load import load_spark_state_dict
 
-__all__ = ["SparK", "build_spark", "load_spark_state_dict", "pack", "pretrain", "verify"]
-__version__ = "0.1.0"
+__all__ = ["SparK", "__version__", "build_spark", "load_spark_state_dict", "pack", "pretrain", "verify"]
 
 _HOMES = {
     "SparK": "spark_fast.spark",

@@ -1,21 +1,24 @@
-"""The versions that decide what is computed."""
+"""The version of this program, and those of what computes for it.
+
+Nothing heavy is imported before it is asked for: every command tells its version at once.
+"""
 
 from __future__ import annotations
 
 import platform
 
-import numpy
-import timm
-import torch
-import torchvision
-
-import spark_fast
+__version__ = "0.1.0"
 
 
 def versions() -> dict[str, str]:
-    """Package -> version, of this program and of what computes for it."""
+    """Package -> version: what decides the numbers that a run computes."""
+    import numpy
+    import timm
+    import torch
+    import torchvision
+
     return {
-        "spark_fast": spark_fast.__version__,
+        "spark_fast": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # a class of its own, which weights_only refuses
         "torchvision": torchvision.__version__,

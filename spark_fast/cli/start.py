@@ -9,14 +9,14 @@ import sys
 from functools import partial
 from importlib import import_module
 
-import spark_fast
+from spark_fast.versions import __version__
 
 
 def start(name: str, argv: list[str] | None = None) -> int:
     """Run the command spark-fast-`name` on these words, else on those of the command line; returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
     if "--version" in words:
-        print(f"spark-fast-{name} {spark_fast.__version__}")
+        print(f"spark-fast-{name} {__version__}")
         return 0
     try:
         module = import_module(f"spark_fast.cli.{name}")

@@ -16,7 +16,6 @@ from typing import BinaryIO, TextIO
 
 import torch
 
-import spark_fast
 from spark_fast.checkpoint.manager import CHECKPOINT, RECORD, published
 from spark_fast.errors import CheckpointError, SettingsError
 from spark_fast.run.lock import RunLock
@@ -76,7 +75,7 @@ def describe(name: str, settings: Mapping[str, object]) -> dict[str, object]:
 
 def _git_commit() -> str:
     """The commit of this program's checkout, or [unknown] where it was installed without one."""
-    here = Path(spark_fast.__file__).parent
+    here = Path(__file__).parent
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
