@@ -33,10 +33,14 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Slow tests are left for --full; tests of an optional decoder are skipped where it is not installed."""
+    """Slow tests are left for --full; tests of an optional decoder are, too, and skipped where it is not installed."""
+
+    def is_slow(item):
+        return any(item.get_closest_marker(name) for name in ("slow", *MODULES))
+
     if not config.getoption("--full"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        slow = [item for item in items if is_slow(item)]
+        items[:] = [item for item in items if not is_slow(item)]
         config.hook.pytest_deselected(items=slow)
         config.stash[LEFT] = len(slow)
     for item in items:
