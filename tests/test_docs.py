@@ -130,7 +130,8 @@ def check_script(script, words, read):
 
 
 @pytest.mark.parametrize("code", list(blocks("python")))
-def test_python_examples_run(code):
+def test_python_examples_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # an example may train, which leaves a folder
     exec(compile(code, "example", "exec"), {})
 
 
