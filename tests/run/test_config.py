@@ -1,0 +1,60 @@
+"""How words become settings: switches, names from Python, and what may have been meant."""
+
+from pathlib import Path
+
+import pytest
+
+from spark_fast.errors import SettingsError
+from spark_fast.run.config import nearest, plain_switches, set_by_name, switches_of, take_option
+from spark_fast.training.settings import Settings
+
+
+@pytest.mark.parametrize(
+    ("words", "plain"),
+    [
+        (["--sbn=1"], ["--sbn"]),
+        (["--sbn", "True", "--ep=3"], ["--sbn", "--ep=3"]),
+        (["--sbn=0"], ["--no_sbn"]),
+        (["--sbn", "false"], ["--no_sbn"]),
+        (["--sbn"], ["--sbn"]),
+        (["--sbn", "--ep", "1"], ["--sbn", "--ep", "1"]),
+        (["--ep", "0"], ["--ep", "0"]),
+    ],
+)
+def test_switches_of_old_command_lines_become_plain_flags(words, plain):
+    assert plain_switches(words, switches_of("sbn")) == plain
+
+
+@pytest.mark.parametrize("words", [["--a", "--config", "x", "--b"], ["--a", "--config=x", "--b"]])
+def test_an_option_is_taken_out_of_the_words(words):
+    assert take_option(words, "--config") == ("x", ["--a", "--b"])
+    assert take_option(["--a"], "--config") == (None, ["--a"])
+
+
+def test_what_may_have_been_meant_is_told_or_all_there_is():
+    assert nearest("epoch", ["epochs", "seed"]) == "; did you mean epochs?"
+    assert nearest("zzz", ["b", "a"]) == "; there are a, b"
+
+
+def test_settings_are_set_by_name_whatever_their_group_and_in_pythons_types():
+    settings = Settings()
+    given = {"data_path": Path("images"), "input_size": (96, 128), "mask_ratio": 0.5, "clip": 3, "zero": True}
+    set_by_name(settings, given)
+    assert (settings.data.data_path, settings.data.input_size, settings.size) == ("images", "96x128", (96, 128))
+    assert (settings.model.mask_ratio, settings.optim.zero) == (0.5, True)
+    assert settings.optim.clip == 3.0
+    assert isinstance(settings.optim.clip, float)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"zero": 1}, "zero must be of type bool, got 1"),
+        ({"epochs": True}, "epochs must be of type int, got True"),
+        ({"seed": 1.0}, r"seed must be of type int, got 1\.0"),
+        ({"encoder": "dense"}, "encoder must be one of 'packed', 'masked', 'sparseconvnet', got 'dense'"),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(given, message):
+    with pytest.raises(SettingsError, match=message):
+        set_by_name(Settings(), given)
