@@ -3,7 +3,7 @@
     spark-fast-eval finetune NAME --data_path imagenet --weights output_my_run
     torchrun --nproc_per_node=8 -m spark_fast.evaluate knn NAME --data_path imagenet --weights resnet50_timm.safetensors
 
-Exit codes: see `run.command`.
+Exit codes: see `spark_fast.errors`.
 """
 
 from __future__ import annotations

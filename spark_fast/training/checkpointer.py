@@ -44,19 +44,19 @@ class Checkpointer:
 
     def save(self) -> None:
         """Copy the state and have it written; on all ranks together."""
-        at, manager = self.state.position, self.manager
-        if manager is not None:
-            self._writer.begin(at.step)
-        content, step, after = self.state.gather(manager is not None), at.step, at.at_epoch_end
+        manager, at = self.manager, self.state.position
+        if manager is None:
+            self.state.gather(keep=False)
+            return
+        self._writer.begin(at.step)
+        content, step, epoch_ended = self.state.gather(keep=True), at.step, at.at_epoch_end
 
         def write() -> None:
-            if manager is not None:
-                manager.write(step, content)
-                if after:
-                    self._after_epoch(content)
+            manager.write(step, content)
+            if epoch_ended:
+                self._after_epoch(content)
 
-        if manager is not None:
-            self._writer.submit(write)
+        self._writer.submit(write)
 
     def finish(self) -> None:
         """Return when the last save is on the disk; one that failed is tried once more.
