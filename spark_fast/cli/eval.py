@@ -29,10 +29,10 @@ from spark_fast.evaluation.knn import classify_by_neighbours
 from spark_fast.evaluation.linear_probe import LinearProbe, shuffled, train_probe
 from spark_fast.evaluation.report import Report
 from spark_fast.pipelines import Pipeline, View
-from spark_fast.run.command import open_checkpoints, run_command, running
+from spark_fast.run.command import open_checkpoints, open_folder, run_command, running
 from spark_fast.run.distributed import Ranks
 from spark_fast.run.lock import RunLock
-from spark_fast.run.run_folder import describe, open_run_folder, refuse_another_run
+from spark_fast.run.run_folder import refuse_another_run
 from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
 from spark_fast.training.resume import checkpoints_to_resume
@@ -69,7 +69,7 @@ def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLo
     val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "reading the validation images"))
     closing.callback(val.close)
     _check_sizes(settings, train)
-    report = Report(_folder(settings, lock) if ranks.main else None)
+    report = Report(open_folder(settings, lock) if ranks.main else None)
     closing.callback(report.close)
     queries = extract(features, val)
     if isinstance(settings, Knn):
@@ -156,11 +156,6 @@ def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, c
         return INTERRUPTED
     run.write_result(report)
     return 0
-
-
-def _folder(settings: Evaluation, lock: RunLock) -> Path:
-    head = describe(settings.run.exp_name, settings.to_dict())
-    return open_run_folder(settings.folder, lock, settings.to_toml(), head)
 
 
 def _weights(settings: Evaluation) -> Weights | None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -103,6 +104,12 @@ def open_pipeline(settings: Tree, ranks: Ranks, path: str, options: LoaderOption
     return build_pipeline(path or None, asked)
 
 
+def open_folder(settings: Tree, lock: RunLock, pictures: str = "") -> Path:
+    """The folder of these settings, locked, with their head of log.txt; see `open_run_folder`."""
+    head = describe(settings.run.exp_name, settings.to_dict())
+    return open_run_folder(settings.folder, lock, settings.to_toml(), head, pictures)
+
+
 def open_checkpoints(
     settings: Tree,
     lock: RunLock,
@@ -122,8 +129,7 @@ def open_checkpoints(
     check_space(settings.folder, size, keep_last)
     if not settings.run.resume:
         refuse_another_run(settings.folder)
-    head = describe(settings.run.exp_name, settings.to_dict())
-    folder = open_run_folder(settings.folder, lock, settings.to_toml(), head, pictures)
+    folder = open_folder(settings, lock, pictures)
     manager = CheckpointManager(folder, keep_last=keep_last, keep_steps=keep_steps)
     manager.clean(step)
     return manager
