@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -139,8 +140,12 @@ class PretrainRun:
 
     def write_encoder(self, folder: Path) -> None:
         """Write the encoder's weights as they are now, under timm's names."""
-        names = encoder_names(self.model, self.settings.network)
-        write_encoder(renamed(self.model.state_dict(), names), self.settings.network, folder)
+        write_encoder(renamed(self.model.state_dict(), self.encoder_names), self.settings.network, folder)
+
+    @cached_property
+    def encoder_names(self) -> dict[str, str]:
+        """The encoder's tensors in the model -> in its file. timm's network is built for it, on the meta device."""
+        return encoder_names(self.model, self.settings.network)
 
     def _checkpointer(self, manager: CheckpointManager | None) -> Checkpointer:
         steps, seconds = self.settings.save_every
@@ -148,7 +153,7 @@ class PretrainRun:
             return Checkpointer(self.state, None, steps=steps, seconds=seconds)
         network, folder = self.settings.network, manager.folder
         # not by the writing thread: networks are built for it on the meta device, for torch.compile the whole process's
-        names = encoder_names(self.model, network)
+        names = self.encoder_names
 
         def after_epoch(content: Content) -> None:
             write_encoder(renamed(content["model"], names), network, folder)
