@@ -17,14 +17,14 @@ from timm.layers import LayerNorm2d, convert_sync_batchnorm
 from torch import Tensor, nn
 
 from spark_fast.decoder import Decoder
-from spark_fast.densify import densify
+from spark_fast.decoder.densify import densify
 from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, VisiblePatches
 from spark_fast.encoder.pyramid import as_size
 from spark_fast.encoder.sparseconvnet import SparseEncoder
+from spark_fast.encoder.verified_networks import is_verified
 from spark_fast.encoder.verify import verify
 from spark_fast.masking import num_visible
 from spark_fast.networks import build_network
-from spark_fast.verified_networks import is_verified
 
 log = logging.getLogger("spark_fast")
 

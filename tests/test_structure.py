@@ -15,9 +15,9 @@ FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py")
 FLOORS = [
     ["errors", "files", "commands", "autograd", "versions"],
     ["pipelines"],
-    ["masking", "upsample"],
+    ["masking"],
     ["encoder"],
-    ["networks", "verified_networks", "mask_file", "decoder", "densify"],
+    ["networks", "decoder"],
     ["spark"],
     ["checkpoint"],
     ["weights"],

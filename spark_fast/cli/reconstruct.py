@@ -15,10 +15,10 @@ from typing import Annotated
 
 import tyro
 
+from spark_fast.cli.mask_file import read_mask
 from spark_fast.cli.start import start
 from spark_fast.cli.tool import run_tool
 from spark_fast.errors import CheckpointError, SettingsError
-from spark_fast.mask_file import read_mask
 from spark_fast.masking import num_visible
 from spark_fast.networks import import_from_current_folder
 from spark_fast.reporting.reconstructions import filled_grid, open_images, reconstruction_grid, save_png

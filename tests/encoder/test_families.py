@@ -9,10 +9,10 @@ import torch
 from spark_fast import verify
 from spark_fast.encoder import MaskedEncoder, PackedEncoder, VisiblePatches
 from spark_fast.encoder.grouped_float64 import FastGroups
+from spark_fast.encoder.verified_networks import sweep_results
 from spark_fast.encoder.verify import _randomise_constants
 from spark_fast.masking import sample_visible
 from spark_fast.networks import build_network
-from spark_fast.verified_networks import sweep_results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

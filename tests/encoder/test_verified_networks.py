@@ -1,6 +1,6 @@
 """Which networks need no check when they are built: those of the sweep, as they were swept."""
 
-from spark_fast.verified_networks import is_verified, sweep_results
+from spark_fast.encoder.verified_networks import is_verified, sweep_results
 
 
 def test_only_the_very_network_that_was_swept_counts_as_verified():

@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from spark_fast.mask_file import read_mask
+from spark_fast.cli.mask_file import read_mask
 
 bits = st.integers(1, 5).flatmap(
     lambda w: st.lists(st.lists(st.booleans(), min_size=w, max_size=w), min_size=1, max_size=5)

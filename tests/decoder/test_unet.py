@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spark_fast.decoder import Decoder, ReLU6
+from spark_fast.decoder.unet import Decoder, ReLU6
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,8 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from spark_fast import upsample
 from spark_fast.autograd import AutogradContext
+from spark_fast.decoder.upsample import merging_pays, upsample, upsample_and_convolve
 
 
 class ReLU6(nn.ReLU6):
@@ -40,8 +40,8 @@ class UNetBlock(nn.Module):
     """Twice the resolution: (B, cin, h, w) -> (B, cout, 2h, 2w).
 
     Attributes:
-        merge: compute the first two layers as one (`spark_fast.upsample`); False: each by itself, by torch; None, the
-            default: as one where that pays.
+        merge: compute the first two layers as one (`upsample_and_convolve`); False: each by itself, by torch; None,
+            the default: as one where that pays.
     """
 
     merge: bool | None = None
@@ -64,10 +64,10 @@ class UNetBlock(nn.Module):
         assert up.bias is not None
         if self.merge is False:
             x = convolve(up(x))
-        elif self.merge or upsample.merging_pays(x, up.out_channels):
-            x = upsample.upsample_and_convolve(x, up.weight, up.bias, convolve.weight)
+        elif self.merge or merging_pays(x, up.out_channels):
+            x = upsample_and_convolve(x, up.weight, up.bias, convolve.weight)
         else:
-            x = convolve(upsample.upsample(x, up.weight, up.bias))
+            x = convolve(upsample(x, up.weight, up.bias))
         return self.conv[1:](x)
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from spark_fast import build_spark
-from spark_fast.densify import densify
+from spark_fast.decoder.densify import densify
 from spark_fast.encoder import VisiblePatches
 from spark_fast.masking import sample_visible
 

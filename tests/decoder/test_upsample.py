@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from spark_fast.decoder import UNetBlock
-from spark_fast.upsample import merging_pays, upsample, upsample_and_convolve
+from spark_fast.decoder.upsample import merging_pays, upsample, upsample_and_convolve
 
 size = st.integers(1, 5)
 
