@@ -73,9 +73,8 @@ class LossOnAllPatches(SparK):
 
     def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
         """The loss, a scalar."""
-        seen = self._visible(images, visible)
         patches = torch.arange(self.grid[0] * self.grid[1], device=images.device).expand(len(images), -1)
-        return self._loss(self._decode(images, seen), images, on=VisiblePatches(patches, self.grid))
+        return self.loss(images, self.visible_patches(images, visible), on=VisiblePatches(patches, self.grid))
 
 
 PUBLISHED = "as published"

@@ -12,13 +12,26 @@ from spark_fast.versions import __version__
 if TYPE_CHECKING:
     from spark_fast.encoder import pack
     from spark_fast.encoder.verify import verify
+    from spark_fast.fcmae import FCMAE, build_fcmae
     from spark_fast.spark import SparK, build_spark
     from spark_fast.training.pretrain import pretrain
     from spark_fast.weights.load import load_spark_state_dict
 
-__all__ = ["SparK", "__version__", "build_spark", "load_spark_state_dict", "pack", "pretrain", "verify"]
+__all__ = [
+    "FCMAE",
+    "SparK",
+    "__version__",
+    "build_fcmae",
+    "build_spark",
+    "load_spark_state_dict",
+    "pack",
+    "pretrain",
+    "verify",
+]
 
 _HOMES = {
+    "FCMAE": "spark_fast.fcmae",
+    "build_fcmae": "spark_fast.fcmae",
     "SparK": "spark_fast.spark",
     "build_spark": "spark_fast.spark",
     "load_spark_state_dict": "spark_fast.weights.load",

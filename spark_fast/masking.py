@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 
-def num_visible(grid: tuple[int, int], mask_ratio: float) -> int:
-    """Patches kept per image, round(h*w*(1 - mask_ratio)) as published.
+def num_visible(grid: tuple[int, int], mask_ratio: float, *, down: bool = False) -> int:
+    """Patches kept per image: h*w*(1 - mask_ratio), rounded as in SparK, or rounded down as in FCMAE and MAE.
 
     Raises:
         ValueError: a ratio outside (0, 1), or one that leaves no patch visible, or none masked.
@@ -19,7 +19,7 @@ def num_visible(grid: tuple[int, int], mask_ratio: float) -> int:
     if not 0 < mask_ratio < 1:
         raise ValueError(f"mask ratio must be between 0 and 1, got {mask_ratio}")
     patches = grid[0] * grid[1]
-    kept = round(patches * (1 - mask_ratio))
+    kept = (int if down else round)(patches * (1 - mask_ratio))
     if not 0 < kept < patches:
         what = "no patch visible" if kept == 0 else "no patch masked"
         raise ValueError(
@@ -29,21 +29,35 @@ def num_visible(grid: tuple[int, int], mask_ratio: float) -> int:
     return kept
 
 
-def sample_visible(seed: int, step: int | Tensor, positions: Tensor, grid: tuple[int, int], keep: int) -> Tensor:
+def check_masks(grid: tuple[int, int], keep: int, masks: int) -> None:
+    """Raise ValueError if there are not so many masks of an image that share no visible patch; it has the most."""
+    patches = grid[0] * grid[1]
+    if not 0 < masks * keep <= patches:
+        raise ValueError(
+            f"{masks} masks that each show {keep} of the {patches} patches of an image would share some; "
+            f"at most {patches // keep} do not"
+        )
+
+
+def sample_visible(
+    seed: int, step: int | Tensor, positions: Tensor, grid: tuple[int, int], keep: int, masks: int = 1
+) -> Tensor:
     """The visible patches of the images at `positions` of the global batch of `step`.
 
     Args:
         positions: (B,) int64, on the device where the mask is wanted.
-        keep: patches kept per image.
+        keep: patches kept per mask.
+        masks: of each image; no two of them show the same patch. See `check_masks`.
 
     Returns:
-        (B, keep) int64, patch indices y*w + x, ascending: the `keep` patches with the smallest random keys, so
-        every subset is equally likely.
+        (B*masks, keep) int64, patch indices y*w + x, ascending, the masks of an image next to one another: the first
+        has the `keep` patches with the smallest random keys, the next the `keep` after them; so every subset is
+        equally likely.
     """
     patches = torch.arange(grid[0] * grid[1], device=positions.device)
     stream = _mix(_mix(torch.full((), seed, dtype=torch.int64, device=positions.device)) + step)
     keys = _mix(_mix(stream + positions)[:, None] + patches)  # (B, h*w)
-    return keys.argsort(dim=1)[:, :keep].sort(dim=1).values
+    return keys.argsort(dim=1)[:, : masks * keep].reshape(-1, keep).sort(dim=1).values
 
 
 def _mix(x: Tensor) -> Tensor:

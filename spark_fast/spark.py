@@ -1,42 +1,30 @@
-"""SparK on one page: mask, encode, densify, decode, loss (Tian et al., ICLR 2023, section 3).
+"""SparK on one page: mask, encode, densify, decode (Tian et al., ICLR 2023, section 3).
 
 The encoder sees the visible patches alone and returns them packed, (V, C_i, b_i, b_i) per level. Densifying
 normalises them, lays them out on the whole map with a learned token in every hole, and projects to the decoder's
-width. The decoder is dense; its loss is taken on the masked patches.
+width. The decoder is dense; the loss (`Method.forward`) is taken on the masked patches.
 
-Names: B images of H x W, patch p px, grid (h, w) = (H/p, W/p), V visible patches in the batch.
+Names: B images of H x W, K masks per image, patch p px, grid (h, w) = (H/p, W/p), V visible patches in the batch.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from timm.layers import LayerNorm2d, convert_sync_batchnorm
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from spark_fast.decoder import Decoder
+from spark_fast import method
+from spark_fast.decoder import Decoder, UNetBlock
 from spark_fast.decoder.densify import densify
-from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, VisiblePatches
-from spark_fast.encoder.pyramid import as_size
-from spark_fast.encoder.sparseconvnet import SparseEncoder
-from spark_fast.encoder.verified_networks import is_verified
-from spark_fast.encoder.verify import verify
-from spark_fast.masking import num_visible
-from spark_fast.networks import build_network
-
-log = logging.getLogger("spark_fast")
-
-ENCODERS: dict[str, type[Encoder]] = {
-    "packed": PackedEncoder,
-    "masked": MaskedEncoder,
-    "sparseconvnet": SparseEncoder,
-}
+from spark_fast.encoder import Encoder, VisiblePatches
+from spark_fast.method import Method
 
 
-class SparK(nn.Module):
-    """Masked image modelling with a ConvNet encoder.
+class SparK(Method):
+    """A dense UNet decoder from all levels of the encoder.
 
     Args:
         encoder: an encoder of visible patches.
@@ -45,9 +33,6 @@ class SparK(nn.Module):
         decoder_width: channels of the decoder at the coarsest level; level i has decoder_width // 2^i.
 
     Attributes:
-        patch: pixels per patch side.
-        grid: (h, w), patches per image.
-        num_visible: visible patches per image.
         sparse_projections: compute the 3x3 projections into the decoder from the visible cells; None, the default:
             where that pays.
 
@@ -55,16 +40,13 @@ class SparK(nn.Module):
         ValueError: a mask ratio or a decoder width that does not fit; the message has the limit.
     """
 
+    options = ("decoder_width",)
     sparse_projections: bool | None = None
 
     def __init__(
         self, encoder: Encoder, input_size: tuple[int, int], mask_ratio: float = 0.6, decoder_width: int = 768
     ) -> None:
-        super().__init__()
-        self.input_size, self.patch = input_size, encoder.patch
-        self.grid = (input_size[0] // self.patch, input_size[1] // self.patch)
-        self.num_visible = num_visible(self.grid, mask_ratio)
-        self.encoder = encoder
+        super().__init__(encoder, input_size, mask_ratio)
         self.decoder = Decoder(self.patch, decoder_width)
         norm = _densify_norm(encoder)
         self.densify_norms, self.densify_projs = nn.ModuleList(), nn.ModuleList()
@@ -75,94 +57,28 @@ class SparK(nn.Module):
             token = nn.init.trunc_normal_(torch.zeros(1, channels, 1, 1), std=0.02, a=-0.02, b=0.02)
             self.mask_tokens.append(nn.Parameter(token))
 
-    def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
-        """The reconstruction loss of a batch, a scalar in fp32 (float64 for a float64 model).
+    @contextmanager
+    def layer_by_layer(self) -> Iterator[None]:
+        """No merged layers, and projections of whole maps."""
+        blocks = [module for module in self.decoder.modules() if isinstance(module, UNetBlock)]
+        before = self.sparse_projections, [block.merge for block in blocks]
+        try:
+            self.sparse_projections = False
+            for block in blocks:
+                block.merge = False
+            yield
+        finally:
+            self.sparse_projections = before[0]
+            for block, merge in zip(blocks, before[1], strict=True):
+                block.merge = merge
 
-        Args:
-            images: (B, 3, H, W).
-            visible: bool (B, h, w), True where visible; or int64 (B, L), the visible patches of each image as
-                y*w + x ascending, which needs no look at the data; drawn when None.
-
-        Raises:
-            ValueError: images of another size, or a mask that keeps unequal numbers of patches.
-        """
-        patches = self._visible(images, visible)
-        if patches.per_image == self.grid[0] * self.grid[1]:
-            raise ValueError("the mask hides no patch: there is nothing to reconstruct")
-        return self._loss(self._decode(images, patches), images, on=patches.complement())
-
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor, visible: Tensor) -> Tensor:
-        """Fill in the masked patches; visible pixels are kept to the bit.
-
-        The decoder predicts patches normalised by their own mean and deviation, which are taken from `images`.
-
-        Args:
-            images: (B, 3, H, W).
-            visible: as for `forward`.
-
-        Returns:
-            (B, 3, H, W) at the scale of `images`.
-
-        Raises:
-            ValueError: images of another size, or a mask that keeps unequal numbers of patches.
-        """
-        patches = self._visible(images, visible)
-        holes = patches.complement()
-        mean, std = _patch_statistics(holes.pack(images))
-        filled = holes.pack(self._decode(images, patches)).to(images.dtype) * std + mean
-        return torch.where(patches.cells(images.shape[2]), images, holes.unpack(filled))
-
-    def encode(self, images: Tensor, visible: Tensor) -> list[Tensor]:
-        """The features of the visible patches, as dense maps.
-
-        Args:
-            images: (B, 3, H, W).
-            visible: as for `forward`.
-
-        Returns:
-            (B, C_i, H_i, W_i) per level, finest first, zero where masked.
-
-        Raises:
-            ValueError: images of another size, or a mask that keeps unequal numbers of patches.
-        """
-        patches = self._visible(images, visible)
-        return [patches.unpack(f) for f in self.encoder(images, patches)]
-
-    def _decode(self, images: Tensor, patches: VisiblePatches) -> Tensor:
-        """Encode, densify, decode: (B, 3, H, W), every patch in units of its own deviation."""
+    def predict(self, images: Tensor, visible: VisiblePatches, on: VisiblePatches) -> Tensor:
+        """Encode, densify, decode the whole image: see `Method.predict`."""
         levels = []
         layers = zip(self.densify_norms, self.mask_tokens, self.densify_projs, strict=True)
-        for features, (norm, token, project) in zip(reversed(self.encoder(images, patches)), layers, strict=True):
-            levels.append(densify(norm(features), token.flatten(), project, patches, self.sparse_projections))
-        return self.decoder(levels)
-
-    @staticmethod
-    def _loss(pixels: Tensor, images: Tensor, on: VisiblePatches) -> Tensor:
-        """The squared error on these patches, each in units of its own deviation; both maps are (B, 3, H, W)."""
-        predicted = on.pack(pixels)  # (M, 3, p, p)
-        wide = torch.float64 if images.dtype == torch.float64 else torch.float32
-        target = on.pack(images).to(wide)
-        mean, std = _patch_statistics(target)
-        return (predicted.to(wide) - (target - mean) / std).square().mean()
-
-    def _visible(self, images: Tensor, visible: Tensor | None) -> VisiblePatches:
-        """The patches that `visible` says, in either of its forms; drawn when None."""
-        if tuple(images.shape[1:]) != (3, *self.input_size):
-            raise ValueError(
-                f"images must be (B, 3, {self.input_size[0]}, {self.input_size[1]}), got {tuple(images.shape)}"
-            )
-        if visible is None:
-            keys = torch.rand(len(images), self.grid[0] * self.grid[1], device=images.device)
-            visible = keys.argsort(dim=1)[:, : self.num_visible].sort(dim=1).values
-        if visible.dtype == torch.int64 and visible.dim() == 2 and len(visible) == len(images):
-            return VisiblePatches(visible, self.grid)
-        if visible.dtype == torch.bool and tuple(visible.shape) == (len(images), *self.grid):
-            return VisiblePatches.from_mask(visible)
-        raise ValueError(
-            f"visible must be bool ({len(images)}, {self.grid[0]}, {self.grid[1]}) or int64 ({len(images)}, L), "
-            f"got {visible.dtype} {tuple(visible.shape)}"
-        )
+        for features, (norm, token, project) in zip(reversed(self.encoder(images, visible)), layers, strict=True):
+            levels.append(densify(norm(features), token.flatten(), project, visible, self.sparse_projections))
+        return on.pack(self.decoder(levels))
 
 
 def build_spark(
@@ -195,24 +111,18 @@ def build_spark(
         ValueError: an unknown model (the nearest names are given), one whose layers cannot be packed (named) or that
             `verify` finds wrong, or a size, mask ratio, number of stages or width that does not fit.
     """
-    if encoder not in ENCODERS:
-        raise ValueError(f"unknown encoder {encoder!r}; there are {', '.join(ENCODERS)}")
-    size = as_size(input_size)
-    network = build_network(model, model_kwargs, stages) if isinstance(model, str) else model
-    if check is None:
-        check = not (isinstance(model, str) and is_verified(model, model_kwargs, stages))
-    if check:
-        log.info("checking that the packed encoder computes what the network computes")
-        found = verify(network, stages=stages)
-        log.info("it does: largest relative difference %.0e, leak %.0e", found.identity, found.leak)
-    if sync_batchnorm:
-        network = convert_sync_batchnorm(network)
-    packed = ENCODERS[encoder](network, size, stages, keep=1 - mask_ratio)
-    spark = SparK(packed, size, mask_ratio, decoder_width)
-    if sync_batchnorm:
-        for name in ("decoder", "densify_norms"):
-            setattr(spark, name, convert_sync_batchnorm(getattr(spark, name)))
-    return spark
+    return method.build(
+        SparK,
+        model,
+        input_size=input_size,
+        mask_ratio=mask_ratio,
+        encoder=encoder,
+        model_kwargs=model_kwargs,
+        stages=stages,
+        sync_batchnorm=sync_batchnorm,
+        check=check,
+        decoder_width=decoder_width,
+    )
 
 
 def _densify_norm(encoder: nn.Module) -> Callable[[int], nn.Module]:
@@ -227,9 +137,3 @@ def _projection(channels: int, width: int, coarsest: bool) -> nn.Module:
         return nn.Identity()
     k = 1 if coarsest else 3
     return nn.Conv2d(channels, width, kernel_size=k, padding=k // 2)
-
-
-def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of every patch, (M, 3, p, p) -> two (M, 1, 1, 1); unbiased variance plus 1e-6."""
-    var, mean = torch.var_mean(patches, dim=(1, 2, 3), keepdim=True)
-    return mean, (var + 1e-6).sqrt()

@@ -18,7 +18,8 @@ FLOORS = [
     ["masking"],
     ["encoder"],
     ["networks", "decoder"],
-    ["spark"],
+    ["method"],
+    ["spark", "fcmae"],
     ["checkpoint"],
     ["weights"],
     ["reporting"],
@@ -143,7 +144,7 @@ def test_imports_run_in_no_circle():
 
 
 def test_the_mathematics_knows_no_trainer_and_no_data():
-    for name in ("spark", "decoder", "densify", "masking", "networks", "encoder"):
+    for name in ("spark", "fcmae", "method", "decoder", "masking", "networks", "encoder"):
         reached, todo = set(), [n for n in GRAPH if n == f"spark_fast.{name}" or n.startswith(f"spark_fast.{name}.")]
         while todo:
             reached |= (new := GRAPH[todo.pop()] - reached)

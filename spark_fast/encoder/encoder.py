@@ -60,7 +60,7 @@ class Encoder(nn.Module):
 
         Args:
             images: (B, 3, H, W).
-            visible: the patches to encode; None: the whole images.
+            visible: the patches to encode, of K masks of each image next to one another; None: the whole images.
 
         Returns:
             per level, finest first: the packed features (V, C_i, b_i, b_i) of the visible patches; without
@@ -75,7 +75,7 @@ class Encoder(nn.Module):
             self.context.visible = None
 
     def _enter(self, images: Tensor, visible: VisiblePatches) -> Tensor:
-        """(B, 3, H, W) -> what the converted network runs on."""
+        """Images -> what the converted network runs on."""
         raise NotImplementedError
 
     def _leave(self, features: list[Tensor], visible: VisiblePatches) -> list[Tensor]:
@@ -129,7 +129,7 @@ class MaskedEncoder(Encoder):
     table = MASKED
 
     def _enter(self, images: Tensor, visible: VisiblePatches) -> Tensor:
-        return images.masked_fill(~visible.cells(images.shape[2]), 0.0)  # (B, 3, H, W)
+        return visible.repeat_images(images).masked_fill(~visible.cells(images.shape[2]), 0.0)  # (B*K, 3, H, W)
 
     def _leave(self, features: list[Tensor], visible: VisiblePatches) -> list[Tensor]:
         return [visible.pack(f) for f in features]

@@ -123,25 +123,36 @@ class VisiblePatches:
 
         return self.cached_table(("neighbourhood", reach, dtype), make)
 
-    def segments(self, b: int) -> Tensor:
+    def segments(self, b: int, images: int | None = None) -> Tensor:
         """(V*b,) int64: patch rows of b cells, in a dense map seen as (B*h*b*w, b*C).
+
+        With `images`, in a map of so many images instead, each of which has B / images masks next to one another.
 
         A row of cells inside a patch is contiguous in a channels_last map, so packing and unpacking move b*C
         numbers per index instead of C.
         """
 
+        masks = self.batch // (images or self.batch)
+
         def make() -> Tensor:
-            w = self.grid[1]
-            top, left = self.patches // w, self.patches % w  # patch row in the batch, patch column
+            h, w = self.grid
+            patches = self.patches
+            if masks > 1:
+                owner = torch.arange(self.batch, device=patches.device).div(masks, rounding_mode="floor")
+                patches = (owner[:, None] * (h * w) + self.index).flatten()
+            top, left = patches // w, patches % w  # patch row in the batch, patch column
             rows = top[:, None] * b + torch.arange(b, device=top.device)  # (V, b) pixel rows in the batch
             return (rows * w + left[:, None]).flatten()
 
-        return self.cached_table(("segments", b), make)
+        return self.cached_table(("segments", b, masks), make)
 
     def pack(self, dense: Tensor) -> Tensor:
-        """Take the visible patches out of a dense map: (B, C, h*b, w*b) -> (V, C, b, b)."""
+        """Take the visible patches out of a dense map: (B, C, h*b, w*b) -> (V, C, b, b).
+
+        A map of B / K images serves K masks each, which stand next to one another: nothing is copied but the patches.
+        """
         b = dense.shape[2] // self.grid[0]
-        rows = collect_segments(dense, b, self.segments(b))
+        rows = collect_segments(dense, b, self.segments(b, len(dense)))
         return rows.view(self.count, b, b, dense.shape[1]).permute(0, 3, 1, 2)
 
     def unpack(self, packed: Tensor, fill: Tensor | None = None) -> Tensor:
@@ -149,6 +160,11 @@ class VisiblePatches:
         c, b = packed.shape[1], packed.shape[2]
         rows = packed.permute(0, 2, 3, 1).reshape(-1, b * c)
         return lay_segments(rows, c, b, (self.batch, *self.grid), self.segments(b), fill)
+
+    def repeat_images(self, images: Tensor) -> Tensor:
+        """One image per mask: (B / K, C, H, W) -> (B, C, H, W), the same where K is 1."""
+        masks = self.batch // len(images)
+        return images if masks == 1 else images.repeat_interleave(masks, 0)
 
     def as_images(self, packed: Tensor) -> Tensor:
         """The visible cells of each image as one tall picture: (V, C, b, b) -> (B, C, L*b, b), without a copy.

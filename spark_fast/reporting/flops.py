@@ -1,4 +1,4 @@
-"""What an image costs: multiply-adds of the encoder on its visible patches, and of the decoder on all of it.
+"""What an image costs: multiply-adds of the encoder on its visible patches, and of what the method adds to it.
 
 Convolutions and matrix products are counted by `torch.utils.flop_counter` on the meta device, where nothing is
 computed; norms, activations and the optimiser are not counted. The encoder's count is that of the ordinary network
@@ -9,27 +9,23 @@ fallbacks, with each layer of the decoder by itself and its projections of whole
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spark_fast.decoder import UNetBlock
 from spark_fast.encoder.pyramid import meta_images, run_on_meta
-from spark_fast.spark import SparK
+from spark_fast.method import Method
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds of one image's forward pass."""
+    """Multiply-adds of the forward pass of one mask of one image."""
 
     whole: float  # the encoder, on an image with nothing masked
     encoder: float  # the encoder, on the visible patches
-    decoder: float  # the projections of the encoder's levels and the decoder
+    decoder: float  # what the method adds
 
     @property
     def flop_per_image(self) -> float:
@@ -37,38 +33,28 @@ class Cost:
         return 2 * 3 * (self.encoder + self.decoder)
 
 
-def count(model: SparK) -> Cost:
-    """The cost of one image; the model is not changed."""
-    encoder, (height, width) = model.encoder, model.input_size
-    images = meta_images(encoder, 1, model.input_size)
-    whole = _multiply_adds([(encoder, images)])
-    maps = [
-        torch.empty(1, channels, height // stride, width // stride, dtype=images.dtype, device="meta")
-        for channels, stride in zip(encoder.channels, encoder.strides, strict=True)
-    ]
-    projections = list(zip(model.densify_projs, reversed(maps), strict=True))
-    levels = [run_on_meta(project, features) for project, features in projections]
-    with _layer_by_layer(model.decoder):
-        decoder = _multiply_adds([*projections, (model.decoder, levels)])
-    return Cost(whole, whole * model.num_visible / (model.grid[0] * model.grid[1]), decoder)
+def count(model: Method) -> Cost:
+    """The cost of one mask of one image; the model is not changed."""
+    images = meta_images(model.encoder, 1, model.input_size)
+    whole = _multiply_adds(model.encoder, images)
+    visible = torch.arange(model.num_visible, device="meta")[None]
+    with model.layer_by_layer():
+        features, everything = (_multiply_adds(part, images, visible) for part in (_Encode(model), model))
+    return Cost(whole, whole * model.num_visible / (model.grid[0] * model.grid[1]), everything - features)
 
 
-@contextmanager
-def _layer_by_layer(decoder: nn.Module) -> Iterator[None]:
-    """Count the layers as they are published, not merged where that is faster."""
-    blocks = [module for module in decoder.modules() if isinstance(module, UNetBlock)]
-    before = [block.merge for block in blocks]
-    try:
-        for block in blocks:
-            block.merge = False
-        yield
-    finally:
-        for block, merge in zip(blocks, before, strict=True):
-            block.merge = merge
+class _Encode(nn.Module):
+    """The encoder alone, called as the model is."""
+
+    def __init__(self, model: Method) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor, visible: torch.Tensor) -> list[torch.Tensor]:
+        return self.model.encode(images, visible)
 
 
-def _multiply_adds(calls: list[tuple[nn.Module, Any]]) -> float:
+def _multiply_adds(module: nn.Module, *inputs: torch.Tensor) -> float:
     with FlopCounterMode(display=False) as counter:
-        for module, inputs in calls:
-            run_on_meta(module, inputs)
+        run_on_meta(module, *inputs)
     return counter.get_total_flops() / 2

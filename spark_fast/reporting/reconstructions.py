@@ -13,14 +13,13 @@ from torchvision.utils import make_grid
 from spark_fast.encoder import VisiblePatches
 from spark_fast.errors import DataError, ImageError
 from spark_fast.files import atomic_write
-from spark_fast.masking import sample_visible
+from spark_fast.method import Method
 from spark_fast.pipelines.transforms.crops import centre_box
 from spark_fast.pipelines.transforms.decode import decode
 from spark_fast.pipelines.transforms.resize import MEAN, STD, Normalise, cut
-from spark_fast.spark import SparK
 
 
-def reconstruction_grid(model: SparK, images: Tensor, seed: int, keep: int | None = None) -> Tensor:
+def reconstruction_grid(model: Method, images: Tensor, seed: int, keep: int | None = None) -> Tensor:
     """One row per image: input, visible part, reconstruction. The masks depend on `seed` alone.
 
     Args:
@@ -31,10 +30,10 @@ def reconstruction_grid(model: SparK, images: Tensor, seed: int, keep: int | Non
         (3, H', W') uint8 on the host.
     """
     positions = torch.arange(len(images), device=images.device)
-    return filled_grid(model, images, sample_visible(seed, 0, positions, model.grid, keep or model.num_visible))
+    return filled_grid(model, images, model.sample_masks(seed, 0, positions, keep=keep))
 
 
-def filled_grid(model: SparK, images: Tensor, visible: Tensor) -> Tensor:
+def filled_grid(model: Method, images: Tensor, visible: Tensor) -> Tensor:
     """The same with masks of your choice: (N, L) int64, the visible patches of each image, ascending."""
     training = model.training
     model.eval()  # running statistics, and they are not changed

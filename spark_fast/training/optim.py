@@ -10,20 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from spark_fast.method import Method, Recipe
 from spark_fast.training.lamb import Lamb, norms
-
-NO_DECAY = ("cls_token", "pos_embed", "mask_token", "gamma")  # by part of the name, as published
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
-    """Two groups: with weight decay, and without (1-d tensors, biases, mask tokens, layer scale)."""
+    """Two groups: with weight decay, and without. A method says which (`Recipe.decays`)."""
+    decays = (model.recipe if isinstance(model, Method) else Recipe()).decays
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        exempt = parameter.dim() == 1 or name.endswith(".bias") or any(part in name for part in NO_DECAY)
-        (no_decay if exempt else decay).append(parameter)
+        (decay if decays(name, parameter) else no_decay).append(parameter)
     return [{"params": decay, "decays": True}, {"params": no_decay, "decays": False}]
 
 
@@ -60,12 +59,18 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     return norm
 
 
-def learning_rate(step: int, peak: float, warmup: float, total: int) -> float:
-    """Linear from 0.005 of the peak over `warmup` steps, then a half cosine to 0.001 of it at the last step."""
+def learning_rate(
+    step: int, peak: float, warmup: float, total: int, first: float = 0.005, last: float = 0.001, closed: bool = True
+) -> float:
+    """Linear from `first` of the peak over `warmup` steps, then a half cosine to `last` of it.
+
+    Args:
+        closed: the cosine is over at the last step; else it would be one step later.
+    """
     warmup = round(warmup)
     if step < warmup:
-        return peak * (0.005 + 0.995 * step / warmup)
-    return 0.001 * peak + 0.999 * peak * _half_cosine(step - warmup, total - 1 - warmup)
+        return peak * (first + (1 - first) * step / warmup)
+    return last * peak + (1 - last) * peak * _half_cosine(step - warmup, total - closed - warmup)
 
 
 def weight_decay(step: int, start: float, end: float, total: int) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from spark_fast.checkpoint.file import Content
 from spark_fast.checkpoint.manager import CheckpointManager, read_newest
 from spark_fast.errors import SettingsError
-from spark_fast.masking import sample_visible
+from spark_fast.method import Method
 from spark_fast.pipelines import Batch, Pipeline
 from spark_fast.reporting.flops import count
 from spark_fast.reporting.loggers import open_loggers
@@ -27,7 +27,6 @@ from spark_fast.run.distributed import Ranks
 from spark_fast.run.seeding import step_seed
 from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
-from spark_fast.spark import SparK
 from spark_fast.training.checkpointer import Checkpointer
 from spark_fast.training.nonfinite import NonfiniteReport
 from spark_fast.training.optim import build_optimizer
@@ -47,21 +46,21 @@ class PretrainStep:
     Whatever is random in a step depends on (seed, step, rank) alone.
     """
 
-    def __init__(self, model: SparK, advance: TrainStep, seed: int, rank: int, share: int) -> None:
+    def __init__(self, model: Method, advance: TrainStep, seed: int, rank: int, share: int) -> None:
         self.model, self.advance, self.seed, self.rank = model, advance, seed, rank
         self.positions = torch.arange(share, device=advance.device) + rank * share  # in the global batch
 
     def __call__(self, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
         """Advance by this rank's share of a global batch."""
         torch.manual_seed(step_seed(self.seed, step, self.rank))
-        visible = sample_visible(self.seed, step, self.positions, self.model.grid, self.model.num_visible)
+        visible = self.model.sample_masks(self.seed, step, self.positions)
         return self.advance(step, batch.images, visible)
 
 
 class PretrainRun:
     """The parts of a run, built from its settings: everything but the folder, which is opened last."""
 
-    def __init__(self, settings: Settings, ranks: Ranks, pipeline: Pipeline, model: SparK) -> None:
+    def __init__(self, settings: Settings, ranks: Ranks, pipeline: Pipeline, model: Method) -> None:
         self.settings, self.ranks, self.pipeline, self.model = settings, ranks, pipeline, model
         optim, share = settings.optim, settings.data.batch_size // ranks.world_size
         if share % optim.accumulate:

@@ -29,17 +29,21 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate and weight decay at every step of a run."""
+    """Learning rate and weight decay at every step of a run; the last three as `learning_rate` takes them."""
 
     peak_lr: float
     warmup_steps: float
     total_steps: int
     weight_decay: float
     weight_decay_end: float
+    first: float = 0.005
+    last: float = 0.001
+    closed: bool = True
 
     def at(self, step: int) -> tuple[float, float]:
         """(learning rate, weight decay) of a step, counted from 0."""
-        lr = learning_rate(step, self.peak_lr, self.warmup_steps, self.total_steps)
+        shape = self.first, self.last, self.closed
+        lr = learning_rate(step, self.peak_lr, self.warmup_steps, self.total_steps, *shape)
         return lr, weight_decay(step, self.weight_decay, self.weight_decay_end, self.total_steps)
 
 

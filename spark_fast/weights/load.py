@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spark_fast.checkpoint.state_dict import load_strictly
 from spark_fast.errors import CheckpointError
-from spark_fast.spark import SparK
+from spark_fast.method import Method
 from spark_fast.weights.read import State, Weights, read_state, read_weights
 from spark_fast.weights.spark_keys import ENCODER, canonical_name, network_name
 from spark_fast.weights.timm_keys import WRAPPERS, spellings
@@ -18,12 +18,12 @@ from spark_fast.weights.timm_keys import WRAPPERS, spellings
 log = logging.getLogger("spark_fast")
 
 
-def load_weights(path: Path, model: SparK) -> None:
+def load_weights(path: Path, model: Method) -> None:
     """Read weights (see `read_weights`) and load them into a model from `build_spark`, as `load_into_spark`."""
     load_into_spark(read_weights(path), model)
 
 
-def load_into_spark(weights: Weights, model: SparK) -> None:
+def load_into_spark(weights: Weights, model: Method) -> None:
     """Load a model from `build_spark`: the whole of it, or its encoder where the weights are of a plain network.
 
     What a plain network has beyond the encoder (timm's classifier) is left out. That, and that the decoder is new, is
@@ -44,7 +44,7 @@ def load_into_spark(weights: Weights, model: SparK) -> None:
     log.info("%s: the encoder is loaded, the decoder begins anew; left out: %s", weights.path, shown)
 
 
-def load_spark_state_dict(model: SparK, state: Mapping) -> None:
+def load_spark_state_dict(model: Method, state: Mapping) -> None:
     """Load a checkpoint of the published code into a model from `build_spark`.
 
     Args:
@@ -78,13 +78,13 @@ def load_into_network(weights: Weights, network: nn.Module, new: set[str]) -> No
     log.info("%s: %d of %d tensors loaded; these begin anew: %s", weights.path, len(found), len(own), anew or "none")
 
 
-def _load_whole(state: State, model: SparK) -> None:
+def _load_whole(state: State, model: Method) -> None:
     found = _matches({name: canonical_name(name) for name in model.state_dict()}, state.tensors)
     unknown = _file_names(state, set(found.values()))
     load_strictly(model, {name: state.tensors[key] for name, key in found.items()}, unknown)
 
 
-def _load_encoder(state: State, model: SparK) -> list[str]:
+def _load_encoder(state: State, model: Method) -> list[str]:
     """Load the encoder; returns what is left out of the file, by its names there."""
     own = model.state_dict()
     encoder = [name for name in own if name.startswith("encoder.network.")]

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spark_fast.errors import CheckpointError, SettingsError
+from spark_fast.method import Method
 from spark_fast.networks import PUBLISHED_MODELS, parse_input_size
-from spark_fast.spark import SparK
 from spark_fast.weights.identify import RECOGNISED
 from spark_fast.weights.load import load_into_spark
 from spark_fast.weights.model_spec import ModelSpec
@@ -26,7 +26,7 @@ class Pretrained:
 
     weights: Weights
     spec: ModelSpec
-    model: SparK
+    model: Method
 
     @property
     def path(self) -> Path:

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from spark_fast.files import atomic_write
-from spark_fast.spark import SparK
+from spark_fast.method import Method
 
 WRAPPERS = ("model_", "body_")
 
@@ -44,7 +44,7 @@ def timm_names(keys: list[str], name: str) -> dict[str, str]:
     return found
 
 
-def encoder_names(model: SparK, name: str) -> dict[str, str]:
+def encoder_names(model: Method, name: str) -> dict[str, str]:
     """Names of the encoder's tensors in the model -> in its file: timm's, or for `package.module:function` its own.
 
     Raises:
@@ -60,7 +60,7 @@ def renamed(state: Mapping[str, Tensor], names: dict[str, str]) -> dict[str, Ten
     return {new: state[name].detach().cpu().contiguous() for name, new in names.items()}
 
 
-def encoder_state_dict(model: SparK, name: str) -> dict[str, Tensor]:
+def encoder_state_dict(model: Method, name: str) -> dict[str, Tensor]:
     """The encoder's tensors under their `encoder_names`.
 
     Every tensor of the encoder is there. What timm's classifier has beyond it (a final norm, in some networks) was

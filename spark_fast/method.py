@@ -1,0 +1,300 @@
+"""What every method of masked image modelling has: an encoder of visible patches, and a loss on the masked ones.
+
+A method is one class in one file (`spark.py`, `fcmae.py`): it makes its decoder, says in `predict` what stands in the
+masked patches, and names its defaults in a `Recipe`. The trainer, checkpoints, pictures and the dry run know no more
+of a method than this file; `docs/methods.md` shows how to write one.
+
+Names: B images of H x W, K masks per image, patch p px, grid (h, w) = (H/p, W/p), L visible patches per mask.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeVar
+
+import torch
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+
+from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, VisiblePatches
+from spark_fast.encoder.pyramid import as_size
+from spark_fast.encoder.sparseconvnet import SparseEncoder
+from spark_fast.encoder.verified_networks import is_verified
+from spark_fast.encoder.verify import verify
+from spark_fast.masking import check_masks, num_visible, sample_visible
+from spark_fast.networks import build_network
+
+log = logging.getLogger("spark_fast")
+
+ENCODERS: dict[str, type[Encoder]] = {
+    "packed": PackedEncoder,
+    "masked": MaskedEncoder,
+    "sparseconvnet": SparseEncoder,
+}
+
+
+METHODS = {"spark": "spark_fast.spark:SparK", "fcmae": "spark_fast.fcmae:FCMAE"}
+
+
+def decays_by_default(name: str, value: Tensor) -> bool:
+    """Not on 1-d tensors, biases, mask tokens and layer scale, as in SparK (pretrain/utils/lr_control.py)."""
+    exempt = ("cls_token", "pos_embed", "mask_token", "gamma")
+    return value.dim() > 1 and not name.endswith(".bias") and not any(part in name for part in exempt)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method is trained unless the user says otherwise; the defaults are SparK's.
+
+    Attributes:
+        settings: defaults of the command's settings, by their names, where they differ.
+        first_lr: share of the peak rate at which the warm-up begins.
+        last_lr: share of it at which the half cosine ends.
+        closed: the cosine is over at the last step; else it would be one step later.
+        decays: whether weight decay acts on a parameter, by its name and value.
+    """
+
+    settings: Mapping[str, object] = field(default_factory=dict)
+    first_lr: float = 0.005
+    last_lr: float = 0.001
+    closed: bool = True
+    decays: Callable[[str, Tensor], bool] = decays_by_default
+
+
+class Method(nn.Module):
+    """Masked image modelling with a ConvNet encoder: the base of the methods.
+
+    Args:
+        encoder: an encoder of visible patches.
+        input_size: (H, W) in pixels.
+        mask_ratio: share of the patches hidden.
+
+    Attributes:
+        options: the class's further arguments; each is a setting of the command, of the same name.
+        recipe: how the method is trained by default.
+        rounds_down: the number of visible patches; else it is rounded.
+        patch: pixels per patch side.
+        grid: (h, w), patches per image.
+        num_visible: visible patches per mask, L.
+
+    Raises:
+        ValueError: a mask ratio that does not fit; the message has the limit.
+    """
+
+    options: ClassVar[tuple[str, ...]] = ()
+    recipe: ClassVar[Recipe] = Recipe()
+    rounds_down: ClassVar[bool] = False
+
+    def __init__(self, encoder: Encoder, input_size: tuple[int, int], mask_ratio: float) -> None:
+        super().__init__()
+        self.input_size, self.patch = input_size, encoder.patch
+        self.grid = (input_size[0] // self.patch, input_size[1] // self.patch)
+        self.num_visible = num_visible(self.grid, mask_ratio, down=self.rounds_down)
+        self.encoder = encoder
+
+    def predict(self, images: Tensor, visible: VisiblePatches, on: VisiblePatches) -> Tensor:
+        """The pixels of the patches `on`, seen from the visible ones.
+
+        Args:
+            images: (B, 3, H, W).
+            visible, on: of B*K masks, those of one image next to one another.
+
+        Returns:
+            (M, 3, p, p) for the M patches of `on`, each less its mean and in units of its deviation.
+        """
+        raise NotImplementedError
+
+    def layer_by_layer(self) -> AbstractContextManager[None]:
+        """Compute every layer by itself, as the method is published: for the count of what it costs."""
+        return nullcontext()
+
+    def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+        """The reconstruction loss of a batch, a scalar in fp32 (float64 for a float64 model).
+
+        It is the `loss` on the masked patches.
+
+        Args:
+            images: (B, 3, H, W).
+            visible: bool (B*K, h, w), True where visible; or int64 (B*K, L), the visible patches of each mask as
+                y*w + x ascending, which needs no look at the data; one mask an image is drawn when None.
+
+        Raises:
+            ValueError: images of another size, or a mask that keeps unequal numbers of patches.
+        """
+        patches = self.visible_patches(images, visible)
+        if patches.per_image == self.grid[0] * self.grid[1]:
+            raise ValueError("the mask hides no patch: there is nothing to reconstruct")
+        return self.loss(images, patches, on=patches.complement())
+
+    def loss(self, images: Tensor, visible: VisiblePatches, on: VisiblePatches) -> Tensor:
+        """The squared error on the patches `on`, each in units of its own deviation: a scalar."""
+        predicted = self.predict(images, visible, on)
+        wide = torch.float64 if images.dtype == torch.float64 else torch.float32
+        target = on.pack(images).to(wide)
+        mean, std = _patch_statistics(target)
+        return (predicted.to(wide) - (target - mean) / std).square().mean()
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, visible: Tensor) -> Tensor:
+        """Fill in the masked patches; visible pixels are kept to the bit.
+
+        Patches are predicted less their mean and in units of their deviation, which are taken from `images`.
+
+        Args:
+            images: (B, 3, H, W).
+            visible: as for `forward`.
+
+        Returns:
+            (B*K, 3, H, W) at the scale of `images`.
+
+        Raises:
+            ValueError: images of another size, or a mask that keeps unequal numbers of patches.
+        """
+        patches = self.visible_patches(images, visible)
+        hidden = patches.complement()
+        mean, std = _patch_statistics(hidden.pack(images))
+        filled = self.predict(images, patches, hidden).to(images.dtype) * std + mean
+        images = patches.repeat_images(images)
+        return torch.where(patches.cells(images.shape[2]), images, hidden.unpack(filled))
+
+    def encode(self, images: Tensor, visible: Tensor) -> list[Tensor]:
+        """The features of the visible patches, as dense maps.
+
+        Args:
+            images: (B, 3, H, W).
+            visible: as for `forward`.
+
+        Returns:
+            (B*K, C_i, H_i, W_i) per level, finest first, zero where masked.
+
+        Raises:
+            ValueError: images of another size, or a mask that keeps unequal numbers of patches.
+        """
+        patches = self.visible_patches(images, visible)
+        return [patches.unpack(f) for f in self.encoder(images, patches)]
+
+    def sample_masks(self, seed: int, step: int, positions: Tensor, masks: int = 1, keep: int | None = None) -> Tensor:
+        """The masks of the images at `positions` (B,) of the global batch of `step`: see `masking.sample_visible`.
+
+        Args:
+            masks: of each image; no two of them show the same patch.
+            keep: visible patches per mask, None for as many as in training.
+
+        Returns:
+            (B*masks, L) int64, for `forward`.
+
+        Raises:
+            ValueError: so many masks would share patches.
+        """
+        keep = keep or self.num_visible
+        check_masks(self.grid, keep, masks)
+        return sample_visible(seed, step, positions, self.grid, keep, masks)
+
+    def visible_patches(self, images: Tensor, visible: Tensor | None) -> VisiblePatches:
+        """The patches that `visible` says, in either of its forms; drawn when None.
+
+        Raises:
+            ValueError: images of another size than the model's, or a mask of another shape.
+        """
+        if tuple(images.shape[1:]) != (3, *self.input_size):
+            raise ValueError(
+                f"images must be (B, 3, {self.input_size[0]}, {self.input_size[1]}), got {tuple(images.shape)}"
+            )
+        if visible is None:
+            keys = torch.rand(len(images), self.grid[0] * self.grid[1], device=images.device)
+            visible = keys.argsort(dim=1)[:, : self.num_visible].sort(dim=1).values
+        whole = len(images) > 0 and len(visible) % len(images) == 0  # so many masks of each image
+        if whole and visible.dtype == torch.int64 and visible.dim() == 2:
+            return VisiblePatches(visible, self.grid)
+        if whole and visible.dtype == torch.bool and tuple(visible.shape[1:]) == self.grid:
+            return VisiblePatches.from_mask(visible)
+        raise ValueError(
+            f"visible must be bool ({len(images)}, {self.grid[0]}, {self.grid[1]}) or int64 ({len(images)}, L), "
+            f"or so for a multiple of {len(images)} masks; got {visible.dtype} {tuple(visible.shape)}"
+        )
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method by its name in METHODS, or your own as "package.module:Class".
+
+    Raises:
+        ValueError: an unknown name, or one that is no method.
+    """
+    module, _, cls = METHODS.get(name, name).partition(":")
+    if not cls:
+        raise ValueError(
+            f"unknown method {name!r}; there are {', '.join(METHODS)}, or your own as package.module:Class"
+        )
+    try:
+        found = getattr(importlib.import_module(module), cls)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"method {name!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ValueError(f"{name} is no subclass of spark_fast.method.Method")
+    return found
+
+
+M = TypeVar("M", bound=Method)
+
+
+def build(
+    kind: type[M],
+    model: str | nn.Module,
+    *,
+    input_size: int | tuple[int, int] = 224,
+    mask_ratio: float = 0.6,
+    encoder: str = "packed",
+    model_kwargs: dict | None = None,
+    stages: int | None = None,
+    sync_batchnorm: bool = False,
+    check: bool | None = None,
+    **options: object,
+) -> M:
+    """Build a method around a ConvNet.
+
+    Args:
+        kind: the method's class.
+        model: a timm name, your own as "package.module:function", or an nn.Module that returns a list of feature
+            maps (it is converted in place).
+        input_size: pixels, one number or (H, W); a multiple of the network's total stride.
+        encoder: "packed", "masked" (dense maps with zeroed holes, as published), or "sparseconvnet" (see
+            `spark_fast.encoder.sparseconvnet`).
+        model_kwargs: passed to `timm.create_model`, e.g. {"drop_path_rate": 0.05}.
+        stages: keep the first so many levels of the pyramid (stride 4, 8, 16, ...): 3 gives patches of 16 px, 2 of
+            8 px. By default all, 32 px for most networks.
+        sync_batchnorm: batch statistics over all ranks (`torch.nn.SyncBatchNorm`).
+        check: run `verify`; None: unless the table of verified networks has this one.
+        options: further arguments of the class.
+
+    Raises:
+        ValueError: an unknown model (the nearest names are given), one whose layers cannot be packed (named) or that
+            `verify` finds wrong, or a size, mask ratio, number of stages or width that does not fit.
+    """
+    if encoder not in ENCODERS:
+        raise ValueError(f"unknown encoder {encoder!r}; there are {', '.join(ENCODERS)}")
+    size = as_size(input_size)
+    network = build_network(model, model_kwargs, stages) if isinstance(model, str) else model
+    if check is None:
+        check = not (isinstance(model, str) and is_verified(model, model_kwargs, stages))
+    if check:
+        log.info("checking that the packed encoder computes what the network computes")
+        found = verify(network, stages=stages)
+        log.info("it does: largest relative difference %.0e, leak %.0e", found.identity, found.leak)
+    if sync_batchnorm:
+        network = convert_sync_batchnorm(network)
+    made = kind(ENCODERS[encoder](network, size, stages, keep=1 - mask_ratio), size, mask_ratio, **options)
+    if sync_batchnorm:  # what the method adds; the encoder's layers are converted already
+        for name, module in list(made.named_children()):
+            if module is not made.encoder:
+                setattr(made, name, convert_sync_batchnorm(module))
+    return made
+
+
+def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of every patch, (M, 3, p, p) -> two (M, 1, 1, 1); unbiased variance plus 1e-6."""
+    var, mean = torch.var_mean(patches, dim=(1, 2, 3), keepdim=True)
+    return mean, (var + 1e-6).sqrt()
