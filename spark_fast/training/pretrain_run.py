@@ -71,7 +71,7 @@ class PretrainRun:
         self.optimizer = build_optimizer(optim.optimizer, model, settings.beta2, zero=zero)
         self.advance = self._train_step()
         self.step = PretrainStep(model, self.advance, settings.run.seed, ranks.rank, share)
-        self.state = RunState(model, self.optimizer, self.advance.scaler, self.position, pipeline, settings.to_dict())
+        self.state = RunState(model, self.optimizer, self.advance.scaler, self.position, pipeline, settings.stored())
         rate = matmul_rate(ranks.device, self.advance.dtype)  # on every rank, as they all compute at a time
         self.mfu = MfuMeter(count(model), rate, ranks.device, ranks.world_size)
 
@@ -174,7 +174,7 @@ class PretrainRun:
                 self.optimizer,
                 Schedule(
                     settings.peak_lr,
-                    optim.warmup_epochs * at.steps_per_epoch,
+                    settings.warmup_epochs * at.steps_per_epoch,
                     at.total_steps,
                     optim.weight_decay,
                     optim.weight_decay_end or optim.weight_decay,
