@@ -50,5 +50,11 @@ class CheckpointError(StorageError):
     """A checkpoint that cannot be written, read or used; the message names the file."""
 
 
+class MisfitError(CheckpointError):
+    """A sound checkpoint, of another model or run than the settings say."""
+
+    exit_code = SettingsError.exit_code
+
+
 class ImageError(Exception):
     """One image cannot be read; the message is the reason. A pipeline substitutes the image and counts it."""

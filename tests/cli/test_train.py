@@ -102,7 +102,10 @@ def test_a_run_leaves_everything_that_is_promised(unbroken):
     assert [e["epoch"] for e in epochs] == ["1/3", "2/3", "3/3"]
     assert {"loss", "images_per_second", "data_wait", "remaining", "finish"} <= set(epochs[0])
     assert (folder / "stdout_backup.txt").read_text() == done.stdout
-    assert (folder / "stderr_backup.txt").exists()
+    assert (folder / "stderr_backup.txt").read_text() == done.stderr
+    assert "  steps       18 (3 epochs of 6)\n  warm-up     6 steps\n  peak rate   0.000312\n" in done.stdout
+    assert "18 steps are few" in done.stderr
+    assert "this run has learned next to nothing" in done.stderr
     assert list((folder / "tensorboard").iterdir())
     picture = np.asarray(Image.open(folder / "reconstruction" / "epoch_0003.png"))
     assert picture.shape == (8 * 68 + 4, 3 * 68 + 4, 3)
@@ -260,8 +263,8 @@ BAD = [
     (["--model=package_not_there:build"], 2, "No module named 'package_not_there'"),
     (["--resume={tmp}/none.pth"], 6, "none.pth"),
     (["--resume={tmp}/a", "--init_weight={tmp}/b"], 2, "choose one"),
-    (["--init_weight={other}"], 6, "does not fit this model"),
-    (["--resume={other}"], 6, "model was 'resnet10t', is 'resnet14t'"),
+    (["--init_weight={other}"], 2, "does not fit this model"),
+    (["--resume={other}"], 2, "model was 'resnet10t', is 'resnet14t'"),
     (["--resume={evil}"], 6, "refused"),
     (["--accumulate=3"], 2, "does not divide"),
     (["--device=cuda"], 2, "no GPU"),

@@ -78,8 +78,8 @@ def test_each_model_has_its_published_drop_path_and_beta2(short, network, drop_p
 
 @pytest.mark.parametrize(
     ("words", "epochs"),
-    [([], 40), (["--ep=800"], 40), (["--ep=400"], 40), (["--ep=100"], 10), (["--ep=4"], 0.4), (["--ep=4", "--wp_ep=4"], 4),
-     (["--ep=4", "--wp_ep=0"], 0)],
+    [([], 40), (["--ep=800"], 40), (["--ep=400"], 40), (["--ep=100"], 10), (["--ep=4"], 0.4),
+     (["--ep=4", "--wp_ep=4"], 4), (["--ep=4", "--wp_ep=0"], 0)],
 )  # fmt: skip
 def test_warm_up_is_the_published_one_and_at_most_a_tenth_of_a_short_run_unless_chosen(words, epochs):
     assert parse([*NAMED, *words]).warmup_epochs == epochs
