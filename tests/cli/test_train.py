@@ -103,7 +103,7 @@ def test_a_run_leaves_everything_that_is_promised(unbroken):
     assert {"loss", "images_per_second", "data_wait", "remaining", "finish"} <= set(epochs[0])
     assert (folder / "stdout_backup.txt").read_text() == done.stdout
     assert (folder / "stderr_backup.txt").read_text() == done.stderr
-    assert "  steps       18 (3 epochs of 6)\n  warm-up     6 steps\n  peak rate   0.000312\n" in done.stdout
+    assert "  steps       18 (3 epochs of 6)\n  warm-up     6 steps\n  peak rate   0.00031" in done.stdout
     assert "18 steps are few" in done.stderr
     assert "this run has learned next to nothing" in done.stderr
     assert list((folder / "tensorboard").iterdir())
