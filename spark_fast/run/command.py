@@ -1,7 +1,7 @@
 """What the commands have in common: settings are parsed, the ranks meet, and every kind of failure has its exit code.
 
 0 done, 2 settings, 3 data, 4 loss not finite, 5 stalled or another rank lost, 6 storage or checkpoint, 75 interrupted
-and saved.
+and saved (0 under torchrun).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import TypeVar
 import torch
 
 from spark_fast.checkpoint.manager import CheckpointManager, check_space
-from spark_fast.errors import LostRankError, SparkFastError, StorageError
+from spark_fast.errors import INTERRUPTED, LostRankError, SparkFastError, StorageError
 from spark_fast.networks import import_from_current_folder
 from spark_fast.pipelines import LoaderOptions, Pipeline, build_pipeline
 from spark_fast.run.config import Tree
 from spark_fast.run.distributed import Ranks, join
 from spark_fast.run.lock import RunLock
-from spark_fast.run.run_folder import describe, open_run_folder, refuse_another_run, what_is_kept
+from spark_fast.run.run_folder import STOPPED, describe, open_run_folder, refuse_another_run, what_is_kept
 from spark_fast.run.watchdog import Watchdog
 from spark_fast.streams import keep_output
 
@@ -66,6 +66,17 @@ def on_ranks(settings: S, run: Callable[[S, Ranks, Watchdog], T]) -> T:
             return run(settings, ranks, watchdog)
     finally:
         ranks.close()
+
+
+def code_when_stopped(folder: Path) -> int:
+    """The exit code of a run that was told to stop and has saved.
+
+    Under torchrun it is 0: any other is a failure there, and the run would be started again to take as many steps more.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return INTERRUPTED
+    log.info("exit code 0 for torchrun; that the run is not finished, %s says", folder / STOPPED)
+    return 0
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from spark_fast.streams import keep_output
 from spark_fast.versions import versions
 
 RESULT = "result.json"  # of an evaluation
+STOPPED = "stopped.txt"  # is there while a run that was told to stop before its end is not gone on with
 
 
 def open_run_folder(folder: Path, lock: RunLock, config: str, head: Mapping[str, object], pictures: str = "") -> Path:
@@ -41,6 +42,7 @@ def open_run_folder(folder: Path, lock: RunLock, config: str, head: Mapping[str,
         (folder / "config.toml").write_text(config, encoding="utf-8", errors="surrogateescape")  # paths as bytes
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
             log.write(json.dumps(head) + "\n")
+        (folder / STOPPED).unlink(missing_ok=True)
         for stream, name in zip(keep_output(), ("stdout_backup.txt", "stderr_backup.txt"), strict=True):
             stream.copy_to(folder / name)
     except OSError as error:
