@@ -1,7 +1,8 @@
 """What can go wrong, in words for the person who reads it, and the exit code of a command that ends with it.
 
 0 done, 2 settings, 3 data, 4 loss not finite, 5 stalled or another rank lost, 6 storage or checkpoint, 75 interrupted
-and saved. Of the tools (`cli.tool`) also 130 Ctrl-C, 141 nobody reads the output any more.
+and saved (0 under torchrun, see `run.command`). Of the tools (`cli.tool`) also 130 Ctrl-C, 141 nobody reads the output
+any more.
 """
 
 from __future__ import annotations
@@ -48,6 +49,12 @@ class StorageError(SparkFastError):
 
 class CheckpointError(StorageError):
     """A checkpoint that cannot be written, read or used; the message names the file."""
+
+
+class MisfitError(CheckpointError):
+    """A sound checkpoint, of another model or run than the settings say."""
+
+    exit_code = SettingsError.exit_code
 
 
 class ImageError(Exception):

@@ -18,7 +18,7 @@ from torch import Tensor
 from spark_fast.checkpoint.file import RunContent
 from spark_fast.checkpoint.manager import read_newest
 from spark_fast.cli.start import start
-from spark_fast.errors import INTERRUPTED, CheckpointError, SettingsError
+from spark_fast.errors import CheckpointError, SettingsError
 from spark_fast.evaluation.accuracy import Scores
 from spark_fast.evaluation.backbone import build_backbone, build_classifier
 from spark_fast.evaluation.data import Labelled, open_train, open_val
@@ -29,7 +29,7 @@ from spark_fast.evaluation.knn import classify_by_neighbours
 from spark_fast.evaluation.linear_probe import LinearProbe, shuffled, train_probe
 from spark_fast.evaluation.report import Report
 from spark_fast.pipelines import Pipeline, View
-from spark_fast.run.command import open_checkpoints, open_folder, run_command, running
+from spark_fast.run.command import code_when_stopped, open_checkpoints, open_folder, run_command, running
 from spark_fast.run.distributed import Ranks
 from spark_fast.run.lock import RunLock
 from spark_fast.run.run_folder import refuse_another_run
@@ -153,7 +153,7 @@ def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, c
     report = Report(manager.folder if manager else None, at.step)
     closing.callback(report.close)
     if not run.trainer(manager, report, watchdog, interrupt).train():
-        return INTERRUPTED
+        return code_when_stopped(settings.folder)
     run.write_result(report)
     return 0
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 import sys
 from functools import partial
 from importlib import import_module
+from io import TextIOWrapper
 
 from spark_fast.versions import __version__
 
 
 def start(name: str, argv: list[str] | None = None) -> int:
     """Run the command spark-fast-`name` on these words, else on those of the command line; returns the exit code."""
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it: any text can be printed in any locale
     words = sys.argv[1:] if argv is None else argv
     if "--version" in words:
         print(f"spark-fast-{name} {__version__}")

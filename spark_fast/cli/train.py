@@ -8,8 +8,7 @@ from __future__ import annotations
 import sys
 
 from spark_fast.cli.start import start
-from spark_fast.errors import INTERRUPTED
-from spark_fast.run.command import run_command
+from spark_fast.run.command import code_when_stopped, run_command
 from spark_fast.run.distributed import Ranks
 from spark_fast.run.malloc import keep_heap
 from spark_fast.run.watchdog import Watchdog
@@ -25,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(settings: Settings, ranks: Ranks, watchdog: Watchdog) -> int:
     if ranks.device.type == "cpu":
         keep_heap()
-    return 0 if pretrain_from_settings(settings, ranks, watchdog).finished else INTERRUPTED
+    result = pretrain_from_settings(settings, ranks, watchdog)
+    return 0 if result.finished else code_when_stopped(result.folder)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor
 
 from spark_fast.reporting.loggers import Logger, NeverRaises
 from spark_fast.reporting.metrics_file import line_of
+from spark_fast.streams import KeptStream
 
 T = TypeVar("T")
 
@@ -48,7 +50,7 @@ class RunLogger:
         self.epoch_sums = {"loss": 0.0, "seconds": 0.0, "wait": 0.0, "images": 0.0, "steps": 0.0, "counted": 0.0}
         if folder is None:
             return
-        console = Console(file=sys.__stderr__)
+        console = Console(file=KeptStream(sys.__stderr__))  # type: ignore[arg-type]
         columns = ("[bold]epoch {task.fields[epoch]}", BarColumn(), MofNCompleteColumn())
         numbers = ("loss {task.fields[loss]}", "{task.fields[speed]} images/s", "wait {task.fields[wait]}")
         self.progress = Progress(
@@ -56,11 +58,14 @@ class RunLogger:
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            redirect_stdout=False,  # they are shown above the bar by `_above`, which leaves their copies alone
+            redirect_stderr=False,
         )
         self.bar = self.progress.add_task("", total=total_steps, completed=step, epoch="", loss="", speed="", wait="")
         self.live = console.is_terminal
         if self.live:
             self.progress.start()
+            self._lines_by(self._above)
 
     def advance(self, step: int) -> None:
         """One step is done; `step` of the run are."""
@@ -88,12 +93,14 @@ class RunLogger:
         at, loss = f"{epoch}/{self.epochs}", f"{means['loss']:.4f}"
         speed, wait = f"{means['images_per_second']:.1f}", f"{means['data_wait']:.1%}"
         self.progress.update(self.bar, completed=step, epoch=at, loss=loss, speed=speed, wait=wait)
+        line = (
+            f"epoch {at}  step {step}/{self.total_steps}  loss {loss}  {speed} images/s  "
+            f"MFU {means['mfu']:.1%}  data wait {wait}"
+        )
         if not self.live:
-            print(
-                f"epoch {at}  step {step}/{self.total_steps}  loss {loss}  {speed} images/s  "
-                f"MFU {means['mfu']:.1%}  data wait {wait}",
-                flush=True,
-            )
+            print(line, flush=True)
+        elif isinstance(sys.stdout, KeptStream):
+            sys.stdout.note(f"{line}\n")
 
     def epoch(self, step: int, notes: dict | None = None) -> None:
         """An epoch, or this process's part of it, is complete after `step` steps."""
@@ -127,11 +134,20 @@ class RunLogger:
     def close(self) -> None:
         """End the progress bar and the files."""
         if self.folder is not None:
+            self._lines_by(None)
             self.progress.stop()
         for logger in self.loggers:
             logger.close()
 
+    def _above(self, line: str) -> None:
+        self.progress.console.print(Text(line), soft_wrap=True)
+
+    def _lines_by(self, show: Callable[[str], None] | None) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, KeptStream):
+                stream.show_lines_by(show)
+
 
 def _append_line(path: Path, row: Mapping[str, object]) -> None:
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(line_of(row))

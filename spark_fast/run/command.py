@@ -1,7 +1,7 @@
 """What the commands have in common: settings are parsed, the ranks meet, and every kind of failure has its exit code.
 
 0 done, 2 settings, 3 data, 4 loss not finite, 5 stalled or another rank lost, 6 storage or checkpoint, 75 interrupted
-and saved.
+and saved (0 under torchrun).
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from spark_fast.checkpoint.manager import CheckpointManager, check_space
-from spark_fast.errors import LostRankError, SparkFastError, StorageError
+from spark_fast.errors import INTERRUPTED, LostRankError, SparkFastError, StorageError
 from spark_fast.networks import import_from_current_folder
 from spark_fast.pipelines import LoaderOptions, Pipeline, build_pipeline
 from spark_fast.run.config import Tree
 from spark_fast.run.distributed import Ranks, join
 from spark_fast.run.lock import RunLock
-from spark_fast.run.run_folder import describe, open_run_folder, refuse_another_run
+from spark_fast.run.run_folder import STOPPED, describe, open_run_folder, refuse_another_run, what_is_kept
 from spark_fast.run.watchdog import Watchdog
+from spark_fast.streams import keep_output
 
 log = logging.getLogger("spark_fast")
 
@@ -37,16 +39,19 @@ def run_command(
     name: str, argv: list[str], parse: Callable[[list[str]], S], run: Callable[[S, Ranks, Watchdog], int]
 ) -> int:
     """Run a command on these words of its command line; returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    keep_output()
+    first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    folder = Path()
     try:
         settings = parse(argv)
+        folder = settings.folder
         import_from_current_folder(settings.network)
         return on_ranks(settings, run)
     except SparkFastError as error:
         return _complain(name, error, error.exit_code)
     except OSError as error:  # metrics or logs: a full disk, a lost mount
-        told = RuntimeError(f"{error}; the last checkpoint is kept, go on with --resume auto")
-        return _complain(name, told, StorageError.exit_code)
+        return _complain(name, f"{error}; {what_is_kept(folder)}", StorageError.exit_code)
 
 
 def on_ranks(settings: S, run: Callable[[S, Ranks, Watchdog], T]) -> T:
@@ -56,10 +61,22 @@ def on_ranks(settings: S, run: Callable[[S, Ranks, Watchdog], T]) -> T:
         if ranks.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0) and not settings.run.resume:
             log.info("torchrun restarted this run: going on as with --resume auto")
             settings.resume_newest()
-        with Watchdog(settings.run.timeout, ranks.rank, ranks.world_size, ranks.store) as watchdog:
+        kept = partial(what_is_kept, settings.folder)
+        with Watchdog(settings.run.timeout, ranks.rank, ranks.world_size, ranks.store, kept) as watchdog:
             return run(settings, ranks, watchdog)
     finally:
         ranks.close()
+
+
+def code_when_stopped(folder: Path) -> int:
+    """The exit code of a run that was told to stop and has saved.
+
+    Under torchrun it is 0: any other is a failure there, and the run would be started again to take as many steps more.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return INTERRUPTED
+    log.info("exit code 0 for torchrun; that the run is not finished, %s says", folder / STOPPED)
+    return 0
 
 
 @contextmanager
@@ -82,7 +99,8 @@ def running(settings: Tree, ranks: Ranks, watchdog: Watchdog) -> Iterator[tuple[
             yield lock, closing
         except RuntimeError as error:
             if lost := watchdog.lost():  # signals are still held back: torchrun sends one when it sees the other end
-                text = f"rank {ranks.rank} leaves, as another is gone: {'; '.join(lost)}. What was saved is kept"
+                kept = what_is_kept(settings.folder)
+                text = f"rank {ranks.rank} leaves, as another is gone: {'; '.join(lost)}; {kept}"
                 raise LostRankError(text) from error
             raise
 
@@ -135,6 +153,6 @@ def open_checkpoints(
     return manager
 
 
-def _complain(name: str, error: Exception, code: int) -> int:
+def _complain(name: str, error: Exception | str, code: int) -> int:
     print(f"{name}: {error}", file=sys.stderr, flush=True)
     return code

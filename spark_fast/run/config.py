@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 import tyro
@@ -176,7 +176,11 @@ def set_by_name(settings: Tree, given: Mapping[str, object]) -> None:
     for name, value in given.items():
         if name not in home:
             raise TypeError(f"{name!r} is no setting{nearest(name, home)}")
-        kind = get_type_hints(type(home[name]))[name]
+        hint = get_type_hints(type(home[name]))[name]
+        kind, *words = get_args(hint) if get_origin(hint) is Union else (hint,)  # a number, or a word like "auto"
+        if any(value in get_args(word) for word in words):
+            setattr(home[name], name, value)
+            continue
         if kind is str and isinstance(value, (tuple, list)):
             value = "x".join(map(str, value))
         elif kind is str and isinstance(value, (int, Path)) and not isinstance(value, bool):

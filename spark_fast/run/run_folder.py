@@ -12,16 +12,17 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TextIO
 
 import torch
 
 from spark_fast.checkpoint.manager import CHECKPOINT, RECORD, published
 from spark_fast.errors import CheckpointError, SettingsError
 from spark_fast.run.lock import RunLock
+from spark_fast.streams import keep_output
 from spark_fast.versions import versions
 
 RESULT = "result.json"  # of an evaluation
+STOPPED = "stopped.txt"  # is there while a run that was told to stop before its end is not gone on with
 
 
 def open_run_folder(folder: Path, lock: RunLock, config: str, head: Mapping[str, object], pictures: str = "") -> Path:
@@ -38,17 +39,14 @@ def open_run_folder(folder: Path, lock: RunLock, config: str, head: Mapping[str,
     try:
         (folder / pictures).mkdir(parents=True, exist_ok=True)
         lock.take()
-        (folder / "config.toml").write_text(config)
-        with (folder / "log.txt").open("a") as log:
+        (folder / "config.toml").write_text(config, encoding="utf-8", errors="surrogateescape")  # paths as bytes
+        with (folder / "log.txt").open("a", encoding="utf-8") as log:
             log.write(json.dumps(head) + "\n")
-        errors = sys.stderr
-        sys.stdout = _Copied(sys.stdout, folder / "stdout_backup.txt")
-        sys.stderr = _Copied(sys.stderr, folder / "stderr_backup.txt")
+        (folder / STOPPED).unlink(missing_ok=True)
+        for stream, name in zip(keep_output(), ("stdout_backup.txt", "stderr_backup.txt"), strict=True):
+            stream.copy_to(folder / name)
     except OSError as error:
         raise CheckpointError(f"the run folder {folder} cannot be written: {error}") from error
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.StreamHandler) and handler.stream is errors:  # not one of the caller's own
-            handler.setStream(sys.stderr)
     return folder
 
 
@@ -59,6 +57,13 @@ def refuse_another_run(folder: Path) -> None:
         raise SettingsError(
             f"{folder} holds a run already: go on with --resume auto, or choose another <experiment_name>"
         )
+
+
+def what_is_kept(folder: Path) -> str:
+    """For the message of a failure: whether a run has left something to go on from."""
+    if os.path.lexists(folder / CHECKPOINT) or published(folder):
+        return "the last checkpoint is kept: go on with --resume auto"
+    return "nothing was saved before"
 
 
 def describe(name: str, settings: Mapping[str, object]) -> dict[str, object]:
@@ -85,32 +90,13 @@ def _git_commit() -> str:
 
 @contextmanager
 def output_restored() -> Iterator[None]:
-    """Afterwards stdout, stderr and the log go where they went before, and no longer into a run folder."""
+    """Meanwhile a run may print (see `KeptStream`); afterwards stdout, stderr and the log go where they went before."""
     handlers = [h for h in logging.getLogger().handlers if isinstance(h, logging.StreamHandler)]
     before, streams = (sys.stdout, sys.stderr), [handler.stream for handler in handlers]
+    keep_output()
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
         for handler, stream in zip(handlers, streams, strict=True):
             handler.setStream(stream)
-
-
-class _Copied:
-    """A stream that also writes to a file, until that fails (a full disk): a copy must not end the run."""
-
-    def __init__(self, stream: TextIO, path: Path) -> None:
-        self._stream, self._path = stream, path
-        self._file: BinaryIO | None = path.open("ab", buffering=0)
-
-    def write(self, text: str) -> int:
-        if self._file is not None:
-            try:
-                self._file.write(text.encode(errors="backslashreplace"))
-            except OSError as error:
-                self._file = None
-                self._stream.write(f"what is printed is no longer copied to {self._path}: {error}\n")
-        return self._stream.write(text)
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)

@@ -14,12 +14,14 @@ import platform
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TypedDict
 
 import torch.distributed as dist
 
 from spark_fast.errors import STALLED
+from spark_fast.streams import KeptStream
 
 PULSE = 0.5  # seconds between two pulses
 
@@ -40,10 +42,18 @@ class Watchdog:
     Args:
         timeout: seconds without progress after which the process ends.
         store: of torch.distributed, None for a process alone; used by this object's thread and after a failure.
+        kept: says what the run has saved.
     """
 
-    def __init__(self, timeout: float, rank: int = 0, world_size: int = 1, store: dist.Store | None = None) -> None:
-        self.timeout, self.rank, self.world_size, self.store = timeout, rank, world_size, store
+    def __init__(
+        self,
+        timeout: float,
+        rank: int = 0,
+        world_size: int = 1,
+        store: dist.Store | None = None,
+        kept: Callable[[], str] = lambda: "nothing was saved before",
+    ) -> None:
+        self.timeout, self.rank, self.world_size, self.store, self.kept = timeout, rank, world_size, store, kept
         self._step, self._doing, self._since = 0, "starting", time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -109,8 +119,10 @@ class Watchdog:
         least = min((pulse["step"] for pulse in pulses.values()), default=0)
         behind = [f"rank {rank}, at step {least}, {p['doing']}" for rank, p in pulses.items() if p["step"] == least]
         told += [f"it may be waiting for {other}" for other in self.lost() or behind]
-        told += ["the last checkpoint is kept: go on with --resume auto. Where the threads are:"]
+        told += [f"{self.kept()}. Where the threads are:"]
         for line in told:
             print(f"spark-fast-train: {line}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+        if isinstance(sys.stderr, KeptStream) and sys.stderr.copy is not None:
+            faulthandler.dump_traceback(file=sys.stderr.copy, all_threads=True)
         os._exit(STALLED)  # the main thread is stuck, perhaps in a collective: it cannot be asked to leave

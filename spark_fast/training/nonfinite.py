@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from spark_fast.checkpoint.manager import published
 from spark_fast.errors import NotFiniteError
 from spark_fast.run.distributed import Ranks
 
@@ -93,10 +94,11 @@ class NonfiniteReport:
                 self.count += 1
                 self._tell(number, ids[number - (step - len(ids) + 1)], folder)
             if self.in_a_row >= self._limit:
+                kept = "; the last checkpoint is kept" if folder is not None and published(folder) else ""
                 raise NotFiniteError(
                     f"loss or gradient were not finite in {self._limit} steps in a row, the last one step {number}; "
-                    f"their samples are listed above. The weights are those before these steps, the last checkpoint is "
-                    f"kept: look at the samples, or resume with a lower --base_lr"
+                    f"their samples are listed above. The weights are those before these steps{kept}: look at the "
+                    f"samples, or {'resume with a' if kept else 'begin with a'} lower --base_lr"
                 )
 
     def _tell(self, step: int, ids: Tensor, folder: Path | None) -> None:
@@ -108,7 +110,7 @@ class NonfiniteReport:
             step, self.count, folder / DUMP, ", ".join(map(str, samples[:64])) + (" ..." if samples[64:] else ""),
         )  # fmt: skip
         try:
-            with (folder / DUMP).open("a") as dump:
+            with (folder / DUMP).open("a", encoding="utf-8") as dump:
                 dump.write(json.dumps({"step": step, "samples": samples}) + "\n")
         except OSError as error:
             log.warning("they could not be written there: %s", error)

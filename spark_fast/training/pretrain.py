@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from spark_fast.errors import SettingsError
 from spark_fast.pipelines import LoaderOptions, Pipeline, View
 from spark_fast.reporting.loggers import require_wandb
+from spark_fast.reporting.run_summary import nothing_learned
 from spark_fast.run.command import on_ranks, open_checkpoints, open_pipeline, running
 from spark_fast.run.cpu_sync_batchnorm import HostSyncBatchNorm
 from spark_fast.run.distributed import Ranks
@@ -23,6 +25,8 @@ from spark_fast.training.pretrain_run import PretrainRun
 from spark_fast.training.resume import checkpoints_to_resume
 from spark_fast.training.settings import Settings
 from spark_fast.weights.load import load_weights
+
+log = logging.getLogger("spark_fast")
 
 PICTURED = 8  # images in a reconstruction picture
 
@@ -81,6 +85,7 @@ def pretrain_from_settings(settings: Settings, ranks: Ranks, watchdog: Watchdog)
             interrupt.release()  # there is nothing to save
             if not settings.run.resume:
                 refuse_another_run(settings.folder)
+            _tell(run)
             print_plan(run)
             return PretrainResult(settings.folder, {}, finished=True)
         pictured = manager = None
@@ -95,13 +100,26 @@ def pretrain_from_settings(settings: Settings, ranks: Ranks, watchdog: Watchdog)
                 keep_steps=settings.run.keep_every * run.position.steps_per_epoch,
                 pictures="reconstruction",
             )
+        _tell(run)
         trainer = run.trainer(manager, pictured, watchdog, interrupt)
         finished = trainer.train()
         if finished and manager is not None:
             run.write_encoder(manager.folder)  # also when a finished run is resumed
             at = run.position
             print(f"done: {at.step} steps, loss {at.loss:.4f}; everything is in {manager.folder}/", flush=True)
+            if doubt := nothing_learned(at.loss):
+                log.warning(doubt)
         return PretrainResult(settings.folder, trainer.monitor.last, finished)
+
+
+def _tell(run: PretrainRun) -> None:
+    """On the first rank: what the run is, and what speaks against it."""
+    if not run.ranks.main:
+        return
+    summary = run.summary()
+    print(summary.text(), flush=True)
+    for doubt in summary.doubts():
+        log.warning(doubt)
 
 
 def open_images(settings: Settings, ranks: Ranks, *, batch_size: int, augment: bool = True) -> Pipeline:

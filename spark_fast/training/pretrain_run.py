@@ -22,6 +22,7 @@ from spark_fast.reporting.monitor import Monitor
 from spark_fast.reporting.profiler import Profile
 from spark_fast.reporting.reconstructions import reconstruction_grid, save_png
 from spark_fast.reporting.run_logger import RunLogger
+from spark_fast.reporting.run_summary import RunSummary
 from spark_fast.run.data_parallel import data_parallel
 from spark_fast.run.distributed import Ranks
 from spark_fast.run.seeding import step_seed
@@ -33,7 +34,7 @@ from spark_fast.training.optim import build_optimizer
 from spark_fast.training.resume import check_same_run
 from spark_fast.training.run_state import Position, RunState
 from spark_fast.training.settings import Settings
-from spark_fast.training.step import Schedule, TrainStep, compiled, resolve_precision
+from spark_fast.training.step import DTYPES, Schedule, TrainStep, compiled, resolve_precision
 from spark_fast.training.trainer import Trainer
 from spark_fast.weights.timm_keys import encoder_names, renamed, write_encoder
 
@@ -70,7 +71,7 @@ class PretrainRun:
         self.optimizer = build_optimizer(optim.optimizer, model, settings.beta2, zero=zero)
         self.advance = self._train_step()
         self.step = PretrainStep(model, self.advance, settings.run.seed, ranks.rank, share)
-        self.state = RunState(model, self.optimizer, self.advance.scaler, self.position, pipeline, settings.to_dict())
+        self.state = RunState(model, self.optimizer, self.advance.scaler, self.position, pipeline, settings.stored())
         rate = matmul_rate(ranks.device, self.advance.dtype)  # on every rank, as they all compute at a time
         self.mfu = MfuMeter(count(model), rate, ranks.device, ranks.world_size)
 
@@ -78,6 +79,32 @@ class PretrainRun:
     def checkpoint_bytes(self) -> int:
         """About the size of a checkpoint."""
         return self.state.size(MOMENTS[self.settings.optim.optimizer])
+
+    def summary(self) -> RunSummary:
+        """What is told before the first step."""
+        settings, model, device = self.settings, self.model, self.ranks.device
+        encoder = sum(p.numel() for p in model.encoder.parameters())
+        gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+        height, width = model.grid
+        return RunSummary(
+            device=f"{device}{gpu}",
+            precision=next(name for name, dtype in DTYPES.items() if dtype == self.advance.dtype),
+            ranks=self.ranks.world_size,
+            network=settings.network,
+            parameters=(encoder, sum(p.numel() for p in model.parameters()) - encoder),
+            drop_path=settings.drop_path,
+            grid=model.grid,
+            patch=(settings.size[0] // height, settings.size[1] // width),
+            masked=height * width - model.num_visible,
+            images=self.pipeline.num_samples,
+            batch_size=settings.data.batch_size,
+            steps_per_epoch=self.position.steps_per_epoch,
+            epochs=self.position.epochs,
+            step=self.position.step,
+            warmup_epochs=settings.warmup_epochs,
+            warmup_is_chosen=settings.optim.warmup_epochs != "auto",
+            peak_lr=settings.peak_lr,
+        )
 
     def restore(self, paths: list[Path]) -> None:
         """Go on where the first of these checkpoints that can be read was written, at the very next batch."""
@@ -173,7 +200,7 @@ class PretrainRun:
                 self.optimizer,
                 Schedule(
                     settings.peak_lr,
-                    optim.warmup_epochs * at.steps_per_epoch,
+                    settings.warmup_epochs * at.steps_per_epoch,
                     at.total_steps,
                     optim.weight_decay,
                     optim.weight_decay_end or optim.weight_decay,

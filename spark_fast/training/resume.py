@@ -7,7 +7,7 @@ from pathlib import Path
 
 from spark_fast.checkpoint.file import RunContent
 from spark_fast.checkpoint.manager import candidates
-from spark_fast.errors import CheckpointError, SettingsError
+from spark_fast.errors import CheckpointError, MisfitError, SettingsError
 from spark_fast.pipelines.base import Pipeline
 from spark_fast.training.settings import Settings
 from spark_fast.versions import versions
@@ -51,7 +51,8 @@ def check_same_run(path: Path, state: RunContent, settings: Settings, data: Pipe
     What is compared is what the settings mean: `res50` is `resnet50`, a default is the value it stands for.
 
     Raises:
-        CheckpointError: with the list of differences.
+        MisfitError: with the list of differences.
+        CheckpointError: its settings cannot be read.
     """
     try:
         before = Settings.from_dict(state["settings"]).meaning()
@@ -72,7 +73,7 @@ def differing(before: dict, now: dict, harmless: dict[str, set[str]]) -> list[st
 
 
 def refuse_differences(path: Path, state: RunContent, differences: list[str], data: Pipeline, else_: str) -> None:
-    """Raise CheckpointError if there are differences between the run of a checkpoint and this one, or in the data.
+    """Raise MisfitError if there are differences between the run of a checkpoint and this one, or in the data.
 
     `else_`: what to give where another run is meant. Other versions are only warned of.
     """
@@ -81,7 +82,7 @@ def refuse_differences(path: Path, state: RunContent, differences: list[str], da
     elif (before := state.get("listing")) and data.listing and before != data.listing:
         differences.append(f"the data are {data.num_samples} other images: names or labels differ")
     if differences:
-        raise CheckpointError(
+        raise MisfitError(
             f"{path} is of another run: {'; '.join(differences)}. Give the same settings to go on with it, or {else_}"
         )
     now = versions()

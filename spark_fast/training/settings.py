@@ -25,7 +25,8 @@ PUBLISHED_DROP_PATH = {
     "convnext_base": 0.3,
     "convnext_large": 0.4,
 }
-
+PUBLISHED_WARMUP = 40  # epochs, of 1600
+STORED_FORMAT = 2
 
 Compile = Literal["off", "default", "max-autotune", "reduce-overhead"]
 
@@ -66,8 +67,8 @@ class Model:
     """levels of the pyramid to keep, from stride 4 upwards: 3 gives patches of 16 px, 2 of 8 px; 0: all"""
     mask_ratio: Annotated[float, arg(aliases=["--mask"])] = 0.6
     """share of the patches hidden"""
-    drop_path: Annotated[float, arg(aliases=["--dp"])] = 0.0
-    """stochastic depth; 0: the published rate of the model"""
+    drop_path: Annotated[float | Literal["auto"], arg(aliases=["--dp"])] = "auto"
+    """stochastic depth; 0: none; auto: the published rate of the model"""
     decoder_width: int = 768
     """channels of the decoder at its coarsest level"""
     encoder: Literal["packed", "masked", "sparseconvnet"] = "packed"
@@ -86,8 +87,8 @@ class Optim:
 
     epochs: Annotated[int, arg(aliases=["--ep"])] = 1600
     """passes over the data"""
-    warmup_epochs: Annotated[int, arg(aliases=["--wp_ep"])] = 40
-    """epochs of linear warm-up"""
+    warmup_epochs: Annotated[int | Literal["auto"], arg(aliases=["--wp_ep"])] = "auto"
+    """epochs of linear warm-up; auto: 40 (published), and at most a tenth of --epochs"""
     base_lr: float = 2e-4
     """learning rate per 256 images: lr = base_lr * batch_size / 256"""
     optimizer: Annotated[Literal["lamb", "adamw", "sgd"], arg(aliases=["--opt"])] = "lamb"
@@ -179,7 +180,14 @@ class Settings(Tree):
     @property
     def drop_path(self) -> float:
         """Stochastic depth, the published rate unless chosen."""
-        return self.model.drop_path or PUBLISHED_DROP_PATH.get(self.network, 0.0)
+        chosen = self.model.drop_path
+        return PUBLISHED_DROP_PATH.get(self.network, 0.0) if chosen == "auto" else chosen
+
+    @property
+    def warmup_epochs(self) -> float:
+        """Epochs of linear warm-up; the published 40 unless chosen, and then at most a tenth of the run."""
+        chosen = self.optim.warmup_epochs
+        return min(PUBLISHED_WARMUP, self.optim.epochs / 10) if chosen == "auto" else chosen
 
     @property
     def beta2(self) -> float:
@@ -215,7 +223,7 @@ class Settings(Tree):
         if not 0 < self.model.mask_ratio < 1:
             raise SettingsError(f"--mask_ratio must be between 0 and 1, got {self.model.mask_ratio}")
         for name, value in (("drop_path", self.model.drop_path), ("beta2", self.optim.beta2)):
-            if not 0 <= value < 1:
+            if not isinstance(value, str) and not 0 <= value < 1:
                 raise SettingsError(f"--{name} must be at least 0 and below 1, got {value}")
         positive = {"batch_size", "workers", "prefetch", "decoder_width", "epochs", "base_lr", "accumulate"}
         self.check_numbers(positive | {"log_every", "max_bad_steps", "timeout"})
@@ -225,9 +233,13 @@ class Settings(Tree):
         tree = self.to_dict()
         tree["data"]["input_size"] = "{}x{}".format(*self.size)
         tree["model"] |= {"model": self.network, "encoder": self.encoder, "drop_path": self.drop_path}
-        tree["optim"]["beta2"] = self.beta2
+        tree["optim"] |= {"beta2": self.beta2, "warmup_epochs": self.warmup_epochs}
         tree["optim"]["weight_decay_end"] = self.optim.weight_decay_end or self.optim.weight_decay
         return tree
+
+    def stored(self) -> dict:
+        """What a checkpoint keeps, for `from_dict`."""
+        return {**self.to_dict(), "format": STORED_FORMAT}
 
     @classmethod
     def from_names(cls, **given: object) -> Settings:
@@ -243,13 +255,18 @@ class Settings(Tree):
         return settings
 
     @classmethod
-    def from_dict(cls, tree: Mapping[str, Mapping[str, Any]]) -> Settings:
-        """What `to_dict` gave; settings that it lacks are the defaults (an older version knew fewer).
+    def from_dict(cls, tree: Mapping[str, Any]) -> Settings:
+        """What `stored` gave; settings that it lacks are the defaults (an older version knew fewer).
+
+        Before format 2 a drop_path of 0 stood for the published rate.
 
         Raises:
             TypeError: it has a setting that this version does not know.
         """
-        return cls(**{f.name: type(getattr(cls(), f.name))(**tree.get(f.name, {})) for f in dataclasses.fields(cls)})
+        found = cls(**{f.name: type(getattr(cls(), f.name))(**tree.get(f.name, {})) for f in dataclasses.fields(cls)})
+        if "format" not in tree and found.model.drop_path == 0:
+            found.model.drop_path = "auto"
+        return found
 
 
 SWITCHES = switches_of("sparse_conv", "zero", "cuda_graph", "sync_batchnorm", "sbn", "dry_run", "profile")

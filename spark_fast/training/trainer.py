@@ -14,6 +14,7 @@ from torch import Tensor
 from spark_fast.pipelines import Batch, Pipeline
 from spark_fast.reporting.monitor import Monitor
 from spark_fast.run.distributed import Ranks
+from spark_fast.run.run_folder import STOPPED
 from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
 from spark_fast.training.checkpointer import Checkpointer
@@ -73,12 +74,7 @@ class Trainer:
                     self.end_of_epoch(self._save)
                 if leaving and at.step < at.total_steps:
                     self.checkpointer.finish()
-                    if self.checkpointer.last is not None:
-                        print(
-                            f"stopped at step {at.step} of {at.total_steps}; saved {self.checkpointer.last}. "
-                            f"Go on with the same command and --resume auto",
-                            flush=True,
-                        )
+                    self._tell_of_the_stop()
                     return False
             self.checkpointer.finish()
         finally:
@@ -122,3 +118,12 @@ class Trainer:
     def _save(self) -> None:
         self.watchdog.at(self.position.step, "saving")
         self.checkpointer.save()
+
+    def _tell_of_the_stop(self) -> None:
+        if self.folder is None:
+            return
+        at = self.position
+        text = f"stopped at step {at.step} of {at.total_steps}; saved {self.checkpointer.last}. "
+        text += "Go on with the same command and --resume auto"
+        (self.folder / STOPPED).write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
+        print(text, flush=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from spark_fast.checkpoint.state_dict import load_strictly
-from spark_fast.errors import CheckpointError
+from spark_fast.errors import MisfitError
 from spark_fast.method import Method
 from spark_fast.weights.read import State, Weights, read_state, read_weights
 from spark_fast.weights.spark_keys import ENCODER, canonical_name, network_name
@@ -30,7 +30,7 @@ def load_into_spark(weights: Weights, model: Method) -> None:
     logged.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown or of another shape, by name. The model is then unchanged.
+        MisfitError: a tensor is missing, unknown or of another shape, by name. The model is then unchanged.
     """
     state = weights.state
     try:
@@ -39,7 +39,7 @@ def load_into_spark(weights: Weights, model: Method) -> None:
             return
         left = _load_encoder(state, model)
     except ValueError as error:
-        raise CheckpointError(f"{weights.path}: {error}") from None
+        raise MisfitError(f"{weights.path}: {error}") from None
     shown = ", ".join(left[:5]) or "nothing"
     log.info("%s: the encoder is loaded, the decoder begins anew; left out: %s", weights.path, shown)
 
@@ -64,7 +64,7 @@ def load_into_network(weights: Weights, network: nn.Module, new: set[str]) -> No
         new: their names: a classifier, levels that were not pre-trained.
 
     Raises:
-        CheckpointError: a tensor is missing or of another shape, by name. The network is then unchanged.
+        MisfitError: a tensor is missing or of another shape, by name. The network is then unchanged.
     """
     own, tensors = network.state_dict(), weights.state.tensors
     keys = _matches({name: ENCODER + network_name(name) for name in own}, tensors)
@@ -73,7 +73,7 @@ def load_into_network(weights: Weights, network: nn.Module, new: set[str]) -> No
     try:
         load_strictly(network, {**{name: own[name] for name in fresh}, **found})
     except ValueError as error:
-        raise CheckpointError(f"{weights.path}: {error}") from None
+        raise MisfitError(f"{weights.path}: {error}") from None
     anew = ", ".join(fresh[:5]) + (f" and {len(fresh) - 5} more" if len(fresh) > 5 else "")
     log.info("%s: %d of %d tensors loaded; these begin anew: %s", weights.path, len(found), len(own), anew or "none")
 

@@ -11,7 +11,7 @@ from tests.cli.test_train import TINY, losses, pictures, torchrun, train, weight
 def test_zero_is_the_same_to_the_bit_and_its_checkpoint_is_anyones(pictures, tmp_path):  # noqa: F811
     flags = ["name", f"--data_path={pictures}", *TINY, "--bs=8", "--ep=2", "--base_lr=0.01", "--log_every=1"]
     torchrun(*flags, f"--exp_dir={tmp_path / 'plain'}")
-    torchrun(*flags, f"--exp_dir={tmp_path / 'zero'}", "--zero", "--max_steps=7", code=1)  # 75, which torchrun makes 1
+    torchrun(*flags, f"--exp_dir={tmp_path / 'zero'}", "--zero", "--max_steps=7")
     torchrun(*flags, f"--exp_dir={tmp_path / 'zero'}", "--resume=auto")  # and on without
     plain, zero = (weights(tmp_path / name) for name in ("plain", "zero"))
     assert all(torch.equal(plain["model"][name], zero["model"][name]) for name in plain["model"])

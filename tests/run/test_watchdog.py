@@ -13,7 +13,7 @@ from tests.commands import HANG_SECONDS
 STUCK = """
 import sys, time, threading
 from spark_fast.run.watchdog import Watchdog
-watchdog = Watchdog(1.0).__enter__()
+watchdog = Watchdog(1.0, kept=lambda: "go on with --resume auto").__enter__()
 watchdog.at(3, "waiting for data")
 def read_the_disk():
     time.sleep(600)

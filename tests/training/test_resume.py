@@ -86,7 +86,7 @@ def test_the_same_settings_are_the_same_run():
 OTHER = {
     "input_size": "64", "model": "resnet18", "encoder": "masked", "optimizer": "sgd", "pipeline": "dali",
     "verify": "never", "ffcv_resize": "area", "device": "cpu", "precision": "bf16",
-    "mask_ratio": 0.7, "drop_path": 0.3, "beta2": 0.5,
+    "mask_ratio": 0.7, "drop_path": 0.3, "beta2": 0.5, "warmup_epochs": 7,
 }  # fmt: skip
 
 

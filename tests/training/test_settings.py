@@ -52,7 +52,7 @@ def test_help_is_in_groups(monkeypatch, capsys):
 
 def test_defaults_are_the_published_ones():
     found = parse(NAMED)
-    assert (found.optim.epochs, found.optim.warmup_epochs, found.data.batch_size) == (1600, 40, 4096)
+    assert (found.optim.epochs, found.warmup_epochs, found.data.batch_size) == (1600, 40, 4096)
     assert (found.optim.base_lr, found.optim.optimizer, found.optim.clip) == (2e-4, "lamb", 5.0)
     assert (found.optim.weight_decay, found.optim.weight_decay_end) == (0.04, 0.2)
     assert (found.model.mask_ratio, found.network, found.size) == (0.6, "resnet50", (224, 224))
@@ -73,6 +73,16 @@ def test_each_model_has_its_published_drop_path_and_beta2(short, network, drop_p
     assert (found.network, found.drop_path, found.beta2) == (network, drop_path, beta2)
     chosen = parse([*NAMED, f"--model={short}", "--dp=0.33", "--ada=0.98"])
     assert (chosen.drop_path, chosen.beta2) == (0.33, 0.98)
+    assert parse([*NAMED, f"--model={short}", "--dp=0"]).drop_path == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "epochs"),
+    [([], 40), (["--ep=800"], 40), (["--ep=400"], 40), (["--ep=100"], 10), (["--ep=4"], 0.4),
+     (["--ep=4", "--wp_ep=4"], 4), (["--ep=4", "--wp_ep=0"], 0)],
+)  # fmt: skip
+def test_warm_up_is_the_published_one_and_at_most_a_tenth_of_a_short_run_unless_chosen(words, epochs):
+    assert parse([*NAMED, *words]).warmup_epochs == epochs
 
 
 def test_a_command_line_of_the_published_script_runs_unchanged():
@@ -182,7 +192,7 @@ def test_a_file_overrides_defaults_and_flags_override_the_file(tmp_path):
     for words in ([config, "--ep=9"], ["--ep=9", config], ["--ep=9", *config.split("=")]):
         found = parse([*NAMED, *words])
         assert (found.optim.epochs, found.data.batch_size, found.optim.optimizer) == (9, 64, "sgd")
-        assert found.optim.warmup_epochs == 40
+        assert found.optim.weight_decay == 0.04
 
 
 def test_switches_of_a_file_are_overridden_both_ways(tmp_path):
@@ -351,10 +361,22 @@ def test_fewer_than_two_checkpoints_are_never_kept(number):
 
 def test_settings_become_a_dictionary_and_back():
     found = parse([*NAMED, "--bs=8", "--save_every=10min"])
-    assert Settings.from_dict(found.to_dict()) == found
+    assert Settings.from_dict(found.stored()) == found
     assert Settings.from_dict({}) == Settings()
     with pytest.raises(TypeError, match="wings"):
         Settings.from_dict({"model": {"wings": 2}})
+
+
+def test_no_stochastic_depth_is_told_from_the_published_rate_in_old_checkpoints_too():
+    none, default = parse([*NAMED, "--dp=0"]), parse(NAMED)
+    assert (Settings.from_dict(none.stored()).drop_path, Settings.from_dict(default.stored()).drop_path) == (0, 0.05)
+    assert "drop_path = 0.0" in none.to_toml()
+    assert 'drop_path = "auto"' in default.to_toml()
+    assert Settings.from_dict(none.to_dict()).drop_path == 0.05, "before format 2 it stood for the published rate"
+    assert Settings.from_names(data_path="c", exp_name="n", drop_path=0).drop_path == 0
+    assert Settings.from_names(data_path="c", exp_name="n", drop_path="auto", epochs=10).warmup_epochs == 1
+    with pytest.raises(SettingsError, match="drop_path must be of type float, got 'x'"):
+        Settings.from_names(data_path="c", exp_name="n", drop_path="x")
 
 
 SAME = [

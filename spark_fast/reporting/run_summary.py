@@ -1,0 +1,105 @@
+"""What a run is, told before its first step: and whether it can learn, and at its end whether it has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FEW_PATCHES = 9  # of an image: a grid of 3 x 3
+# docs/learning.md: after 2343 steps a network fine-tunes better for its pre-training, after 312 it hardly does
+FEW_STEPS = 1000
+NOTHING_LEARNED = 0.98  # loss; 1.0 is that of predicting the mean of each patch
+PAGE = "docs/small_data.md"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run as it is about to begin.
+
+    Attributes:
+        parameters: of encoder and decoder.
+        grid: patches, (rows, columns); patch: (height, width) in pixels; masked: patches of an image.
+        step: where this process begins.
+        warmup_is_chosen: by a setting; else it follows from the epochs.
+    """
+
+    device: str
+    precision: str
+    ranks: int
+    network: str
+    parameters: tuple[int, int]
+    drop_path: float
+    grid: tuple[int, int]
+    patch: tuple[int, int]
+    masked: int
+    images: int
+    batch_size: int
+    steps_per_epoch: int
+    epochs: int
+    step: int
+    warmup_epochs: float
+    warmup_is_chosen: bool
+    peak_lr: float
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def warmup_steps(self) -> int:
+        """Of them, those in which the learning rate rises."""
+        return round(self.warmup_epochs * self.steps_per_epoch)
+
+    @property
+    def patches(self) -> int:
+        """Of an image."""
+        return self.grid[0] * self.grid[1]
+
+    def text(self) -> str:
+        """A line for each part."""
+        encoder, decoder = (f"{n / 1e6:.1f} M" for n in self.parameters)
+        ranks = f", {self.ranks} ranks" if self.ranks > 1 else ""
+        tenth = "" if self.warmup_is_chosen else f", {self.warmup_epochs:g} epochs by default; --warmup_epochs sets it"
+        begun = f", of which {self.step} are done" if self.step else ""
+        rows = {
+            "device": f"{self.device}, {self.precision}{ranks}",
+            "network": f"{self.network}: {encoder} parameters in the encoder, {decoder} in the decoder; "
+            f"stochastic depth {self.drop_path:g}",
+            "patches": f"{self.grid[0]}x{self.grid[1]} of {self.patch[0]}x{self.patch[1]} px, "
+            f"{self.masked} of {self.patches} masked",
+            "images": f"{self.images}, {self.batch_size} a step",
+            "steps": f"{self.total_steps} ({self.epochs} epochs of {self.steps_per_epoch}){begun}",
+            "warm-up": f"{self.warmup_steps} steps{tenth}",
+            "peak rate": f"{self.peak_lr:.3g}",
+        }
+        return "\n".join(f"  {name:<11} {text}" for name, text in rows.items())
+
+    def doubts(self) -> list[str]:
+        """Why this run may learn little, a sentence each; [] where nothing speaks against it."""
+        found = []
+        if self.patches <= FEW_PATCHES:
+            found.append(
+                f"an image has {self.patches} patches, of which {self.masked} are masked: what is seen says little of "
+                f"the rest. --stages makes patches smaller, --input_size makes more of them"
+            )
+        if 2 * self.warmup_steps >= self.total_steps:
+            found.append(
+                f"warm-up takes {self.warmup_steps} of the {self.total_steps} steps: the learning rate is hardly at "
+                f"its peak, or never. Lower --warmup_epochs, or raise --epochs"
+            )
+        if self.total_steps < FEW_STEPS:
+            found.append(
+                f"{self.total_steps} steps are few, {FEW_STEPS} is about where pre-training begins to pay: raise "
+                f"--epochs or lower --batch_size; {PAGE} has settings for few images"
+            )
+        return found
+
+
+def nothing_learned(loss: float) -> str:
+    """What to say of a finished run with this last loss; "" where it has learned something."""
+    if not loss > NOTHING_LEARNED:
+        return ""
+    return (
+        f"the loss is {loss:.4f} at the end, and predicting nothing but the mean of each patch has 1: this run has "
+        f"learned next to nothing. More steps or a higher --base_lr; {PAGE} has settings that were tried"
+    )
