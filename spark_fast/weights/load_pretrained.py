@@ -70,5 +70,7 @@ def _spec(weights: Weights, asked: str) -> ModelSpec:
     network = weights.choose_network(asked)
     if not network:
         known = ", ".join(sorted(RECOGNISED))
-        raise CheckpointError(f"{path}: its network is none of {known}: name it with --model")
+        looks = weights.looks_like().rstrip(". ")
+        hint = f" ({looks[0].lower()}{looks[1:]})" if looks else ""
+        raise CheckpointError(f"{path}: its network is none of {known}: name it with --model{hint}")
     return ModelSpec.from_weights(weights, network)
