@@ -153,4 +153,5 @@ def _file_names(state: State, used: set[str]) -> list[str]:
 
 def _misfit(path: Path, error: ValueError, looks: str) -> CheckpointError:
     """A message that says first what the weights are of, where that is the reason."""
-    return CheckpointError(f"{path}: {str(error).replace(MISFIT, MISFIT + looks, 1)}")
+    hint = f"These look like {looks}'s (--model {looks}). " if looks else ""
+    return CheckpointError(f"{path}: {str(error).replace(MISFIT, MISFIT + hint, 1)}")

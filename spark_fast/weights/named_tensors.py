@@ -103,9 +103,8 @@ def places_of(shapes: Shapes, tensors: Mapping[str, Tensor]) -> list[State]:
         shapes: of the network, under canonical names.
         tensors: all of the file, see `flatten`.
     """
-    if not shapes:
-        return []
-    anchor = set(spellings(max(shapes, key=len).removeprefix(ENCODER)))
+    sought = max((name for name in shapes if not name.endswith(COUNTER)), key=len, default="")
+    anchor = set(spellings(sought.removeprefix(ENCODER)))
     prefixes = {prefix for name in tensors if (prefix := _before(anchor, name)) is not None}
     states = [_state(beneath(tensors, prefix), has_decoder=False, prefix=prefix) for prefix in sorted(prefixes)]
     return [state for state in states if holds(state.tensors, shapes)]

@@ -15,7 +15,7 @@ from spark_fast.checkpoint.manager import candidates, newest_readable
 from spark_fast.checkpoint.state_dict import tensors_of
 from spark_fast.errors import CheckpointError, SettingsError
 from spark_fast.weights.hub import HUB, read_from_hub
-from spark_fast.weights.identify import lookalike, named_network, recognise, recognise_beneath
+from spark_fast.weights.identify import RECOGNISED, lookalike, named_network, recognise, recognise_beneath
 from spark_fast.weights.named_tensors import (
     Shapes,
     State,
@@ -102,9 +102,13 @@ class Weights:
         return places[0] if places else self.state
 
     def looks_like(self) -> str:
-        """A sentence on what these weights are of, for a message that they do not fit; "" if it cannot be told."""
-        name = lookalike(self.state, self.tensors, self.named)
-        return f"These look like {name}'s (--model {name}). " if name else ""
+        """The network of timm that these weights are of, for a message that they do not fit; "" if nobody knows."""
+        return lookalike(self.state, self.tensors, self.named)
+
+    def unknown(self) -> str:
+        """What is said where neither file nor user names the network."""
+        hint = f" (these look like {name}'s)" if (name := self.looks_like()) else ""
+        return f"{self.path}: its network is none of {', '.join(sorted(RECOGNISED))}: name it with --model{hint}"
 
     @property
     def stages(self) -> int:
