@@ -152,7 +152,7 @@ def read(kind: type[T], argv: list[str], switches: dict[str, Values]) -> T:
     config, argv = take_option(argv, "--config")
     rate, argv = take_option(argv, "--lr")
     if rate is not None:
-        log.warning("--lr %s is ignored, as the published code does: the rate is --base_lr times --bs / 256", rate)
+        log.warning("--lr %s is ignored, as by the published code: the rate is --base_lr times --bs / 256", rate)
     show = "--print_config" in argv
     argv = [a for a in argv if a != "--print_config"]
     flags = _flags_of(Path(config), kind()) if config is not None else []

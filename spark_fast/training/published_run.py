@@ -46,7 +46,7 @@ def read_resumable(path: Path) -> Content:
 def is_published(content: Content) -> bool:
     """Whether the published pre-training saved this, with all that it resumes from."""
     whole = all(isinstance(content.get(name), Mapping) for name in ("module", "optimizer"))
-    return whole and isinstance(content.get("epoch"), int) and content.get("is_pretrain") is True
+    return whole and isinstance(content.get("epoch"), int) and content.get("is_pretrain", True) is True
 
 
 def published_run(
