@@ -265,7 +265,7 @@ class Bench:
                 batch_size=options.batch,
                 workers=options.workers,
             ),
-            training.Model(_own(run.network), STAGES, run.mask, decoder_width=run.width),
+            training.Model(model=_own(run.network), stages=STAGES, mask_ratio=run.mask, decoder_width=run.width),
             training.Optim(run.epochs, WARMUP * run.epochs, options.base_lr, options.optimizer),  # type: ignore[arg-type]
             training.Run("learning", seed=run.seed, precision=self.precision, picture_every=0),
         )

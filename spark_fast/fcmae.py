@@ -42,7 +42,7 @@ class FCMAE(Method):
     recipe = Recipe(
         settings={
             **{"optimizer": "adamw", "beta2": 0.95, "base_lr": 1.5e-4, "weight_decay": 0.05, "weight_decay_end": 0.05},
-            **{"clip": 0.0, "epochs": 800, "warmup_epochs": 40, "min_crop": 0.2, "decoder_width": 512},
+            **{"clip": 0.0, "epochs": 800, "min_crop": 0.2, "decoder_width": 512, "drop_path": 0.0},
         },
         first_lr=0.0,
         last_lr=0.0,

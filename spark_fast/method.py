@@ -64,6 +64,11 @@ class Recipe:
     closed: bool = True
     decays: Callable[[str, Tensor], bool] = decays_by_default
 
+    @property
+    def schedule(self) -> tuple[float, float, bool]:
+        """The last three fields of `spark_fast.training.step.Schedule`."""
+        return self.first_lr, self.last_lr, self.closed
+
 
 class Method(nn.Module):
     """Masked image modelling with a ConvNet encoder: the base of the methods.

@@ -44,8 +44,7 @@ def test_trajectory_equals_the_published_code(golden, name, encoder):
     settings = figures["optimizer"]
     total, decay = settings["total_steps"], settings["weight_decay"]
     optimizer = build_optimizer(settings["name"], model, settings["betas"][1])
-    shape = model.recipe.first_lr, model.recipe.last_lr, model.recipe.closed
-    schedule = Schedule(settings["peak_lr"], settings["warmup_steps"], total, decay, decay, *shape)
+    schedule = Schedule(settings["peak_lr"], settings["warmup_steps"], total, decay, decay, *model.recipe.schedule)
     seen = {"loss": [], "grad_norm": [], "lr": []}
     for step in range(total):
         rates = schedule.at(step)

@@ -26,21 +26,22 @@ class Cost:
     whole: float  # the encoder, on an image with nothing masked
     encoder: float  # the encoder, on the visible patches
     decoder: float  # what the method adds
+    masks: int = 1  # of each image
 
     @property
     def flop_per_image(self) -> float:
         """Floating-point operations of a training step: two a multiply-add, and backward twice those of forward."""
-        return 2 * 3 * (self.encoder + self.decoder)
+        return 2 * 3 * (self.encoder + self.decoder) * self.masks
 
 
-def count(model: Method) -> Cost:
-    """The cost of one mask of one image; the model is not changed."""
+def count(model: Method, masks: int = 1) -> Cost:
+    """The cost of an image with so many masks; the model is not changed."""
     images = meta_images(model.encoder, 1, model.input_size)
     whole = _multiply_adds(model.encoder, images)
     visible = torch.arange(model.num_visible, device="meta")[None]
     with model.layer_by_layer():
         features, everything = (_multiply_adds(part, images, visible) for part in (_Encode(model), model))
-    return Cost(whole, whole * model.num_visible / (model.grid[0] * model.grid[1]), everything - features)
+    return Cost(whole, whole * model.num_visible / (model.grid[0] * model.grid[1]), everything - features, masks)
 
 
 class _Encode(nn.Module):

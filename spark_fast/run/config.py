@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -137,11 +137,14 @@ T = TypeVar("T", bound=Tree)
 log = logging.getLogger("spark_fast")
 
 
-def read(kind: type[T], argv: list[str], switches: dict[str, Values]) -> T:
+def read(
+    kind: type[T], argv: list[str], switches: dict[str, Values], defaults: Callable[[list[str]], T] | None = None
+) -> T:
     """Settings from a command line, [NAME] --flag ...: defaults < `--config file.toml` < flags.
 
     Args:
         switches: flags with values of their own, see `plain_switches`.
+        defaults: the settings that the flags change, which may depend on them; None: those of the class.
 
     Raises:
         SettingsError: a value that cannot be used.
@@ -156,9 +159,11 @@ def read(kind: type[T], argv: list[str], switches: dict[str, Values]) -> T:
     show = "--print_config" in argv
     argv = [a for a in argv if a != "--print_config"]
     flags = _flags_of(Path(config), kind()) if config is not None else []
+    words = plain_switches(flags + argv, switches)
     settings = tyro.cli(
         kind,
-        args=plain_switches(flags + argv, switches),
+        args=words,
+        default=kind() if defaults is None else defaults(words),
         prog=kind.prog,
         description=f"{kind.__doc__}\n\nBesides: --config FILE.toml reads settings, --print_config prints them.",
         use_underscores=True,
@@ -240,6 +245,15 @@ def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
         if word.startswith(name + "="):
             return word.partition("=")[2], argv[:i] + argv[i + 1 :]
     return None, argv
+
+
+def last_value(words: list[str], flag: str, default: str) -> str:
+    """What a flag is set to, by the last time that it is there: `--flag value` or `--flag=value`."""
+    for i in range(len(words) - 1, -1, -1):
+        name, given, value = words[i].partition("=")
+        if name == flag and (given or i + 1 < len(words)):
+            return value if given else words[i + 1]
+    return default
 
 
 def _flags_of(path: Path, known_settings: Any) -> list[str]:

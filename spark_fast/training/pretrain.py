@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from spark_fast.errors import SettingsError
+from spark_fast.masking import check_masks
+from spark_fast.method import Method, build
 from spark_fast.pipelines import LoaderOptions, Pipeline, View
 from spark_fast.reporting.loggers import require_wandb
 from spark_fast.reporting.run_summary import nothing_learned
@@ -19,11 +21,10 @@ from spark_fast.run.distributed import Ranks
 from spark_fast.run.run_folder import output_restored, refuse_another_run
 from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
-from spark_fast.spark import SparK, build_spark
 from spark_fast.training.dry_run import print_plan
 from spark_fast.training.pretrain_run import PretrainRun
 from spark_fast.training.resume import checkpoints_to_resume
-from spark_fast.training.settings import Settings
+from spark_fast.training.settings import Settings, method_of
 from spark_fast.weights.load import load_weights
 
 log = logging.getLogger("spark_fast")
@@ -129,7 +130,7 @@ def open_images(settings: Settings, ranks: Ranks, *, batch_size: int, augment: b
         ffcv_resize=settings.data.ffcv_resize,
         augment_on=settings.data.augment,
         decode_on=settings.data.decode,
-        view=View(augment=augment),
+        view=View(augment=augment, scale=(settings.data.min_crop, 1.0)),
     )
     return open_pipeline(settings, ranks, settings.data.data_path, options)
 
@@ -148,21 +149,24 @@ def pictured_images(settings: Settings, ranks: Ranks) -> Tensor | None:
         pipeline.close()
 
 
-def open_model(settings: Settings, ranks: Ranks) -> SparK:
+def open_model(settings: Settings, ranks: Ranks) -> Method:
     """The model on this rank's device, channels_last."""
     synced = settings.run.sync_batchnorm and ranks.world_size > 1
+    kind = method_of(settings.model.method)
     try:
-        model = build_spark(
+        model = build(
+            kind,
             settings.network,
             input_size=settings.size,
             mask_ratio=settings.model.mask_ratio,
-            decoder_width=settings.model.decoder_width,
             encoder=settings.encoder,
             model_kwargs={"drop_path_rate": settings.drop_path} if settings.drop_path else None,
             stages=settings.model.stages or None,
             check={"auto": None, "always": True, "never": False}[settings.model.verify],
             sync_batchnorm=synced and ranks.device.type == "cuda",
+            **{name: getattr(settings.model, name) for name in kind.options},
         )
+        check_masks(model.grid, model.num_visible, settings.model.masks_per_image)
     except ValueError as error:
         raise SettingsError(str(error)) from error
     if synced and ranks.device.type == "cpu":

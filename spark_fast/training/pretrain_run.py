@@ -49,14 +49,14 @@ class PretrainStep:
     Whatever is random in a step depends on (seed, step, rank) alone.
     """
 
-    def __init__(self, model: Method, advance: TrainStep, seed: int, rank: int, share: int) -> None:
-        self.model, self.advance, self.seed, self.rank = model, advance, seed, rank
+    def __init__(self, model: Method, advance: TrainStep, seed: int, rank: int, share: int, masks: int = 1) -> None:
+        self.model, self.advance, self.seed, self.rank, self.masks = model, advance, seed, rank, masks
         self.positions = torch.arange(share, device=advance.device) + rank * share  # in the global batch
 
     def __call__(self, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
         """Advance by this rank's share of a global batch."""
         torch.manual_seed(step_seed(self.seed, step, self.rank))
-        visible = self.model.sample_masks(self.seed, step, self.positions)
+        visible = self.model.sample_masks(self.seed, step, self.positions, self.masks)
         return self.advance(step, batch.images, visible)
 
 
@@ -72,10 +72,11 @@ class PretrainRun:
         zero = optim.zero and ranks.world_size > 1
         self.optimizer = build_optimizer(optim.optimizer, model, settings.beta2, zero=zero)
         self.advance = self._train_step()
-        self.step = PretrainStep(model, self.advance, settings.run.seed, ranks.rank, share)
+        masks = settings.model.masks_per_image
+        self.step = PretrainStep(model, self.advance, settings.run.seed, ranks.rank, share, masks)
         self.state = RunState(model, self.optimizer, self.advance.scaler, self.position, pipeline, settings.stored())
         rate = matmul_rate(ranks.device, self.advance.dtype)  # on every rank, as they all compute at a time
-        self.mfu = MfuMeter(count(model), rate, ranks.device, ranks.world_size)
+        self.mfu = MfuMeter(count(model, masks), rate, ranks.device, ranks.world_size)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -215,6 +216,7 @@ class PretrainRun:
                     at.total_steps,
                     optim.weight_decay,
                     optim.weight_decay_end or optim.weight_decay,
+                    *self.model.recipe.schedule,
                 ),
                 precision=resolve_precision(settings.run.precision, self.ranks.device),
                 device=self.ranks.device,

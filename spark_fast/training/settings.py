@@ -14,7 +14,9 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from tyro.conf import OmitArgPrefixes, arg
 
 from spark_fast.errors import SettingsError
-from spark_fast.run.config import Tree, read, set_by_name, switch, switches_of
+from spark_fast.method import Method, method_class
+from spark_fast.networks import import_from_current_folder
+from spark_fast.run.config import Tree, last_value, read, set_by_name, switch, switches_of
 
 PUBLISHED_DROP_PATH = {
     "resnet50": 0.05,
@@ -47,6 +49,8 @@ class Data:
     """where crops are resized, flipped and normalised; device spares the host's cores (--pipeline torch)"""
     input_size: str = "224"
     """pixels, N or HxW; a multiple of the network's total stride"""
+    min_crop: float = 0.67
+    """smallest share of an image's area that a random crop takes; the largest is the whole"""
     batch_size: Annotated[int, arg(aliases=["--bs"])] = 4096
     """images per step over all ranks"""
     workers: Annotated[int, arg(aliases=["--dataloader_workers"])] = 8
@@ -59,8 +63,10 @@ class Data:
 
 @dataclass
 class Model:
-    """The network and what is hidden from it."""
+    """The network, the method, and what is hidden."""
 
+    method: str = "spark"
+    """spark, fcmae (ConvNeXt V2), or your own as package.module:Class; decides the defaults of other settings"""
     model: str = "resnet50"
     """a timm name, res50 res101 res152 res200 cnxS cnxB cnxL, or your own as package.module:function"""
     stages: int = 0
@@ -69,8 +75,12 @@ class Model:
     """share of the patches hidden"""
     drop_path: Annotated[float | Literal["auto"], arg(aliases=["--dp"])] = "auto"
     """stochastic depth; 0: none; auto: the published rate of the model"""
+    masks_per_image: int = 1
+    """masks of each loaded image, all in one batch; no two of them show the same patch"""
     decoder_width: int = 768
     """channels of the decoder at its coarsest level"""
+    decoder_depth: int = 1
+    """blocks of the decoder (fcmae)"""
     encoder: Literal["packed", "masked", "sparseconvnet"] = "packed"
     """packed (the visible patches alone), masked (the published way), or sparseconvnet (optional install)"""
     verify: Literal["auto", "always", "never"] = "auto"
@@ -163,7 +173,7 @@ class Run:
 
 @dataclass
 class Settings(Tree):
-    """Pre-train a ConvNet by masked image modelling (SparK)."""
+    """Pre-train a ConvNet by masked image modelling (SparK or FCMAE)."""
 
     data: OmitArgPrefixes[Data] = field(default_factory=Data)
     model: OmitArgPrefixes[Model] = field(default_factory=Model)
@@ -225,8 +235,10 @@ class Settings(Tree):
         for name, value in (("drop_path", self.model.drop_path), ("beta2", self.optim.beta2)):
             if not isinstance(value, str) and not 0 <= value < 1:
                 raise SettingsError(f"--{name} must be at least 0 and below 1, got {value}")
-        positive = {"batch_size", "workers", "prefetch", "decoder_width", "epochs", "base_lr", "accumulate"}
-        self.check_numbers(positive | {"log_every", "max_bad_steps", "timeout"})
+        _ = method_of(self.model.method)
+        positive = {"batch_size", "workers", "prefetch", "decoder_width", "epochs", "base_lr", "accumulate", "min_crop"}
+        positive |= {"log_every", "max_bad_steps", "timeout", "decoder_depth", "masks_per_image"}
+        self.check_numbers(positive, up_to_one={"min_crop"})
 
     def meaning(self) -> dict:
         """The same as `to_dict`, each value spelled in one way: two settings that mean one run are equal here."""
@@ -249,9 +261,17 @@ class Settings(Tree):
             TypeError: a name that is no setting, with the nearest ones.
             SettingsError: a value that cannot be used.
         """
-        settings = cls()
+        method = given.get("method", "spark")
+        settings = cls.of_method(method) if isinstance(method, str) else cls()
         set_by_name(settings, given)
         settings.check()
+        return settings
+
+    @classmethod
+    def of_method(cls, name: str) -> Settings:
+        """The defaults of a method. Raises SettingsError for an unknown one."""
+        settings = cls()
+        set_by_name(settings, {"method": name, **method_of(name).recipe.settings})
         return settings
 
     @classmethod
@@ -277,4 +297,18 @@ SWITCHES["--no_compile"] = {None: "--compile=off"}
 
 def parse(argv: list[str]) -> Settings:
     """Settings from a command line; raises what `read` raises."""
-    return read(Settings, argv, SWITCHES)
+
+    def defaults(words: list[str]) -> Settings:
+        method = last_value(words, "--method", "spark")
+        import_from_current_folder(method)
+        return Settings.of_method(method)
+
+    return read(Settings, argv, SWITCHES, defaults)
+
+
+def method_of(name: str) -> type[Method]:
+    """The class of a method. Raises SettingsError for an unknown one."""
+    try:
+        return method_class(name)
+    except ValueError as error:
+        raise SettingsError(f"--method: {error}") from error

@@ -25,6 +25,7 @@ from spark_fast.errors import CheckpointError, SettingsError
 from spark_fast.files import atomic_write, sync_folder
 from spark_fast.networks import PUBLISHED_MODELS, build_network
 from spark_fast.pipelines.transforms.resize import MEAN, STD
+from spark_fast.spark import SparK
 from spark_fast.weights.load import load_into_spark, load_spark_state_dict
 from spark_fast.weights.load_pretrained import Pretrained
 from spark_fast.weights.model_card import model_card
@@ -192,6 +193,11 @@ def _safetensors(source: Pretrained) -> ExportFormat:
 
 def _spark(source: Pretrained) -> ExportFormat:
     """What the published pre-training saves, but for its optimiser: pretrain/spark.py (`state_dict`), utils/misc.py."""
+    if not isinstance(source.model, SparK):
+        raise ValueError(
+            f"{source.path} is of the method {source.spec.method}, the published form is SparK's: "
+            f"choose --to timm, torchvision, safetensors, hf_folder or spark_encoder"
+        )
     if not source.weights.state.has_decoder:
         raise ValueError(
             f"{source.path} holds an encoder alone, and the published form has a decoder: "

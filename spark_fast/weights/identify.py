@@ -16,12 +16,14 @@ from spark_fast.weights.named_tensors import COUNTER, Shapes, State, holds, plac
 from spark_fast.weights.spark_keys import ENCODER, network_name
 
 # the networks that were published pre-trained, and their small relatives
-RECOGNISED = ("resnet18", "resnet34", "convnext_tiny", *PUBLISHED_MODELS.values())
+RECOGNISED = (
+    *("resnet18", "resnet34", "convnext_tiny", *PUBLISHED_MODELS.values()),
+    *(f"convnextv2_{size}" for size in ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")),
+)
 # those that weights which do not fit are compared with besides, to say what they are
 LOOKALIKES = (
     *("resnet10t", "resnet14t", "resnet26", "resnet50d", "resnext50_32x4d", "wide_resnet50_2", "seresnet50"),
     *("resnetv2_50", "convnext_atto", "convnext_femto", "convnext_pico", "convnext_nano", "convnext_xlarge"),
-    *("convnextv2_atto", "convnextv2_nano", "convnextv2_tiny", "convnextv2_base", "convnextv2_large"),
     *("efficientnet_b0", "efficientnet_b3", "mobilenetv2_100", "mobilenetv3_large_100", "regnety_016", "regnety_040"),
     *("densenet121", "vgg16", "vit_small_patch16_224", "vit_base_patch16_224", "swin_tiny_patch4_window7_224"),
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spark_fast.checkpoint.state_dict import MISFIT, load_strictly
 from spark_fast.errors import MisfitError
 from spark_fast.method import Method
-from spark_fast.weights.named_tensors import COUNTER, State, holds, matches, read_state
+from spark_fast.weights.named_tensors import COUNTER, State, holds, matches, read_state, same_shape
 from spark_fast.weights.read import Weights, read_weights
 from spark_fast.weights.spark_keys import ENCODER, canonical_name, network_name
 
@@ -83,7 +83,7 @@ def load_into_network(weights: Weights, network: nn.Module, new: set[str]) -> No
     wanted = {canonical[name]: value.shape for name, value in own.items() if name not in new}
     tensors = weights.holding(wanted).tensors
     found = _found(canonical, tensors)
-    kept = {n: tensors[k] for n, k in found.items() if n not in new or tensors[k].shape == own[n].shape}
+    kept = {n: tensors[k] for n, k in found.items() if n not in new or same_shape(tensors[k].shape, own[n].shape)}
     fresh = sorted(new - set(kept))
     try:
         _load(network, {name: own[name] for name in fresh} | kept)
@@ -121,6 +121,10 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor], unknown: list[str] | 
         ValueError: as `load_strictly`, or a tensor of integers for one of fractions, without data, or not finite.
     """
     own = model.state_dict()
+    tensors = {
+        name: value.reshape(own[name].shape) if name in own and same_shape(value.shape, own[name].shape) else value
+        for name, value in tensors.items()
+    }
     for name, value in tensors.items():
         if name not in own or value is own[name] or value.shape != own[name].shape:
             continue

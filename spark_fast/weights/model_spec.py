@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from spark_fast.method import METHODS, Method, build, method_class
 from spark_fast.networks import PUBLISHED_MODELS, parse_input_size
-from spark_fast.spark import SparK, build_spark
 from spark_fast.weights.read import Weights
 
 UNUSED_WIDTH = 128  # of the decoder that a model gets where the file has none
@@ -16,18 +16,18 @@ UNUSED_WIDTH = 128  # of the decoder that a model gets where the file has none
 KNOWN = {
     "data": {
         *("data_path", "pipeline", "ffcv_resize", "decode", "augment", "input_size", "batch_size", "workers"),
-        *("prefetch", "max_bad_fraction"),
+        *("prefetch", "max_bad_fraction", "min_crop"),
     },
     "model": {
         *("model", "stages", "mask_ratio", "drop_path", "decoder_width", "encoder", "verify", "sparse_conv"),
-        "init_weight",
+        *("init_weight", "method", "masks_per_image", "decoder_depth"),
     },
 }
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A SparK model without its weights.
+    """A method's model without its weights.
 
     Attributes:
         network: timm name, or `package.module:function`.
@@ -36,6 +36,8 @@ class ModelSpec:
         decoder_width: channels of the decoder at the coarsest level.
         stages: levels of the pyramid, from stride 4 upwards; 0: all.
         encoder: by which of the encoders it computes; the weights are the same for all.
+        method: its name, see `spark_fast.method`.
+        decoder_depth: blocks of the decoder, where the method lets it be chosen.
     """
 
     network: str = "resnet50"
@@ -44,6 +46,8 @@ class ModelSpec:
     decoder_width: int = 768
     stages: int = 0
     encoder: str = "packed"
+    method: str = "spark"
+    decoder_depth: int = 1
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, object]) -> ModelSpec:
@@ -55,17 +59,27 @@ class ModelSpec:
         """
         data, model = _group(settings, "data"), _group(settings, "model")
         name = str(model.get("model", cls.network))
+        method = str(model.get("method", cls.method))
+        if method not in METHODS:  # code is imported because you say so, never because a file does
+            raise ValueError(f"it is of a method of your own, {method}: use the encoder's file in the run folder")
         return cls(
             PUBLISHED_MODELS.get(name, name),
             parse_input_size(str(data.get("input_size", 224))),
             float(model.get("mask_ratio", cls.mask_ratio)),
             int(model.get("decoder_width", cls.decoder_width)),
             int(model.get("stages", cls.stages)),
+            method=method,
+            decoder_depth=int(model.get("decoder_depth", cls.decoder_depth)),
         )
 
     @classmethod
     def from_weights(cls, weights: Weights, network: str) -> ModelSpec:
-        """The model of a file without settings: its tensors tell the decoder's width, its "config" the ratio."""
+        """The model of a file without settings: its tensors tell the decoder, its "config" the ratio."""
+        token = weights.state.tensors.get("mask_token")  # (1, width, 1, 1)
+        if token is not None:
+            depth = sum(name.endswith("conv_dw_weight") for name in weights.state.tensors if name.startswith("decoder"))
+            size = weights.input_size or cls.input_size
+            return cls(network, size, decoder_width=token.numel(), method="fcmae", decoder_depth=depth)
         first = weights.state.tensors.get("decoder_dec_0_up_sample_weight")  # (width, width, 4, 4)
         width = UNUSED_WIDTH if first is None else len(first)
         return cls(
@@ -75,16 +89,18 @@ class ModelSpec:
             decoder_width=width,
         )
 
-    def build(self) -> SparK:
-        """The model, on the host, as it is initialised. Raises ValueError as `build_spark`."""
-        return build_spark(
+    def build(self) -> Method:
+        """The model, on the host, as it is initialised. Raises ValueError as `spark_fast.method.build`."""
+        kind = method_class(self.method)
+        return build(
+            kind,
             self.network,
             input_size=self.input_size,
             mask_ratio=self.mask_ratio,
-            decoder_width=self.decoder_width,
             encoder=self.encoder,
             stages=self.stages or None,
             check=False,  # it was, before the training
+            **{name: getattr(self, name) for name in kind.options},
         )
 
 

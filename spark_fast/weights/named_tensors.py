@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spark_fast.checkpoint.state_dict import strip_prefixes, tensors_of
+from spark_fast.weights.fcmae_keys import from_published, is_published_fcmae
 from spark_fast.weights.spark_keys import ENCODER, IGNORED, canonical_name, is_spark_name, network_name
 from spark_fast.weights.timm_keys import WRAPPERS, spellings
 
@@ -57,6 +58,9 @@ def read_state(content: Mapping) -> State:
         ValueError: two tensors of one name; several models of SparK, with the places.
     """
     named = {str(name): value for name, value in tensors_of(content).items()}
+    if is_published_fcmae(named):
+        dense = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        return State(from_published(dense), {name: name for name in dense}, [], has_decoder=True)
     if any(map(is_spark_name, named)):
         return _state(named, has_decoder=True)
     below = flatten(content)
@@ -111,13 +115,18 @@ def places_of(shapes: Shapes, tensors: Mapping[str, Tensor]) -> list[State]:
 
 
 def holds(tensors: Mapping[str, Tensor], shapes: Shapes) -> bool:
-    """Whether every tensor of a model is among these, with its shape."""
+    """Whether every tensor of a model is among these, with its shape (but for sides of 1)."""
     found = matches(shapes, tensors)
     return all(
-        name in found and tensors[found[name]].shape == shape
+        name in found and same_shape(tensors[found[name]].shape, shape)
         for name, shape in shapes.items()
         if not name.endswith(COUNTER)
     )
+
+
+def same_shape(found: torch.Size, wanted: torch.Size) -> bool:
+    """Whether shapes differ by sides of 1 alone: a linear layer is a 1x1 convolution, vectors may be (1, C)."""
+    return [side for side in found if side != 1] == [side for side in wanted if side != 1]
 
 
 def matches(names: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
