@@ -60,7 +60,8 @@ def read_state(content: Mapping) -> State:
     named = {str(name): value for name, value in tensors_of(content).items()}
     if is_published_fcmae(named):
         dense = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-        return State(from_published(dense), {name: name for name in dense}, [], has_decoder=True)
+        found = from_published(dense)
+        return State(found, dict(zip(found, dense, strict=True)), [], has_decoder=True)
     if any(map(is_spark_name, named)):
         return _state(named, has_decoder=True)
     below = flatten(content)

@@ -14,7 +14,7 @@ NAMED = ["name", "--data_path=images"]
 FLAGS = """
 config print_config help
 data_path pipeline ffcv_resize decode augment input_size batch_size bs
-workers dataloader_workers prefetch max_bad_fraction
+workers dataloader_workers prefetch max_bad_fraction min_crop method masks_per_image decoder_depth
 model stages mask_ratio mask drop_path dp decoder_width encoder verify sparse_conv no_sparse_conv init_weight
 epochs ep warmup_epochs wp_ep base_lr optimizer opt beta2 ada weight_decay wd weight_decay_end wde clip accumulate
 allreduce zero no_zero max_bad_steps timeout
@@ -404,3 +404,35 @@ def test_the_published_flag_that_was_ignored_is_ignored_and_said_to_be(words, ca
     assert parse([*NAMED, *words, "--bs=512"]) == parse([*NAMED, "--bs=512"])
     (message,) = caplog.messages
     assert message == "--lr 0.1 is ignored, as by the published code: the rate is --base_lr times --bs / 256"
+
+
+def test_a_method_brings_its_own_defaults_and_flags_change_them(tmp_path):
+    spark, fcmae = parse(NAMED), parse([*NAMED, "--method", "fcmae"])
+    assert (spark.model.method, spark.optim.optimizer, spark.data.min_crop, spark.optim.clip) == (
+        "spark", "lamb", 0.67, 5.0,
+    )  # fmt: skip
+    optim = fcmae.optim
+    assert (optim.optimizer, optim.base_lr, optim.beta2, optim.clip) == ("adamw", 1.5e-4, 0.95, 0.0)
+    assert (optim.weight_decay, optim.weight_decay_end, fcmae.data.min_crop) == (0.05, 0.05, 0.2)
+    assert (fcmae.model.decoder_width, fcmae.model.decoder_depth, fcmae.drop_path) == (512, 1, 0.0)
+    changed = parse([*NAMED, "--base_lr=3e-4", "--method=fcmae", "--clip", "1"])
+    assert (changed.optim.base_lr, changed.optim.clip, changed.optim.optimizer) == (3e-4, 1.0, "adamw")
+    config = tmp_path / "a.toml"
+    config.write_text('[model]\nmethod = "fcmae"\n[optim]\nbase_lr = 1e-3\n')
+    read = parse([*NAMED, "--config", str(config)])
+    assert (read.optim.base_lr, read.optim.optimizer) == (1e-3, "adamw")
+    assert Settings.from_names(exp_name="n", data_path="d", method="fcmae", epochs=3).optim.optimizer == "adamw"
+    again = tmp_path / "b.toml"
+    again.write_text(fcmae.to_toml())
+    assert parse(["--config", str(again)]) == fcmae
+    assert Settings.from_dict(fcmae.stored()) == fcmae
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("fcmaee", "unknown method 'fcmaee'; there are spark, fcmae"), ("no.such:Thing", "cannot be imported"),
+     ("spark_fast.spark:build_spark", "is no subclass of")],
+)  # fmt: skip
+def test_a_method_that_is_none_is_refused(name, said):
+    with pytest.raises(SettingsError, match=said):
+        parse([*NAMED, "--method", name])
