@@ -86,11 +86,11 @@ def build(way: Way, shape: Shape, device: torch.device) -> SparK:
     return model.to(device, memory_format=way.layout).train()  # type: ignore[call-overload]
 
 
-def inputs(model: SparK, shape: Shape, way: Way, device: torch.device) -> tuple[Tensor, Tensor]:
+def inputs(model: SparK, shape: Shape, way: Way, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Images of noise, and a mask."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
     images = torch.randn(shape.batch, 3, shape.size, shape.size, generator=generator, device=device)
-    seen = sample_visible(0, 0, torch.arange(shape.batch, device=device), model.grid, model.num_visible)
+    seen = sample_visible(seed, 0, torch.arange(shape.batch, device=device), model.grid, model.num_visible)
     return images.contiguous(memory_format=way.layout), seen
 
 
