@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     if device.type != "cuda":
         torch.set_num_threads(options.threads)
     out: Path = options.rows.parent if options.rows else options.out
-    parts = all_parts(TINY if options.tiny or device.type != "cuda" else FULL, device, out)
+    rehearsal = options.tiny or device.type != "cuda"
+    parts = all_parts(TINY if rehearsal else FULL, device, out)
     unknown = [p for p in options.only if not any(fnmatchcase(name, p) for name in parts)]
     if unknown:
         print(f"device_report: there is no part {', '.join(unknown)}; there are: {', '.join(parts)}", file=sys.stderr)
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             rows += isolated(part, jobs, options.device, deadline, file, options.begun, options.tiny)
     if not options.rows:
-        _keep(rows, out, name, device)
+        _keep(rows, out, name, device, rehearsal)
     return int(any("error" in row for row in rows))
 
 
@@ -182,11 +183,10 @@ def _name(device: torch.device) -> str:
     return f"device_report_{plain}_{where['date']}"
 
 
-def _keep(rows: list[Row], out: Path, name: str, device: torch.device) -> None:
+def _keep(rows: list[Row], out: Path, name: str, device: torch.device, rehearsal: bool) -> None:
     where = machine(device, torch.get_num_threads())
     count = {kind: sum(kind in row for row in rows) for kind in ("skipped", "error")}
-    smoke = device.type != "cuda"
-    result = {"machine": where, "versions": versions(PACKAGES), "smoke_test": smoke, "count": count, "rows": rows}
+    result = {"machine": where, "versions": versions(PACKAGES), "smoke_test": rehearsal, "count": count, "rows": rows}
     print(f"\n{len(rows)} rows, {count['skipped']} skipped, {count['error']} failed; kept in {save(name, result, out)}")
     print(_plot(rows, out / f"{name}.png"))
 
