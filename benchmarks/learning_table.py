@@ -31,16 +31,27 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
 
 
-def put_between_marks(page: Path, text: str) -> None:
-    """Put the table into a page, in place of the one before.
+def table(titles: Iterable[str], lines: list[str]) -> str:
+    """A table, or nothing where it would have no lines."""
+    titles = tuple(titles)
+    return "\n".join([line(titles), line("---" for _ in titles), *lines, ""]) if lines else ""
+
+
+def line(cells: Iterable[str]) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def put_between_marks(page: Path, text: str, marks: tuple[str, str] = MARKS) -> None:
+    """Put a table into a page between two marks, in place of the one before.
 
     Raises:
         ValueError: the page has not each mark once.
     """
-    before, begin, rest = page.read_text().partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
+    before, begin, rest = page.read_text().partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not (begin and end):
-        raise ValueError(f"{page} needs the two marks {MARKS[0]} and {MARKS[1]}")
+        raise ValueError(f"{page} needs the two marks {marks[0]} and {marks[1]}")
     page.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
 
 
@@ -52,8 +63,8 @@ def _main(arms: dict) -> str:
             continue
         gains = [b - a for a, b in zip(found["scratch"], found["pre-trained"], strict=True)]
         cells = (spread(found["scratch"]), spread(found["pre-trained"]), spread(gains))
-        lines.append(_line((network, f"{share:.0%}", *cells)))
-    return _table(("network", "labels", "scratch", "pre-trained", "gain"), lines)
+        lines.append(line((network, f"{share:.0%}", *cells)))
+    return table(("network", "labels", "scratch", "pre-trained", "gain"), lines)
 
 
 def _changes(arms: dict, seconds: dict[int, float], width: int) -> str:
@@ -64,20 +75,11 @@ def _changes(arms: dict, seconds: dict[int, float], width: int) -> str:
         of = int(arm.removeprefix("decoder ")) if arm.startswith("decoder ") else width
         label = f"{arm} (mask 0.6, decoder {width})" if arm == "as published" else arm
         step = f"{1000 * seconds[of]:.0f}" if of in seconds and (of != width or arm == "as published") else ""
-        lines.append(_line((label, spread(values), step)))
-    return _table(("pre-training", "top-1", "ms per step"), lines)
+        lines.append(line((label, spread(values), step)))
+    return table(("pre-training", "top-1", "ms per step"), lines)
 
 
 def _sweep(arms: dict) -> str:
     swept = [(key, values) for key, values in arms.items() if key[2].endswith(" swept")]
-    lines = [_line((n, f"{s:.0%}", a.removesuffix(" swept"), f"{lr:g}", spread(v))) for (n, s, a, lr), v in swept]
-    return _table(("network", "labels", "arm", "learning rate", "held-out top-1"), lines)
-
-
-def _table(titles: Iterable[str], lines: list[str]) -> str:
-    titles = tuple(titles)
-    return "\n".join([_line(titles), _line("---" for _ in titles), *lines, ""]) if lines else ""
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    lines = [line((n, f"{s:.0%}", a.removesuffix(" swept"), f"{lr:g}", spread(v))) for (n, s, a, lr), v in swept]
+    return table(("network", "labels", "arm", "learning rate", "held-out top-1"), lines)

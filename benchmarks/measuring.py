@@ -49,14 +49,13 @@ def machine(device: torch.device, threads: int) -> dict[str, Any]:
     model = next(
         (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
     )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else model,
         "threads": threads,
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
         "date": date.today().isoformat(),
     }
 
@@ -86,12 +85,22 @@ def repeated(data_path: Path, copies: int, folder: Path) -> int:
     return copies * len(source)
 
 
-def save(name: str, result: dict[str, Any]) -> Path:
-    """Write a result as JSON below benchmarks/results/."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def save(name: str, result: dict[str, Any], folder: Path | None = None) -> Path:
+    """Write a result as JSON into a folder, benchmarks/results/ where none is given."""
+    folder = folder or RESULTS
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
+
+
+def _commit() -> str:
+    """Of this project, short; nothing where there is no repository or no git."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+    except OSError:
+        return ""
 
 
 def _cpuinfo() -> list[str]:

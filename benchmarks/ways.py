@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 from measuring import clock
-from torch import Tensor
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
 
 from spark_fast import SparK, build_spark
 from spark_fast.decoder import UNetBlock
+from spark_fast.encoder import Encoder
+from spark_fast.encoder.context import EncoderContext
 from spark_fast.encoder.layers.masked import MaskedNorm
 from spark_fast.masking import sample_visible
 from spark_fast.training.optim import build_optimizer
@@ -33,7 +36,7 @@ class Way:
     kernels: bool | None = False  # Triton; False: PyTorch
     graph: bool = False
     plain_decoder: bool = False  # dense projections, no merged layers
-    published: bool = False  # that, and norms that look up the visible cells by nonzero
+    published: bool = False  # that, and every norm of the encoder looks up the visible cells by nonzero
 
     @property
     def needs_gpu(self) -> bool:
@@ -41,14 +44,15 @@ class Way:
         return self.graph or self.kernels is not False
 
 
-WAYS = {  # in order of importance
+WAYS = {  # in order of importance: eager ones first, since compiling takes as long as all of them
+    "packed Triton": Way(kernels=True),
     "published": Way("masked", "fp32", torch.contiguous_format, published=True),
-    "masked compiled": Way("masked", compile="default"),
+    "packed Triton graph": Way(kernels=True, graph=True),
+    "masked": Way("masked"),
+    "packed eager": Way(),
     "packed compiled Triton": Way(compile="default", kernels=True),
     "packed compiled Triton graph": Way(compile="default", kernels=True, graph=True),
-    "packed Triton": Way(kernels=True),
-    "packed Triton graph": Way(kernels=True, graph=True),
-    "packed eager": Way(),
+    "masked compiled": Way("masked", compile="default"),
     "packed compiled": Way(compile="default"),
 }
 
@@ -78,16 +82,15 @@ def build(way: Way, shape: Shape, device: torch.device) -> SparK:
             if isinstance(block, UNetBlock):
                 block.merge = False
     if way.published:
-        for norm in (module for module in model.modules() if isinstance(module, MaskedNorm)):
-            norm.forward = partial(_norm_by_nonzero, norm)  # type: ignore[method-assign]
+        _look_up_by_nonzero(model.encoder)
     return model.to(device, memory_format=way.layout).train()  # type: ignore[call-overload]
 
 
-def inputs(model: SparK, shape: Shape, way: Way, device: torch.device) -> tuple[Tensor, Tensor]:
+def inputs(model: SparK, shape: Shape, way: Way, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Images of noise, and a mask."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
     images = torch.randn(shape.batch, 3, shape.size, shape.size, generator=generator, device=device)
-    seen = sample_visible(0, 0, torch.arange(shape.batch, device=device), model.grid, model.num_visible)
+    seen = sample_visible(seed, 0, torch.arange(shape.batch, device=device), model.grid, model.num_visible)
     return images.contiguous(memory_format=way.layout), seen
 
 
@@ -136,14 +139,43 @@ def tf32(on: bool) -> Iterator[None]:
             place.fp32_precision = precision
 
 
-def _norm_by_nonzero(norm: MaskedNorm, x: Tensor) -> Tensor:
-    """As the published encoder.py: the visible cells are looked up in every norm, for which the host waits."""
-    visible = norm.context.visible
+def _look_up_by_nonzero(encoder: Encoder) -> None:
+    """Every norm as in the published encoder.py: it looks up the visible cells itself, for which the host waits.
+
+    BatchNorms (`sp_bn_forward`) and LayerNorms (`SparseConvNeXtLayerNorm`) alike: the visible rows are taken out,
+    normalised, and put into zeros.
+    """
+    for norm in encoder.modules():
+        rows_of: Callable[[Tensor], Tensor]
+        if isinstance(norm, MaskedNorm):
+            rows_of = partial(_batch_norm_of_rows, norm)
+        elif isinstance(norm, nn.LayerNorm):
+            rows_of = partial(nn.LayerNorm.forward, norm)
+        else:
+            continue
+        channels_last = isinstance(norm, nn.LayerNorm) and not isinstance(norm, LayerNorm2d)
+        norm.forward = partial(_norm_by_nonzero, norm, rows_of, encoder.context, channels_last)  # type: ignore[method-assign]
+
+
+def _batch_norm_of_rows(norm: MaskedNorm, rows: Tensor) -> Tensor:
+    """(n, C) -> (n, C), by the dense layer of which `norm` was made."""
+    return super(MaskedNorm, norm).forward(rows[:, :, None, None]).flatten(1)
+
+
+def _norm_by_nonzero(
+    norm: nn.Module,
+    rows_of: Callable[[Tensor], Tensor],
+    context: EncoderContext,
+    channels_last: bool,
+    x: Tensor,
+) -> Tensor:
+    """(B, H, W, C) for `channels_last`, else (B, C, H, W); the same shape comes back."""
+    visible = context.visible
     if visible is None:
         return type(norm).forward(norm, x)
-    at = visible.cells(x.shape[2])[:, 0].nonzero(as_tuple=True)
-    last = x.permute(0, 2, 3, 1)  # (B, H, W, C)
-    rows = super(MaskedNorm, norm).forward(last[at][:, :, None, None])  # (n, C, 1, 1)
+    last = x if channels_last else x.permute(0, 2, 3, 1)
+    at = visible.cells(last.shape[1])[:, 0].nonzero(as_tuple=True)
+    rows = rows_of(last[at])  # (n, C)
     out = torch.zeros_like(last, dtype=rows.dtype)
-    out[at] = rows.flatten(1)
-    return out.permute(0, 3, 1, 2)
+    out[at] = rows
+    return out if channels_last else out.permute(0, 3, 1, 2)

@@ -3,7 +3,8 @@
 The host puts the pixels of each crop into the corner of a cell, all cells of one size, so that shapes are static
 whatever the images are. On the device an antialiased bicubic resize of B different crops is two batched matrix
 products, W_y @ cell @ W_x^T, with the weights of each sample's size; zero weights skip the rest of the cell, and
-weights in reverse order flip. Then clamp, normalise and cast; one pass when compiled, as it is on CUDA.
+weights in reverse order flip. Then clamp, normalise and cast. Nothing here is compiled: the loader's threads call it
+while the model may be compiling, and before torch 2.14 one compilation breaks another in the same process.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ class DeviceAugment:
         self._std = 255 * torch.tensor(STD, device=device)[:, None, None]
         # fp16 holds bytes exactly and weights to 2^-12; the products are summed in fp32 by the tensor cores
         self._compute = torch.float16 if device.type == "cuda" else torch.float32
-        self._run = torch.compile(self._resize, dynamic=False) if device.type == "cuda" else self._resize
 
     def holds(self, height: int, width: int) -> bool:
         """Whether a crop of this size fits into a cell."""
@@ -50,9 +50,6 @@ class DeviceAugment:
 
     def __call__(self, cells: Tensor, crops: Tensor) -> Tensor:
         """(B, *cell, 3) uint8 and (B, 3) int64 as `put` returned them, both on the device."""
-        return self._run(cells, crops)
-
-    def _resize(self, cells: Tensor, crops: Tensor) -> Tensor:
         count, rows, columns, _ = cells.shape
         height, width = self.input_size
         across = bicubic_weights(crops[:, 1], columns, width)  # (B, W, columns)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -31,14 +32,15 @@ class NonfiniteGuard:
     """
 
     def __init__(self, model: nn.Module, agree: Callable[[Tensor], Tensor], *, overflow_is_normal: bool) -> None:
-        self._buffers = list(model.buffers())
+        kinds = groupby(sorted(model.buffers(), key=_kind), _kind)
+        self._buffers = [list(buffers) for _, buffers in kinds]  # of one dtype and device each
         self._agree, self._overflow_is_normal = agree, overflow_is_normal
-        self._before: list[Tensor] = []
+        self._before: list[Tensor] = []  # one flat tensor for each of these lists
         self._bad: list[Tensor] = []  # a flag for each step since the last reading
 
     def before_step(self) -> None:
         """Remember the buffers."""
-        self._before = [buffer.clone() for buffer in self._buffers]
+        self._before = [_flat(buffers) for buffers in self._buffers]
 
     def judge(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """Whether this step is to be skipped, and whether it was bad: () float32 on the device, 1 or 0.
@@ -48,8 +50,9 @@ class NonfiniteGuard:
         no_loss, no_norm = ~loss.isfinite(), ~norm.isfinite()
         flags = torch.stack([no_loss | no_norm, no_loss if self._overflow_is_normal else no_loss | no_norm])
         skip, bad = self._agree(flags.float()).unbind()
-        for buffer, before in zip(self._buffers, self._before, strict=True):
-            buffer.copy_(torch.where(skip > 0, before, buffer))
+        for buffers, before in zip(self._buffers, self._before, strict=True):
+            after = torch.where(skip > 0, before, _flat(buffers)).split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [new.view(old.shape) for new, old in zip(after, buffers, strict=True)])
         return skip, bad
 
     def note(self, bad: Tensor) -> None:
@@ -61,6 +64,15 @@ class NonfiniteGuard:
         bad = torch.stack(self._bad).bool().tolist() if self._bad else []
         self._bad.clear()
         return bad
+
+
+def _kind(buffer: Tensor) -> tuple[str, str]:
+    return str(buffer.dtype), str(buffer.device)
+
+
+def _flat(buffers: Sequence[Tensor]) -> Tensor:
+    """All values of tensors of one dtype: a launch for a hundred of them, where copies would take one each."""
+    return torch.cat([buffer.flatten() for buffer in buffers])
 
 
 DUMP = "bad_steps.jsonl"  # in the run folder: a line for each

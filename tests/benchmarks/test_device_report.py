@@ -1,11 +1,13 @@
 """The report of a GPU, as a smoke test on the CPU: every part runs or says why not, and a failure is only its own."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -25,7 +27,8 @@ runpy.run_path(sys.path[0] + "/device_report.py", run_name="__main__")
 
 def report(folder, *words):
     command = [sys.executable, "-c", BARE, str(BENCHMARKS), str(folder), "--device", "cpu", "--threads", "1", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "OUT"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -36,6 +39,7 @@ def test_every_part_runs_without_a_gpu_or_says_why_not(tmp_path):
     assert kept["smoke_test"]
     assert kept["versions"]["torch"]
     assert kept["machine"]["device"]
+    assert [json.loads(line) for line in (tmp_path / "smoke.jsonl").read_text().splitlines()] == kept["rows"]
     rows = {(row["part"], row["name"]): row for row in kept["rows"]}
     assert not [row for row in rows.values() if "error" in row]
     reasons = {row["skipped"] for row in rows.values() if "skipped" in row}
@@ -48,6 +52,10 @@ def test_every_part_runs_without_a_gpu_or_says_why_not(tmp_path):
     assert 0 <= rows["loader", "end to end, decode on host"]["data wait"] < 1
     assert "no simplejpeg" in rows["loader", "decode on host, augment on host"]["note"]
     assert "no plot: matplotlib is not installed" in done.stdout
+
+
+def written(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -93,9 +101,70 @@ def test_a_part_that_dies_leaves_its_rows_and_the_reason(measured, monkeypatch, 
     )
     monkeypatch.setattr(device_report, "__file__", str(dying))
     jobs = [device_parts.Job(name, dict, 1) for name in ("first", "second")]
-    first, second = device_report.isolated("p", jobs, "cuda", device_report.time.monotonic() + 60)
+    file = tmp_path / "rows.jsonl"
+    first, second = device_report.isolated("p", jobs, "cuda", device_report.time.monotonic() + 60, file)
     assert first["seconds"] == 1.0
     assert "code 7" in second["error"]
+    assert written(file) == [first, second]
+
+
+def test_a_row_is_on_disk_before_the_next_one_is_measured(measured, tmp_path):
+    device_report, device_parts = measured
+    file = tmp_path / "rows.jsonl"
+    jobs = [
+        device_parts.Job("first", lambda: {"seconds": 1.0}, 0),
+        device_parts.Job("second", lambda: {"before": [row["name"] for row in written(file)]}, 0),
+    ]
+    rows = device_report.measure("part", jobs, device_report.time.monotonic() + 60, file)
+    assert rows[1]["before"] == ["first"]
+    assert written(file) == rows
+    assert 0 < rows[0]["at"] <= rows[1]["at"]
+
+
+def test_the_first_step_comes_within_thirty_seconds_and_convnext_not_last(measured, tmp_path):
+    device_report, device_parts = measured
+    parts = device_parts.all_parts(device_report.FULL, torch.device("cuda"), tmp_path)
+    jobs = [(part, job) for part, jobs in parts.items() for job in jobs]
+    first = next(i for i, (part, _) in enumerate(jobs) if part.startswith("step"))
+    assert sum(job.needs for _, job in jobs[: first + 1]) <= 20, "the rest is for two imports of torch"
+    assert jobs[first][0] == "step resnet50 224"
+    assert list(parts).index("step convnext_small 224") < list(parts).index("encoder")
+
+
+def test_the_tests_that_need_a_gpu_are_run_by_eight_processes(measured, tmp_path, monkeypatch):
+    _, device_parts = measured
+    asked = []
+
+    def run(command, stdout, **_):
+        asked.extend(command)
+        stdout.write("...\n130 passed in 40 s\n")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(device_parts.subprocess, "run", run)
+    row = device_parts._gpu_tests(torch.device("cuda"), tmp_path)
+    assert asked[-2:] == ["-n", "8"]
+    assert {word for word in asked if (ROOT / word).is_file() and word.endswith(".py")} == set(device_parts.GPU_TESTS)
+    assert row == {"pytest": "130 passed in 40 s", "output": "gpu_tests.log"}
+
+
+def test_without_git_the_commit_is_left_out(measured, monkeypatch, tmp_path):
+    import measuring
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert measuring.machine(torch.device("cpu"), 1)["commit"] == ""
+
+
+def test_parts_are_chosen_by_pattern_and_written_where_asked(measured, tmp_path, monkeypatch, capsys):
+    device_report, device_parts = measured
+    names = ("step a 224", "compiled step a 224", "loader")
+    parts = {name: [device_parts.Job("row", lambda: {"seconds": 1.0}, 0)] for name in names}
+    monkeypatch.setattr(device_report, "all_parts", lambda *_: parts)
+    words = ["--device", "cpu", "--threads", str(torch.get_num_threads()), "--only", "step *", "--only", "loader"]
+    assert device_report.main([*words, "--rows", str(tmp_path / "new" / "rows.jsonl")]) == 0
+    assert [row["part"] for row in written(tmp_path / "new" / "rows.jsonl")] == ["step a 224", "loader"]
+    assert device_report.main([*words, "--out", str(tmp_path / "other"), "--name", "named"]) == 0
+    assert {path.name for path in (tmp_path / "other").iterdir()} == {"named.jsonl", "named.json"}
+    assert "2 rows, 0 skipped, 0 failed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

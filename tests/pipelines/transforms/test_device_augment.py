@@ -60,18 +60,6 @@ def test_a_batch_of_different_crops_agrees_with_pillow(size):
         assert difference.max() < 8  # and clips between its two passes
 
 
-def test_one_compiled_graph_gives_the_same():
-    augment = DeviceAugment((32, 32), CPU, torch.bfloat16)
-    cells = torch.randint(0, 256, (3, *augment.cell, 3), dtype=torch.uint8)
-    compiled = torch.compile(augment._resize, fullgraph=True, dynamic=False)
-    for sizes in ([[50, 64, 0], [20, 33, 1], [1, 2, 1]], [[64, 64, 1], [32, 32, 0], [9, 7, 0]]):
-        expected = augment(cells, torch.tensor(sizes))
-        images = compiled(cells, torch.tensor(sizes))
-        assert images.dtype == torch.bfloat16
-        assert images.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(images, expected, atol=0.02, rtol=0)
-
-
 def test_batches_are_those_of_the_host(image_folder):
     root = image_folder()
     for size in (32, 96):  # crops larger than a cell, and smaller

@@ -1,0 +1,117 @@
+"""Choices of the program that a GPU has not decided yet: each measured both ways, layer by layer.
+
+The algorithm of a convolution, the first two layers of a decoder block as one or apart, and the projection into the
+decoder from all cells or the visible ones. Forward and backward, in bf16 by autocast, at the batch of the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from device_jobs import ConvLayer, Job, Scale
+from torch import Tensor, nn
+from ways import Shape, median_seconds
+
+from spark_fast.decoder import Decoder
+from spark_fast.densify import densify, sparse_pays
+from spark_fast.encoder import VisiblePatches
+from spark_fast.encoder.context import EncoderContext
+from spark_fast.encoder.conv.kernels import use_kernels
+from spark_fast.encoder.convert_network import PACKED, convert_layers
+from spark_fast.encoder.layers.halo import HaloConv
+from spark_fast.masking import num_visible, sample_visible
+from spark_fast.upsample import merging_pays
+
+PATCH, BLOCKS = 32, 5  # pixels; blocks of the decoder, log2 of it
+
+
+def layer_jobs(scale: Scale, device: torch.device) -> Iterator[Job]:
+    """A row for each layer."""
+    shape = scale.step_shapes[0]
+    for layer in scale.layers:
+        kind = "depthwise" if layer.depthwise else "conv"
+        name = f"{kind} {layer.kernel}x{layer.kernel} stride {layer.stride}, C {layer.channels}, b {layer.b}"
+        yield Job(name, partial(_algorithms, layer, shape, scale.repeats, device), 4)
+    for i in range(BLOCKS):
+        yield Job(f"decoder block {i}", partial(_merge, i, shape, scale.repeats, device), 2)
+    for i in range(1, 4):
+        yield Job(f"projection {i}", partial(_projection, i, shape, scale.repeats, device), 2)
+
+
+def _algorithms(layer: ConvLayer, shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Milliseconds by every algorithm; with the GPU's kernels where they can run."""
+    context, visible = EncoderContext(dense=False), _visible(shape, device)
+    groups = layer.channels if layer.depthwise else 1
+    plain = nn.Conv2d(
+        layer.channels, layer.channels, layer.kernel, layer.stride, layer.kernel // 2, groups=groups, bias=False
+    )
+    conv = convert_layers(plain, PACKED, context)[0].to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert isinstance(conv, HaloConv)
+    context.visible = visible
+    kernels = use_kernels(None, conv.weight)
+    chosen = conv.algorithm(layer.b, visible.keep)
+    possible = ["dense"]
+    if layer.kernel // 2 <= layer.b:
+        possible += ["halo"] if layer.depthwise else ["halo", "im2col"]
+    if kernels and layer.depthwise:
+        possible.append("direct")
+    x = _cells(visible.count, layer.channels, layer.b, device)
+    row: dict[str, Any] = {"batch": shape.batch, "chosen": chosen, "kernels": kernels}
+    for algorithm in dict.fromkeys([chosen, *possible]):
+        conv.algorithm = lambda b, keep, forced=algorithm: forced  # type: ignore[method-assign, misc]
+        row[f"{algorithm} ms"] = _both_passes(conv, [x], conv.parameters(), device, repeats)
+    return row
+
+
+def _merge(number: int, shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Milliseconds of a decoder block with its first two layers as one, and apart."""
+    block = Decoder(PATCH, shape.width).dec[number].to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    side, channels = shape.size // PATCH * 2**number, shape.width // 2**number
+    x = _cells(shape.batch, channels, side, device)
+    row: dict[str, Any] = {"batch": shape.batch, "chosen": "merged" if merging_pays(x, channels) else "apart"}
+    for name, merge in (("merged", True), ("apart", False)):
+        block.merge = merge
+        row[f"{name} ms"] = _both_passes(block, [x], block.parameters(), device, repeats)
+    return row
+
+
+def _projection(number: int, shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Milliseconds of a 3x3 projection of ResNet-50's level into the decoder, from all cells or the visible ones."""
+    visible, b = _visible(shape, device), 2**number
+    channels, width = 2048 // b, shape.width // b
+    project = nn.Conv2d(channels, width, 3, padding=1).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x, token = _cells(visible.count, channels, b, device), torch.zeros(channels, device=device, requires_grad=True)
+    row: dict[str, Any] = {"batch": shape.batch, "chosen": "visible" if sparse_pays(x, visible.keep) else "all"}
+    for name, sparse in (("all", False), ("visible", True)):
+        run = partial(densify, project=project, visible=visible, sparse=sparse)
+        row[f"{name} ms"] = _both_passes(run, [x, token], project.parameters(), device, repeats)
+    return row
+
+
+def _visible(shape: Shape, device: torch.device) -> VisiblePatches:
+    grid = (shape.size // PATCH, shape.size // PATCH)
+    seen = sample_visible(0, 0, torch.arange(shape.batch, device=device), grid, num_visible(grid, shape.mask))
+    return VisiblePatches(seen, grid)
+
+
+def _cells(batch: int, channels: int, side: int, device: torch.device) -> Tensor:
+    """(batch, channels, side, side) in bf16, as the layer before leaves it."""
+    x = torch.randn(batch, channels, side, side, device=device, dtype=torch.bfloat16)
+    return x.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+def _both_passes(
+    run: Callable[..., Tensor], arguments: list[Tensor], weights: Iterable[Tensor], device: torch.device, repeats: int
+) -> float:
+    """Milliseconds of `run(*arguments)` and its backward pass."""
+    wanted = [*arguments, *weights]
+
+    def both() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            y = run(*arguments)
+        torch.autograd.grad(y, wanted, torch.ones_like(y))
+
+    return 1000 * median_seconds(both, device, repeats, 2)
