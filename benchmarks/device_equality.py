@@ -19,7 +19,7 @@ from device_jobs import Job, Scale
 from torch import Tensor
 from ways import Shape, Way, build, inputs, tf32
 
-from spark_fast import SparK
+from spark_fast.method import Method
 
 WAYS = {"exact": Way("masked"), "masked": Way("masked"), "packed": Way("packed", kernels=None)}
 ROUNDING = {"fp32": 1e-5, "bf16": 2e-3}  # below it chance decides which encoder is nearer
@@ -76,7 +76,7 @@ def distances(shape: Shape, precision: str, seeds: int, device: torch.device) ->
 
 
 def _loss_and_gradient(
-    model: SparK, shape: Shape, seed: int, precision: str | None, device: torch.device
+    model: Method, shape: Shape, seed: int, precision: str | None, device: torch.device
 ) -> tuple[float, Tensor]:
     """Of the encoder, in float64; None computes in it, too. Layers that begin as good as absent are given weight."""
     images, seen = inputs(model, shape, Way(), device, seed)

@@ -12,18 +12,18 @@ from typing import Any
 
 import torch
 from device_jobs import ConvLayer, Job, Scale
+from spark_fast.densify import densify, sparse_pays
+from spark_fast.upsample import merging_pays
 from torch import Tensor, nn
 from ways import Shape, median_seconds
 
 from spark_fast.decoder import Decoder
-from spark_fast.densify import densify, sparse_pays
 from spark_fast.encoder import VisiblePatches
 from spark_fast.encoder.context import EncoderContext
 from spark_fast.encoder.conv.kernels import use_kernels
 from spark_fast.encoder.convert_network import PACKED, convert_layers
 from spark_fast.encoder.layers.halo import HaloConv
 from spark_fast.masking import num_visible, sample_visible
-from spark_fast.upsample import merging_pays
 
 PATCH, BLOCKS = 32, 5  # pixels; blocks of the decoder, log2 of it
 
@@ -68,7 +68,7 @@ def _algorithms(layer: ConvLayer, shape: Shape, repeats: int, device: torch.devi
 
 def _merge(number: int, shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
     """Milliseconds of a decoder block with its first two layers as one, and apart."""
-    block = Decoder(PATCH, shape.width).dec[number].to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    block = Decoder(PATCH, shape.width or 768).dec[number].to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     side, channels = shape.size // PATCH * 2**number, shape.width // 2**number
     x = _cells(shape.batch, channels, side, device)
     row: dict[str, Any] = {"batch": shape.batch, "chosen": "merged" if merging_pays(x, channels) else "apart"}

@@ -4,8 +4,8 @@
     python benchmarks/train_step.py --masks 0.6 0.75 --batches 16 --parts encoder
 
 The candidates have the same weights, images and masks and take turns; a figure is the median. A step is forward,
-backward, clipping and LAMB, eager. "published decoder" is the masked encoder with images as planes (NCHW) in fp32,
-dense projections and each layer of the decoder by itself: how the published code computes, though leaner than that
+backward, clipping and the method's optimiser, eager. "published decoder" is the masked encoder with images as planes
+(NCHW) in fp32, and for SparK dense projections and each layer of the decoder by itself: how the published code computes, though leaner than that
 code. Below it the decoder is today's, and without "NCHW" the layout channels_last. Steps are compared with the first
 candidate, encoders with the masked one of the same precision and layout.
 """
@@ -51,9 +51,11 @@ class Options:
     candidates: tuple[str, ...] = tuple(CANDIDATES)
     """names from the table"""
     parts: tuple[Literal["encoder", "step"], ...] = ("encoder", "step")
+    methods: tuple[str, ...] = ("spark",)
+    masks_per_image: tuple[int, ...] = (1,)
     size: int = 224
-    width: int = 768
-    """of the decoder"""
+    width: int | None = None
+    """of the decoder; None: the method's own"""
     repeats: int = 5
     threads: int = 2
     """CPU threads"""
@@ -94,7 +96,8 @@ def measure(shape: Shape, options: Options) -> list[dict]:
     runs = {name: candidate(CANDIDATES[name], shape, options) for name in options.candidates}
     seconds = medians(runs, options.repeats)
     return [
-        {"model": shape.model, "batch": shape.batch, "mask": shape.mask, "candidate": name}
+        {"method": shape.method, "model": shape.model, "batch": shape.batch, "mask": shape.mask}
+        | {"masks": shape.masks, "candidate": name}
         | dict(zip(("encoder", "step", "optimizer"), seconds[name], strict=True))
         for name in options.candidates
     ]
@@ -103,11 +106,13 @@ def measure(shape: Shape, options: Options) -> list[dict]:
 def table(rows: list[dict], options: Options) -> Table:
     """The rows, with what each is beside the one it is compared with."""
     shown = Table(title=f"seconds, {options.size} px")
-    for title in ("network", "batch", "mask", "how", "encoder", "ratio", "step", "ratio", "clipping and LAMB"):
+    titles = ("method", "network", "batch", "mask", "masks", "how")
+    for title in (*titles, "encoder", "ratio", "step", "ratio", "clipping and update"):
         shown.add_column(title, justify="right")
-    by_name = {(r["model"], r["batch"], r["mask"], r["candidate"]): r for r in rows}
+    names = ("method", "model", "batch", "mask", "masks")
+    by_name = {(*(row[name] for name in names), row["candidate"]): row for row in rows}
     for row in rows:
-        where = (row["model"], row["batch"], row["mask"])
+        where = tuple(row[name] for name in names)
         peer = by_name.get((*where, row["candidate"].replace("packed", "masked")), row)
         first = by_name.get((*where, options.candidates[0]), row)
         encoder = [f"{row['encoder']:.2f}", f"{peer['encoder'] / row['encoder']:.2f}x"] if row["encoder"] else ["", ""]
@@ -133,9 +138,10 @@ def main(options: Options) -> None:
         print(f"without bf16, which this device has no instructions for: {rates} billion multiply-adds a second")
         native = tuple(name for name, way in CANDIDATES.items() if way.precision != "bf16")
         options = replace(options, candidates=native)
+    each = (options.methods, options.models, options.masks, options.masks_per_image, options.batches)
     shapes = [
-        Shape(model, options.size, mask, batch, options.width)
-        for model, mask, batch in itertools.product(options.models, options.masks, options.batches)
+        Shape(model, options.size, mask, batch, options.width, method, masks)
+        for method, model, mask, masks, batch in itertools.product(*each)
     ]
     rows = [row for shape in track(shapes, "measuring") for row in measure(shape, options)]
     Console(width=140).print(table(rows, options))

@@ -15,12 +15,13 @@ from measuring import clock
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from spark_fast import SparK, build_spark
+from spark_fast import method
 from spark_fast.decoder import UNetBlock
 from spark_fast.encoder import Encoder
 from spark_fast.encoder.context import EncoderContext
 from spark_fast.encoder.layers.masked import MaskedNorm
-from spark_fast.masking import sample_visible
+from spark_fast.method import Method
+from spark_fast.spark import SparK
 from spark_fast.training.optim import build_optimizer
 from spark_fast.training.step import Schedule, TrainStep, compiled
 
@@ -65,18 +66,21 @@ class Shape:
     size: int
     mask: float
     batch: int
-    width: int = 768  # of the decoder
+    width: int | None = None  # of the decoder, None: the method's own
+    method: str = "spark"
+    masks: int = 1  # of each image
 
 
-def build(way: Way, shape: Shape, device: torch.device) -> SparK:
+def build(way: Way, shape: Shape, device: torch.device) -> Method:
     """The model, with the same weights whichever way it is."""
     torch.manual_seed(0)
-    model = build_spark(
-        shape.model, input_size=shape.size, mask_ratio=shape.mask, decoder_width=shape.width, encoder=way.encoder,
-        check=False,
+    options: dict[str, Any] = {} if shape.width is None else {"decoder_width": shape.width}
+    model = method.build(
+        method.method_class(shape.method), shape.model, input_size=shape.size, mask_ratio=shape.mask,
+        encoder=way.encoder, check=False, **options,
     )  # fmt: skip
     model.encoder.context.kernels = way.kernels
-    if way.plain_decoder or way.published:
+    if isinstance(model, SparK) and (way.plain_decoder or way.published):
         model.sparse_projections = False
         for block in model.decoder.modules():
             if isinstance(block, UNetBlock):
@@ -86,21 +90,25 @@ def build(way: Way, shape: Shape, device: torch.device) -> SparK:
     return model.to(device, memory_format=way.layout).train()  # type: ignore[call-overload]
 
 
-def inputs(model: SparK, shape: Shape, way: Way, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Images of noise, and a mask."""
+def inputs(model: Method, shape: Shape, way: Way, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images of noise, and their masks."""
     generator = torch.Generator(device).manual_seed(seed)
     images = torch.randn(shape.batch, 3, shape.size, shape.size, generator=generator, device=device)
-    seen = sample_visible(seed, 0, torch.arange(shape.batch, device=device), model.grid, model.num_visible)
+    seen = model.sample_masks(seed, 0, torch.arange(shape.batch, device=device), shape.masks)
     return images.contiguous(memory_format=way.layout), seen
 
 
-def train_step(way: Way, model: SparK, device: torch.device) -> TrainStep:
-    """The whole step with LAMB, at a rate that leaves the weights about as they are."""
+def train_step(way: Way, model: Method, device: torch.device) -> TrainStep:
+    """The whole step with the method's optimiser, at a rate that leaves the weights about as they are.
+
+    A CUDA graph takes LAMB, whatever the method.
+    """
     schedule = Schedule(1e-6, 0, 1000, 0.04, 0.2)
-    network = compiled(model, way.compile)
+    network, recipe = compiled(model, way.compile), {"optimizer": "lamb", "clip": 5.0, **model.recipe.settings}
+    optimizer = "lamb" if way.graph else str(recipe["optimizer"])
     return TrainStep(
-        network, build_optimizer("lamb", model, 0.95), schedule, precision=way.precision, device=device, clip=5.0,
-        cuda_graph=way.graph,
+        network, build_optimizer(optimizer, model, 0.95), schedule, precision=way.precision, device=device,
+        clip=float(recipe["clip"]), cuda_graph=way.graph,
     )  # fmt: skip
 
 

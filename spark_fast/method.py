@@ -58,7 +58,7 @@ class Recipe:
         decays: whether weight decay acts on a parameter, by its name and value.
     """
 
-    settings: Mapping[str, object] = field(default_factory=dict)
+    settings: Mapping[str, str | float] = field(default_factory=dict)
     first_lr: float = 0.005
     last_lr: float = 0.001
     closed: bool = True
