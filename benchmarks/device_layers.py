@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from device_jobs import ConvLayer, Job, Scale
-from spark_fast.densify import densify, sparse_pays
-from spark_fast.upsample import merging_pays
 from torch import Tensor, nn
 from ways import Shape, median_seconds
 
 from spark_fast.decoder import Decoder
+from spark_fast.decoder.densify import densify, sparse_pays
+from spark_fast.decoder.upsample import merging_pays
 from spark_fast.encoder import VisiblePatches
 from spark_fast.encoder.context import EncoderContext
 from spark_fast.encoder.conv.kernels import use_kernels
@@ -68,8 +68,9 @@ def _algorithms(layer: ConvLayer, shape: Shape, repeats: int, device: torch.devi
 
 def _merge(number: int, shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
     """Milliseconds of a decoder block with its first two layers as one, and apart."""
-    block = Decoder(PATCH, shape.width or 768).dec[number].to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    side, channels = shape.size // PATCH * 2**number, shape.width // 2**number
+    width = shape.width or 768
+    block = Decoder(PATCH, width).dec[number].to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    side, channels = shape.size // PATCH * 2**number, width // 2**number
     x = _cells(shape.batch, channels, side, device)
     row: dict[str, Any] = {"batch": shape.batch, "chosen": "merged" if merging_pays(x, channels) else "apart"}
     for name, merge in (("merged", True), ("apart", False)):
