@@ -82,7 +82,7 @@ def _merge(number: int, shape: Shape, repeats: int, device: torch.device) -> dic
 def _projection(number: int, shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
     """Milliseconds of a 3x3 projection of ResNet-50's level into the decoder, from all cells or the visible ones."""
     visible, b = _visible(shape, device), 2**number
-    channels, width = 2048 // b, shape.width // b
+    channels, width = 2048 // b, (shape.width or 768) // b
     project = nn.Conv2d(channels, width, 3, padding=1).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     x, token = _cells(visible.count, channels, b, device), torch.zeros(channels, device=device, requires_grad=True)
     row: dict[str, Any] = {"batch": shape.batch, "chosen": "visible" if sparse_pays(x, visible.keep) else "all"}

@@ -5,9 +5,9 @@
 
 The candidates have the same weights, images and masks and take turns; a figure is the median. A step is forward,
 backward, clipping and the method's optimiser, eager. "published decoder" is the masked encoder with images as planes
-(NCHW) in fp32, and for SparK dense projections and each layer of the decoder by itself: how the published code computes,
-though leaner than that code. Below it the decoder is today's, and without "NCHW" the layout channels_last. Steps are
-compared with the first candidate, encoders with the masked one of the same precision and layout.
+(NCHW) in fp32, and for SparK dense projections and each layer of the decoder by itself: how the published code
+computes, though leaner than that code. Below it the decoder is today's, and without "NCHW" the layout channels_last.
+Steps are compared with the first candidate, encoders with the masked one of the same precision and layout.
 """
 
 from __future__ import annotations
