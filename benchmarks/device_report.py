@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parts = {name: jobs for name, jobs in parts.items() if not options.only or name in options.only}
     deadline = time.monotonic() + options.seconds
     if options.rows:  # the process of one part
-        with options.rows.open("a") as file:
+        with options.rows.open("a", encoding="utf-8") as file:
             for name, jobs in parts.items():
                 for row in do(name, jobs, deadline):
                     file.write(json.dumps(row) + "\n")
@@ -104,7 +104,7 @@ def isolated(part: str, jobs: list[Job], device: torch.device, deadline: float) 
             reason = f"the process ended with code {done.returncode}: {done.stderr[-500:]}"
         except subprocess.TimeoutExpired:
             reason = "it was ended when the time was up"
-        rows: list[Row] = [json.loads(line) for line in path.read_text().splitlines()]
+        rows: list[Row] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return rows + [{"part": part, "name": job.name, "error": reason} for job in jobs[len(rows) :]]
 
 

@@ -37,11 +37,11 @@ def put_between_marks(page: Path, text: str) -> None:
     Raises:
         ValueError: the page has not each mark once.
     """
-    before, begin, rest = page.read_text().partition(MARKS[0])
+    before, begin, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not (begin and end):
         raise ValueError(f"{page} needs the two marks {MARKS[0]} and {MARKS[1]}")
-    page.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
+    page.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def _main(arms: dict) -> str:

@@ -117,7 +117,7 @@ def _tar_faults(folder: Path, shard: ShardFile, rows: NDArray[np.void]) -> Itera
                     records.append((key, member.offset_data, member.size))
                 elif content := tar.extractfile(member):
                     labels[key] = int(content.read())
-        idx = (folder / shard.file).with_suffix(".idx").read_text()
+        idx = (folder / shard.file).with_suffix(".idx").read_text(encoding="utf-8")
     except (OSError, ValueError, tarfile.TarError) as error:
         yield f"{shard.file}: not readable as a tar with index: {error}"
         return

@@ -135,7 +135,7 @@ class Display:
     def __init__(self) -> None:
         console = Console()
         self._bar = Bar(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # a folder may be called [red]
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[speed]}"),

@@ -245,7 +245,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _native_bf16() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and bool(re.search(r"avx512_bf16|amx_bf16|\bbf16\b", cpuinfo.read_text()))
+    return cpuinfo.exists() and bool(re.search(r"avx512_bf16|amx_bf16|\bbf16\b", cpuinfo.read_text(encoding="utf-8")))
 
 
 def main(argv: list[str] | None = None) -> int:

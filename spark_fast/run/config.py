@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -239,7 +240,7 @@ def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
 def _flags_of(path: Path, known_settings: Any) -> list[str]:
     """The flags that a TOML file stands for, of a settings tree of dataclasses."""
     try:
-        tree: dict[str, object] = tomllib.loads(path.read_text())
+        tree: dict[str, object] = tomllib.loads(_text_of(path.read_bytes()))
     except FileNotFoundError:
         raise SettingsError(f"there is no configuration file {path}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
@@ -255,3 +256,13 @@ def _flags_of(path: Path, known_settings: Any) -> list[str]:
                 raise SettingsError(f"{path}: [{section}] has no setting {key!r}{nearest(key, known)}")
             flags.append(f"--{key}={value}")
     return flags
+
+
+def _text_of(raw: bytes) -> str:
+    """UTF-8 in every locale; paths that the locale cannot encode become what the command line would have been."""
+    text = raw.decode("utf-8")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return os.fsdecode(raw)
+    return text

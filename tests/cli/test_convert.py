@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from spark_fast.cli.convert import main
+from spark_fast.cli.convert import Display, main
 from spark_fast.commands import command as command_name
 from spark_fast.errors import DataError
-from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
+from spark_fast.pipelines.convert.conversion import ConvertSettings, Progress, convert
 from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.sources.detect import TARS, detect_source
 from tests.commands import HANG_SECONDS, run_here
@@ -202,3 +202,11 @@ def test_bad_sources_are_exit_code_3_and_bad_destinations_2(src, tmp_path):
     assert "no images in" in here(tmp_path / "empty", tmp_path / "out", code=3).stderr
     assert "images' own folder" in here(src, src / "out", code=2).stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_brackets_in_a_folders_name_are_shown_as_they_are(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("COLUMNS", "200")
+    with Display() as display:
+        display.show(Progress(Path("o[red]"), 3, 3, 99))
+    assert "o[red]" in capsys.readouterr().out

@@ -201,6 +201,7 @@ def torchrun(*words, ranks=2, restarts=0, code=0):
         capture_output=True, text=True, timeout=HANG_SECONDS, env=environment,
     )  # fmt: skip
     assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
+    assert "strides" not in done.stderr, "a warning of DDP"
     return done
 
 
