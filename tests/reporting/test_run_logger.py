@@ -119,6 +119,12 @@ def test_on_a_terminal_lines_are_shown_above_the_bar_and_the_copy_has_the_progre
     assert terminal.getvalue().endswith("done\n")
 
 
+def test_elsewhere_nothing_is_written_beside_the_streams(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "__stderr__", io.StringIO())
+    written(tmp_path, [1, 5])
+    assert sys.__stderr__.getvalue() == ""
+
+
 def test_an_epoch_without_a_log_point_writes_no_line(tmp_path):
     story = journal(tmp_path)
     story.epoch(5)
