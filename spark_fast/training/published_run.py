@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from spark_fast.checkpoint.file import Content, check_run, read
 from spark_fast.errors import CheckpointError
-from spark_fast.networks import PUBLISHED_MODELS
 from spark_fast.weights.named_tensors import State, matches, read_state
 from spark_fast.weights.spark_keys import canonical_name
 
@@ -90,7 +89,6 @@ def _others(args: object, now: Mapping[str, object]) -> list[str]:
             before = ast.literal_eval(match[1]) if match else value
         except (ValueError, SyntaxError):
             continue
-        before = PUBLISHED_MODELS.get(before, before) if isinstance(before, str) else before
         if before != value:
             found.append(f"{name} was {before!r}, is {value!r}")
     return found
@@ -146,10 +144,10 @@ def _moments(
 def _groups(saved: Mapping, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """This optimiser's groups, with the steps that the saved one counts in its."""
     counted = {step for group in _list(saved, "param_groups") if isinstance(step := group.get("step"), int)}
-    steps = {"step": torch.tensor(float(max(counted)))} if counted else {}
     groups, number = [], 0
     for group in optimizer.param_groups:
         params = list(range(number, number := number + len(group["params"])))
+        steps = {"step": torch.tensor(float(max(counted)))} if counted else {}  # a tensor each, as each counts in place
         groups.append({**{k: v for k, v in group.items() if k != "params"}, **steps, "params": params})
     return groups
 

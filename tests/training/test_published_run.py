@@ -56,7 +56,7 @@ def published(model, moments, step=7, epoch=3, **more):
     listed = [{**common, "params": [numbers[n] for n in group]} for group in groups]
     unused = {n: torch.zeros(1, 3, 1, 1) for n in ("imn_m", "imn_s", "norm_black")}
     return {
-        "args": "{'bs': 4096,\n 'model': 'res50',\n 'lr': 0.0032}",
+        "args": "{'bs': 4096,\n 'model': 'resnet50',\n 'lr': 0.0032}",
         "input_size": 64,
         "arch": "resnet50",
         "epoch": epoch,
