@@ -149,7 +149,8 @@ def test_a_published_file_that_names_no_network_is_recognised_as_by_the_exporter
     assert result(tmp_path / "a")["settings"]["model"]["model"] == "resnet18"
 
 
-def test_a_network_that_nobody_knows_is_said_to_look_like_what_it_does(pictures, tmp_path, capsys):
+def test_a_network_that_nobody_knows_is_said_to_look_like_what_it_does(pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("spark_fast.weights.identify.LOOKALIKES", ("resnet14t", "resnet10t"))  # all of them: seconds
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "a.pth")
     words = [f"--weights={tmp_path / 'a.pth'}", f"--data_path={pictures}", f"--exp_dir={tmp_path / 'a'}"]
     with as_it_was():

@@ -154,7 +154,19 @@ def broken(change):
         (lambda c: c["module"]["mask_tokens.0"].fill_(torch.nan), "not finite, as in mask_tokens.0"),
         (lambda c: c["optimizer"]["state"].pop(0), "its optimiser is another one, this run's lamb"),
         (lambda c: c["optimizer"]["state"][0].update(step=torch.tensor(1.0)), "its optimiser is adamw, .*--opt adamw"),
-        (lambda c: c["optimizer"]["state"][1].update(exp_avg=torch.zeros(1)), "other shapes for"),
+        (
+            lambda c: c["optimizer"]["state"][1].update(exp_avg=torch.zeros(1)),
+            "exp_avg of .* is no tensor of the shape",
+        ),
+        (lambda c: c["optimizer"]["state"][1].update(exp_avg_sq=3), "exp_avg_sq of .* is no tensor of the shape"),
+        (
+            lambda c: c["optimizer"]["param_groups"][0].pop("step"),
+            r"its optimiser's groups count no steps: \[None, 7\]",
+        ),
+        (
+            lambda c: c["optimizer"]["param_groups"][0].update(params=[[0]]),
+            "its optimiser has .* parameters, this model",
+        ),
         (lambda c: c["optimizer"]["param_groups"].pop(), "its optimiser has .* parameters, this model"),
         (lambda c: c["optimizer"].update(param_groups=3), "its optimiser has no param_groups"),
     ],
