@@ -49,6 +49,11 @@ def build_network(model: str, kwargs: dict | None = None, stages: int | None = N
         ValueError: an unknown name (the nearest are given), a function that cannot be imported or returns no module,
             or a number of stages that the network has not.
     """
+    if model.startswith(("hf-hub:", "local-dir:")):
+        raise ValueError(
+            f"{model!r} names weights, not a network: give the network's name in timm as --model, and weights of the "
+            f"Hub as --init_weight (of an evaluation: --weights)"
+        )
     if ":" in model:
         return _own(model, kwargs or {})
     if not timm.is_model(model):

@@ -167,11 +167,16 @@ def read_run(path: Path) -> RunContent:
     Raises:
         CheckpointError: it is none.
     """
-    content = read(path)
+    return check_run(path, read(path))
+
+
+def check_run(path: Path, content: Content) -> RunContent:
+    """Raise CheckpointError for what no run can go on from."""
     check_format(path, content)
     if content.get("format") != FORMAT or not set(content) >= RUN_STATE:
         raise CheckpointError(
-            f"{path} is no checkpoint that a run can go on from; --init_weight starts from its weights"
+            f"{path} is no checkpoint that a run can go on from; --init_weight starts from its weights "
+            f"(--weights for an evaluation). It lacks {', '.join(sorted(RUN_STATE - set(content))) or 'its format'}"
         )
     return cast(RunContent, content)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+MISFIT = "the checkpoint does not fit this model. "
 
 
 def tensors_of(content: Mapping) -> Mapping:
@@ -47,5 +48,5 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], unknown: list[s
             more = f", and {len(names) - 3} more" if len(names) > 3 else ""
             problems.append(f"{what}: {'; '.join(names[:3])}{more}")
     if problems:
-        raise ValueError("the checkpoint does not fit this model. " + ". ".join(problems))
+        raise ValueError(MISFIT + ". ".join(problems))
     model.load_state_dict(state)

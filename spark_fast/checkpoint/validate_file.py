@@ -83,6 +83,12 @@ def check_zip(path: Path, crc: bool) -> None:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise RefusedError(f"is damaged: {error}") from None
     records = archive.infolist()
+    names = {record.filename.partition("/")[2] for record in records}
+    if "constants.pkl" in names:
+        raise RefusedError(
+            "is a TorchScript archive, a program with its weights: torch.save(torch.jit.load(FILE).state_dict(), NEW) "
+            "makes a file of weights of it"
+        )
     if any(r.compress_type != zipfile.ZIP_STORED or r.compress_size != r.file_size for r in records):
         raise RefusedError("is refused: compressed records, which torch never writes (a zip bomb?)")
     if sum(r.file_size for r in records) > size or len({r.filename for r in records}) != len(records):

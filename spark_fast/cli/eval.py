@@ -166,7 +166,7 @@ def _network(settings: Evaluation, weights: Weights | None) -> tuple[str, int]:
     """Name and stages: as asked, or as the weights say."""
     name = weights.choose_network(settings.network) if weights else settings.network
     if not name:
-        raise SettingsError(f"--model is missing: {settings.model.weights} does not say of which network it is")
+        raise SettingsError(f"--model is missing: {weights.unknown() if weights else 'with --weights none'}")
     return name, settings.model.stages or (weights.stages if weights else 0)
 
 

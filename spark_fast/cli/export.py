@@ -24,7 +24,7 @@ from spark_fast.weights.load_pretrained import load_pretrained
 def export_weights(
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CKPT")],
     *,
-    to: Literal["timm", "torchvision", "safetensors", "hf_folder", "spark"],
+    to: Literal["timm", "torchvision", "safetensors", "hf_folder", "spark", "spark_encoder"],
     out: Path,
     model: str = "",
 ) -> int:
@@ -33,7 +33,8 @@ def export_weights(
     Args:
         source: Run folder, or .pth or .safetensors file.
         to: timm and hf_folder: all of timm's network but the classifier. torchvision: all of its network. safetensors:
-            the encoder's tensors and no others. spark: encoder and decoder in the published code's names.
+            the encoder's tensors and no others. spark: encoder and decoder as the published pre-training saves them.
+            spark_encoder: the encoder as the published fine-tuning reads it (ConvNeXts in the official names).
         out: File to write (.safetensors or .pth), or folder for hf_folder.
         model: The network, where the file does not tell (timm name), or if it is your own (package.module:function).
     """

@@ -42,7 +42,7 @@ def reconstruct(
         source: Run folder, or .pth or .safetensors file with a decoder (also a published one).
         images: Cropped in the centre to the input's shape, and resized.
         out: The picture to write, .png.
-        mask_ratio: Share of patches hidden; by default that of the training (0.6 of a published file).
+        mask_ratio: Share of patches hidden; by default that of the training (0.6 where the file does not say).
         seed: Of the masks; each image has its own.
         mask: One mask for all images: rows of `.` (visible) and `#` (hidden), a character per patch; or a text file of
             such rows; or a picture, bright where visible.

@@ -49,7 +49,7 @@ class Model:
     """The network and its weights."""
 
     weights: str = ""
-    """a run folder, a checkpoint (published ones too), an exported encoder (.pth, .safetensors); none: from scratch"""
+    """a run folder, a checkpoint (published ones too), an exported encoder, an hf-hub: name; none: from scratch"""
     model: str = ""
     """a timm name, res50 ... cnxL, or your own as package.module:function; default: as the weights say"""
     stages: int = 0

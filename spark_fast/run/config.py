@@ -7,6 +7,7 @@ as flags are: unknown keys are errors that name the nearest ones.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import sys
@@ -134,6 +135,8 @@ class Tree:
 
 T = TypeVar("T", bound=Tree)
 
+log = logging.getLogger("spark_fast")
+
 
 def read(kind: type[T], argv: list[str], switches: dict[str, Values]) -> T:
     """Settings from a command line, [NAME] --flag ...: defaults < `--config file.toml` < flags.
@@ -148,6 +151,9 @@ def read(kind: type[T], argv: list[str], switches: dict[str, Values]) -> T:
     if argv and not argv[0].startswith("-"):
         argv = [f"--exp_name={argv[0]}", *argv[1:]]
     config, argv = take_option(argv, "--config")
+    rate, argv = take_option(argv, "--lr")
+    if rate is not None:
+        log.warning("--lr %s is ignored, as by the published code: the rate is --base_lr times --bs / 256", rate)
     show = "--print_config" in argv
     argv = [a for a in argv if a != "--print_config"]
     flags = _flags_of(Path(config), kind()) if config is not None else []

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from spark_fast.checkpoint.file import Content
-from spark_fast.checkpoint.manager import CheckpointManager, read_newest
+from spark_fast.checkpoint.file import Content, RunContent, random_state
+from spark_fast.checkpoint.manager import CheckpointManager, newest_readable
 from spark_fast.errors import SettingsError
 from spark_fast.masking import sample_visible
 from spark_fast.pipelines import Batch, Pipeline
@@ -32,7 +33,8 @@ from spark_fast.spark import SparK
 from spark_fast.training.checkpointer import Checkpointer
 from spark_fast.training.nonfinite import NonfiniteReport
 from spark_fast.training.optim import build_optimizer
-from spark_fast.training.resume import check_same_run
+from spark_fast.training.published_run import is_published, published_run, read_resumable
+from spark_fast.training.resume import check_same_run, in_published_names
 from spark_fast.training.run_state import Position, RunState
 from spark_fast.training.settings import Settings
 from spark_fast.training.step import DTYPES, Schedule, TrainStep, compiled, resolve_precision
@@ -109,9 +111,12 @@ class PretrainRun:
 
     def restore(self, paths: list[Path]) -> None:
         """Go on where the first of these checkpoints that can be read was written, at the very next batch."""
-        path, state = read_newest(paths)
-        check_same_run(path, state, self.settings, self.pipeline)
-        self.state.restore(path, state, self.ranks)
+        path, content = newest_readable(paths, read_resumable)
+        if is_published(content):
+            content = self._from_published(path, content)
+        else:
+            check_same_run(path, cast(RunContent, content), self.settings, self.pipeline)
+        self.state.restore(path, cast(RunContent, content), self.ranks)
 
     def monitor(self, logger: RunLogger, profile: Profile | None = None) -> Monitor:
         """What collects the figures of the steps for a logger."""
@@ -186,6 +191,12 @@ class PretrainRun:
             write_encoder(renamed(content["model"], names), network, folder)
 
         return Checkpointer(self.state, manager, steps=steps, seconds=seconds, after_epoch=after_epoch)
+
+    def _from_published(self, path: Path, content: Content) -> Content:
+        """A full checkpoint of the published code as one of this run; what it has not, is as the run begins with it."""
+        found = published_run(path, content, self.model, self.optimizer, in_published_names(self.settings))
+        step = found["epoch"] * self.position.steps_per_epoch
+        return {**found, "step": step, "random_state": random_state(), "scaler": self.advance.scaler.state_dict()}
 
     def _train_step(self) -> TrainStep:
         settings, optim, at = self.settings, self.settings.optim, self.position

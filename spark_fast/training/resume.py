@@ -62,6 +62,17 @@ def check_same_run(path: Path, state: RunContent, settings: Settings, data: Pipe
     refuse_differences(path, state, differences, data, "--init_weight to begin a new run from its weights")
 
 
+def in_published_names(settings: Settings) -> dict[str, object]:
+    """The settings that the published code has too, by its names for them, with its spelling of values."""
+    optim = settings.optim
+    return {
+        **{"model": settings.network, "input_size": settings.size[0], "mask": settings.model.mask_ratio},
+        **{"bs": settings.data.batch_size, "ep": optim.epochs, "wp_ep": optim.warmup_epochs, "clip": optim.clip},
+        **{"base_lr": optim.base_lr, "wd": optim.weight_decay, "wde": optim.weight_decay_end or optim.weight_decay},
+        **{"opt": optim.optimizer, "ada": settings.beta2},
+    }
+
+
 def differing(before: dict, now: dict, harmless: dict[str, set[str]]) -> list[str]:
     """The settings that are others now, but for the harmless ones, in words."""
     return [

@@ -78,7 +78,7 @@ class Model:
     sparse_conv: bool = False
     """the published flag for --encoder sparseconvnet"""
     init_weight: str = ""
-    """start from the weights of a run folder, a checkpoint (published ones too), or an encoder (timm's names)"""
+    """start from the weights of a run folder, a checkpoint (published ones too), an encoder, or an hf-hub: name"""
 
 
 @dataclass
@@ -120,7 +120,7 @@ class Run:
     exp_dir: str = ""
     """run folder; default output_<exp_name>"""
     resume: Annotated[str, arg(aliases=["--resume_from"])] = ""
-    """go on from this checkpoint; auto: the run folder's newest that is whole, if it has any"""
+    """go on from this checkpoint, ours or a full published one; auto: the run folder's newest whole one, if any"""
     seed: int = 0
     """decides order, crops, masks and initial weights"""
     device: Literal["auto", "cuda", "cpu"] = "auto"

@@ -23,12 +23,14 @@ from spark_fast.checkpoint.file import read
 from spark_fast.checkpoint.state_dict import load_strictly
 from spark_fast.errors import CheckpointError, SettingsError
 from spark_fast.files import atomic_write, sync_folder
-from spark_fast.networks import build_network
+from spark_fast.networks import PUBLISHED_MODELS, build_network
 from spark_fast.pipelines.transforms.resize import MEAN, STD
-from spark_fast.weights.load import load_spark_state_dict
+from spark_fast.weights.load import load_into_spark, load_spark_state_dict
 from spark_fast.weights.load_pretrained import Pretrained
 from spark_fast.weights.model_card import model_card
-from spark_fast.weights.spark_keys import spark_state_dict
+from spark_fast.weights.model_spec import ModelSpec
+from spark_fast.weights.read import read_weights
+from spark_fast.weights.spark_keys import published_encoder, spark_state_dict
 from spark_fast.weights.timm_keys import encoder_state_dict, timm_names
 from spark_fast.weights.torchvision_keys import torchvision_names
 
@@ -45,7 +47,7 @@ class ExportFormat:
         endings: of the file, the first by preference; () for a folder.
         load: reads what was written, strictly, into a new network, and returns its state under the names of `state`.
         usage: Python that loads it, with PATH for the place.
-        wrapped: what lies beside the state in a .pth, and the state then under "module"; None for a plain state dict.
+        whole: what a .pth holds where that is more than `state`.
     """
 
     state: StateDict
@@ -53,7 +55,7 @@ class ExportFormat:
     endings: tuple[str, ...]
     load: Callable[[Path], StateDict]
     usage: str
-    wrapped: dict[str, object] | None = None
+    whole: dict[str, object] | None = None
 
 
 def export(source: Pretrained, to: str, out: Path) -> ExportFormat:
@@ -80,9 +82,6 @@ def export(source: Pretrained, to: str, out: Path) -> ExportFormat:
             raise SettingsError(f"{place} exists already: remove it, or choose another place")
     if not out.parent.is_dir():
         raise SettingsError(f"there is no folder {out.parent} to write {out.name} into")
-    odd = [name for name, value in made.state.items() if not value.isfinite().all()]
-    if odd:
-        raise CheckpointError(f"{source.path} holds numbers that are not finite, as in {odd[0]}: nothing is written")
     try:
         with TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
             _write(source, to, made, Path(folder) / out.name, Path(folder) / card.relative_to(out.parent))
@@ -108,9 +107,8 @@ def _write(source: Pretrained, to: str, made: ExportFormat, path: Path, card: Pa
         with atomic_write(weights) as file:
             file.write(content)
     else:
-        whole = {**made.wrapped, "module": made.state} if made.wrapped else made.state
         with atomic_write(weights) as file:
-            torch.save(whole, file)
+            torch.save(made.whole or made.state, file)
     text = model_card(source, to, made.new, made.usage.replace("PATH", path.name))
     with atomic_write(card) as file:
         file.write(text.encode())
@@ -193,24 +191,70 @@ def _safetensors(source: Pretrained) -> ExportFormat:
 
 
 def _spark(source: Pretrained) -> ExportFormat:
+    """What the published pre-training saves, but for its optimiser: pretrain/spark.py (`state_dict`), utils/misc.py."""
     if not source.weights.state.has_decoder:
         raise ValueError(
             f"{source.path} holds an encoder alone, and the published form has a decoder: "
-            f"choose --to timm, torchvision, safetensors or hf_folder"
+            f"choose --to timm, torchvision, safetensors, hf_folder or spark_encoder"
         )
-    spec = source.spec
+    spec, model = source.spec, source.model
     height, width = spec.input_size
-    wrapped: dict[str, object] = {"arch": spec.network, "input_size": height if height == width else [height, width]}
+    size = height if height == width else [height, width]
+    unused = {
+        "imn_m": torch.zeros(1, 3, 1, 1),
+        "imn_s": torch.zeros(1, 3, 1, 1),
+        "norm_black": torch.zeros(1, 3, height, width),
+    }
+    state = spark_state_dict(model) | unused
+    config = {
+        "mask_ratio": spec.mask_ratio,
+        "densify_norm_str": "bn" if isinstance(model.densify_norms[0], nn.BatchNorm2d) else "ln",
+        "sbn": False,  # not a matter of weights: so they load where there is one process, as in the notebook
+        "hierarchy": len(model.mask_tokens),
+        "sparse_encoder.input_size": size,
+        "dense_decoder.width": spec.decoder_width,
+    }
+    whole: dict[str, object] = {"arch": spec.network, "input_size": size, "is_pretrain": True}
+    whole["module"] = {**state, "config": config}
 
     def load(path: Path) -> StateDict:
-        model = spec.build()
-        load_spark_state_dict(model, read(path))
-        return spark_state_dict(model)
+        written = read(path)
+        again = spec.build()
+        load_spark_state_dict(again, written)
+        return spark_state_dict(again) | {name: written["module"][name] for name in unused}
 
     usage = (
-        'import torch\n\nstate = torch.load("PATH", weights_only=True)["module"]  # the published code: --init_weight'
+        'import torch\n\nstate = torch.load("PATH", weights_only=True)["module"]  # the published code: --init_weight\n'
+        'config = state.pop("config")' + _beyond_published(spec, decoder=True)
     )
-    return ExportFormat(spark_state_dict(source.model), [], (".pth",), load, usage, wrapped)
+    return ExportFormat(state, [], (".pth",), load, usage, whole)
+
+
+def _spark_encoder(source: Pretrained) -> ExportFormat:
+    """What the published fine-tuning reads: timm's names for ResNets, the official ones for ConvNeXts."""
+
+    def load(path: Path) -> StateDict:
+        again = source.spec.build()
+        load_into_spark(read_weights(path), again)
+        return published_encoder(again)
+
+    usage = (
+        'import torch\n\nstate = torch.load("PATH", weights_only=True)  # the published fine-tuning: --resume_from'
+        + _beyond_published(source.spec, decoder=False)
+    )
+    return ExportFormat(published_encoder(source.model), [], (".pth",), load, usage)
+
+
+def _beyond_published(spec: ModelSpec, *, decoder: bool) -> str:
+    """A comment for models that the published code has not: its networks are few, and its decoder has one width."""
+    lacks = [] if spec.network in PUBLISHED_MODELS.values() and not spec.stages else [f"no such {spec.network}"]
+    if decoder and spec.decoder_width != ModelSpec.decoder_width:
+        lacks.append(f"no decoder {spec.decoder_width} wide, only {ModelSpec.decoder_width}")
+    if decoder and spec.input_size[0] != spec.input_size[1]:
+        lacks.append("no input that is not square")
+    return (
+        f"\n# the published code has {', '.join(lacks)}: this file is for other readers of its names" if lacks else ""
+    )
 
 
 EXPORT_FORMATS: dict[str, Callable[[Pretrained], ExportFormat]] = {
@@ -219,6 +263,7 @@ EXPORT_FORMATS: dict[str, Callable[[Pretrained], ExportFormat]] = {
     "safetensors": _safetensors,
     "hf_folder": _hf_folder,
     "spark": _spark,
+    "spark_encoder": _spark_encoder,
 }
 
 

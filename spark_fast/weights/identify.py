@@ -12,10 +12,20 @@ from safetensors import safe_open
 from torch import Tensor
 
 from spark_fast.networks import PUBLISHED_MODELS, build_network
+from spark_fast.weights.named_tensors import COUNTER, Shapes, State, holds, places_of, which_of
 from spark_fast.weights.spark_keys import ENCODER, network_name
 
 # the networks that were published pre-trained, and their small relatives
 RECOGNISED = ("resnet18", "resnet34", "convnext_tiny", *PUBLISHED_MODELS.values())
+# those that weights which do not fit are compared with besides, to say what they are
+LOOKALIKES = (
+    *("resnet10t", "resnet14t", "resnet26", "resnet50d", "resnext50_32x4d", "wide_resnet50_2", "seresnet50"),
+    *("resnetv2_50", "convnext_atto", "convnext_femto", "convnext_pico", "convnext_nano", "convnext_xlarge"),
+    *("convnextv2_atto", "convnextv2_nano", "convnextv2_tiny", "convnextv2_base", "convnextv2_large"),
+    *("efficientnet_b0", "efficientnet_b3", "mobilenetv2_100", "mobilenetv3_large_100", "regnety_016", "regnety_040"),
+    *("densenet121", "vgg16", "vit_small_patch16_224", "vit_base_patch16_224", "swin_tiny_patch4_window7_224"),
+)
+FEWEST = 20  # tensors; none of them has so few
 
 
 def named_network(path: Path, content: Mapping[str, object], settings: Mapping[str, object]) -> str:
@@ -42,9 +52,47 @@ def recognise(state: Mapping[str, Tensor]) -> str:
     Args:
         state: under canonical names, or those of the plain network.
     """
-    shapes = {network_name(name.removeprefix(ENCODER)): tuple(value.shape) for name, value in state.items()}
-    sizes = {name: len(wanted) for name in RECOGNISED if (wanted := _shapes(name)).items() <= shapes.items()}
-    return max(sizes, key=sizes.__getitem__, default="")
+    tensors = {ENCODER + network_name(name.removeprefix(ENCODER)): value for name, value in state.items()}
+    return next((name for name in _largest_first() if holds(tensors, _shapes(name))), "")
+
+
+def recognise_beneath(tensors: Mapping[str, Tensor]) -> str:
+    """The same of a network that lies somewhere in a file.
+
+    Args:
+        tensors: all of the file, see `named_tensors.flatten`.
+
+    Raises:
+        ValueError: it is there several times, with the places.
+    """
+    for name in _largest_first() if tensors else ():
+        places = places_of(_shapes(name), tensors)
+        if len(places) > 1:
+            raise ValueError(which_of(place.prefix for place in places))
+        if places:
+            return name
+    return ""
+
+
+def lookalike(state: State, tensors: Mapping[str, Tensor], named: str) -> str:
+    """Which network of timm these weights are of, as far as a few dozen tell; "" for none of them.
+
+    Args:
+        state: what lies in the usual places of the file; tensors: as for `recognise_beneath`.
+        named: the network that the file names, which is compared first.
+    """
+    if max(len(state.tensors), len(tensors)) < FEWEST:
+        return ""
+    for names in ((named, *RECOGNISED), LOOKALIKES):  # the latter take seconds to build, if only on the meta device
+        known = [name for name in names if timm.is_model(name)]
+        found = [name for name in known if holds(state.tensors, _whole(name)) or places_of(_whole(name), tensors)]
+        if found:
+            return max(found, key=lambda name: len(_whole(name)))
+    return ""
+
+
+def _largest_first() -> list[str]:
+    return sorted(RECOGNISED, key=lambda name: -len(_shapes(name)))
 
 
 def _full_name(name: object) -> str:
@@ -53,6 +101,21 @@ def _full_name(name: object) -> str:
 
 
 @cache
-def _shapes(network: str) -> dict[str, tuple[int, ...]]:
+def _shapes(network: str) -> Shapes:
+    """Of the network of feature maps."""
     with torch.device("meta"):
-        return {network_name(k): tuple(v.shape) for k, v in build_network(network).state_dict().items()}
+        return _canonical(build_network(network).state_dict())
+
+
+@cache
+def _whole(network: str) -> Shapes:
+    """Of the network without classifier and norm before it, which a file need not have. timm's list may have others."""
+    with torch.device("meta"):
+        state = timm.create_model(network, num_classes=0).state_dict()
+    return _canonical(
+        {k: v for k, v in state.items() if not k.startswith(("head.", "norm.", "fc_norm.", "final_conv."))}
+    )
+
+
+def _canonical(state: Mapping[str, Tensor]) -> Shapes:
+    return {ENCODER + network_name(k): v.shape for k, v in state.items() if not k.endswith(COUNTER)}

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
-from spark_fast.checkpoint.state_dict import load_strictly
+from spark_fast.checkpoint.state_dict import MISFIT, load_strictly
 from spark_fast.errors import MisfitError
 from spark_fast.spark import SparK
-from spark_fast.weights.read import State, Weights, read_state, read_weights
+from spark_fast.weights.named_tensors import COUNTER, State, holds, matches, read_state
+from spark_fast.weights.read import Weights, read_weights
 from spark_fast.weights.spark_keys import ENCODER, canonical_name, network_name
-from spark_fast.weights.timm_keys import WRAPPERS, spellings
+
+OURS = "encoder.network."  # our names of the encoder's tensors begin so
 
 log = logging.getLogger("spark_fast")
 
@@ -26,22 +29,31 @@ def load_weights(path: Path, model: SparK) -> None:
 def load_into_spark(weights: Weights, model: SparK) -> None:
     """Load a model from `build_spark`: the whole of it, or its encoder where the weights are of a plain network.
 
-    What a plain network has beyond the encoder (timm's classifier) is left out. That, and that the decoder is new, is
-    logged.
+    What a plain network has beyond the encoder (timm's classifier) is left out. That, how many tensors were loaded of
+    encoder and decoder, and that the decoder is new, is logged.
 
     Raises:
-        MisfitError: a tensor is missing, unknown or of another shape, by name. The model is then unchanged.
+        MisfitError: a tensor is missing, unknown, of another shape or not finite, by name, or several models in the
+            file fit. The model is then unchanged.
     """
-    state = weights.state
+    own, left = model.state_dict(), None
+    encoder = {canonical_name(name): value.shape for name, value in own.items() if name.startswith(OURS)}
+    state = weights.state if weights.state.has_decoder else weights.holding(encoder)
     try:
         if state.has_decoder:
-            _load_whole(state, model)
-            return
-        left = _load_encoder(state, model)
+            loaded = _load_whole(state, model)
+        else:
+            loaded, left = _load_encoder(state, model)
     except ValueError as error:
-        raise MisfitError(f"{weights.path}: {error}") from None
-    shown = ", ".join(left[:5]) or "nothing"
-    log.info("%s: the encoder is loaded, the decoder begins anew; left out: %s", weights.path, shown)
+        looks = "" if holds(state.tensors, encoder) else weights.looks_like()
+        raise _misfit(weights.path, error, looks) from None
+    of_encoder = sum(name.startswith(OURS) for name in loaded)
+    uncounted = sum(name.startswith(OURS) and name.endswith(COUNTER) and name not in loaded for name in own)
+    counts = (of_encoder, len(encoder) - uncounted, len(loaded) - of_encoder, len(own) - len(encoder))
+    log.info("%s: %d of the encoder's %d tensors loaded, %d of the decoder's %d", weights.path, *counts)
+    if left is not None:
+        shown = ", ".join(left[:5]) or "nothing"
+        log.info("%s: the encoder is loaded, the decoder begins anew; left out: %s", weights.path, shown)
 
 
 def load_spark_state_dict(model: SparK, state: Mapping) -> None:
@@ -64,62 +76,84 @@ def load_into_network(weights: Weights, network: nn.Module, new: set[str]) -> No
         new: their names: a classifier, levels that were not pre-trained.
 
     Raises:
-        MisfitError: a tensor is missing or of another shape, by name. The network is then unchanged.
+        MisfitError: a tensor is missing, of another shape or not finite, by name, or several networks in the file
+            fit. The network is then unchanged.
     """
-    own, tensors = network.state_dict(), weights.state.tensors
-    keys = _matches({name: ENCODER + network_name(name) for name in own}, tensors)
-    found = {n: tensors[k] for n, k in keys.items() if n not in new or tensors[k].shape == own[n].shape}
-    fresh = sorted(new - set(found))
+    own = network.state_dict()
+    canonical = {name: ENCODER + network_name(name) for name in own}
+    wanted = {canonical[name]: value.shape for name, value in own.items() if name not in new}
+    tensors = weights.holding(wanted).tensors
+    found = _found(canonical, tensors)
+    kept = {n: tensors[k] for n, k in found.items() if n not in new or tensors[k].shape == own[n].shape}
+    fresh = sorted(new - set(kept))
     try:
-        load_strictly(network, {**{name: own[name] for name in fresh}, **found})
+        _load(network, {name: own[name] for name in fresh} | kept)
     except ValueError as error:
-        raise MisfitError(f"{weights.path}: {error}") from None
+        raise _misfit(weights.path, error, "" if holds(tensors, wanted) else weights.looks_like()) from None
     anew = ", ".join(fresh[:5]) + (f" and {len(fresh) - 5} more" if len(fresh) > 5 else "")
-    log.info("%s: %d of %d tensors loaded; these begin anew: %s", weights.path, len(found), len(own), anew or "none")
+    total = sum(name in kept or name in fresh or not name.endswith(COUNTER) for name in own)
+    log.info("%s: %d of %d tensors loaded; these begin anew: %s", weights.path, len(kept), total, anew or "none")
 
 
-def _load_whole(state: State, model: SparK) -> None:
-    found = _matches({name: canonical_name(name) for name in model.state_dict()}, state.tensors)
+def _load_whole(state: State, model: SparK) -> list[str]:
+    """Load all; returns the names in the model of what the file has."""
+    found = _found({name: canonical_name(name) for name in model.state_dict()}, state.tensors)
     unknown = _file_names(state, set(found.values()))
-    load_strictly(model, {name: state.tensors[key] for name, key in found.items()}, unknown)
+    _load(model, {name: state.tensors[key] for name, key in found.items()}, unknown)
+    return list(found)
 
 
-def _load_encoder(state: State, model: SparK) -> list[str]:
-    """Load the encoder; returns what is left out of the file, by its names there."""
+def _load_encoder(state: State, model: SparK) -> tuple[list[str], list[str]]:
+    """Load the encoder; returns the names in the model of what the file has, and its names of what is left out."""
     own = model.state_dict()
-    encoder = [name for name in own if name.startswith("encoder.network.")]
-    found = _matches({name: canonical_name(name) for name in encoder}, state.tensors)
+    encoder = {name: canonical_name(name) for name in own if name.startswith(OURS)}
+    found = _found(encoder, state.tensors)
     left = sorted(_file_names(state, set(found.values())))
     kept = {name: value for name, value in own.items() if name not in encoder}
-    misfit = left if len(found) < len(encoder) else []  # another network's, then: they tell which
-    load_strictly(model, kept | {name: state.tensors[key] for name, key in found.items()}, misfit)
-    return left
+    whole = all(name in found or name.endswith(COUNTER) for name in encoder)
+    misfit = [] if whole else left  # another network's, then: they tell which
+    _load(model, kept | {name: state.tensors[key] for name, key in found.items()}, misfit)
+    return list(found), left
 
 
-def _matches(canonical: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def _load(model: nn.Module, tensors: Mapping[str, Tensor], unknown: list[str] | None = None) -> None:
+    """`load_strictly`, but a counter of batches may be missing, and no tensor may be what a network cannot have.
+
+    Raises:
+        ValueError: as `load_strictly`, or a tensor of integers for one of fractions, without data, or not finite.
+    """
+    own = model.state_dict()
+    for name, value in tensors.items():
+        if name not in own or value is own[name] or value.shape != own[name].shape:
+            continue
+        shown = name.removeprefix(OURS)
+        dense = value.layout == torch.strided and not (value.is_meta or value.is_quantized or value.is_nested)
+        if not dense or value.is_floating_point() != own[name].is_floating_point() or value.is_complex():
+            kind = "without data" if value.is_meta else f"{value.dtype}, {value.layout}".replace("torch.", "")
+            raise ValueError(f"{shown} is {kind}, the model's {str(own[name].dtype).replace('torch.', '')}")
+        if value.is_floating_point() and not value.to(own[name].dtype).isfinite().all():
+            raise ValueError(f"it holds numbers that are not finite, as in {shown} (weights of a run that diverged?)")
+    missing = {name: value for name, value in own.items() if name not in tensors}
+    counters = missing if all(name.endswith(COUNTER) for name in missing) else {}
+    load_strictly(model, {**tensors, **counters}, unknown)
+
+
+def _found(canonical: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """A model's names -> the canonical names of their tensors in a file; what has none is left out.
 
     Args:
         canonical: a model's names -> their canonical names.
     """
-    found = {}
-    for name, key in canonical.items():
-        match = next((k for k in _candidates(key) if k in tensors), None)
-        if match is not None:
-            found[name] = match
-    return found
-
-
-def _candidates(key: str) -> Iterator[str]:
-    """A canonical name, and what it is where timm has wrapped the network and the file has not, or the reverse."""
-    if not key.startswith(ENCODER):
-        yield key
-        return
-    inner = key.removeprefix(ENCODER)
-    yield from (ENCODER + name for name in spellings(inner))
-    yield from (ENCODER + wrapper + inner for wrapper in WRAPPERS)
+    keys = matches(canonical.values(), tensors)
+    return {name: keys[key] for name, key in canonical.items() if key in keys}
 
 
 def _file_names(state: State, used: set[str]) -> list[str]:
     """What a file holds beyond the tensors that are used."""
     return [name for key, name in state.names.items() if key not in used] + state.others
+
+
+def _misfit(path: Path, error: ValueError, looks: str) -> MisfitError:
+    """A message that says first what the weights are of, where that is the reason."""
+    hint = f"These look like {looks}'s (--model {looks}). " if looks else ""
+    return MisfitError(f"{path}: {str(error).replace(MISFIT, MISFIT + hint, 1)}")

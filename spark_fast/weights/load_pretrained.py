@@ -8,7 +8,6 @@ from pathlib import Path
 from spark_fast.errors import CheckpointError, SettingsError
 from spark_fast.networks import PUBLISHED_MODELS, parse_input_size
 from spark_fast.spark import SparK
-from spark_fast.weights.identify import RECOGNISED
 from spark_fast.weights.load import load_into_spark
 from spark_fast.weights.model_spec import ModelSpec
 from spark_fast.weights.read import Weights, read_weights
@@ -60,15 +59,13 @@ def load_pretrained(source: Path, network: str = "", input_size: str = "") -> Pr
 
 
 def _spec(weights: Weights, asked: str) -> ModelSpec:
-    path = weights.path
     if weights.settings:
         try:
             spec = ModelSpec.from_settings(weights.settings)
         except (TypeError, ValueError, SettingsError) as error:
-            raise CheckpointError(f"{path} has settings that this version cannot read ({error})") from None
+            raise CheckpointError(f"{weights.path} has settings that this version cannot read ({error})") from None
         return replace(spec, network=weights.choose_network(asked) or spec.network)
     network = weights.choose_network(asked)
     if not network:
-        known = ", ".join(sorted(RECOGNISED))
-        raise CheckpointError(f"{path}: its network is none of {known}: name it with --model")
+        raise CheckpointError(weights.unknown())
     return ModelSpec.from_weights(weights, network)

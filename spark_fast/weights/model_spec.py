@@ -65,10 +65,15 @@ class ModelSpec:
 
     @classmethod
     def from_weights(cls, weights: Weights, network: str) -> ModelSpec:
-        """The model of a file without settings: its tensors tell the decoder's width."""
+        """The model of a file without settings: its tensors tell the decoder's width, its "config" the ratio."""
         first = weights.state.tensors.get("decoder_dec_0_up_sample_weight")  # (width, width, 4, 4)
         width = UNUSED_WIDTH if first is None else len(first)
-        return cls(network, weights.input_size or cls.input_size, decoder_width=width)
+        return cls(
+            network,
+            weights.input_size or cls.input_size,
+            weights.mask_ratio or cls.mask_ratio,
+            decoder_width=width,
+        )
 
     def build(self) -> SparK:
         """The model, on the host, as it is initialised. Raises ValueError as `build_spark`."""

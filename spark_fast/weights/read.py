@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -11,27 +12,23 @@ from torch import Tensor
 
 from spark_fast.checkpoint.file import check_format, read
 from spark_fast.checkpoint.manager import candidates, newest_readable
-from spark_fast.checkpoint.state_dict import strip_prefixes, tensors_of
+from spark_fast.checkpoint.state_dict import tensors_of
 from spark_fast.errors import CheckpointError, SettingsError
-from spark_fast.weights.identify import named_network, recognise
-from spark_fast.weights.spark_keys import ENCODER, IGNORED, canonical_name, is_spark_name, network_name
+from spark_fast.weights.hub import HUB, read_from_hub
+from spark_fast.weights.identify import RECOGNISED, lookalike, named_network, recognise, recognise_beneath
+from spark_fast.weights.named_tensors import (
+    Shapes,
+    State,
+    beneath,
+    flatten,
+    holds,
+    places_of,
+    read_state,
+    which_of,
+    wrapper_of,
+)
 
-
-@dataclass(frozen=True)
-class State:
-    """The tensors of a model, whoever wrote them.
-
-    Attributes:
-        tensors: under canonical names (see `spark_keys`).
-        names: canonical name -> name in the file, for messages.
-        others: what stands among the tensors and is none, by name.
-        has_decoder: False for a plain network (the encoder alone, perhaps with a classifier).
-    """
-
-    tensors: dict[str, Tensor]
-    names: dict[str, str]
-    others: list[str]
-    has_decoder: bool
+log = logging.getLogger("spark_fast")
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,8 @@ class Weights:
         settings: of the run, as its checkpoint holds them; {} for a file that is not ours.
         record: of a checkpoint of ours.
         input_size: (H, W) that a published file names.
+        mask_ratio: that a published file names.
+        tensors: all in a file of a plain network, see `named_tensors.flatten`: a network may lie beneath a prefix.
     """
 
     path: Path
@@ -63,11 +62,53 @@ class Weights:
     settings: Mapping[str, object]
     record: RunRecord | None
     input_size: tuple[int, int] | None
+    mask_ratio: float | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def network(self) -> str:
-        """The network: as the file says, or by the shapes of its tensors; "" for one that is not known."""
-        return self.named or recognise(self.state.tensors)
+        """The network: as the file says, or by the shapes of its tensors; "" for one that is not known.
+
+        Raises:
+            CheckpointError: it is in the file several times.
+        """
+        try:
+            return self.named or recognise(self.state.tensors) or recognise_beneath(self.tensors)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+
+    def holding(self, shapes: Shapes) -> State:
+        """The tensors where a plain network of these shapes lies whole; where it does nowhere, the usual places.
+
+        A place that is not the usual one is logged, and so are others that hold such a network as well.
+
+        Raises:
+            CheckpointError: several places hold one, and none of them is the usual one.
+        """
+        places = places_of(shapes, self.tensors)
+        if holds(self.state.tensors, shapes):
+            if wrapper := wrapper_of(shapes, self.state):
+                log.info("%s: the network is taken from %s in it", self.path, wrapper)
+            usual = next(iter(self.state.tensors.values()), None)
+            for place in places:
+                if all(value is not usual for value in place.tensors.values()):
+                    at = place.prefix.rstrip(".")
+                    log.info("%s: %s in it fits as well, and is taken as %s#%s", self.path, at, self.path, at)
+            return self.state
+        if len(places) > 1:
+            raise CheckpointError(f"{self.path}: {which_of(place.prefix for place in places)}")
+        if places:
+            log.info("%s: the network is taken from %s in it", self.path, places[0].prefix.rstrip("."))
+        return places[0] if places else self.state
+
+    def looks_like(self) -> str:
+        """The network of timm that these weights are of, for a message that they do not fit; "" if nobody knows."""
+        return lookalike(self.state, self.tensors, self.named)
+
+    def unknown(self) -> str:
+        """What is said where neither file nor user names the network."""
+        hint = f" (these look like {name}'s)" if (name := self.looks_like()) else ""
+        return f"{self.path}: its network is none of {', '.join(sorted(RECOGNISED))}: name it with --model{hint}"
 
     @property
     def stages(self) -> int:
@@ -98,52 +139,60 @@ def read_weights(source: Path) -> Weights:
     """Read weights, tensors on the host.
 
     Args:
-        source: a run folder (its newest checkpoint that is whole), or a .pth or .safetensors file.
+        source: a run folder (its newest checkpoint that is whole), a .pth or .safetensors file, or a name of the Hub
+            (see `hub`). Of a file that holds several models, FILE#PREFIX is the one beneath this prefix.
 
     Raises:
         CheckpointError: there is none, it cannot be read, or it is refused.
     """
+    if str(source).startswith(HUB):
+        network, found = read_from_hub(str(source))
+        return Weights(source, read_state(found), network, {}, None, None)
     path, content = _open(source)
     ours = isinstance(content.get("settings"), Mapping)
     if ours:
         check_format(path, content)
     settings: Mapping[str, object] = content["settings"] if ours else {}
+    try:
+        state = read_state(content)
+        tensors = {} if ours or state.has_decoder else flatten(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if state.prefix:
+        log.info("%s: the model is taken from %s in it", path, state.prefix.rstrip("."))
     return Weights(
         path,
-        read_state(content),
+        state,
         named_network(path, content, settings),
         settings,
         _record(content) if ours else None,
         _input_size(content.get("input_size")),
+        _mask_ratio(tensors_of(content).get("config")),
+        tensors,
     )
 
 
-def read_state(content: Mapping) -> State:
-    """The tensors in a checkpoint, or in a state dict, of SparK or of a plain network."""
-    named = {str(name): value for name, value in tensors_of(content).items()}
-    has_decoder = any(map(is_spark_name, named))
-    tensors, names, others = {}, {}, []
-    for name, value in named.items():
-        if strip_prefixes(name) in IGNORED:
-            continue
-        if not isinstance(value, Tensor):
-            others.append(f"{name} ({type(value).__name__})")
-            continue
-        key = canonical_name(name) if has_decoder else ENCODER + network_name(strip_prefixes(name))
-        tensors[key], names[key] = value, name
-    return State(tensors, names, others, has_decoder)
-
-
 def _open(source: Path) -> tuple[Path, dict]:
-    if not source.is_dir():
-        return source, read(source)
-    found = candidates(source)
-    if not found:
+    """What a source holds, and the file that was read."""
+    if source.is_dir():
+        if found := candidates(source):
+            return newest_readable(found, read)
         raise CheckpointError(
             f"there is no checkpoint in {source}: the folder holds no checkpoint of a run; "
             f"give a run folder, or a .pth or .safetensors file"
         )
-    return newest_readable(found, read)
+    file, _, prefix = str(source).rpartition("#")
+    if source.exists() or not Path(file).is_file():
+        return source, read(source)
+    content = read(path := Path(file))
+    try:
+        part = beneath(tensors := flatten(content), f"{prefix}.")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if not part:
+        there = sorted({name.partition(".")[0] for name in tensors})
+        raise CheckpointError(f"{path} has no tensor beneath {prefix}: its names begin with {', '.join(there[:8])}")
+    return path, {"state_dict": part, "arch": content.get("arch"), "input_size": content.get("input_size")}
 
 
 def _record(content: Mapping) -> RunRecord | None:
@@ -160,3 +209,9 @@ def _input_size(value: object) -> tuple[int, int] | None:
     if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(side, int) for side in value):
         return value[0], value[1]
     return None
+
+
+def _mask_ratio(config: object) -> float | None:
+    """The mask ratio in a published file's "config"."""
+    found = config.get("mask_ratio") if isinstance(config, Mapping) else None
+    return found if isinstance(found, float) and 0 < found < 1 else None

@@ -52,6 +52,12 @@ def spark_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {_publish(name, convnext): value.detach().cpu().contiguous() for name, value in state.items()}
 
 
+def published_encoder(model: nn.Module) -> dict[str, Tensor]:
+    """The encoder's tensors as the published code saves them by themselves: for ResNets timm's names."""
+    prefix = "sparse_encoder.sp_cnn."
+    return {k.removeprefix(prefix): v for k, v in spark_state_dict(model).items() if k.startswith(prefix)}
+
+
 def canonical_name(name: str) -> str:
     """The canonical name of a tensor of SparK, from its published name or ours, whatever wrapped the model."""
     name = strip_prefixes(name)

@@ -54,6 +54,13 @@ def test_compressed_records_are_refused(honest, tmp_path):
         check_zip(rewritten(honest, tmp_path / "bomb.pth", zipfile.ZIP_DEFLATED), crc=True)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_torchscript_archive_is_named_as_one_with_the_way_to_its_weights(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "a.pt")
+    with pytest.raises(RefusedError, match=r"is a TorchScript archive, .*torch\.jit\.load\(FILE\)\.state_dict\(\)"):
+        check_zip(tmp_path / "a.pt", crc=True)
+
+
 def test_records_that_overlap_are_refused(honest):
     content = bytearray(honest.read_bytes())
     entries = [i for i in range(len(content)) if content.startswith(b"PK\1\2", i)]

@@ -20,7 +20,7 @@ from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.weights.spark_keys import spark_state_dict
 from tests.cli.conftest import CLASSES, TINY, write_pictures
-from tests.commands import HANG_SECONDS
+from tests.commands import HANG_SECONDS, as_it_was
 
 FRESH = "--weights=none"
 
@@ -135,6 +135,28 @@ def test_two_ranks_fine_tune_and_count_every_image_once(pictures, tmp_path):
     found = result(tmp_path / "two")
     assert found["images"] == 13
     assert {"raw_top1", "ema_top1"} <= set(found["last"])
+
+
+@pytest.mark.parametrize("kind", ["whole", "encoder"])
+def test_a_published_file_that_names_no_network_is_recognised_as_by_the_exporter(pictures, tmp_path, kind):
+    state = spark_state_dict(build_spark("resnet18", input_size=64, decoder_width=32, check=False))
+    prefix = "sparse_encoder.sp_cnn."
+    encoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    torch.save({"module": state} if kind == "whole" else encoder, tmp_path / "a.pth")
+    words = [f"--weights={tmp_path / 'a.pth'}", f"--data_path={pictures}", f"--exp_dir={tmp_path / 'a'}", "--k=3"]
+    with as_it_was():
+        assert main(["knn", *words, *TINY[1:]]) == 0
+    assert result(tmp_path / "a")["settings"]["model"]["model"] == "resnet18"
+
+
+def test_a_network_that_nobody_knows_is_said_to_look_like_what_it_does(pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("spark_fast.weights.identify.LOOKALIKES", ("resnet14t", "resnet10t"))  # all of them: seconds
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "a.pth")
+    words = [f"--weights={tmp_path / 'a.pth'}", f"--data_path={pictures}", f"--exp_dir={tmp_path / 'a'}"]
+    with as_it_was():
+        assert main(["knn", *words, *TINY[1:]]) == 2
+    assert "--model is missing: " in (said := capsys.readouterr().err)
+    assert "name it with --model (these look like resnet10t's)" in said
 
 
 WRONG = [

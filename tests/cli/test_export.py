@@ -44,7 +44,7 @@ def published(request, golden, tmp_path_factory):
     figures, _, state = golden(request.param)
     folder = tmp_path_factory.mktemp(request.param)
     whole = {"arch": figures["model"], "input_size": figures["input_size"], "args": "", "epoch": 3, "is_pretrain": True}
-    wrapped = {f"module.{k}": v for k, v in state.items()} | {"config": {"mask_ratio": 0.6}}
+    wrapped = {f"module.{k}": v for k, v in state.items()} | {"config": {"mask_ratio": 0.7}}
     torch.save({**whole, "module": wrapped}, folder / "x_withdecoder_1kpretrained_spark_style.pth")
     prefix = "sparse_encoder.sp_cnn."
     encoder = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -130,10 +130,38 @@ def test_a_published_checkpoint_goes_the_whole_way_to_a_fine_tuned_network(publi
     assert json.loads((tmp_path / "run" / "result.json").read_text())["epoch"] == 1
 
 
-def test_the_file_with_a_decoder_comes_back_as_it_was(published, tmp_path):
-    _, state, folder = published
+def test_the_file_with_a_decoder_comes_back_as_the_published_notebook_reads_it(published, tmp_path):
+    """By the rules of viz_reconstruction.ipynb and of SparK.load_state_dict(strict=True), both in pretrain/."""
+    name, state, folder = published
     run_export(folder / "x_withdecoder_1kpretrained_spark_style.pth", "--to", "spark", "--out", tmp_path / "back.pth")
-    assert equal(torch.load(tmp_path / "back.pth", weights_only=True)["module"], state)
+    whole = torch.load(tmp_path / "back.pth", weights_only=True)
+    unused = {"imn_m": (1, 3, 1, 1), "imn_s": (1, 3, 1, 1), "norm_black": (1, 3, 128, 128)}
+    assert (whole["input_size"], whole["arch"], whole["is_pretrain"]) == (128, name, True)
+    module = whole["module"]
+    config = module.pop("config")
+    assert config == {
+        "mask_ratio": 0.7,
+        "densify_norm_str": "ln" if name.startswith("convnext") else "bn",
+        "sbn": False,
+        "hierarchy": 4,
+        "sparse_encoder.input_size": 128,
+        "dense_decoder.width": 64,
+    }
+    assert {k: tuple(v.shape) for k, v in module.items() if k in unused} == unused
+    assert equal({k: v for k, v in module.items() if k not in unused}, state)
+
+
+def test_the_published_fine_tuning_is_stopped_by_the_whole_file_and_takes_all_of_the_encoders(published, tmp_path):
+    """The rules of `load_checkpoint` in downstream_imagenet/util.py: not strict, so names decide what is taken."""
+    name, _, folder = published
+    for form in ("spark", "spark_encoder"):
+        source = folder / "x_withdecoder_1kpretrained_spark_style.pth"
+        run_export(source, "--to", form, "--out", tmp_path / f"{form}.pth")
+    assert torch.load(tmp_path / "spark.pth", weights_only=True).get("is_pretrain", False)
+    found = torch.load(tmp_path / "spark_encoder.pth", weights_only=True)
+    assert not found.get("is_pretrain", False)
+    assert equal(found.get("module", found), torch.load(folder / "x_1kpretrained_timm_style.pth", weights_only=True))
+    assert len(found) == {"resnet18": 120, "convnext_tiny": 178}[name]
 
 
 def test_both_published_files_hold_the_same_encoder_and_torchvision_computes_what_timm_computes(
@@ -183,7 +211,14 @@ def test_a_run_becomes_a_folder_that_timm_knows_with_a_card_of_how_it_was_made(r
 
 
 @pytest.mark.parametrize(
-    ("form", "file"), [("timm", "a.pth"), ("safetensors", "a.safetensors"), ("hf_folder", "a"), ("spark", "a.pth")]
+    ("form", "file"),
+    [
+        ("timm", "a.pth"),
+        ("safetensors", "a.safetensors"),
+        ("hf_folder", "a"),
+        ("spark", "a.pth"),
+        ("spark_encoder", "a.pth"),
+    ],
 )
 def test_the_code_that_is_printed_loads_the_file(run, tmp_path, capsys, form, file):
     run_export(run, "--to", form, "--out", tmp_path / file)

@@ -127,6 +127,9 @@ def test_old_weights_are_exported(old, source):
 def test_old_weights_leave_in_the_published_names_as_they_did(old):
     assert export.main(["run", "--model", NETWORK, "--to", "spark", "--out", "new.pth"]) == 0
     before, now = (torch.load(path, weights_only=True) for path in ("published.pth", "new.pth"))
+    assert now.pop("is_pretrain") is True, "an older version did not write this, nor the four below"
+    added = {name: now["module"].pop(name) for name in ("config", "imn_m", "imn_s", "norm_black")}
+    assert added["config"]["mask_ratio"] == 0.5
     assert {k: v for k, v in now.items() if k != "module"} == {k: v for k, v in before.items() if k != "module"}
     assert now["module"].keys() == before["module"].keys()
     assert all(torch.equal(v, before["module"][k]) for k, v in now["module"].items())

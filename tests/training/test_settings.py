@@ -396,3 +396,11 @@ def test_two_spellings_of_one_thing_have_one_meaning(one, other):
     assert one["model"].pop("sparse_conv") is not None
     assert other["model"].pop("sparse_conv") is not None
     assert one == other
+
+
+@pytest.mark.parametrize("words", [["--lr", "0.1"], ["--lr=0.1"]])
+def test_the_published_flag_that_was_ignored_is_ignored_and_said_to_be(words, caplog):
+    """pretrain/README.md: "do not use `--lr` to specify a lr (that will be ignored)"."""
+    assert parse([*NAMED, *words, "--bs=512"]) == parse([*NAMED, "--bs=512"])
+    (message,) = caplog.messages
+    assert message == "--lr 0.1 is ignored, as by the published code: the rate is --base_lr times --bs / 256"

@@ -53,6 +53,41 @@ def test_your_own_network_leaves_under_its_own_names_when_you_name_it(tmp_path, 
         export(source, "timm", tmp_path / "b.safetensors")
 
 
+def official_convnext(depths, dims):
+    """Name -> shape of facebookresearch/ConvNeXt (models/convnext.py), which the published fine-tuning builds."""
+    found = {"norm": [dims[3:]] * 2, "head": [(1000, dims[3]), (1000,)]}
+    found |= {"downsample_layers.0.0": [(dims[0], 3, 4, 4), dims[:1]], "downsample_layers.0.1": [dims[:1]] * 2}
+    for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
+        if i:
+            found[f"downsample_layers.{i}.0"] = [dims[i - 1 : i]] * 2
+            found[f"downsample_layers.{i}.1"] = [(dim, dims[i - 1], 2, 2), (dim,)]
+        for j in range(depth):
+            layers = {"dwconv": (dim, 1, 7, 7), "norm": (dim,), "pwconv1": (4 * dim, dim), "pwconv2": (dim, 4 * dim)}
+            found |= {f"stages.{i}.{j}.{name}": [shape, shape[:1]] for name, shape in layers.items()}
+    shapes = {
+        f"{name}.{part}": tuple(both[i]) for name, both in found.items() for i, part in ((0, "weight"), (1, "bias"))
+    }
+    gammas = {f"stages.{i}.{j}.gamma": (dims[i],) for i, depth in enumerate(depths) for j in range(depth)}
+    return shapes | gammas
+
+
+def test_a_convnext_leaves_in_the_official_names_and_nothing_of_it_is_left_for_the_published_loader_to_miss(tmp_path):
+    path, state = saved(tmp_path, "convnext_tiny")
+    export(load_pretrained(path), "spark_encoder", tmp_path / "a.pth")
+    found = torch.load(tmp_path / "a.pth", weights_only=True)
+    wanted = official_convnext((3, 3, 9, 3), (96, 192, 384, 768))
+    assert set(wanted) - set(found) == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    assert {k: tuple(v.shape) for k, v in found.items()}.items() <= wanted.items()
+    one, other = "stages.2.8.pwconv1.weight", "encoder.network.stages_2.blocks.8.mlp.fc1.weight"
+    assert torch.equal(found[one], state[other])
+
+
+def test_what_the_published_code_cannot_build_is_said(tmp_path):
+    path, _ = saved(tmp_path, "resnet10t")
+    usage = export(load_pretrained(path), "spark", tmp_path / "a.pth").usage
+    assert "the published code has no such resnet10t, no decoder 32 wide, only 768: this file is for other" in usage
+
+
 def test_numbers_that_are_not_finite_are_not_written(tmp_path):
     path, _ = saved(tmp_path, "resnet10t", change="encoder.network.bn1.weight")
     with pytest.raises(CheckpointError, match=r"not finite, as in bn1\.weight"):

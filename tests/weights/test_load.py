@@ -8,8 +8,9 @@ from torch import nn
 
 from spark_fast import build_spark
 from spark_fast.errors import CheckpointError
-from spark_fast.weights.load import load_into_network, load_weights
+from spark_fast.weights.load import load_into_network, load_into_spark, load_weights
 from spark_fast.weights.read import read_weights
+from spark_fast.weights.spark_keys import spark_state_dict
 from spark_fast.weights.timm_keys import encoder_state_dict, write_encoder
 from tests.weights.tiny import tiny_spark
 
@@ -106,6 +107,105 @@ def test_half_an_encoder_is_refused_by_name_and_changes_nothing(tmp_path):
     safetensors.torch.save_file(state, tmp_path / "half.safetensors")
     with pytest.raises(CheckpointError, match=r"half\.safetensors: the checkpoint does not fit this model"):
         load_weights(tmp_path / "half.safetensors", target)
+    assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
+
+
+def test_how_many_tensors_of_encoder_and_decoder_were_loaded_is_said(tmp_path, caplog):
+    caplog.set_level("INFO", "spark_fast")
+    source, target = small(), small(seed=1)
+    encoder = sum(name.startswith("encoder.") for name in source.state_dict())
+    torch.save(spark_state_dict(source), tmp_path / "whole.pth")
+    load_weights(tmp_path / "whole.pth", target)
+    decoder = len(source.state_dict()) - encoder
+    counted = f"{encoder} of the encoder's {encoder} tensors loaded, {{}} of the decoder's {decoder}"
+    assert counted.format(decoder) in caplog.text
+    load_weights(write_encoder(encoder_state_dict(source, "resnet10t"), "resnet10t", tmp_path), target)
+    assert counted.format(0) in caplog.text
+
+
+FORMS = {  # what other programs save of a network -> where it is found in there, "" where that goes without saying
+    "lightning": (lambda sd: {"state_dict": {f"model.{k}": v for k, v in sd.items()}, "epoch": 3}, "model"),
+    "wrapper": (lambda sd: {f"backbone.{k}": v for k, v in sd.items()}, "backbone"),
+    "encoder": (lambda sd: {"state_dict": {f"encoder.{k}": v for k, v in sd.items()}}, "state_dict.encoder"),
+    "one of two": (lambda sd: {"teacher": {f"module.{k}": v for k, v in sd.items()}}, "teacher.module"),
+    "compiled": (lambda sd: {"net": {f"_orig_mod.{k}": v for k, v in sd.items()}}, "net._orig_mod"),
+    "ddp": (lambda sd: {"model": {f"module.{k}": v for k, v in sd.items()}}, ""),
+    "no counters": (lambda sd: {k: v for k, v in sd.items() if "num_batches" not in k}, ""),
+    "half": (lambda sd: {k: v.half() if v.is_floating_point() else v for k, v in sd.items()}, ""),
+    "two copies": (lambda sd: {"model": sd, "model_ema": {k: v + 1 for k, v in sd.items()}}, ""),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_network_in_the_forms_of_other_programs_is_loaded_and_its_place_is_said(tmp_path, caplog, form):
+    caplog.set_level("INFO", "spark_fast")
+    state = timm.create_model("resnet10t").state_dict()
+    make, place = FORMS[form]
+    torch.save(make(state), tmp_path / "a.pth")
+    target, network = small(), timm.create_model("resnet10t", num_classes=0)
+    weights = read_weights(tmp_path / "a.pth")
+    load_into_spark(weights, target)
+    load_into_network(weights, network, new=set())
+    for found in (target.encoder.network.state_dict(), network.state_dict()):
+        for name, value in found.items():
+            expected = state[name].half() if form == "half" else state[name]
+            assert torch.equal(value, expected.to(value.dtype)), name
+    said = [message for message in caplog.messages if "is taken from" in message]
+    assert said == ([f"{tmp_path / 'a.pth'}: the network is taken from {place} in it"] * 2 if place else [])
+    assert ("model_ema in it fits as well, and is taken as" in caplog.text) == (form == "two copies")
+
+
+def test_where_two_places_fit_they_are_named_and_one_may_be_chosen(tmp_path):
+    state = timm.create_model("resnet10t").state_dict()
+    other = {name: value + 1 for name, value in state.items()}
+    torch.save({"student": state, "teacher": {f"module.{k}": v for k, v in other.items()}}, tmp_path / "a.pth")
+    target = small()
+    with pytest.raises(
+        CheckpointError, match=r"a\.pth: several models in it fit: student, teacher\.module\. Say which"
+    ):
+        load_weights(tmp_path / "a.pth", target)
+    load_weights(tmp_path / "a.pth#teacher", target)
+    assert torch.equal(target.encoder.network.state_dict()["bn1.weight"], other["bn1.weight"])
+    with pytest.raises(
+        CheckpointError, match=r"a\.pth has no tensor beneath ema: its names begin with student, teacher"
+    ):
+        load_weights(tmp_path / "a.pth#ema", target)
+    torch.save(state, tmp_path / "b.pth#ema")
+    load_weights(tmp_path / "b.pth#ema", target)
+
+
+@pytest.mark.parametrize("place", ["", "model.backbone."])
+def test_weights_of_another_network_are_named_as_what_they_are(tmp_path, place):
+    torch.save({place + k: v for k, v in timm.create_model("resnet18").state_dict().items()}, tmp_path / "a.pth")
+    weights = read_weights(tmp_path / "a.pth")
+    message = r"does not fit this model\. These look like resnet18's \(--model resnet18\)"
+    with pytest.raises(CheckpointError, match=message):
+        load_into_spark(weights, small())
+    with pytest.raises(CheckpointError, match=message):
+        load_into_network(weights, timm.create_model("resnet10t"), new=set())
+    assert weights.network == "resnet18"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.fill_(torch.nan), r"it holds numbers that are not finite, as in bn1\.weight \(weights of a run"),
+        (lambda v: v.fill_(torch.inf), "not finite"),
+        (lambda v: v.long(), r"bn1\.weight is int64, strided, the model's float32"),
+        (lambda v: v.to("meta"), r"bn1\.weight is without data, the model's float32"),
+        (lambda v: v.to_sparse(), r"bn1\.weight is float32, sparse_coo, the model's float32"),
+        (lambda v: v.to(torch.complex64), "bn1.weight is complex64"),
+    ],
+)
+def test_numbers_that_no_network_can_have_are_named_and_nothing_is_loaded(tmp_path, change, message):
+    state, target = timm.create_model("resnet10t").state_dict(), small()
+    torch.save(state | {"bn1.weight": change(state["bn1.weight"].clone())}, tmp_path / "a.pth")
+    before = {k: v.clone() for k, v in target.state_dict().items()}
+    weights = read_weights(tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=rf"a\.pth: .*{message}"):
+        load_into_spark(weights, target)
+    with pytest.raises(CheckpointError, match=rf"a\.pth: .*{message}"):
+        load_into_network(weights, timm.create_model("resnet10t"), new=set())
     assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
 
 

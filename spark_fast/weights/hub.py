@@ -1,0 +1,30 @@
+"""Weights of the Hugging Face Hub by timm's own names for them: hf-hub:timm/resnet50.a1_in1k."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+from torch import Tensor
+
+from spark_fast.errors import CheckpointError
+
+HUB = "hf-hub:"
+
+
+def read_from_hub(name: str) -> tuple[str, dict[str, Tensor]]:
+    """The network of such a name, and its weights as timm loads them (from its cache, or over the network).
+
+    Raises:
+        CheckpointError: they cannot be had.
+    """
+    try:
+        network: Any = timm.create_model(name, pretrained=True)
+    except Exception as error:  # of huggingface_hub, its client, safetensors, timm: whatever it is, it names no file
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise CheckpointError(
+            f"{name} cannot be had from the Hugging Face Hub ({type(error).__name__}: {reason}). Where there is no "
+            f"network, load it once where there is one and give the file: timm.create_model({name!r}, "
+            f"pretrained=True), then torch.save of its state_dict()"
+        ) from None
+    return network.pretrained_cfg["architecture"], network.state_dict()

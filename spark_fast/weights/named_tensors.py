@@ -1,0 +1,178 @@
+"""The tensors of a file under canonical names, wherever they lie in it.
+
+A file may hold them beneath dictionaries (`state_dict`, `teacher`), and a wrapper may have put its own name before
+theirs (`model.`, `backbone.`, `module.encoder_q.`). Both make one dotted prefix, and the prefix is found by what is
+looked for: it counts where every tensor of a network lies behind it, with its shape.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spark_fast.checkpoint.state_dict import strip_prefixes, tensors_of
+from spark_fast.weights.spark_keys import ENCODER, IGNORED, canonical_name, is_spark_name, network_name
+from spark_fast.weights.timm_keys import WRAPPERS, spellings
+
+Shapes = Mapping[str, torch.Size]  # canonical name -> shape
+
+ALWAYS_THERE = "mask_tokens.0"  # in a file of SparK, and in no other
+COUNTER = "num_batches_tracked"  # of BatchNorm; nothing is computed from it, and some programs leave it out
+MOST_DICTIONARIES = 1000  # that a file of weights may nest; one that contains itself has no end
+LEFT_OUT = "optimizer"  # its tensors are no weights, and twice as large
+
+
+@dataclass(frozen=True)
+class State:
+    """The tensors of a model, whoever wrote them.
+
+    Attributes:
+        tensors: under canonical names (see `spark_keys`).
+        names: canonical name -> name in the file, for messages.
+        others: what stands among the tensors and is none, by name.
+        has_decoder: False for a plain network (the encoder alone, perhaps with a classifier).
+        prefix: where in the file they lie, "" for the usual places (see `tensors_of`).
+    """
+
+    tensors: dict[str, Tensor]
+    names: dict[str, str]
+    others: list[str]
+    has_decoder: bool
+    prefix: str = ""
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Canonical name -> shape."""
+        return {name: value.shape for name, value in self.tensors.items()}
+
+
+def read_state(content: Mapping) -> State:
+    """The tensors in a checkpoint, or in a state dict, of SparK or of a plain network.
+
+    Raises:
+        ValueError: two tensors of one name; several models of SparK, with the places.
+    """
+    named = {str(name): value for name, value in tensors_of(content).items()}
+    if any(map(is_spark_name, named)):
+        return _state(named, has_decoder=True)
+    below = flatten(content)
+    prefixes = sorted({name.removesuffix(ALWAYS_THERE) for name in below if f".{name}".endswith(f".{ALWAYS_THERE}")})
+    if len(prefixes) > 1:
+        raise ValueError(which_of(prefixes))
+    if prefixes:
+        return _state(beneath(below, prefixes[0]), has_decoder=True, prefix=prefixes[0])
+    return _state(named, has_decoder=False)
+
+
+def flatten(content: Mapping) -> dict[str, Tensor]:
+    """Every tensor in nested dictionaries, by its way there: `state_dict.model.conv1.weight`. An optimiser's are not.
+
+    Raises:
+        ValueError: two tensors of one name; dictionaries in each other without end.
+    """
+    found: dict[str, Tensor] = {}
+    todo = [("", content)]
+    for _ in range(MOST_DICTIONARIES):
+        if not todo:
+            return found
+        prefix, here = todo.pop()
+        for key, value in here.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, Mapping) and isinstance(key, str) and key != LEFT_OUT:
+                todo.append((f"{name}.", value))
+            elif isinstance(value, Tensor):
+                if name in found:
+                    raise ValueError(f"two tensors in it are called {name}")
+                found[name] = value
+    raise ValueError(f"it has more than {MOST_DICTIONARIES} dictionaries in each other")
+
+
+def beneath(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin so, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def places_of(shapes: Shapes, tensors: Mapping[str, Tensor]) -> list[State]:
+    """Each place in a file where a plain network lies whole.
+
+    Args:
+        shapes: of the network, under canonical names.
+        tensors: all of the file, see `flatten`.
+    """
+    sought = max((name for name in shapes if not name.endswith(COUNTER)), key=len, default="")
+    anchor = set(spellings(sought.removeprefix(ENCODER)))
+    prefixes = {prefix for name in tensors if (prefix := _before(anchor, name)) is not None}
+    found = []
+    for prefix in sorted(prefixes):
+        with suppress(ValueError):  # names that are the same to a network: not one of its own
+            found.append(_state(beneath(tensors, prefix), has_decoder=False, prefix=prefix))
+    return [state for state in found if holds(state.tensors, shapes)]
+
+
+def holds(tensors: Mapping[str, Tensor], shapes: Shapes) -> bool:
+    """Whether every tensor of a model is among these, with its shape."""
+    found = matches(shapes, tensors)
+    return all(
+        name in found and tensors[found[name]].shape == shape
+        for name, shape in shapes.items()
+        if not name.endswith(COUNTER)
+    )
+
+
+def matches(names: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Canonical names of a model -> those of their tensors in a file; what has none is left out."""
+    found = {name: next((key for key in _candidates(name) if key in tensors), None) for name in names}
+    return {name: key for name, key in found.items() if key is not None}
+
+
+def wrapper_of(shapes: Shapes, state: State) -> str:
+    """What a file of a network has put before its names, where they are found in spite of it (see WRAPPERS); or ""."""
+    name, key = next(iter(matches(shapes, state.tensors).items()), ("", ""))
+    inner = name.removeprefix(ENCODER)
+    return key.removeprefix(ENCODER).removesuffix(inner).rstrip("_") if len(key) > len(name) else ""
+
+
+def which_of(prefixes: Iterable[str]) -> str:
+    """What is said where several places fit."""
+    names = [prefix.rstrip(".") for prefix in prefixes]
+    return (
+        f"several models in it fit: {', '.join(name or 'the one without a prefix' for name in names)}. Say which, "
+        f"behind the file's name: {' or '.join(f'#{name}' for name in names if name)}"
+    )
+
+
+def _state(named: Mapping[str, object], *, has_decoder: bool, prefix: str = "") -> State:
+    tensors, names, others = dict[str, Tensor](), dict[str, str](), []
+    for name, value in named.items():
+        if strip_prefixes(name) in IGNORED:
+            continue
+        if not isinstance(value, Tensor):
+            others.append(f"{name} ({type(value).__name__})")
+            continue
+        inner = name if prefix else strip_prefixes(name)  # a place has its wrappers' names in its prefix
+        key = canonical_name(name) if has_decoder else ENCODER + network_name(inner)
+        if key in tensors:
+            raise ValueError(f"{prefix}{names[key]} and {prefix}{name} are one tensor's name, and both are there")
+        tensors[key], names[key] = value, name
+    return State(tensors, names, others, has_decoder, prefix)
+
+
+def _before(anchor: set[str], name: str) -> str | None:
+    """What stands before one of these canonical names in a name of a file; None where it ends with none of them."""
+    cuts = [0, *(match.end() for match in re.finditer(r"\.", name))]
+    return next((name[:cut] for cut in reversed(cuts) if network_name(name[cut:]) in anchor), None)
+
+
+def _candidates(key: str) -> Iterator[str]:
+    """A canonical name, and what it is where timm has wrapped the network and the file has not, or the reverse."""
+    if not key.startswith(ENCODER):
+        yield key
+        return
+    inner = key.removeprefix(ENCODER)
+    yield from (ENCODER + name for name in spellings(inner))
+    yield from (ENCODER + wrapper + inner for wrapper in WRAPPERS)
