@@ -65,7 +65,7 @@ class Splits(NamedTuple):
             counted = [f"{path.name}/ ({_count(path)})" for path in left]
             level = logging.WARNING if self.others else logging.INFO
             taken = ", ".join(f"{self.taken[name].name}/" for name in used)
-            logger.log(level, "%s: %s is taken; left out are %s", root, taken, listed(counted))
+            logger.log(level, "%s: taken: %s; left out: %s", root, taken, listed(counted))
 
 
 def find_splits(root: Path) -> Splits:

@@ -72,14 +72,14 @@ def test_train_beside_val_and_test_is_taken_and_the_log_says_what_is_not(tmp_pat
     (tmp_path / "ImageSets").mkdir()
     with caplog.at_level(logging.INFO, "spark_fast.pipelines"):
         assert names_of(tmp_path) == ["n1/1.jpg"]
-    assert caplog.messages == [f"{tmp_path}: train/ is taken; left out are val/ (2 images), test/ (1 images)"]
+    assert caplog.messages == [f"{tmp_path}: taken: train/; left out: val/ (2 images), test/ (1 images)"]
     assert caplog.records[0].levelno == logging.INFO
 
 
 def test_what_else_lies_beside_the_splits_is_a_warning(tmp_path, caplog):
     write(tmp_path, "train/n1/1.jpg", "val/n1/2.jpg", "extra/3.jpg")
     assert names_of(tmp_path) == ["n1/1.jpg"]
-    assert "train/ is taken; left out are val/ (1 images), extra/ (1 images)" in caplog.text
+    assert "taken: train/; left out: val/ (1 images), extra/ (1 images)" in caplog.text
     assert caplog.records[0].levelno == logging.WARNING
 
 
