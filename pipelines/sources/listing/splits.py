@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from spark_fast.errors import DataError
 from spark_fast.pipelines.sources.listing.folder_tree import files_in, folders_in, holds_images, read_tree
-from spark_fast.pipelines.sources.listing.image_names import is_image, listed
+from spark_fast.pipelines.sources.listing.image_names import NAMED, is_image, listed
 from spark_fast.pipelines.sources.shard_format import MANIFEST
 
 logger = logging.getLogger("spark_fast.pipelines")
@@ -59,13 +59,20 @@ class Splits(NamedTuple):
     others: list[Path]  # beside them, with images
 
     def log_left_out(self, root: Path, used: Iterable[str]) -> None:
-        """Say which folders hold images that are not used."""
+        """Say where images are that are not used, if any split is."""
+        if not self.taken:
+            return
         left = [path for name, path in self.taken.items() if name not in used and _holds(path)] + self.others
-        if left:
-            counted = [f"{path.name}/ ({_count(path)})" for path in left]
-            level = logging.WARNING if self.others else logging.INFO
+        counts = {path.name: _count(path) for path in left}
+        counted = [f"{name}/ ({count} images)" for name, count in list(counts.items())[:NAMED]]
+        if more := list(counts.values())[NAMED:]:
+            counted.append(f"{len(more)} more folders ({sum(more)} images)")
+        if loose := sum(is_image(path.name) for path in files_in(root)):
+            counted.append(f"{loose} images in no folder")
+        if counted:
+            level = logging.WARNING if self.others or loose else logging.INFO
             taken = ", ".join(f"{self.taken[name].name}/" for name in used)
-            logger.log(level, "%s: taken: %s; left out: %s", root, taken, listed(counted))
+            logger.log(level, "%s: taken: %s; left out: %s", root, taken, ", ".join(counted))
 
 
 def find_splits(root: Path) -> Splits:
@@ -181,7 +188,6 @@ def _is_flat(folder: Path) -> bool:
     return any(is_image(path.name) for path in files_in(folder))
 
 
-def _count(folder: Path) -> str:
-    if (folder / MANIFEST).exists() or any(_tars(folder)):
-        return "converted or in tars"
-    return f"{len(read_tree(folder))} images"
+def _count(folder: Path) -> int:
+    """How many images there are in a folder, without those in tars and shards."""
+    return len(read_tree(folder))

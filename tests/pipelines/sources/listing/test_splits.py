@@ -77,10 +77,16 @@ def test_train_beside_val_and_test_is_taken_and_the_log_says_what_is_not(tmp_pat
 
 
 def test_what_else_lies_beside_the_splits_is_a_warning(tmp_path, caplog):
-    write(tmp_path, "train/n1/1.jpg", "val/n1/2.jpg", "extra/3.jpg")
+    write(tmp_path, "train/n1/1.jpg", "val/n1/2.jpg", "extra/3.jpg", "loose.jpg", "readme.txt")
     assert names_of(tmp_path) == ["n1/1.jpg"]
-    assert "taken: train/; left out: val/ (1 images), extra/ (1 images)" in caplog.text
+    assert "taken: train/; left out: val/ (1 images), extra/ (1 images), 1 images in no folder" in caplog.text
     assert caplog.records[0].levelno == logging.WARNING
+
+
+def test_many_folders_beside_the_splits_are_counted_together(tmp_path, caplog):
+    write(tmp_path, "train/n1/1.jpg", "val/n1/2.jpg", *(f"x{i:02d}/{j}.jpg" for i in range(11) for j in range(i)))
+    names_of(tmp_path)
+    assert "x07/ (7 images), 3 more folders (27 images)" in caplog.text
 
 
 def test_junk_beside_a_train_folder_alone_does_not_make_it_a_class(tmp_path, caplog):
