@@ -59,7 +59,7 @@ def detect_source(data_path: str | Path, split: str = "train") -> Source:
             return BetonSource(path / beton.data.file)
         return ShardSource(path)
     _refuse_unfinished(path, PARTIAL)
-    if (tars := tars_in(path)) and not looks_like_webdataset(tars[0]):
+    if (tars := tars_in(path)) and not any(map(looks_like_webdataset, tars[:4])):
         raise _no_tars(path, [tar.name for tar in tars])
     return images_to_convert(path, split)
 
@@ -74,7 +74,7 @@ def images_to_convert(path: Path, split: str = "train") -> FileSource:
             raise DataError(how_to_unpack([path]))
         return tar_source(path) if path.suffix == ".tar" else list_source(path)
     _refuse_unfinished(path)
-    if (tars := tars_in(path)) and looks_like_webdataset(tars[0]):
+    if any(map(looks_like_webdataset, (tars := tars_in(path))[:4])):  # one of them may be damaged
         if holds_images(path):
             raise DataError(f"{path} holds tars of images, such as {tars[0].name}, and images: move either elsewhere")
         return webdataset_source(path, split)

@@ -68,7 +68,7 @@ def list_source(path: Path) -> FileSource:
     labels, classes = _labels(path, rows)
     _log_repeated(path, rows, names)
     source = FileSource(path.parent, names, labels, classes)
-    if not any((path.parent / os.fsdecode(name)).exists() for name in names[:16]):
+    if not any(os.path.exists(os.fsencode(path.parent) + b"/" + name) for name in names[:16]):  # noqa: PTH110
         raise DataError(
             f"the file list {path} names no existing file: {path.parent / source.name(0)} is missing, and so"
             " are those after it. Paths are relative to the list's folder."
@@ -103,7 +103,7 @@ def _exists(path: Path, line: bytes) -> bool:
     """Whether a line that looks like a comment or column names, or the path at its start, is a file."""
     labelled = _SEPARATED.fullmatch(line)
     names = [line.strip(), *([labelled["path"].strip()] if labelled else [])]
-    return any((path.parent / os.fsdecode(name)).is_file() for name in names)
+    return any(os.path.isfile(os.fsencode(path.parent) + b"/" + name) for name in names)  # noqa: PTH113  # of any length
 
 
 def _row(path: Path, number: int, line: bytes) -> Row:
@@ -112,20 +112,18 @@ def _row(path: Path, number: int, line: bytes) -> Row:
         separator = next((s for s in "\t;, " if f'"{s}'.encode() in line), ",")
         fields = _fields(line.strip(), separator)
         if len(fields) > 2:
-            raise _too_many(path, number, line, separator, fields)
+            raise _too_many(path, number, line, len(separator.join(fields[:2])) + 2)
         label = os.fsencode(fields[1].strip()) if len(fields) == 2 else None
         return Row(number, os.fsencode(fields[0].strip()), label, _length(line) + 1 - len(label or b""))
     match = _SEPARATED.fullmatch(line) or _WITHOUT_ENDING.fullmatch(line)
     if match is None or (match.re is _WITHOUT_ENDING and match["label"].isdigit() and int(match["label"]) >= 2**31):
         if _TOO_MANY.fullmatch(line):
-            separator = next(s for s in "\t;," if s.encode() in line)
-            raise _too_many(path, number, line, separator, _fields(line, separator))
+            *first, _ = re.split(rb"[\t,;]", line)
+            raise _too_many(path, number, line, _length(b",".join(first)) + 2)
         return Row(number, line.strip(), None, _length(line) + 1)
     label = match["label"].strip()
-    if re.match(rb"[-+]?\d+ ", label):
-        raise _too_many(
-            path, number, line, " ", [os.fsdecode(line[: match.end("between") - 1]), *label.decode().split()]
-        )
+    if more := re.match(rb"[-+]?\d+ +", label):
+        raise _too_many(path, number, line, _length(line[: match.start("label") + more.end()]) + 1)
     return Row(number, match["path"].strip(), label, _length(line[: match.start("label")]) + 1)
 
 
@@ -134,8 +132,8 @@ def _length(line: bytes) -> int:
     return len(line.decode("utf-8", "replace"))
 
 
-def _too_many(path: Path, number: int, line: bytes, separator: str, fields: list[str]) -> DataError:
-    shown, column = line.decode("utf-8", "backslashreplace"), len(separator.join(fields[:2])) + 2
+def _too_many(path: Path, number: int, line: bytes, column: int) -> DataError:
+    shown = line.decode("utf-8", "backslashreplace")
     return DataError(
         f"{path}, line {number}, column {column}: more than a path and a label: {shown!r}. Give two columns, or"
         " name the columns in a first line, `path` and `label` among them."

@@ -72,7 +72,9 @@ def tar_source(path: Path) -> FileSource:
     if not found:
         raise DataError(f"no images in {path}: nothing in it ends in {', '.join(IMAGE_EXTENSIONS)}")
     refuse_mixed_splits(path, {posixpath.dirname(name) for name in found})
-    listing.left_out().log(path)
+    left_out = listing.left_out()
+    left_out.endings[".cls"] += sum(len(part.labels) for part in listing.parts)
+    left_out.log(path)
     names = sorted(found, key=lambda name: (name.split("/")[0] if classes else "", *posixpath.split(name)))
     number = {name: i for i, name in enumerate(classes)}
     labels = np.array([number[name.split("/")[0]] for name in names], dtype=np.int32) if classes else None

@@ -14,6 +14,7 @@ from spark_fast.errors import DataError
 logger = logging.getLogger("spark_fast.pipelines")
 
 MOST_CLASSES = 2**24  # a larger label is no number of a class
+MOST_BYTES = 256  # of a name
 _WHOLE = re.compile(rb"[-+]?\d+")
 _DECIMAL = re.compile(rb"[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?")
 
@@ -29,7 +30,7 @@ def class_numbers(texts: Sequence[bytes], where: Callable[[int], str]) -> tuple[
     whole = _WHOLE.fullmatch(texts[0]) is not None
     for i, text in enumerate(texts):
         if problem := _problem(text, whole):
-            shown = text.decode("utf-8", "backslashreplace")
+            shown = text[:40].decode("utf-8", "backslashreplace")
             raise DataError(f"{where(i)}: label {shown!r} {problem}")
     if whole:
         return np.array([int(text) for text in texts], dtype=np.int32), []
@@ -45,6 +46,8 @@ def _problem(text: bytes, whole: bool) -> str:
     if not text:
         return "is missing"
     if not _WHOLE.fullmatch(text):
+        if len(text) > MOST_BYTES or min(text) < 32:
+            return f"is no number or name of at most {MOST_BYTES} bytes"
         if _DECIMAL.fullmatch(text):
             return "is no whole number"
         return "is no number, unlike those before it" if whole else ""
@@ -52,6 +55,6 @@ def _problem(text: bytes, whole: bool) -> str:
         return "is a number, unlike those before it"
     if text.startswith(b"-") and text.strip(b"-0"):
         return "is negative: classes are numbered from 0. To leave images unlabelled, leave out all labels"
-    if len(text) > 18 or int(text) >= MOST_CLASSES:
+    if len(text.lstrip(b"-+0")) > 18 or int(text) >= MOST_CLASSES:
         return f"is too large for the number of a class: the limit is {MOST_CLASSES - 1}"
     return ""

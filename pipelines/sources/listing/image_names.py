@@ -69,14 +69,14 @@ class LeftOut:
     def log(self, root: Path) -> None:
         """Say once what was left out: as a warning, unless it is what file managers and the like leave behind."""
         if text := self.describe():
-            level = logging.WARNING if self.endings else logging.INFO
+            level = logging.WARNING if any(self.endings.values()) else logging.INFO
             logger.log(level, "%s: left out: %s", root, text)
 
     def describe(self) -> str:
         """What was left out, counted and by ending, for a message; "" when nothing was."""
         parts = []
-        if self.endings:
-            kinds = [f"{kind} ({count})" for kind, count in self.endings.most_common()]
+        if any(self.endings.values()):
+            kinds = [f"{kind} ({count})" for kind, count in self.endings.most_common() if count]
             parts.append(f"{self.endings.total()} files by their ending: {listed(kinds)}")
         if self.machine_files or self.machine_folders:
             what = [f"{self.machine_files} files"] if self.machine_files else []

@@ -12,10 +12,10 @@ from typing import BinaryIO
 
 from spark_fast.errors import DataError
 from spark_fast.pipelines.sources.folder import check_file_size
+from spark_fast.pipelines.sources.listing.class_labels import MOST_BYTES
 from spark_fast.pipelines.sources.listing.image_names import LeftOut, is_image, is_machine_made
 
 _BLOCK = 512  # of tar
-_LABEL_BYTES = 256  # that a .cls may have
 _SIDECARS = (".cls", ".json", ".txt")  # of an image, in WebDataset's layout
 
 
@@ -97,14 +97,14 @@ def _contents(path: Path, file: BinaryIO, start: int, end: int, most: int | None
             found.folders.add(name.split("/")[0])
         if member.isdir():
             continue
-        if base.endswith(".tar") and not is_machine_made(base):
+        if base.endswith(".tar") and not within and not is_machine_made(base):
             found.tars[name] = member
             continue
         image = is_image(base)
         if image:
             found.images[name] = member.offset_data, member.size
         elif suffix.lower() == ".cls" and not is_machine_made(base):
-            found.labels[stem] = _label(path, file, member, within)
+            found.labels[stem] = _label(file, member)
         else:
             found.left_out.file(base)
         if before == (stem, not image) and (image or suffix.lower() in _SIDECARS):
@@ -114,12 +114,9 @@ def _contents(path: Path, file: BinaryIO, start: int, end: int, most: int | None
     return found
 
 
-def _label(path: Path, file: BinaryIO, member: tarfile.TarInfo, within: str) -> bytes:
-    """The text of a .cls."""
-    text = os.pread(file.fileno(), min(member.size, _LABEL_BYTES + 1), member.offset_data)
-    if len(text) > _LABEL_BYTES or (min(text.strip(), default=32) < 32):
-        raise DataError(f"{path}: {within}{member.name} is no label: expected one number or name")
-    return text.strip()
+def _label(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    """The text of a .cls, as far as it may be the label of an image."""
+    return os.pread(file.fileno(), min(member.size, MOST_BYTES + 2), member.offset_data).strip()
 
 
 def _members(

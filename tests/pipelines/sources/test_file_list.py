@@ -125,6 +125,10 @@ def test_an_image_listed_again_counts_again_and_is_told(images, caplog):
         ("0.jpg 1.0\n", "line 1, column 7: label '1.0' is no whole number"),
         ("0.jpg,\n1.jpg,1\n", "line 1, column 7: label '' is missing"),
         ("0.jpg,1,2\n", r"line 1, column 9: more than a path and a label: '0.jpg,1,2'. .*`path` and `label`"),
+        (b"0.jpg 1 \xff 30\n", "line 1, column 9: more than a path and a label"),
+        (b"0.jpg \xff,3,4\n", "names no existing file"),
+        ("0.jpg " + "9" * 300, "line 1, column 7: label '9{40}' is too large"),
+        ("x" * 5000, "names no existing file"),
         ("0.jpg 1 20 30\n", "line 1, column 9: more than a path and a label"),
         ('"0.jpg",1,2\n', "line 1, column 9: more than a path"),
         ("path,label\n0.jpg,1\n1.jpg\n", "line 3, column 2: there are 1 columns, but the first line names 2"),
@@ -140,6 +144,10 @@ def test_an_image_listed_again_counts_again_and_is_told(images, caplog):
 def test_what_is_unclear_is_refused_with_line_and_column(images, text, message):
     with pytest.raises(DataError, match=rf"list.txt.*{message}"):
         source_of(images, text)
+
+
+def test_comments_may_be_long(images):
+    assert rows(source_of(images, "#" + "-" * 5000 + "\n0.jpg\n")) == ["0.jpg"]
 
 
 def test_undecodable_paths_are_read(tmp_path):

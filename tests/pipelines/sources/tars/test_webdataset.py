@@ -39,6 +39,12 @@ def wds(tmp_path):
     return tmp_path
 
 
+def test_an_empty_download_before_the_others_is_named(wds):
+    (wds / "wds" / "imagenet1k-train-.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=r"cannot list the images of .*imagenet1k-train-.tar"):
+        detect_source(wds / "wds")
+
+
 @pytest.mark.parametrize("path", ["wds", "all.tar", "one.tar"])
 @pytest.mark.parametrize("read", [detect_source, images_to_convert])
 def test_labels_are_those_of_the_cls_in_a_folder_of_tars_a_tar_of_tars_and_a_tar(wds, path, read):
@@ -102,14 +108,20 @@ def test_a_dot_in_a_name_and_masks_beside_images(tmp_path, caplog):
         (b"2000000000", "label '2000000000' is too large"),
         (b"", "label '' is missing"),
         (b"cat", "label 'cat' is no number, unlike"),
-        (b"\x80\x04\x01\x00", "b.cls is no label"),
-        (b"7" * 300, "b.cls is no label"),
+        (b"\x80\x04\x01\x00", "0.tar, b.jpg: label .* is no number or name of at most 256 bytes"),
+        (b"x" * 300, "0.tar, b.jpg: label 'x{40}' is no number or name of at most 256 bytes"),
     ],
 )
 def test_a_label_that_is_no_class_is_refused_with_its_place(tmp_path, label, message):
     (tmp_path / "0.tar").write_bytes(tar_of({"a.jpg": b"1", "a.cls": b"0", "b.jpg": b"2", "b.cls": label}))
     with pytest.raises(DataError, match=rf"{tmp_path}.*{message}"):
         images_to_convert(tmp_path / "0.tar")
+
+
+def test_a_cls_that_belongs_to_no_image_is_no_label(tmp_path, caplog):
+    (tmp_path / "0.tar").write_bytes(tar_of({"a.jpg": b"1", "article.cls": b"\\LoadClass" * 90}))
+    assert images_to_convert(tmp_path / "0.tar").labels is None
+    assert "left out: 1 files by their ending: .cls (1)" in caplog.text
 
 
 def test_tars_that_name_their_split_are_kept_apart(tmp_path, caplog):
