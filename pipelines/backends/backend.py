@@ -19,7 +19,7 @@ from spark_fast.pipelines.base import Batch
 from spark_fast.pipelines.options import LoaderOptions
 from spark_fast.pipelines.sampler import Sampler, Share
 from spark_fast.pipelines.sources.bad_images import BadImages
-from spark_fast.pipelines.sources.source import Source, num_classes
+from spark_fast.pipelines.sources.source import Source, empty_classes, num_classes
 from spark_fast.pipelines.transforms.crops import Augmentation
 from spark_fast.pipelines.transforms.resize import Normalise
 
@@ -30,7 +30,7 @@ class Backend(ABC):
     def __init__(self, source: Source, sampler: Sampler, options: LoaderOptions) -> None:
         self.num_samples, self.listing = len(source), source.fingerprint()
         self.classes = source.classes
-        self.num_classes = num_classes(source)
+        self.num_classes, self.empty_classes = num_classes(source), empty_classes(source)
         self._bad_images = BadImages(source, options.max_bad_fraction)
         self.bad_images = self._bad_images.counts
         self.device = _numbered(torch.device(options.device))

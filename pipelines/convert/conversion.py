@@ -25,8 +25,9 @@ from spark_fast.pipelines.convert.process_pool import run_jobs
 from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.convert.shard_job import ShardJob, write_job
 from spark_fast.pipelines.sampler import order
-from spark_fast.pipelines.sources.detect import SPLITS, TARS
-from spark_fast.pipelines.sources.folder import FileSource, folder_source, list_source
+from spark_fast.pipelines.sources.detect import TARS, images_to_convert
+from spark_fast.pipelines.sources.folder import FileSource
+from spark_fast.pipelines.sources.listing.splits import SPLITS, find_splits
 from spark_fast.pipelines.sources.shard_format import (
     BETON,
     FORMAT,
@@ -40,7 +41,7 @@ from spark_fast.pipelines.sources.shard_format import (
     write_index,
     write_manifest,
 )
-from spark_fast.pipelines.sources.tar import tar_source
+from spark_fast.pipelines.sources.tars.webdataset import splits_of_tars
 
 logger = logging.getLogger("spark_fast.pipelines")
 
@@ -82,8 +83,8 @@ def convert(
     beton: BetonSettings | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> list[tuple[Path, Manifest]]:
-    """Convert SRC (a file list, a tar, a folder of images or of class folders, or one with train/, val/, test/ or
-    their tars as downloaded).
+    """Convert SRC (a file list, a tar, a folder of images, of class folders or of tars of WebDataset, or one with
+    train/, val/, test/ or their tars as downloaded).
 
     Each split gets a folder in DST, SRC without splits goes to DST itself. With `beton`, a .beton for FFCV is
     made of the shards. Returns the folders written and their manifests. Raises SettingsError, DataError or
@@ -91,8 +92,8 @@ def convert(
     """
     with storage(dst):
         return [
-            (folder, _convert_split(part, folder, settings, workers, overwrite, beton, on_progress))
-            for part, folder in _splits(src, dst)
+            (folder, _convert_split(images, folder, settings, workers, overwrite, beton, on_progress))
+            for images, folder in _splits(src, dst)
         ]
 
 
@@ -118,18 +119,30 @@ def convert_part(
         ]
 
 
-def _splits(src: Path, dst: Path) -> list[tuple[Path, Path]]:
+class _Images(NamedTuple):
+    """What becomes one folder of shards."""
+
+    path: Path
+    split: str  # in a folder of tars of several: those whose names say so
+
+
+def _splits(src: Path, dst: Path) -> list[tuple[_Images, Path]]:
     """Pairs of a source and the folder its shards go to, which holds nothing but a conversion."""
     if not src.exists():
         raise DataError(f"{src} does not exist: give the folder of images, or the file list, to convert")
     real_src, real_dst = src.resolve(), dst.resolve()
     if real_dst == real_src or real_src in real_dst.parents:
         raise SettingsError(f"the shards would be written into the images' own folder {src}: choose another")
-    folders = {split: src / split for split in SPLITS if (src / split).is_dir()}
     tars = {split: src / tar for split, tar in TARS.items() if (src / tar).is_file()}
-    found = tars | folders  # a folder, where there are both: it may have labels
+    found = {split: _Images(path, split) for split, path in tars.items()}
+    if src.is_dir():
+        folders = find_splits(src)
+        folders.log_left_out(src, list(folders.taken))
+        found |= {split: _Images(path, split) for split, path in folders.taken.items()}  # before a tar: may have labels
+        found = found or {split: _Images(src, split) for split in splits_of_tars(src)}
     _refuse_others(dst, set(found) or None)
-    return [(found[split], dst / split) for split in SPLITS if split in found] or [(src, dst)]
+    pairs = [(found[split], dst / split) for split in SPLITS if split in found]
+    return pairs or [(_Images(src, "train"), dst)]
 
 
 def _refuse_others(dst: Path, splits: set[str] | None) -> None:
@@ -144,7 +157,7 @@ def _refuse_others(dst: Path, splits: set[str] | None) -> None:
 
 
 def _convert_split(
-    src: Path,
+    images: _Images,
     dst: Path,
     settings: ConvertSettings,
     workers: int,
@@ -152,7 +165,7 @@ def _convert_split(
     beton: BetonSettings | None,
     on_progress: Callable[[Progress], None],
 ) -> Manifest:
-    source = _source(src)
+    source = _source(images)
     made_from = _made_from(source, settings)
     with locked(dst):
         if overwrite:
@@ -198,7 +211,7 @@ def _counting(what: Path, done: int, total: int, on_progress: Callable[[Progress
 
 
 def _convert_part(
-    src: Path,
+    images: _Images,
     dst: Path,
     settings: ConvertSettings,
     part: Part,
@@ -206,7 +219,7 @@ def _convert_part(
     workers: int,
     on_progress: Callable[[Progress], None],
 ) -> PartManifest:
-    source = _source(src)
+    source = _source(images)
     made_from = _made_from(source, settings)
     jobs = part.share(list(_jobs(source, dst, settings, made_from)))
     paths = [job.path for job in jobs]
@@ -214,8 +227,8 @@ def _convert_part(
     written = PartManifest(part.number, part.of, splits, str(source.root), labelled, source.classes, made_from, shards)
     if (dst / MANIFEST).exists():  # merged already: nothing to write, no lock to leave
         _refuse_other_settings(dst, made_from, read_manifest(dst).made_from)
-        images = sum(len(job.numbers) for job in jobs)
-        on_progress(Progress(dst, images, images, 0))
+        count = sum(len(job.numbers) for job in jobs)
+        on_progress(Progress(dst, count, count, 0))
         return written
     with locked(dst, part.name):
         kept = _finished_shards(dst, paths, made_from)
@@ -226,14 +239,13 @@ def _convert_part(
         return written
 
 
-def _source(src: Path) -> FileSource:
-    read = list_source if src.is_file() else folder_source
-    source = tar_source(src) if src.is_file() and src.suffix == ".tar" else read(src)
+def _source(images: _Images) -> FileSource:
+    source = images_to_convert(images.path, images.split)
     if source.labels is None:
         logger.warning(
             "%s names no classes: its images are converted without labels (pre-training needs none). For labels"
             " convert, in its place, class folders, or a file list: lines of `path label`, beside the unpacked images.",
-            src,
+            images.path,
         )
     return source
 

@@ -58,8 +58,8 @@ def convert_images(
     """Convert a folder of images into shards.
 
     Args:
-        src: ImageNet folder (train/, val/, or the tars as downloaded), tar, folder of class folders or of images, or
-            file list. With merge: the folder of the parts.
+        src: ImageNet folder (train/, val/, or the tars as downloaded), tar, folder of class folders, of images or of
+            WebDataset tars, or file list. With merge: the folder of the parts.
         dst: Where the shards go: a new or empty folder, or an unfinished conversion.
         short_side: Reduce larger images to this shorter side; 0 keeps their size. Default 256.
         max_side: Reduce larger images to this longer side, instead of short_side.

@@ -94,12 +94,13 @@ def _numbers(path: str, train: Pipeline, val: Pipeline, device: torch.device) ->
     if val.num_classes == 0:
         raise DataError(f"{path} {NO_LABELS}")
     if train.classes and val.classes:
-        unknown = sorted(set(val.classes) - set(train.classes))
+        unknown = sorted(set(val.classes) - set(train.classes) - val.empty_classes)
         if unknown:
             raise DataError(
                 f"{path} has {len(unknown)} classes that the training images have not: {', '.join(unknown[:5])}"
             )
-        return torch.tensor([train.classes.index(name) for name in val.classes], device=device)
+        number = {name: i for i, name in enumerate(train.classes)}
+        return torch.tensor([number.get(name, -1) for name in val.classes], device=device)  # -1: without an image
     if val.num_classes > train.num_classes:
         raise DataError(f"{path} has {val.num_classes} classes, the training images {train.num_classes}")
     return None

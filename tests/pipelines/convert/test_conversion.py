@@ -146,6 +146,48 @@ def test_a_tar_without_classes_becomes_unlabelled_and_says_how_to_give_labels(tm
     assert not caplog.text
 
 
+def shard_of(numbers) -> bytes:
+    """A tar as webdataset's writer makes it, with labels 0 1 0 1 ..."""
+    members = ({f"{i:05d}.jpg": jpeg(i), f"{i:05d}.cls": b"%d" % (i % 2)} for i in numbers)
+    return tar_of({name: content for sample in members for name, content in sample.items()})
+
+
+def test_tars_of_webdataset_convert_with_their_labels_and_splits(tmp_path):
+    src = tmp_path / "wds"
+    src.mkdir()
+    for name, numbers in (("train-0000", range(4)), ("train-0001", range(4, 8)), ("validation-00", range(8, 11))):
+        (src / f"imagenet1k-{name}.tar").write_bytes(shard_of(numbers))
+    files = {path.name: path.read_bytes() for path in src.glob("*train*")}
+    (tmp_path / "all.tar").write_bytes(tar_of(files))
+    folders = [folder.name for folder, _ in convert(src, tmp_path / "out", settings())]
+    assert folders == ["train", "val"]
+    assert detect_source(tmp_path / "out").labels.tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
+    assert detect_source(tmp_path / "out", "val").labels.tolist() == [0, 1, 0]
+    convert(tmp_path / "all.tar", tmp_path / "packed", settings())
+    of_folder, of_tar = detect_source(tmp_path / "out"), detect_source(tmp_path / "packed")
+    assert of_tar.labels.tolist() == of_folder.labels.tolist()
+    assert [of_tar.read(i) for i in range(8)] == [of_folder.read(i) for i in range(8)] == [jpeg(i) for i in range(8)]
+
+
+def test_a_class_called_train_is_converted_as_a_class(tmp_path):
+    src = tmp_path / "vehicles"
+    for i, name in enumerate(["bus", "train", "tram", "truck"]):
+        (src / name).mkdir(parents=True)
+        (src / name / "1.jpg").write_bytes(jpeg(i))
+    convert(src, tmp_path / "out", settings())
+    source = detect_source(tmp_path / "out")
+    assert (source.labels.tolist(), source.classes) == ([0, 1, 2, 3], ["bus", "train", "tram", "truck"])
+
+
+def test_what_lies_beside_the_splits_is_told(tmp_path, caplog):
+    for name in ("train/a", "validation/a", "val/a"):
+        (tmp_path / "src" / name).mkdir(parents=True)
+        (tmp_path / "src" / name / "1.jpg").write_bytes(jpeg(1))
+    convert(tmp_path / "src", tmp_path / "out", settings())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train", "val"]
+    assert "taken: train/, val/; left out: validation/ (1 images)" in caplog.text
+
+
 class StopError(Exception):
     pass
 
