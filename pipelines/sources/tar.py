@@ -47,7 +47,7 @@ class TarSource(FileSource):
         Raises DataError when the tar has become shorter since it was listed.
         """
         offset, size = self._ranges[i].tolist()
-        check_file_size(size)
+        check_file_size(size, self.max_file_bytes)
         with self.root.open("rb", buffering=0) as file:
             data = os.pread(file.fileno(), size, offset)
         if len(data) != size:
@@ -57,7 +57,9 @@ class TarSource(FileSource):
     def subset(self, ids: NDArray[np.int64]) -> TarSource:
         """The samples `ids`, renumbered from 0."""
         labels = None if self.labels is None else self.labels[ids]
-        return TarSource(self.root, [self.path(i) for i in ids.tolist()], labels, self.classes, self._ranges[ids])
+        part = TarSource(self.root, [self.path(i) for i in ids.tolist()], labels, self.classes, self._ranges[ids])
+        part.max_file_bytes = self.max_file_bytes
+        return part
 
 
 def tar_source(path: Path) -> TarSource:
