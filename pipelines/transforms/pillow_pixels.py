@@ -46,7 +46,7 @@ def to_rgb(image: Image.Image) -> tuple[NDArray[np.uint8], tuple[Loss, ...]]:
     Raises ImageError for floating point numbers, and what Pillow raises for damaged files.
     """
     if image.mode == "F":
-        raise ImageError(not_read("an image of floating point numbers of unknown range (F)"))
+        raise ImageError(not_read("one of floating point numbers of unknown range (F)"))
     depth, band, raw = _depth(image), _further_bands(image), _coding(image)[1]
     if _is_misread(image, deep=depth is not None):
         raise ValueError(UNKNOWN_PIXELS[1])

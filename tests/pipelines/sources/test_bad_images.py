@@ -130,6 +130,9 @@ def test_images_of_a_kind_that_is_not_read_do_not_put_the_storage_in_question(tm
         list(pipeline.epoch(0))
     pipeline.close()
     said = str(refused.value)
-    assert ".npy) cannot be read (a NumPy array (.npy) is a kind that is not read; read are JPEG, PNG" in said
+    assert (
+        ".npy) cannot be read (not a readable image but a NumPy array (.npy), a kind that is not read; read are JPEG"
+        in said
+    )
     assert "docs/your_own_data.md), and neither can the 16 images after it" in said
     assert "storage" not in said
