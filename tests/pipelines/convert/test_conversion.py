@@ -267,6 +267,16 @@ def test_what_the_images_lose_is_told_once_and_counted_in_the_manifest(tmp_path,
     assert verify_shards(folder) == []
 
 
+def test_a_list_of_files_that_are_no_images_is_refused_with_their_kind(tmp_path):
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in" / "a.npy", np.zeros(3))
+    (tmp_path / "in" / "list.txt").write_text("a.npy\n")
+    with pytest.raises(
+        DataError, match=r"a NumPy array \(.npy\), a kind that is not read; read are JPEG, .*your_own_data"
+    ):
+        convert(tmp_path / "in" / "list.txt", tmp_path / "out", settings())
+
+
 def test_a_conversion_that_loses_nothing_has_the_manifest_of_versions_before(image_folder, tmp_path):
     ((folder, manifest),) = convert(image_folder(), tmp_path / "out", settings())
     written = json.loads((folder / MANIFEST).read_text())

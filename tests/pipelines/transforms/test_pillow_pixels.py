@@ -7,6 +7,7 @@ import itertools
 import struct
 import warnings
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -241,3 +242,41 @@ def test_every_mode_in_every_format_is_read_right_or_refused_by_name():
 def test_many_images_of_every_mode_in_every_format(mode, times):
     for seed, kind in itertools.product(range(times(20, 200)), FORMATS.split()):
         check_mode(mode, kind, seed)
+
+
+LAYOUTS = [  # bands, photometric interpretation, what the bands beyond the colours are
+    (1, 1, ()), (1, 0, ()), (2, 1, (0,)), (2, 1, (2,)), (3, 2, ()), (4, 2, (0,)), (4, 2, ()), (4, 2, (2,)),
+    (5, 2, (0, 0)), (5, 2, (2, 0)), (4, 1, (0, 0, 0)), (6, 2, (0, 0, 0)), (7, 2, (0, 0, 0, 0)),
+]  # fmt: skip
+TYPES = (np.uint8, np.uint16, np.int16, np.uint32, np.int32, np.float32, np.float64, np.int8, np.float16)
+TIFFS = list(itertools.product(TYPES, LAYOUTS, (False, True), (1, 8), (1, 6)))
+
+
+def check_tiff(kind, layout, planar, compression, orientation):
+    """One TIFF: its pixels by the table of docs/your_own_data.md, or a refusal that names its bands and bits."""
+    bands, photometric, extra = layout
+    random = np.random.default_rng(bands).bytes(np.dtype(kind).itemsize * bands * SIZE[0] * SIZE[1])
+    values = np.frombuffer(random, kind).reshape(*SIZE, bands)
+    layouts = {"photometric": photometric, "extra": extra, "planar": planar, "compression": compression}
+    try:
+        image = decode_image(tiff(values, **layouts, orientation=orientation))
+    except ImageError as error:
+        refusal = str(error)
+    else:
+        whole = values.astype(np.int64)
+        eight = whole & 255 if values.itemsize == 1 else whole.clip(0, 65535) >> 8
+        if photometric == 0 and values.itemsize == 1:  # white is zero; Pillow turns it over for 8 bits alone
+            eight = 255 - eight
+        assert np.array_equal(image.pixels, eight[:, :, :3] if photometric == 2 else grey(eight[:, :, 0]))
+        loses = (values.itemsize > 1 or values.dtype.kind == "i") + (bands > (3 if photometric == 2 else 1))
+        assert len(image.losses) == loses
+        return "read"
+    named = "floating point numbers" in refusal or f"a TIFF of {bands} x {values.itemsize * 8} bits (" in refusal
+    assert named or (layout == (5, 2, (2, 0)) and planar and compression == 8), refusal
+    return "refused"
+
+
+def test_a_tiff_of_any_layout_is_read_right_or_refused_by_its_bands_and_bits():
+    found = Counter(check_tiff(*each) for each in TIFFS)
+    assert found.total() == 936
+    assert found["read"] > 120
