@@ -15,7 +15,7 @@ from spark_fast.errors import ImageError
 from spark_fast.pipelines.sources.bad_images import Loaded, candidates, none_readable
 from spark_fast.pipelines.sources.source import Source, read_patiently
 from spark_fast.pipelines.transforms.crops import Augmentation
-from spark_fast.pipelines.transforms.decode import decode
+from spark_fast.pipelines.transforms.decode import MAX_PIXELS, decode_image
 from spark_fast.pipelines.transforms.device_augment import DeviceAugment
 from spark_fast.pipelines.transforms.resize import Normalise, cut, resized_crop
 
@@ -32,6 +32,7 @@ class ImageLoader:
     augmentation: Augmentation
     normalise: Normalise | None = None
     device_augment: DeviceAugment | None = None
+    max_pixels: int = MAX_PIXELS  # of an image that is read
 
     def load(self, sample: int, draws: Sequence[float], out: Tensor, crop: Tensor | None = None) -> Loaded:
         """Bring a sample's image, or the one that stands in for it, to its place `out`.
@@ -47,7 +48,7 @@ class ImageLoader:
         reason: str | None = None  # why the sample's own image cannot be read
         for i in candidates(self.source, sample):
             try:
-                image, converted = decode(read_patiently(self.source, i))  # (h, w, 3) uint8
+                image, converted, losses = decode_image(read_patiently(self.source, i), self.max_pixels)
             except (ImageError, OSError) as error:
                 reason = reason or str(error)
                 continue
@@ -59,5 +60,5 @@ class ImageLoader:
                 self.normalise.into(out, resized_crop(image, box, flip, self.augmentation.input_size))
             else:
                 cut(image, box, flip, out)
-            return Loaded(converted, reason)
+            return Loaded(converted, reason, losses)
         raise none_readable(self.source, sample, reason)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from spark_fast.pipelines.sampler import order
 from spark_fast.pipelines.sources.detect import TARS, images_to_convert
 from spark_fast.pipelines.sources.folder import FileSource
 from spark_fast.pipelines.sources.listing.splits import SPLITS, find_splits
+from spark_fast.pipelines.sources.losses import LossCount, counted
 from spark_fast.pipelines.sources.shard_format import (
     BETON,
     FORMAT,
@@ -42,6 +44,8 @@ from spark_fast.pipelines.sources.shard_format import (
     write_manifest,
 )
 from spark_fast.pipelines.sources.tars.webdataset import splits_of_tars
+from spark_fast.pipelines.transforms.decode import MAX_PIXELS
+from spark_fast.pipelines.transforms.pillow_pixels import Loss
 
 logger = logging.getLogger("spark_fast.pipelines")
 
@@ -165,7 +169,7 @@ def _convert_split(
     beton: BetonSettings | None,
     on_progress: Callable[[Progress], None],
 ) -> Manifest:
-    source = _source(images)
+    source = _source(images, settings.images.max_pixels)
     made_from = _made_from(source, settings)
     with locked(dst):
         if overwrite:
@@ -219,7 +223,7 @@ def _convert_part(
     workers: int,
     on_progress: Callable[[Progress], None],
 ) -> PartManifest:
-    source = _source(images)
+    source = _source(images, settings.images.max_pixels)
     made_from = _made_from(source, settings)
     jobs = part.share(list(_jobs(source, dst, settings, made_from)))
     paths = [job.path for job in jobs]
@@ -239,8 +243,9 @@ def _convert_part(
         return written
 
 
-def _source(images: _Images) -> FileSource:
+def _source(images: _Images, max_pixels: int) -> FileSource:
     source = images_to_convert(images.path, images.split)
+    source.allow_pixels(max_pixels)
     if source.labels is None:
         logger.warning(
             "%s names no classes: its images are converted without labels (pre-training needs none). For labels"
@@ -251,7 +256,10 @@ def _source(images: _Images) -> FileSource:
 
 
 def _made_from(source: FileSource, settings: ConvertSettings) -> dict[str, object]:
-    return {"format": FORMAT, **asdict(settings), "count": len(source), "listing": source.fingerprint()}
+    given = asdict(settings)
+    if settings.images.max_pixels == MAX_PIXELS:
+        del given["images"]["max_pixels"]  # as in what was converted before there was a choice
+    return {"format": FORMAT, **given, "count": len(source), "listing": source.fingerprint()}
 
 
 def _jobs(source: FileSource, dst: Path, settings: ConvertSettings, made_from: dict[str, object]) -> Iterator[ShardJob]:
@@ -327,6 +335,9 @@ def finish(dst: Path, paths: list[Path], root: Path | str, labelled: bool, class
     if not full:
         count, first = reports[0]["made_from"]["count"], reports[0]["refused"][0]
         raise DataError(f"none of the {count} images of {root} is readable; the first: {first}")
+    losses = _losses(reports)
+    for kind in losses:
+        logger.warning("%s: %s", root, kind.told(f"{reports[0]['made_from']['count']} images"))
     manifest = Manifest(
         count=sum(len(report["records"]) for report in full),
         labelled=labelled,
@@ -336,7 +347,17 @@ def finish(dst: Path, paths: list[Path], root: Path | str, labelled: bool, class
         shards=[ShardFile(**report["shard"]) for report in full],
         repaired=sorted((entry for report in reports for entry in report["repaired"]), key=lambda e: e["name"]),
         refused=sorted((entry for report in reports for entry in report["refused"]), key=lambda e: e["name"]),
+        losses=[kind._asdict() for kind in losses],
     )
     write_manifest(dst, manifest)
     remove_leftovers(dst, {shard.file for shard in manifest.shards}, done=True)
     return manifest
+
+
+def _losses(reports: list[dict]) -> list[LossCount]:
+    """What the images of all shards lost."""
+    losses: Counter[Loss] = Counter()
+    for report in reports:
+        for *loss, count in report.get("losses", []):  # versions before left none
+            losses[Loss(*loss)] += count
+    return counted(losses)

@@ -25,11 +25,13 @@ from spark_fast.pipelines.sources.listing.splits import refuse_mixed_splits
 
 logger = logging.getLogger("spark_fast.pipelines")
 
-MAX_FILE_BYTES = 256 * 2**20  # no image of at most 64 Mpx is larger
+MAX_FILE_BYTES = 256 * 2**20  # no image of at most 64 Mpx is larger: 4 bytes a pixel
 
 
 class FileSource:
     """Images in files of their own, listed by their paths below `root`."""
+
+    max_file_bytes = MAX_FILE_BYTES  # of a file that is read
 
     def __init__(
         self, root: Path, names: Iterable[bytes], labels: NDArray[np.int32] | None, classes: list[str]
@@ -56,7 +58,7 @@ class FileSource:
             status = os.fstat(file)
             if not stat.S_ISREG(status.st_mode):
                 raise ImageError("it is a folder, pipe or device, no plain file")
-            check_file_size(status.st_size)
+            check_file_size(status.st_size, self.max_file_bytes)
             return opened.read()
 
     def name(self, i: int) -> str:
@@ -66,7 +68,13 @@ class FileSource:
     def subset(self, ids: NDArray[np.int64]) -> FileSource:
         """The samples `ids`, renumbered from 0."""
         labels = None if self.labels is None else self.labels[ids]
-        return FileSource(self.root, map(self.path, ids.tolist()), labels, self.classes)
+        part = FileSource(self.root, map(self.path, ids.tolist()), labels, self.classes)
+        part.max_file_bytes = self.max_file_bytes
+        return part
+
+    def allow_pixels(self, max_pixels: int) -> None:
+        """Read files as large as images of so many pixels may be."""
+        self.max_file_bytes = max(MAX_FILE_BYTES, 4 * max_pixels)
 
     def fingerprint(self) -> str:
         """sha256 of all names and labels: equal for equal listings, wherever they are mounted."""
@@ -119,7 +127,10 @@ def _no_images(tree: FolderTree) -> DataError:
     )
 
 
-def check_file_size(size: int) -> None:
+def check_file_size(size: int, limit: int = MAX_FILE_BYTES) -> None:
     """ImageError when no image is so many bytes long."""
-    if size > MAX_FILE_BYTES:
-        raise ImageError(f"the file has {size} bytes, more than the limit of {MAX_FILE_BYTES}")
+    if size > limit:
+        raise ImageError(
+            f"the file has {size} bytes, more than the limit of {limit}: if it is an image,"
+            f" --max_pixels {size // 2**22 + 1} (train, eval, convert) reads it"
+        )

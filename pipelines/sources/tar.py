@@ -46,12 +46,14 @@ class TarSource(FileSource):
         Raises DataError when the tar has become shorter since it was listed.
         """
         offset, size = self._ranges[i].tolist()
-        return read_member(self.root, offset, size, self.name(i))
+        return read_member(self.root, offset, size, self.name(i), self.max_file_bytes)
 
     def subset(self, ids: NDArray[np.int64]) -> TarSource:
         """The samples `ids`, renumbered from 0."""
         labels = None if self.labels is None else self.labels[ids]
-        return TarSource(self.root, [self.path(i) for i in ids.tolist()], labels, self.classes, self._ranges[ids])
+        part = TarSource(self.root, [self.path(i) for i in ids.tolist()], labels, self.classes, self._ranges[ids])
+        part.max_file_bytes = self.max_file_bytes
+        return part
 
 
 def tar_source(path: Path) -> FileSource:

@@ -34,6 +34,7 @@ from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.ffcv_install import require_ffcv
 from spark_fast.pipelines.sources.shard_format import Manifest
+from spark_fast.pipelines.transforms.decode import MEGAPIXEL
 
 LINE_SECONDS = 10  # between progress lines when the output is no terminal
 
@@ -45,6 +46,7 @@ def convert_images(
     short_side: int | None = None,
     max_side: int = 0,
     quality: int = 90,
+    max_pixels: int = 64,
     images_per_shard: int = 0,
     seed: int = 0,
     workers: int = 0,
@@ -64,6 +66,7 @@ def convert_images(
         short_side: Reduce larger images to this shorter side; 0 keeps their size. Default 256.
         max_side: Reduce larger images to this longer side, instead of short_side.
         quality: JPEG quality.
+        max_pixels: Million (2**20) pixels of an image; a larger one is left out, as it may be made to fill the memory.
         images_per_shard: 0 chooses: 4096 for ImageNet (about 120 MB), fewer for small data sets.
         seed: Of the order in which the shards hold the images.
         workers: Processes; 0 is one for each core.
@@ -77,7 +80,7 @@ def convert_images(
     short_side = (0 if max_side else 256) if short_side is None else short_side
     if images_per_shard < 0 or workers < 0:
         raise SettingsError("images_per_shard and workers are counts, or 0 to let the program choose")
-    settings = ConvertSettings(Reencode(short_side, max_side, quality), images_per_shard, seed)
+    settings = ConvertSettings(Reencode(short_side, max_side, quality, max_pixels * MEGAPIXEL), images_per_shard, seed)
     beton = None if format == "shards" else BetonSettings(ffcv_raw, alone=format == "ffcv")
     if beton is not None:
         require_ffcv(f"--format {format}")

@@ -40,6 +40,7 @@ class DataGroup(Protocol):
     workers: int
     prefetch: int
     max_bad_fraction: float
+    max_pixels: int
 
 
 class ModelGroup(Protocol):

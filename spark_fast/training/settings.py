@@ -55,6 +55,8 @@ class Data:
     """batches decoded ahead"""
     max_bad_fraction: float = 0.01
     """stop when more than this share of the images is unreadable (judged after 1000)"""
+    max_pixels: int = 64
+    """million (2**20) pixels of an image; a larger one counts as unreadable, as it may be made to fill the memory"""
 
 
 @dataclass
@@ -225,7 +227,16 @@ class Settings(Tree):
         for name, value in (("drop_path", self.model.drop_path), ("beta2", self.optim.beta2)):
             if not isinstance(value, str) and not 0 <= value < 1:
                 raise SettingsError(f"--{name} must be at least 0 and below 1, got {value}")
-        positive = {"batch_size", "workers", "prefetch", "decoder_width", "epochs", "base_lr", "accumulate"}
+        positive = {
+            "batch_size",
+            "workers",
+            "prefetch",
+            "max_pixels",
+            "decoder_width",
+            "epochs",
+            "base_lr",
+            "accumulate",
+        }
         self.check_numbers(positive | {"log_every", "max_bad_steps", "timeout"})
 
     def meaning(self) -> dict:

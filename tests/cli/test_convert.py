@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import simplejpeg
+from PIL import Image
 
 from spark_fast.cli.convert import Display, main
 from spark_fast.commands import command as command_name
@@ -20,6 +21,7 @@ from spark_fast.errors import DataError
 from spark_fast.pipelines.convert.conversion import ConvertSettings, Progress, convert
 from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.sources.detect import TARS, detect_source
+from spark_fast.pipelines.sources.shard_format import read_manifest
 from tests.commands import HANG_SECONDS, run_here
 from tests.pipelines.tars import tar_of, tar_of_tars
 
@@ -112,6 +114,21 @@ def test_it_reports_progress_result_and_verification_in_plain_lines(src, tmp_pat
     assert "\x1b" not in ended.stdout
 
 
+def test_an_image_above_the_limit_is_left_out_and_read_as_the_reason_says(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, size in (("a", (40, 30)), ("scene", (1500, 1000))):
+        Image.new("RGB", size, (9, 99, 200)).save(tmp_path / "in" / f"{name}.jpg")
+    refusing = run_here(main, tmp_path / "in", tmp_path / "out", "--workers", "1", "--max_pixels", "1", code=0)
+    assert "1 images in 1 shards" in refusing.stdout
+    (refused,) = read_manifest(tmp_path / "out").refused
+    assert refused["reason"] == (
+        "1500 x 1000 pixels exceed the limit of 1 million: --max_pixels 2 (train, eval, convert) reads it, see"
+        " docs/your_own_data.md"
+    )
+    raised = ["--workers", "1", "--max_pixels", "2", "--overwrite", "--verify"]
+    assert "2 images in 1 shards" in run_here(main, tmp_path / "in", tmp_path / "out", *raised, code=0).stdout
+
+
 def test_a_flipped_byte_is_found_by_verify(src, tmp_path):
     convert_here(src, tmp_path / "out")
     shard = tmp_path / "out" / "train" / "shard-000002.tar"
@@ -180,6 +197,7 @@ def test_a_failing_write_is_exit_code_6(src, tmp_path):
         (["--max_side", "300"], "exclude each other"),
         (["--quality", "0"], "quality 0"),
         (["--workers", "-1"], "counts"),
+        (["--max_pixels", "0"], "max_pixels is a number of (million) pixels, 1 or more"),
         (["--part", "3/2"], "part '3/2' is no I/N"),
         (["--part", "1/2", "--overwrite"], "--part goes neither with --overwrite"),
         (["--merge"], "--merge takes one folder"),

@@ -70,12 +70,12 @@ def list_tar(path: Path, most: int | None = None) -> TarListing:
     return TarListing(path, outer, inner)
 
 
-def read_member(path: Path, offset: int, size: int, name: str) -> bytes:
-    """An image's bytes; OSError when they cannot be read, ImageError when absurdly many.
+def read_member(path: Path, offset: int, size: int, name: str, limit: int) -> bytes:
+    """An image's bytes; OSError when they cannot be read, ImageError when more than `limit`.
 
     Raises DataError when the tar has become shorter since it was listed.
     """
-    check_file_size(size)
+    check_file_size(size, limit)
     with path.open("rb", buffering=0) as file:
         data = os.pread(file.fileno(), size, offset)
     if len(data) != size:

@@ -50,13 +50,15 @@ class WebDatasetSource(FileSource):
         Raises DataError when the tar has become shorter since it was listed.
         """
         tar, offset, size = self._ranges[i].tolist()
-        return read_member(self._tars[tar], offset, size, self.name(i))
+        return read_member(self._tars[tar], offset, size, self.name(i), self.max_file_bytes)
 
     def subset(self, ids: NDArray[np.int64]) -> WebDatasetSource:
         """The samples `ids`, renumbered from 0."""
         labels = None if self.labels is None else self.labels[ids]
         names = [self.path(i) for i in ids.tolist()]
-        return WebDatasetSource(self.root, names, labels, self.classes, self._tars, self._ranges[ids])
+        part = WebDatasetSource(self.root, names, labels, self.classes, self._tars, self._ranges[ids])
+        part.max_file_bytes = self.max_file_bytes
+        return part
 
 
 def tars_in(folder: Path) -> list[Path]:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -277,6 +279,68 @@ def test_small_data_sets_are_split_for_several_processes():
         3750,
         4096,
     ]
+
+
+def test_what_the_images_lose_is_told_once_and_counted_in_the_manifest(tmp_path, caplog):
+    root = tmp_path / "in"
+    root.mkdir()
+    for i in range(30):
+        data = jpeg(i)
+        if i % 3 == 0:  # 10 of 30, half of them dark
+            data = encoded(Image.fromarray(np.full((60, 80), 4095 if i % 2 else 40000, np.uint16)), "PNG")
+        elif i % 10 == 1:  # 1 and 11: 21 is of 16 bits
+            data = encoded(Image.fromarray(np.full((60, 80, 4), 99, np.uint8)), "PNG")
+        elif i == 4:
+            data = encoded(Image.fromarray(np.full((60, 80, 4), 255, np.uint8)), "PNG")  # opaque
+        (root / f"{i:02d}.png").write_bytes(data)
+    with caplog.at_level(logging.WARNING, "spark_fast.pipelines"):
+        ((folder, manifest),) = convert(root, tmp_path / "out", settings())
+    told = [r.getMessage() for r in caplog.records if "see docs/" in r.getMessage()]
+    assert [text.split(": ", 1)[1].split(" (")[0] for text in told] == [
+        "10 of 30 images are 16-bit grey", "2 of 30 images are RGB with a fourth band"
+    ]  # fmt: skip
+    assert "only their upper 8 bits are read, 5 of them are darker than level 16 of 255: rescale them first" in told[0]
+    assert [(kind["kind"], kind["images"], kind["dark"]) for kind in manifest.losses] == [
+        ("16-bit grey (I;16)", 10, 5), ("RGB with a fourth band (RGBA)", 2, 0)
+    ]  # fmt: skip
+    assert read_manifest(folder) == manifest
+    (reason,) = [entry["reason"] for entry in manifest.repaired if entry["name"] == "00.png"]
+    assert reason.endswith("stored as one: 16-bit grey (I;16); only their upper 8 bits are read")
+    assert verify_shards(folder) == []
+
+
+def test_a_list_of_files_that_are_no_images_is_refused_with_their_kind(tmp_path):
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in" / "a.npy", np.zeros(3))
+    (tmp_path / "in" / "list.txt").write_text("a.npy\n")
+    with pytest.raises(
+        DataError, match=r"a NumPy array \(.npy\), a kind that is not read; read are JPEG, .*your_own_data"
+    ):
+        convert(tmp_path / "in" / "list.txt", tmp_path / "out", settings())
+
+
+def test_a_conversion_that_loses_nothing_has_the_manifest_of_versions_before(image_folder, tmp_path):
+    ((folder, manifest),) = convert(image_folder(), tmp_path / "out", settings())
+    written = json.loads((folder / MANIFEST).read_text())
+    assert "losses" not in written
+    assert written["made_from"]["images"] == {"short_side": 0, "max_side": 0, "quality": 90}
+    assert manifest.losses == []
+
+
+def test_larger_images_are_converted_and_verified_once_the_limit_is_raised(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "in" / "large.png").write_bytes(encoded(Image.fromarray(picture(1, 70, 90)), "PNG"))
+    low, high = (settings(Reencode(0, max_pixels=pixels)) for pixels in (4800, 6300))
+    ((_, refusing),) = convert(tmp_path / "in", tmp_path / "low", low)
+    (refused,) = refusing.refused
+    assert refused["name"] == "large.png"
+    assert "90 x 70 pixels exceed the limit" in refused["reason"]
+    ((folder, manifest),) = convert(tmp_path / "in", tmp_path / "high", high)
+    assert (manifest.refused, manifest.max_pixels, read_manifest(folder).max_pixels) == ([], 6300, 6300)
+    assert verify_shards(folder) == []
+    with pytest.raises(SettingsError, match="max_pixels': 4800"):
+        convert(tmp_path / "in", tmp_path / "high", low)
 
 
 @pytest.mark.slow

@@ -113,6 +113,18 @@ def test_an_absurdly_large_file_is_not_read(tmp_path):
         detect_source(tmp_path).read(0)
 
 
+def test_files_may_be_larger_where_images_may(tmp_path):
+    (tmp_path / "large.jpg").write_bytes(jpeg(0))
+    with (tmp_path / "large.jpg").open("r+b") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    source = detect_source(tmp_path)
+    with pytest.raises(ImageError, match=r"--max_pixels 65 \(train, eval, convert\) reads it"):
+        source.read(0)
+    source.allow_pixels(65 * 2**20)
+    for allowed in (source, source.subset(np.array([0]))):
+        assert len(allowed.read(0)) == MAX_FILE_BYTES + 1
+
+
 def test_the_index_of_a_folder_is_small_and_fingerprints_its_listing(image_folder):
     source = detect_source(image_folder(24, 3))
     again = detect_source(image_folder(24, 3, name="elsewhere"))

@@ -113,6 +113,21 @@ def test_bombs_are_refused_from_their_header():
     assert decode(ODD["png"], max_pixels=4800)[0].shape == (60, 80, 3)
 
 
+def test_an_image_above_the_limit_is_read_when_the_limit_is_raised_as_the_message_says(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own: from twice that it refuses
+    for data in (encoded(RGB, "PNG"), encoded(RGB, "TIFF"), encoded(RGB, "WEBP", lossless=True)):
+        Image.MAX_IMAGE_PIXELS = 1000
+        with pytest.raises(ImageError):
+            decode(data, max_pixels=1000)
+        assert Image.MAX_IMAGE_PIXELS == 1000
+        assert decode(data, max_pixels=4800)[0].shape == (60, 80, 3)
+        assert Image.MAX_IMAGE_PIXELS == 4800
+    with pytest.raises(
+        ImageError, match=r"--max_pixels 4225 \(train, eval, convert\) reads it, see docs/your_own_data"
+    ):
+        decode(with_size(jpeg(1), 65000, 65000))
+
+
 def test_the_reason_is_a_function_of_the_bytes():
     reasons = set()
     for _ in range(3):
