@@ -190,7 +190,7 @@ class EncodedPipeline(Backend):
             return Encoded(np.frombuffer(data, np.uint8), box, flip), colours == "Gray"
         pixels, converted = decode(data)
         box = augmentation.box(draws, *pixels.shape[:2])
-        if for_decoder:
+        if for_decoder and converted == (colours == "Gray"):  # not one that has a fault, if a harmless one
             self._sound[i] = checksum
             return Encoded(np.frombuffer(data, np.uint8), box, flip), converted
         if not plain:
@@ -247,6 +247,6 @@ def _jpeg_header(data: bytes | memoryview) -> tuple[int, int, str]:
     """Height, width and colours of a JPEG; (0, 0, "") of anything else, and of what needs a closer look."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
+    except Exception:  # KeyError, too, where TurboJPEG knows more chroma layouts than simplejpeg
         return 0, 0, ""
     return height, width, colours

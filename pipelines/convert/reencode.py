@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import simplejpeg
 
 from spark_fast.errors import ImageError, SettingsError
-from spark_fast.pipelines.transforms.decode import decode
+from spark_fast.pipelines.transforms.decode import decode_and_tell
 from spark_fast.pipelines.transforms.resize import resize
 
 _MAX_JPEG_SIDE = 65500  # libjpeg's limit
@@ -51,10 +51,10 @@ class Reencode:
 
         Raises ImageError when the image cannot be read or stored.
         """
-        image, converted = decode(data, fast_chroma=True)  # a coarser chroma is stored than is made here
+        image, repair = decode_and_tell(data, fast_chroma=True)  # a coarser chroma is stored than is made here
         height, width = image.shape[:2]
         size = self.size(height, width)
-        if size == (height, width) and not converted and _is_plain(data):
+        if size == (height, width) and not repair and _is_plain(data):
             return bytes(data), None
         if size != (height, width):
             fewer_rows = resize(image, (size[0], width))  # first: the pass along rows is the slower one
@@ -62,7 +62,7 @@ class Reencode:
         if max(size) > _MAX_JPEG_SIDE:
             raise ImageError(f"{size[1]} x {size[0]} pixels: a JPEG cannot be longer than {_MAX_JPEG_SIDE}")
         jpeg = simplejpeg.encode_jpeg(image, self.quality, "RGB", "420")
-        return jpeg, _what_it_was(data) if converted else None
+        return jpeg, repair
 
 
 def _is_plain(data: bytes | memoryview) -> bool:
@@ -76,9 +76,3 @@ def _is_plain(data: bytes | memoryview) -> bool:
             return marker == 0xC0
         at += 2 + int.from_bytes(view[at + 2 : at + 4], "big")
     return False  # fill bytes or other oddities between segments: rather encode it anew
-
-
-def _what_it_was(data: bytes | memoryview) -> str:
-    if bytes(data[:2]) == b"\xff\xd8":
-        return "JPEG of other colours (grey, CMYK ...), stored as RGB"
-    return f"not a JPEG (it starts with {bytes(data[:8])!r}), stored as one"

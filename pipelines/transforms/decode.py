@@ -1,82 +1,68 @@
 """Bytes to pixels: (H, W, 3) uint8 RGB, or a reason why not.
 
-libjpeg-turbo (simplejpeg, which releases the GIL) decodes every JPEG, Pillow all the rest. JPEGs are
-decoded *strictly*: where libjpeg would only warn and go on with grey blocks (file cut short, bad Huffman
-code), the image is refused, because nobody would see the grey. EXIF orientation is not applied and alpha
-is dropped, both as in the published code.
+libjpeg-turbo (simplejpeg, which releases the GIL) decodes JPEGs, Pillow all the rest. JPEGs are judged strictly:
+see `jpeg`. EXIF orientation is not applied and alpha is dropped, both as in the published code.
 """
 
 from __future__ import annotations
 
 import io
 import re
+from functools import partial
 
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
 from spark_fast.errors import ImageError
+from spark_fast.pipelines.transforms.jpeg import decode_jpeg
+from spark_fast.pipelines.transforms.png_chunks import without_text
 
 MAX_PIXELS = 64 * 2**20  # a decompression bomb is refused from its header; 64 Mpx is 192 MiB as RGB
 
 # Formats that Pillow decodes itself; left to guess, it would also start Ghostscript for an EPS.
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
-# libjpeg's warnings about headers alone; the pixels are whole.
-_HARMLESS = re.compile(r"unknown JFIF revision|Unknown Adobe color transform|Invalid SOS parameters")
-
 # In Pillow's messages; a conversion lists reasons, and the same image must give the same.
 _ADDRESS = re.compile(r" <_io.BytesIO object at 0x[0-9a-f]+>")
 
 
 def decode(
-    data: bytes | memoryview, max_pixels: int = MAX_PIXELS, *, fast_chroma: bool = False
+    data: bytes | memoryview, max_pixels: int = MAX_PIXELS, *, fast_chroma: bool = False, judged: bool = False
 ) -> tuple[NDArray[np.uint8], bool]:
     """Decode one image.
 
     Returns the pixels, (H, W, 3) uint8 RGB, and whether they were *converted*, that is, whether the file
-    is anything other than a colour JPEG. `fast_chroma` repeats a JPEG's coarser chroma where it would be
-    interpolated. Raises ImageError with the reason when the image is empty, damaged, too large or of no known kind.
+    is anything other than a plain colour JPEG. `fast_chroma` repeats a JPEG's coarser chroma where it would be
+    interpolated; `judged` says that these bytes were decoded before. Raises ImageError with the reason when the image
+    is empty, damaged, too large or of no known kind.
     """
+    pixels, what = decode_and_tell(data, max_pixels, fast_chroma=fast_chroma, judged=judged)
+    return pixels, what is not None
+
+
+def decode_and_tell(
+    data: bytes | memoryview, max_pixels: int = MAX_PIXELS, *, fast_chroma: bool = False, judged: bool = False
+) -> tuple[NDArray[np.uint8], str | None]:
+    """As `decode`, with what a converted file is, in words for the manifest of a conversion."""
     if not len(data):
         raise ImageError("the file has zero bytes")
-    if bytes(data[:2]) == b"\xff\xd8":
-        return _decode_jpeg(data, max_pixels, fast_chroma)
-    return _decode_with_pillow(data, max_pixels), True
-
-
-def _decode_jpeg(data: bytes | memoryview, max_pixels: int, fast_chroma: bool) -> tuple[NDArray[np.uint8], bool]:
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:  # no header, or a chroma layout that simplejpeg does not know and Pillow may
-        return _decode_with_pillow(data, max_pixels), True
-    _check_size(height, width, max_pixels)
-    if colours in ("CMYK", "YCCK"):
-        cmyk = 255 - _decode_strictly(data, "CMYK")  # stored inverted, by Adobe's custom and Pillow's reading
-        return np.array(Image.fromarray(cmyk, "CMYK").convert("RGB")), True
-    return _decode_strictly(data, "RGB", fast_chroma), colours == "Gray"
-
-
-def _decode_strictly(data: bytes | memoryview, colours: str, fast_chroma: bool = False) -> NDArray[np.uint8]:
-    try:
-        return simplejpeg.decode_jpeg(data, colours, fastupsample=fast_chroma)
-    except ValueError as error:
-        if not _HARMLESS.search(str(error)):
-            raise ImageError(f"damaged JPEG: {error}") from error
-    return simplejpeg.decode_jpeg(data, colours, fastupsample=fast_chroma, strict=False)
-
-
-def _decode_with_pillow(data: bytes | memoryview, max_pixels: int) -> NDArray[np.uint8]:
-    try:
-        with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
-            _check_size(image.height, image.width, max_pixels)
-            return _to_rgb(image)
+        if bytes(data[:2]) == b"\xff\xd8":
+            check_size = partial(_check_size, max_pixels=max_pixels)
+            return decode_jpeg(data, check_size, fast_chroma=fast_chroma, judged=judged)
+        return _decode_with_pillow(data, max_pixels), f"not a JPEG (it starts with {bytes(data[:8])!r}), stored as one"
     except ImageError:
         raise
-    except Exception as error:  # on hostile bytes Pillow's plug-ins raise nearly anything
+    except Exception as error:  # on hostile bytes a decoder raises nearly anything
         start = bytes(data[:12])
         reason = _ADDRESS.sub("", str(error))
         raise ImageError(f"not a readable image ({reason}); it starts with {start!r}") from error
+
+
+def _decode_with_pillow(data: bytes | memoryview, max_pixels: int) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(without_text(data)), formats=_PILLOW_FORMATS) as image:
+        _check_size(image.height, image.width, max_pixels)
+        return _to_rgb(image)
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
@@ -92,5 +78,7 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:
+    if not height * width:
+        raise ImageError(f"{width} x {height} pixels are no image")
     if height * width > max_pixels:
         raise ImageError(f"{width} x {height} pixels exceed the limit of {max_pixels / 1e6:.0f} million")
