@@ -2,8 +2,8 @@
 
 Where libjpeg would only warn and go on with grey blocks (file cut short, bad Huffman code, bytes between segments),
 nobody would see the grey. So an image is taken when `djpeg` decodes it with exit code 0, and refused otherwise, but
-for three faults that leave every pixel as it was written: an unknown JFIF revision, the parameters of a sequential
-scan, which are constants, and spare bytes before the end mark. They are taken out, and the rest is judged.
+for three faults that leave every pixel as it was written: an unknown JFIF revision, zeros for the parameters of a
+sequential scan, which are constants, and spare bytes before the end mark. They are taken out, and the rest is judged.
 
 simplejpeg decodes, and shows libjpeg's warnings. It refuses chroma layouts that TurboJPEG has no name for; Pillow
 decodes those, and `jpeg_scans` judges them.
@@ -85,10 +85,10 @@ def _without_fast_route(data: bytes | memoryview) -> bytes | memoryview:
     frame = read_frame(data)
     if frame is None or frame.marker not in (SOF0, SOF1) or frame.restarts:
         return data
-    interleaved = len(frame.components) > 1 and data[frame.scan.content] == len(frame.components)
+    interleaved = len(frame.components) > 1 and data[frame.scan + 4] == len(frame.components)
     if frame.mcus(interleaved) > _MAX_RESTARTS:
         return data
-    at = frame.scan.start
+    at = frame.scan
     return b"".join((data[:at], b"\xff\xdd\0\4", _MAX_RESTARTS.to_bytes(2, "big"), data[at:]))
 
 
@@ -133,7 +133,7 @@ def _without_harmless_faults(data: bytes, frame: Frame) -> bytes:
     while True:
         segment = next_segment(data, at)
         content = data[segment.content : segment.end]
-        if segment.marker == SOS and frame.marker in (SOF0, SOF1):
+        if segment.marker == SOS and frame.marker in (SOF0, SOF1) and content[-3:] == bytes(3):
             content = content[:-3] + b"\0\x3f\0"  # the first and the last coefficient, and all of their bits
         elif segment.marker == APP0 and content[:5] == b"JFIF\0":
             content = content[:5] + b"\1" + content[6:]

@@ -64,11 +64,12 @@ class Bits:
         i, data = at >> 3, self._data
         return ((data[i] << 16 | data[i + 1] << 8 | data[i + 2]) >> (24 - (at & 7) - count)) & ((1 << count) - 1)
 
-    def rest(self) -> tuple[str, bytes]:
-        """What is left: the bits up to the next whole byte, and the bytes behind it."""
+    def rest(self) -> tuple[str, bytes, bytes]:
+        """What is left: the bits up to the next whole byte, the byte that they end, and the bytes behind it."""
         whole = (self.at + 7) // 8
-        bits = f"{self._data[whole - 1]:08b}"[8 - (8 * whole - self.at) :] if 8 * whole > self.at else ""
-        return bits, self._data[whole : self.total // 8]
+        last = self._data[max(whole - 1, 0) : whole]
+        bits = f"{last[0]:08b}"[8 - (8 * whole - self.at) :] if 8 * whole > self.at else ""
+        return bits, last, self._data[whole : self.total // 8]
 
     def _advance(self, count: int) -> None:
         self.at += count

@@ -39,14 +39,14 @@ class Component(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """What a frame header says, and the first scan header behind it."""
+    """What a frame header says."""
 
     marker: int  # SOF0 and so on: the kind of coding
     height: int
     width: int
     components: tuple[Component, ...]
     restarts: int  # interval in MCUs, 0: none
-    scan: Segment
+    scan: int  # where its first scan header is
 
     @property
     def layout(self) -> str:
@@ -63,6 +63,8 @@ class Frame(NamedTuple):
 
 def next_marker(data: bytes | memoryview, at: int) -> int:
     """Where the first marker at or behind an offset is. ImageError when there is none."""
+    if data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in (b"", b"\x00", b"\xff"):
+        return at
     if found := _MARKER.search(data, at):
         return found.start()
     raise ImageError("damaged JPEG: Premature end of JPEG file")
@@ -83,24 +85,27 @@ def next_segment(data: bytes | memoryview, at: int) -> Segment:
 
 def read_frame(data: bytes | memoryview) -> Frame | None:
     """The header of a JPEG up to its first scan; None when it has none. Raises ImageError when the file ends first."""
-    at, restarts, frame = 2, 0, None
-    while True:
-        segment = next_segment(data, at)
-        content = data[segment.content : segment.end]
-        if segment.marker in FRAMES and frame is None:
-            frame = segment.marker, content
-        elif segment.marker == DRI:
-            restarts = int.from_bytes(content[:2], "big")
-        elif segment.marker in (SOS, EOI):
-            break
-        at = segment.end
-    if frame is None or segment.marker == EOI or len(frame[1]) < 6 or len(frame[1]) != 6 + 3 * frame[1][5]:
+    at, restarts, frame, marker = 2, 0, 0, 0
+    while marker != SOS:
+        at = next_marker(data, at)
+        marker = data[at + 1]
+        length = 0 if marker in _ALONE else max(int.from_bytes(data[at + 2 : at + 4], "big"), 2)
+        if marker in FRAMES and not frame:
+            frame = at
+        elif marker == DRI:
+            restarts = int.from_bytes(data[at + 4 : at + 6], "big")
+        elif marker == EOI:
+            return None
+        at += 2 + length
+    if at > len(data):
+        raise ImageError("damaged JPEG: Premature end of JPEG file")
+    content = data[frame + 4 : frame + 2 + int.from_bytes(data[frame + 2 : frame + 4], "big")]
+    if not frame or len(content) < 9 or len(content) != 6 + 3 * content[5]:
         return None
-    marker, content = frame
     components = tuple(
         Component(content[i], content[i + 1] >> 4, content[i + 1] & 15) for i in range(6, len(content), 3)
     )
-    height, width = (int.from_bytes(content[i : i + 2], "big") for i in (1, 3))
-    if not components or not all(1 <= c.across <= 4 and 1 <= c.down <= 4 for c in components):
+    if not all(1 <= c.across <= 4 and 1 <= c.down <= 4 for c in components):
         return None
-    return Frame(marker, height, width, components, restarts, segment)
+    height, width = (int.from_bytes(content[i : i + 2], "big") for i in (1, 3))
+    return Frame(data[frame + 1], height, width, components, restarts, at - 2 - length)

@@ -10,6 +10,7 @@ It also tells spare bytes before the end mark, which are harmless, from a scan t
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -107,7 +108,7 @@ class _Judge:
             is_end = segment.marker == EOI and self.scans > 0
             if is_end and not warned:
                 return segment.start, segment.start
-            if is_end and bits and _are_spare(bits, self.last_tables):
+            if is_end and bits and not self.discarded and _are_spare(bits, self.last_tables):
                 return bits.begin + bits.raw_bytes((bits.at + 7) // 8), segment.start
             if warned:
                 raise _extraneous(warned, segment)
@@ -222,42 +223,39 @@ class _Judge:
 def _are_spare(bits: Bits, tables: list[tuple[Table, Table]]) -> bool:
     """Whether what follows a complete scan is filler, and not the rest of a scan that a fault made seem complete.
 
-    A scan is filled up to a whole byte with ones. What follows it is filler if it is one byte again and again, or if
-    no more blocks can be read from it up to its very end. `tables` are those of a sequential scan's MCU, or none.
+    A scan is filled up to a whole byte with ones. What follows it is filler if it is zeros, or one byte again and
+    again, or if no more blocks can be read from it up to its very end, which fewer than 64 bytes cannot show.
+    `tables` are those of a sequential scan's MCU, or none.
     """
-    padding, spare = bits.rest()
-    if not spare.strip(b"\0") and not padding.strip("0"):
-        return True
+    padding, last, spare = bits.rest()
     if padding.strip("1"):
         return False
-    if spare == spare[:1] * len(spare):
-        return True
-    return bool(tables) and not _goes_on(bits, tables)
+    repeated = len(spare) - len(spare.rstrip(spare[-1:]))
+    if repeated == len(spare):  # unless the scan seems to be complete as it was filled up with the same
+        return spare[:1] != last and (repeated >= 4 or not any(spare))
+    filler = repeated if repeated >= 4 else 0
+    enough = len(spare) - filler >= 64
+    return bool(tables) and enough and not _goes_on(bits, tables, bits.total - 8 * filler)
 
 
-def _goes_on(bits: Bits, tables: list[tuple[Table, Table]]) -> bool:
-    """Whether the rest of a scan's bits are blocks, up to the ones that fill its last byte.
+def _goes_on(bits: Bits, tables: list[tuple[Table, Table]], total: int) -> bool:
+    """Whether a scan's bits from here to `total` are blocks, up to the ones that fill the last byte.
 
-    A fault may lie among them, too, so reading also begins at each of the last bits but a few.
+    A fault may lie among them, too, so reading also begins in their middle: it falls into step by itself, as Huffman
+    codes do.
     """
-    at, total = bits.at, bits.total
-    starts = [(at, 0)]
-    for start in range(max(at, total - 1024), total - 64):
-        starts += [(start, 0), (start, len(tables) - 1)]
-    seen: set[tuple[int, int]] = set()
-    for state in starts:
-        while state not in seen:
-            seen.add(state)
-            bits.at, block = state
-            try:
-                _read_block(bits, *tables[block])
-            except ImageError:
-                break
-            if total - bits.at < 8 and not bits.rest()[0].strip("1"):
-                bits.at = at
-                return True
-            state = bits.at, (block + 1) % len(tables)
-    bits.at = at
+    at = bits.at
+    try:
+        for start, first in ((at, 0), *(((at + total) // 2, block) for block in range(len(tables)))):
+            bits.at, block = start, first
+            with suppress(ImageError):
+                while bits.at < total:
+                    _read_block(bits, *tables[block % len(tables)])
+                    block += 1
+                    if 0 <= total - bits.at < 8 and not bits.rest()[0].strip("1"):
+                        return True
+    finally:
+        bits.at = at
     return False
 
 
