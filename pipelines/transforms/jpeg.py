@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import simplejpeg
@@ -96,10 +97,9 @@ def _decode_odd(
     data: bytes, check_size: CheckSize, reason: str, fast_chroma: bool
 ) -> tuple[NDArray[np.uint8], str | None]:
     """Decode a JPEG that simplejpeg refuses, for a `reason` that may be harmless."""
-    try:
+    frame = None
+    with suppress(ImageError):
         frame = read_frame(data)
-    except ImageError:
-        frame = None
     if frame is None:
         raise ImageError(f"not a readable image ({reason}); it starts with {data[:12]!r}")
     check_size(frame.height, frame.width)
@@ -108,23 +108,26 @@ def _decode_odd(
     try:
         simplejpeg.decode_jpeg_header(data)
         what = f"JPEG with a fault that spares the pixels ({reason}), stored without it"
-    except KeyError:
+    except KeyError:  # TurboJPEG has a name for the layout, so `decode_jpeg` works
         pass
-    except ValueError:  # the layout, or a fault that will be found
-        begin, end = find_spare_bytes(data)
-        return _decode_with_pillow(data[:begin] + data[end:]), what
+    except ValueError:  # it has none, or there is a fault, which will be found
+        return _decode_with_pillow(_without_spare_bytes(data)), what
     try:
-        return _decode(_without_fast_route(data), len(frame.components) == 4, fast_chroma), what
-    except ValueError as error:
-        if _SPARE not in str(error):
-            raise ImageError(f"damaged JPEG: {error}") from error
-        begin, end = find_spare_bytes(data)
         try:
-            return _decode(
-                _without_fast_route(data[:begin] + data[end:]), len(frame.components) == 4, fast_chroma
-            ), what
-        except ValueError as worse:
-            raise ImageError(f"damaged JPEG: {worse}") from worse
+            return _decode(_without_fast_route(data), len(frame.components) == 4, fast_chroma), what
+        except ValueError as error:
+            if _SPARE not in str(error):
+                raise
+            data = _without_spare_bytes(data)
+            return _decode(_without_fast_route(data), len(frame.components) == 4, fast_chroma), what
+    except ValueError as error:
+        raise ImageError(f"damaged JPEG: {error}") from error
+
+
+def _without_spare_bytes(data: bytes) -> bytes:
+    """The same JPEG without spare bytes before its end mark. ImageError where libjpeg would warn of its scans."""
+    begin, end = find_spare_bytes(data)
+    return data[:begin] + data[end:]
 
 
 def _without_harmless_faults(data: bytes, frame: Frame) -> bytes:

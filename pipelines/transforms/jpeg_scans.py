@@ -34,6 +34,7 @@ from spark_fast.pipelines.transforms.jpeg_markers import (
     read_frame,
 )
 
+_MAX_SCANS = 100  # ten are usual; a small hostile file could keep the reader busy for hours
 _SKIPPED = frozenset({0x01, 0xCC, 0xDB, 0xDC, COM, *RESTARTS, *range(APP0, APP0 + 16)})  # no matter here
 
 
@@ -142,6 +143,8 @@ class _Judge:
     def _read_scan(self, segment: Segment) -> Bits:
         """Judge a scan; the last bits of it, up to the next marker."""
         self.scans += 1
+        if self.scans > _MAX_SCANS:
+            raise damaged(f"more than {_MAX_SCANS} scans")
         scan = self._scan_header(self.data[segment.content : segment.end])
         mcus = self.frame.mcus(True) if len(scan.planes) > 1 else scan.planes[0].blocks
         read = self._progressive if self.frame.marker == SOF2 else self._sequential
@@ -214,10 +217,13 @@ class _Judge:
         if not nonzero:
             nonzero.extend([0] * scan.planes[0].blocks)
         table = self._table(16 + scan.tables[0][1])
-        read = _refine if scan.high else _read_first
-        run = 0  # of blocks that end with the same code
-        for block in mcus:
-            run = read(scan, bits, table, nonzero, block, run)
+        block, run = mcus.start, 0  # run: of blocks that end with the same code
+        while block < mcus.stop:
+            if scan.high:
+                run = _refine(scan, bits, table, nonzero, block, run)
+                block += 1
+            else:
+                block += 1 + _read_first(scan, bits, table, nonzero, block)
 
 
 def _are_spare(bits: Bits, tables: list[tuple[Table, Table]]) -> bool:
@@ -290,10 +296,8 @@ def _check_progression(scan: _Scan) -> None:
         plane.bits[scan.first : scan.last + 1] = [scan.low] * len(expected)
 
 
-def _read_first(scan: _Scan, bits: Bits, table: Table, nonzero: list[int], block: int, run: int) -> int:
-    """The first scan of some AC coefficients: a block; the blocks left of a run of empty ones, before and after."""
-    if run:
-        return run - 1
+def _read_first(scan: _Scan, bits: Bits, table: Table, nonzero: list[int], block: int) -> int:
+    """A block of the first scan of some AC coefficients: how many empty ones follow it."""
     k = scan.first
     while k <= scan.last:
         both = bits.symbol(table)
@@ -311,7 +315,10 @@ def _read_first(scan: _Scan, bits: Bits, table: Table, nonzero: list[int], block
 
 
 def _refine(scan: _Scan, bits: Bits, table: Table, nonzero: list[int], block: int, run: int) -> int:
-    """A later scan, which brings one more bit of the coefficients that are not zero, and new ones that are 1 or -1."""
+    """A block of a later scan, which brings one more bit of the coefficients that are not zero, and new ones.
+
+    Takes and returns how many blocks, from this one or the next, have no new ones.
+    """
     k, known = scan.first, nonzero[block]
     while not run and k <= scan.last:
         both = bits.symbol(table)

@@ -54,3 +54,14 @@ def test_an_arithmetic_or_lossless_scan_of_such_a_layout_is_not_judged_and_so_re
     data = layout_jpeg("3x1,1x1,1x1").replace(b"\xff\xc0", b"\xff\xc9")
     with pytest.raises(ImageError, match="chroma layout 3x1,1x1,1x1 can be read only if it is Huffman-coded"):
         find_spare_bytes(data)
+
+
+def test_a_file_of_endless_scans_is_refused():
+    data = layout_jpeg("3x1,1x1,1x1", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    scan = data[last:-2].replace(b"\x01\x3f\0", b"\x01\x3f\x10", 1)  # refined again and again
+    with pytest.raises(ImageError, match="inconsistent progression sequence"):
+        find_spare_bytes(data[:-2] + scan + data[-2:])
+    dc = data[data.index(b"\xff\xda") : data.index(b"\xff\xda", scan_start(data))]
+    with pytest.raises(ImageError, match="more than 100 scans"):
+        find_spare_bytes(data[:-2] + dc * 100 + data[-2:])
