@@ -188,10 +188,11 @@ class EncodedPipeline(Backend):
         if for_decoder and checksum and self._sound[i] == checksum:
             box = augmentation.box(draws, height, width)
             return Encoded(np.frombuffer(data, np.uint8), box, flip), Loaded(colours == "Gray", None)
-        pixels, converted, losses = decode_image(data, self._max_pixels)
-        loaded = Loaded(converted, None, losses)
+        decoded = decode_image(data, self._max_pixels)
+        pixels, converted = decoded.pixels, decoded.converted
+        loaded = Loaded(converted, None, decoded.losses)
         box = augmentation.box(draws, *pixels.shape[:2])
-        if for_decoder:
+        if for_decoder and converted == (colours == "Gray"):  # not one that has a fault, if a harmless one
             self._sound[i] = checksum
             return Encoded(np.frombuffer(data, np.uint8), box, flip), loaded
         if not plain:
@@ -248,6 +249,6 @@ def _jpeg_header(data: bytes | memoryview) -> tuple[int, int, str]:
     """Height, width and colours of a JPEG; (0, 0, "") of anything else, and of what needs a closer look."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
+    except Exception:  # KeyError, too, where TurboJPEG knows more chroma layouts than simplejpeg
         return 0, 0, ""
     return height, width, colours

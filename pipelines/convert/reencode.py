@@ -60,10 +60,10 @@ class Reencode:
         Raises ImageError when the image cannot be read or stored.
         """
         # A coarser chroma is stored than is made here.
-        image, converted, losses = decode_image(data, self.max_pixels, fast_chroma=True)
+        image, repair, losses = decode_image(data, self.max_pixels, fast_chroma=True)
         height, width = image.shape[:2]
         size = self.size(height, width)
-        if size == (height, width) and not converted and _is_plain(data):
+        if size == (height, width) and not repair and _is_plain(data):
             return bytes(data), None, losses
         if size != (height, width):
             fewer_rows = resize(image, (size[0], width))  # first: the pass along rows is the slower one
@@ -71,7 +71,7 @@ class Reencode:
         if max(size) > _MAX_JPEG_SIDE:
             raise ImageError(f"{size[1]} x {size[0]} pixels: a JPEG cannot be longer than {_MAX_JPEG_SIDE}")
         jpeg = simplejpeg.encode_jpeg(image, self.quality, "RGB", "420")
-        return jpeg, _what_it_was(data) if converted else None, losses
+        return jpeg, repair, losses
 
 
 def _is_plain(data: bytes | memoryview) -> bool:
@@ -85,9 +85,3 @@ def _is_plain(data: bytes | memoryview) -> bool:
             return marker == 0xC0
         at += 2 + int.from_bytes(view[at + 2 : at + 4], "big")
     return False  # fill bytes or other oddities between segments: rather encode it anew
-
-
-def _what_it_was(data: bytes | memoryview) -> str:
-    if bytes(data[:2]) == b"\xff\xd8":
-        return "JPEG of other colours (grey, CMYK ...), stored as RGB"
-    return f"not a JPEG (it starts with {bytes(data[:8])!r}), stored as one"

@@ -18,6 +18,7 @@ from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.shard_format import MANIFEST, read_manifest
 from tests.pipelines.building import build
+from tests.pipelines.layouts import layout_jpeg
 from tests.pipelines.pictures import encoded, jpeg, picture
 from tests.pipelines.tars import tar_of
 
@@ -233,6 +234,42 @@ def test_a_kept_shard_that_was_damaged_is_written_again(image_folder, tmp_path):
     (tmp_path / "out/train/shard-000001.json").write_text("{")
     convert(root, tmp_path / "out", settings())
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_the_manifest_says_truly_what_was_repaired_or_refused_and_a_rerun_goes_on(tmp_path, shared_reports):
+    sound, table = jpeg(1), jpeg(1).index(b"\xff\xdb")
+    images = {
+        "cmyk": encoded(Image.fromarray(picture(1)).convert("CMYK"), "JPEG"),
+        "gif": encoded(Image.fromarray(picture(1)), "GIF"),
+        "grey": encoded(Image.fromarray(picture(1)).convert("L"), "JPEG"),
+        "junk": sound[:table] + b"\0\0" + sound[table:],
+        "layout": (shared_reports / "jpeg-441" / "rotated-411.jpg").read_bytes(),
+        "odd layout cut": layout_jpeg("4x2,1x1,1x1")[:-50] + b"\xff\xd9",
+        "plain": sound,
+        "spare": sound[:-2] + bytes(214) + sound[-2:],
+    }
+    root = tmp_path / "images"
+    root.mkdir()
+    for name, data in images.items():
+        (root / f"{name}.jpg").write_bytes(data)
+    for _ in range(2):  # the second time nothing is left to do
+        ((folder, manifest),) = convert(root, tmp_path / "shards", settings())
+    assert verify_shards(folder) == []
+    told = {entry["name"].removesuffix(".jpg"): entry["reason"] for entry in manifest.repaired + manifest.refused}
+    spare = re.sub(r"\d+ extra", "N extra", told.pop("spare"))
+    assert spare == (
+        "JPEG with a fault that spares the pixels (Corrupt JPEG data: N extraneous bytes before marker 0xd9),"
+        " stored without it"
+    )
+    assert told == {
+        "cmyk": "JPEG of other colours (CMYK), stored as RGB",
+        "gif": "not a JPEG (it starts with b'GIF87aP\\x00'), stored as one",
+        "grey": "JPEG of other colours (Gray), stored as RGB",
+        "junk": "damaged JPEG: Corrupt JPEG data: 2 extraneous bytes before marker 0xdb",
+        "layout": "JPEG of chroma layout 1x4,1x1,1x1, stored as 4:2:0",
+        "odd layout cut": "damaged JPEG: Corrupt JPEG data: premature end of data segment",
+    }
+    assert [entry["name"] for entry in manifest.refused] == ["junk.jpg", "odd layout cut.jpg"]
 
 
 def test_other_settings_or_data_are_refused_with_the_difference(image_folder, tmp_path):
