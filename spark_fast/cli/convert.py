@@ -20,8 +20,7 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from spark_fast.cli.start import start
 from spark_fast.cli.tool import run_tool
@@ -34,6 +33,7 @@ from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.ffcv_install import require_ffcv
 from spark_fast.pipelines.sources.shard_format import Manifest
+from spark_fast.reporting.progress_bar import FittingProgress, is_live, text
 
 LINE_SECONDS = 10  # between progress lines when the output is no terminal
 
@@ -134,14 +134,13 @@ class Display:
 
     def __init__(self) -> None:
         console = Console()
-        self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
+        name, bar, count = text("{task.description}"), BarColumn(None), MofNCompleteColumn()
+        speed, left = text("{task.fields[speed]}"), TimeRemainingColumn()
+        self._bar = FittingProgress(
+            (name, bar, count, speed, left),
+            first_left_out=(speed, bar, left),
             console=console,
-            disable=not console.is_terminal,
+            disable=not is_live(console),
         )
         self._folder: Path | None = None
 
