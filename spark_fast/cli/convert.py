@@ -42,7 +42,7 @@ def convert_images(
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
     dst: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = None,
     *,
-    short_side: int | None = None,
+    short_side: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 256)")] = None,
     max_side: int = 0,
     quality: int = 90,
     images_per_shard: int = 0,
@@ -61,7 +61,7 @@ def convert_images(
         src: ImageNet folder (train/, val/, or the tars as downloaded), tar, folder of class folders or of images, or
             file list. With merge: the folder of the parts.
         dst: Where the shards go: a new or empty folder, or an unfinished conversion.
-        short_side: Reduce larger images to this shorter side; 0 keeps their size. Default 256.
+        short_side: Reduce larger images to this shorter side; 0 keeps their size.
         max_side: Reduce larger images to this longer side, instead of short_side.
         quality: JPEG quality.
         images_per_shard: 0 chooses: 4096 for ImageNet (about 120 MB), fewer for small data sets.

@@ -29,16 +29,20 @@ from spark_fast.reporting.reconstructions import PAD, TITLES, filled_grid, open_
 from spark_fast.weights.load_pretrained import Pretrained, load_pretrained
 
 AT_ONCE = 16  # images that the network is given together
+AS_TRAINED = tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(default: as in training, or 0.6)")
+MaskRatio = Annotated[float | None, AS_TRAINED]
 
 
 def reconstruct(
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CKPT")],
-    images: Annotated[list[Path], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE|FOLDER...")],
+    images: Annotated[
+        list[Path], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE|FOLDER...", help_behavior_hint="(required)")
+    ],
     *,
     out: Path,
     count: int = 32,
     overwrite: bool = False,
-    mask_ratio: float | None = None,
+    mask_ratio: MaskRatio = None,
     seed: int = 0,
     mask: tuple[str, ...] = (),
     model: str = "",
@@ -48,12 +52,11 @@ def reconstruct(
 
     Args:
         source: Run folder, or .pth or .safetensors file with a decoder (also a published one).
-        images: Images, or folders of images at any depth. They are cropped in the centre to the input's shape, and
-            resized.
+        images: Images, or folders of them at any depth, cropped in the centre to the input's shape and resized.
         out: The picture to write, .png; or a folder, for a picture of each image.
         count: Images drawn of a folder at most, evenly spread over it; 0 is all.
         overwrite: Replace pictures that are there.
-        mask_ratio: Share of patches hidden; by default that of the training (0.6 of a published file).
+        mask_ratio: Share of patches hidden.
         seed: Of the masks; each image has its own.
         mask: One mask for all images: rows of `.` (visible) and `#` (hidden), a character per patch; or a text file of
             such rows; or a picture, bright where visible.
@@ -81,13 +84,12 @@ def reconstruct(
     visible = _visible(pretrained, len(paths), mask, mask_ratio, seed)
     opened = _opened(paths, set(images), pretrained.spec.input_size)
     rows = _rows(pretrained, opened, visible)
+    heading = _heading(pretrained)
     if one:
         whole = [row[:, PAD * (at > 0) :] for at, row in enumerate(rows.values())]  # two rows share a margin
-        save_png(titled(torch.cat(whole, 1), _heading(pretrained)), out)
+        save_png(titled(torch.cat(whole, 1), heading), out)
     else:
-        out.mkdir(exist_ok=True)
-        for number, row in rows.items():
-            save_png(titled(row, f"{paths[number].name}: {_heading(pretrained)}"), pictures[number])
+        _write_each({pictures[i]: titled(row, f"{paths[i].name}: {heading}") for i, row in rows.items()}, out)
     drawn = f"{len(rows)} image{'s' * (len(rows) != 1)}"
     print(f"{out if one else f'{out}/'}: {drawn}, {_about(pretrained)}")
     return 0
@@ -163,6 +165,12 @@ def _rows(pretrained: Pretrained, opened: dict[int, Tensor], visible: Tensor) ->
         grid = filled_grid(pretrained.model, torch.stack([opened[i] for i in chosen]), visible[chosen])
         rows |= {i: grid[:, at * height : (at + 1) * height + PAD] for at, i in enumerate(chosen)}
     return rows
+
+
+def _write_each(pictures: dict[Path, Tensor], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for path, picture in pictures.items():
+        save_png(picture, path)
 
 
 def _heading(pretrained: Pretrained) -> str:

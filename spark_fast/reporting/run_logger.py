@@ -136,7 +136,7 @@ class RunLogger:
 
     def close(self) -> None:
         """End the progress bar and the files."""
-        if self.folder is not None:
+        if self.folder is not None and self.live:  # else it would print an empty line
             self.progress.stop()
         for logger in self.loggers:
             logger.close()
