@@ -22,6 +22,7 @@ from spark_fast.pipelines.sources.listing.compressed import how_to_unpack, is_co
 from spark_fast.pipelines.sources.listing.folder_tree import FolderTree, files_in, read_tree
 from spark_fast.pipelines.sources.listing.image_names import IMAGE_EXTENSIONS, listed
 from spark_fast.pipelines.sources.listing.splits import refuse_mixed_splits
+from spark_fast.pipelines.transforms.file_kinds import PAGE
 
 logger = logging.getLogger("spark_fast.pipelines")
 
@@ -123,7 +124,7 @@ def _no_images(tree: FolderTree) -> DataError:
         f"no images in {root}: it holds {len(tree.folders)} folders and {len(files)} other"
         f" entries, but no file ending in {', '.join(IMAGE_EXTENSIONS)}, neither directly nor in class"
         " folders. Point data_path at a folder of images, of class folders, or one that holds train/."
-        f"{kinds}{links}{' ' + how_to_unpack(packed) if packed else ''}"
+        f"{kinds}{links}{' ' + how_to_unpack(packed) if packed else ''} See {PAGE}."
     )
 
 

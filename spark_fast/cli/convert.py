@@ -20,8 +20,7 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from spark_fast.cli.start import start
 from spark_fast.cli.tool import run_tool
@@ -35,6 +34,7 @@ from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.ffcv_install import require_ffcv
 from spark_fast.pipelines.sources.shard_format import Manifest
 from spark_fast.pipelines.transforms.decode import MEGAPIXEL
+from spark_fast.reporting.progress_bar import FittingProgress, is_live, text
 
 LINE_SECONDS = 10  # between progress lines when the output is no terminal
 
@@ -43,7 +43,7 @@ def convert_images(
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
     dst: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = None,
     *,
-    short_side: int | None = None,
+    short_side: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 256)")] = None,
     max_side: int = 0,
     quality: int = 90,
     max_pixels: int = 64,
@@ -63,7 +63,7 @@ def convert_images(
         src: ImageNet folder (train/, val/, or the tars as downloaded), tar, folder of class folders, of images or of
             WebDataset tars, or file list. With merge: the folder of the parts.
         dst: Where the shards go: a new or empty folder, or an unfinished conversion.
-        short_side: Reduce larger images to this shorter side; 0 keeps their size. Default 256.
+        short_side: Reduce larger images to this shorter side; 0 keeps their size.
         max_side: Reduce larger images to this longer side, instead of short_side.
         quality: JPEG quality.
         max_pixels: Million (2**20) pixels of an image; a larger one is left out, as it may be made to fill the memory.
@@ -137,14 +137,13 @@ class Display:
 
     def __init__(self) -> None:
         console = Console()
-        self._bar = Bar(
-            TextColumn("{task.description}", markup=False),  # a folder may be called [red]
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
+        name, bar, count = text("{task.description}"), BarColumn(None), MofNCompleteColumn()
+        speed, left = text("{task.fields[speed]}"), TimeRemainingColumn()
+        self._bar = FittingProgress(
+            (name, bar, count, speed, left),
+            first_left_out=(speed, bar, left),
             console=console,
-            disable=not console.is_terminal,
+            disable=not is_live(console),
         )
         self._folder: Path | None = None
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.text import Text
 from torch import Tensor
 
 from spark_fast.reporting.loggers import Logger, NeverRaises
 from spark_fast.reporting.metrics_file import line_of, read_metrics
+from spark_fast.reporting.progress_bar import FittingProgress, is_live, text
 from spark_fast.streams import KeptStream
 
 T = TypeVar("T")
@@ -54,18 +55,20 @@ class RunLogger:
             return
         self._take_up(step)
         console = Console(file=KeptStream(sys.__stderr__))  # type: ignore[arg-type]
-        columns = ("[bold]epoch {task.fields[epoch]}", BarColumn(), MofNCompleteColumn())
-        numbers = ("loss {task.fields[loss]}", "{task.fields[speed]} images/s", "wait {task.fields[wait]}")
-        self.progress = Progress(
-            *[TextColumn(c) if isinstance(c, str) else c for c in (*columns, *numbers)],
-            TimeRemainingColumn(),
+        epoch, bar, count = text("epoch {task.description}"), BarColumn(None), MofNCompleteColumn()
+        loss, speed, wait = (text(f"{{task.fields[{name}]}}") for name in ("loss", "speed", "wait"))
+        left = TimeRemainingColumn()
+        self.progress = FittingProgress(
+            (epoch, bar, count, loss, speed, wait, left),
+            first_left_out=(wait, speed, bar, left, loss, count),
             console=console,
             transient=True,
             redirect_stdout=False,  # they are shown above the bar by `_above`, which leaves their copies alone
             redirect_stderr=False,
         )
-        self.bar = self.progress.add_task("", total=total_steps, completed=step, epoch="", loss="", speed="", wait="")
-        self.live = console.is_terminal
+        at = f"{min(step // steps_per_epoch + 1, epochs)}/{epochs}"
+        self.bar = self.progress.add_task(at, total=total_steps, completed=step, loss="", speed="", wait="")
+        self.live = is_live(console)
         if self.live:
             self.progress.start()
             self._lines_by(self._above)
@@ -89,7 +92,14 @@ class RunLogger:
             logger.point(row, step)
         at, loss = f"{epoch}/{self.epochs}", f"{means['loss']:.4f}"
         speed, wait = f"{means['images_per_second']:.1f}", f"{means['data_wait']:.1%}"
-        self.progress.update(self.bar, completed=step, epoch=at, loss=loss, speed=speed, wait=wait)
+        self.progress.update(
+            self.bar,
+            completed=step,
+            description=at,
+            loss=f"loss {loss}",
+            speed=f"{speed} images/s",
+            wait=f"wait {wait}",
+        )
         line = (
             f"epoch {at}  step {step}/{self.total_steps}  loss {loss}  {speed} images/s  "
             f"MFU {means['mfu']:.1%}  data wait {wait}"

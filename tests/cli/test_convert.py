@@ -61,6 +61,15 @@ def convert_here(src: Path, dst: Path) -> None:
     convert(src, dst, ConvertSettings(Reencode(short_side=200), images_per_shard=5))
 
 
+def test_the_help_of_a_setting_has_one_default() -> None:
+    words = " ".join(run_here(main, "--help").stdout.replace("│", " ").split())
+    about = words[words.index("--short_side INT") : words.index("--max_side")]
+    assert (
+        about.strip()
+        == "--short_side INT Reduce larger images to this shorter side; 0 keeps their size. (default: 256)"
+    )
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 

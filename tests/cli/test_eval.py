@@ -219,6 +219,16 @@ def test_classes_are_matched_by_name_where_some_are_not_among_those_to_judge_by(
     assert np.mean(found["accuracy_of_class"][1:]) > 80
 
 
+def test_unmatched_classes_are_named_with_their_folder_and_the_remedy(run, tmp_path, capsys):
+    write_pictures(tmp_path / "data" / "train", 8, 0)
+    write_pictures(tmp_path / "data" / "val", 4, 1)
+    (tmp_path / "data" / "val" / "red").rename(tmp_path / "data" / "val" / "violet")
+    assert run("", "knn", "a", f"--data_path={tmp_path / 'data'}", *TINY, FRESH, "--bs=4", "--k=2") == 3
+    said = f"{tmp_path}/data/val has 1 classes that the training images have not: violet. Classes are matched by name: "
+    advice = "give val/ the class folders of train/, or name other images with --val_path"
+    assert said + advice in capsys.readouterr().err
+
+
 def test_weights_may_be_a_published_file_with_official_names(run, tmp_path):
     torch.manual_seed(0)
     model = build_spark("convnext_atto", input_size=64, mask_ratio=0.5, decoder_width=32)

@@ -109,7 +109,8 @@ def test_a_run_leaves_everything_that_is_promised(unbroken):
     assert "this run has learned next to nothing" in done.stderr
     assert list((folder / "tensorboard").iterdir())
     picture = np.asarray(Image.open(folder / "reconstruction" / "epoch_0003.png"))
-    assert picture.shape == (8 * 68 + 4, 3 * 68 + 4, 3)
+    titles, note = 3 * 17 + 8, 2 * 17 + 4  # in lines of 17 px
+    assert picture.shape == (titles + 2 * (8 * 68 + 4) + note, 2 * (3 * 68 + 4), 3), "64 px are enlarged to 128"
     assert "everything is in" in done.stdout
 
 

@@ -43,7 +43,9 @@ def test_every_log_point_is_a_line_of_json(tmp_path, capsys):
                 "images_per_second": 8.0, "data_wait": 0.25, "mfu": 0.25, "forward_seconds": 0.5}  # fmt: skip
     assert rows(tmp_path) == [expected], "readable while the run goes on"
     story.close()
-    assert "epoch 1/4  step 2/20  loss 0.7500  8.0 images/s  MFU 25.0%  data wait 25.0%" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "epoch 1/4  step 2/20  loss 0.7500  8.0 images/s  MFU 25.0%  data wait 25.0%" in said.out
+    assert said.err == ""
 
 
 def test_the_last_step_of_an_epoch_belongs_to_it(tmp_path):
@@ -130,6 +132,25 @@ def test_an_epoch_without_a_log_point_writes_no_line(tmp_path):
     story.epoch(5)
     story.close()
     assert not (tmp_path / "log.txt").exists()
+
+
+def test_the_bar_shows_no_figure_before_there_is_one(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "__stderr__", terminal := Terminal())
+    for name, value in {"TERM": "xterm", "COLUMNS": "90", "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    story = journal(tmp_path, step=7)
+    shown = terminal.getvalue()
+    assert "epoch 2/4 ━" in shown
+    assert " 7/20" in shown
+    assert "images/s" not in shown
+    assert "loss" not in shown
+    story.point(10, means(loss=0.75), 0.1, 0.04)
+    story.close()
+    assert "loss 0.7500 8.0 images/s wait 25.0%" in terminal.getvalue()
 
 
 def test_a_rank_that_does_not_write_does_nothing(tmp_path, monkeypatch, capsys):
