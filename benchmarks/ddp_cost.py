@@ -59,7 +59,7 @@ def seconds(model: str, ranks: int, options: Options) -> float:
         metrics = Path(folder) / "run" / "metrics.jsonl"
         if not metrics.exists():
             raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr}")
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+        rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     return statistics.median(row["step_seconds"] for row in rows[1:])
 
 

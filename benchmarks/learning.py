@@ -165,7 +165,7 @@ class Record:
         self._path = path
         self.rows: dict[str, dict[str, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         for line in lines:
             row = json.loads(line)
             self.rows[row["key"]] = row
@@ -180,7 +180,7 @@ class Record:
         self._append(self.rows[key])
 
     def _append(self, row: dict[str, Any]) -> None:
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 
@@ -300,7 +300,7 @@ def main(options: Options) -> None:
         steps = record.rows["steps"]["of"]
     text = markdown(rows, {int(width): seconds for width, seconds in steps.items()}, options.width)
     print(text)
-    (options.out / "table.md").write_text(text)
+    (options.out / "table.md").write_text(text, encoding="utf-8")
     result = {
         "settings": {k: v for k, v in vars(options).items() if k not in ("data", "out", "write")},
         "machine": machine(ranks.device, torch.get_num_threads()),

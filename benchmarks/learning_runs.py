@@ -180,7 +180,7 @@ class Images:
         lines = [f"{Path(p).relative_to(self.root)} {label}\n" for label, paths in enumerate(classes) for p in paths]
         path = self.root / f"{name}.txt"  # a list stands at the top of its images' folder
         written = path.with_suffix(f".{os.getpid()}")  # another process may be reading the list
-        written.write_text("".join(lines))
+        written.write_text("".join(lines), encoding="utf-8")
         written.replace(path)
         return path
 

@@ -38,7 +38,7 @@ class Options:
 
 def resident() -> float:
     """MiB of this process in memory (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * 4096 / 2**20
 
 

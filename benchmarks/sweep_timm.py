@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     names = [n for n in timm.list_models() if any(fnmatch.fnmatch(n, p) for p in options.models)]
     if not names:
         parser.error(f"no model of timm {timm.__version__} is called {' or '.join(options.models)}")
-    known = json.loads(TABLE.read_text()) if TABLE.is_file() else {"verified": {}, "refused": {}}
+    known = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.is_file() else {"verified": {}, "refused": {}}
     todo = [n for n in names if options.again or not any(n in known[k] for k in known)]
     print(f"timm {timm.__version__}: {len(todo)} networks to check", flush=True)
     started = time.monotonic()
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
             write(known)
     if not options.dry_run:
         write(known)
-        PAGE.write_text(page(known))
+        PAGE.write_text(page(known), encoding="utf-8")
     verified = sum(n in known["verified"] for n in names)
     minutes = (time.monotonic() - started) / 60
     print(f"{verified} of {len(names)} networks verified, {len(names) - verified} refused; {minutes:.1f} minutes")
@@ -113,7 +113,9 @@ def write(known: dict) -> None:
     """The table, sorted, whole or not at all."""
     TABLE.parent.mkdir(exist_ok=True)
     partial = TABLE.with_suffix(".partial")
-    partial.write_text(json.dumps({k: dict(sorted(v.items())) for k, v in known.items()}, indent=1) + "\n")
+    partial.write_text(
+        json.dumps({k: dict(sorted(v.items())) for k, v in known.items()}, indent=1) + "\n", encoding="utf-8"
+    )
     partial.replace(TABLE)
 
 

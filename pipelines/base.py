@@ -39,6 +39,7 @@ class Pipeline(Protocol):
     listing: str  # of the images, as `Source.fingerprint`
     num_classes: int  # 0 for unlabelled data
     classes: list[str]  # name of each label, empty when not known
+    empty_classes: set[str]  # of these, the ones without an image
     bad_images: BadImageCounts
 
     def __len__(self) -> int:

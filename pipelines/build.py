@@ -18,7 +18,9 @@ from spark_fast.pipelines.options import LoaderOptions
 from spark_fast.pipelines.sampler import Sampler
 from spark_fast.pipelines.sources.beton import RAW, BetonSource, find_beton
 from spark_fast.pipelines.sources.detect import detect_source
+from spark_fast.pipelines.sources.folder import FileSource
 from spark_fast.pipelines.sources.source import Source
+from spark_fast.pipelines.transforms.decode import MEGAPIXEL
 
 logger = logging.getLogger("spark_fast.pipelines")
 
@@ -56,7 +58,10 @@ def _source(data_path: str | Path | None, options: LoaderOptions) -> Source:
         raise SettingsError("no data_path: name a folder of images, of class folders or of shards, or a file list")
     if options.pipeline == "ffcv":
         return BetonSource(find_beton(data_path, options.view.split))
-    return detect_source(data_path, options.view.split)
+    source = detect_source(data_path, options.view.split)
+    if isinstance(source, FileSource):
+        source.allow_pixels(options.max_pixels * MEGAPIXEL)
+    return source
 
 
 def _backend(source: Source, options: LoaderOptions) -> type[Backend]:

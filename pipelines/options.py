@@ -55,6 +55,7 @@ class LoaderOptions:
     workers: int = 2  # decoder threads of this rank
     prefetch: int = 2  # batches that they may be ahead
     max_bad_fraction: float = 0.01  # of unreadable images, above which an epoch ends with DataError
+    max_pixels: int = 64  # million (2**20) pixels of an image, above which it counts as unreadable
     decode_on: str = "host"  # "device": nvJPEG, and the augmentation there, too
     augment_on: str = "host"  # "device": crops are resized, flipped and normalised there
     ffcv_resize: str = "bicubic"  # one of RESIZES
@@ -66,6 +67,8 @@ class LoaderOptions:
         _check_choice("decoding on", self.decode_on, PLACES)
         _check_choice("augmenting on", self.augment_on, PLACES)
         _check_choice("ffcv_resize", self.ffcv_resize, RESIZES)
+        if self.max_pixels < 1:
+            raise SettingsError(f"max_pixels must be 1 (million) or more, got {self.max_pixels}")
         if self.on_device and self.pipeline not in ("auto", "torch", "synthetic"):
             raise SettingsError(
                 f"pipeline {self.pipeline} cannot leave its work to the device as asked: take torch, or the host"

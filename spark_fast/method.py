@@ -98,7 +98,7 @@ class Method(nn.Module):
         super().__init__()
         self.input_size, self.patch = input_size, encoder.patch
         self.grid = (input_size[0] // self.patch, input_size[1] // self.patch)
-        self.num_visible = num_visible(self.grid, mask_ratio, down=self.rounds_down)
+        self.num_visible = self.visible_at(mask_ratio)
         self.encoder = encoder
 
     def predict(self, images: Tensor, visible: VisiblePatches, on: VisiblePatches) -> Tensor:
@@ -112,6 +112,10 @@ class Method(nn.Module):
             (M, 3, p, p) for the M patches of `on`, each less its mean and in units of its deviation.
         """
         raise NotImplementedError
+
+    def visible_at(self, mask_ratio: float) -> int:
+        """Visible patches per mask at this ratio. Raises ValueError: see `masking.num_visible`."""
+        return num_visible(self.grid, mask_ratio, down=self.rounds_down)
 
     def layer_by_layer(self) -> AbstractContextManager[None]:
         """Compute every layer by itself, as the method is published: for the count of what it costs."""

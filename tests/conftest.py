@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=slow)
         config.stash[LEFT] = len(slow)
     for item in items:
+        if item.get_closest_marker("djpeg") and not shutil.which("djpeg"):
+            item.add_marker(pytest.mark.skip(reason="djpeg is not installed: apt-get install libjpeg-turbo-progs"))
         for decoder in MODULES:
             if item.get_closest_marker(decoder) and (why := missing(decoder)):
                 item.add_marker(pytest.mark.skip(reason=why))
@@ -106,6 +109,15 @@ def golden(golden_folder):
         return figures, arrays, state
 
     return load
+
+
+@pytest.fixture(scope="session")
+def shared_reports() -> Path:
+    """Small inputs of users that once failed."""
+    folder = SHARED / "reports"
+    if not folder.is_dir():
+        pytest.skip(f"no reported inputs at {folder}")
+    return folder
 
 
 @pytest.fixture(scope="session")

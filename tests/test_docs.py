@@ -193,7 +193,7 @@ def flags_of_a_script(path):
 
 
 def test_every_flag_in_the_text_is_one_of_a_command():
-    known = {"help", "version", "config", "print_config", "full"}
+    known = {"help", "version", "config", "print_config", "full", "lr"}
     known |= set(re.findall(r"`--(\w+)`", (ROOT / "docs" / "settings.md").read_text()))  # written from the settings
     known |= {flag.lstrip("-") for action in get_args_parser()._actions for flag in action.option_strings}
     known |= set("|".join(re.findall(r"--\((.*?)\)", (ROOT / "tools" / "pt.sh").read_text())).split("|"))
@@ -215,7 +215,7 @@ def test_links_between_pages_lead_somewhere():
 def test_every_flag_of_the_published_script_is_in_the_table_of_old_flags():
     page = (ROOT / "docs" / "from_spark.md").read_text()
     published = "exp_name exp_dir data_path init_weight resume_from mask model input_size sbn bs dataloader_workers dp "
-    published += "base_lr wd wde ep wp_ep clip opt ada"
+    published += "base_lr lr wd wde ep wp_ep clip opt ada"
     missing = [flag for flag in published.split() if f"`--{flag}`" not in page]
     assert not missing
 

@@ -150,3 +150,34 @@ def test_the_mathematics_knows_no_trainer_and_no_data():
             reached |= (new := GRAPH[todo.pop()] - reached)
             todo += new
         assert not below(reached, "spark_fast.pipelines", "spark_fast.run", "spark_fast.training"), name
+
+
+@every_file
+def test_text_files_are_utf_8_in_every_locale(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        words = {word.arg: word.value for word in node.keywords}
+        if called in ("read_text", "write_text"):
+            assert "encoding" in words, f"{path}:{node.lineno}"
+        elif called == "open" and _mode_of(node, words) is not None:
+            assert "b" in _mode_of(node, words) or "encoding" in words, f"{path}:{node.lineno}"
+
+
+def _mode_of(call, words):
+    """The mode of Path.open(...) or of the function; None where `open` is of something else than a path."""
+    of_a_path = isinstance(call.func, ast.Attribute)
+    if (
+        of_a_path
+        and isinstance(call.func.value, ast.Name)
+        and call.func.value.id in ("os", "Image", "tarfile", "io", "webbrowser")
+    ):
+        return None
+    given = call.args[0 if of_a_path else 1 :]
+    mode = words.get("mode", given[0] if given else None)
+    if mode is None:
+        return "r" if not (of_a_path and call.args) else None
+    return (
+        mode.value if isinstance(mode, ast.Constant) and isinstance(mode.value, str) and len(mode.value) <= 3 else None
+    )

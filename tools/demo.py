@@ -55,7 +55,7 @@ def demo(out: Path, data_path: Path | None, pictures: Sequence[str], training: S
         CommandError: a command failed or was stopped; it has said why.
     """
     out.mkdir(parents=True, exist_ok=True)
-    (out / ".gitignore").write_text("*\n")  # the folder may well lie in somebody's checkout
+    (out / ".gitignore").write_text("*\n", encoding="utf-8")  # the folder may well lie in somebody's checkout
     if data_path is None:
         _title("1. pictures")
         data_path = out / "images"
@@ -103,7 +103,7 @@ def run(command: Sequence[str]) -> None:
 def read_metrics(folder: Path) -> list[dict]:
     """The log points of a run so far, oldest first."""
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def summary(folder: Path, rows: Sequence[dict]) -> str:

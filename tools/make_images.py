@@ -93,14 +93,14 @@ def _claim(dst: Path, recipe: Recipe) -> None:
     """Only a new or empty folder, or one that was begun with this very recipe, is written to."""
     note = dst / RECIPE
     if note.is_file():
-        found = json.loads(note.read_text())
+        found = json.loads(note.read_text(encoding="utf-8"))
         if found != asdict(recipe):
             raise ValueError(f"{dst} was made with other arguments ({found}): choose another folder")
         return
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise ValueError(f"{dst} exists and was not made by make_images.py: choose another folder")
     dst.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(asdict(recipe)) + "\n")
+    note.write_text(json.dumps(asdict(recipe)) + "\n", encoding="utf-8")
 
 
 def _make_file(dst: Path, recipe: Recipe, file: tuple[str, int, str]) -> None:

@@ -6,7 +6,8 @@
 #
 # The same command runs on every node, each with its own --node_rank. --num_nodes=0 is one plain process without
 # DDP. On a machine without a GPU --ngpu_per_node counts processes. The exit code is that of the training;
-# torchrun makes 1 of any failure of its processes, whose own code is in its report.
+# torchrun makes 1 of any failure of its processes, whose own code is in its report. A run that was told to stop and has
+# saved is none: torchrun ends with 0, and stopped.txt in the run folder says that there is more to do.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The tests of the optional decoders, FFCV and DALI, with both really installed into the checkout's .venv.
+# The tests of the optional decoders, FFCV and DALI, with both really installed into the checkout's .venv; and those
+# that ask djpeg, libjpeg's own command, which images are damaged.
 #
 #     bash tools/test_backends.sh
 #
@@ -11,10 +12,10 @@ bash "$root/tools/environment.sh" dev
 cd "$root"
 python="$root/.venv/bin/python"
 packages="$("$python" -c 'from spark_fast.commands import FFCV_SYSTEM_PACKAGES as found; print(*found)')"
-read -ra system <<<"$packages" # FFCV is compiled against these
+read -ra system <<<"$packages libjpeg-turbo-progs" # FFCV is compiled against these; djpeg
 
 have_system_packages() {
-    command -v pkg-config >/dev/null && pkg-config --exists libturbojpeg opencv4
+    command -v djpeg >/dev/null && command -v pkg-config >/dev/null && pkg-config --exists libturbojpeg opencv4
 }
 
 install_system_packages() {
@@ -41,4 +42,4 @@ fi
 "$python" -c 'import ffcv, nvidia.dali'
 
 export OMP_WAIT_POLICY=passive
-exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --full -m "ffcv or dali"
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --full -m "ffcv or dali or djpeg"

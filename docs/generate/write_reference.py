@@ -79,5 +79,5 @@ def _said(kind: type) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(reference())
+    PAGE.write_text(reference(), encoding="utf-8")
     print(f"wrote {PAGE}")

@@ -6,7 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 
 import numpy as np
 import torch
@@ -19,8 +19,9 @@ from spark_fast.pipelines.base import Batch
 from spark_fast.pipelines.options import LoaderOptions
 from spark_fast.pipelines.sampler import Sampler, Share
 from spark_fast.pipelines.sources.bad_images import BadImages
-from spark_fast.pipelines.sources.source import Source, num_classes
+from spark_fast.pipelines.sources.source import Source, empty_classes, num_classes
 from spark_fast.pipelines.transforms.crops import Augmentation
+from spark_fast.pipelines.transforms.decode import MEGAPIXEL
 from spark_fast.pipelines.transforms.resize import Normalise
 
 
@@ -30,11 +31,12 @@ class Backend(ABC):
     def __init__(self, source: Source, sampler: Sampler, options: LoaderOptions) -> None:
         self.num_samples, self.listing = len(source), source.fingerprint()
         self.classes = source.classes
-        self.num_classes = num_classes(source)
+        self.num_classes, self.empty_classes = num_classes(source), empty_classes(source)
         self._bad_images = BadImages(source, options.max_bad_fraction)
         self.bad_images = self._bad_images.counts
         self.device = _numbered(torch.device(options.device))
         self._source = source
+        self._max_pixels = options.max_pixels * MEGAPIXEL
         self._dtype = options.dtype
         self._size, view = options.size, options.view
         self._augmentation = Augmentation(
@@ -61,7 +63,15 @@ class Backend(ABC):
         """
         if self._closed.is_set():
             raise RuntimeError("this pipeline was closed")
-        return self._batches(self._sampler.epoch(epoch, start_step))
+        return self._told(self._batches(self._sampler.epoch(epoch, start_step)), start_step)
+
+    def _told(self, batches: Generator[Batch, None, None], start_step: int) -> Generator[Batch, None, None]:
+        """The same batches; with the last one it is told what the images lose. None is held on to here."""
+        with closing(batches), suppress(StopIteration):  # a rank may have a step less
+            for step in range(start_step, len(self)):
+                self._bad_images.ends_epoch = step == len(self) - 1
+                yield next(batches)
+        self._bad_images.tell_losses()
 
     def _labels(self, ids: NDArray[np.int64]) -> Tensor | None:
         """The labels of samples, (n,) int64 on the device; None for unlabelled data."""

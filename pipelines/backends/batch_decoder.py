@@ -37,7 +37,7 @@ from spark_fast.pipelines.sampler import Sampler, Share, uniform
 from spark_fast.pipelines.sources.bad_images import Loaded, candidates, none_readable
 from spark_fast.pipelines.sources.source import Source, read_patiently
 from spark_fast.pipelines.transforms.crops import DRAWS, Box
-from spark_fast.pipelines.transforms.decode import decode
+from spark_fast.pipelines.transforms.decode import decode_image
 from spark_fast.pipelines.transforms.resize import crop
 
 logger = logging.getLogger("spark_fast.pipelines")
@@ -168,15 +168,15 @@ class EncodedPipeline(Backend):
         reason: str | None = None
         for i in candidates(self._source, sample):
             try:
-                encoded, converted = self._examine(i, read_patiently(self._source, i), draws, sample in self._refused)
+                encoded, loaded = self._examine(i, read_patiently(self._source, i), draws, sample in self._refused)
             except (ImageError, OSError) as error:
                 reason = reason or str(error)
                 continue
-            return encoded, Loaded(converted, reason)
+            return encoded, loaded._replace(substituted=reason)
         raise none_readable(self._source, sample, reason)
 
-    def _examine(self, i: int, data: bytes | memoryview, draws: Sequence[float], refused: bool) -> tuple[Encoded, bool]:
-        """An image for the decoder, which may have `refused` it, and whether it is no colour JPEG.
+    def _examine(self, i: int, data: bytes | memoryview, draws: Sequence[float], refused: bool) -> Examined:
+        """An image for the decoder, which may have `refused` it, as image i itself.
 
         Raises ImageError when it cannot be decoded.
         """
@@ -187,15 +187,17 @@ class EncodedPipeline(Backend):
         for_decoder = plain and not refused
         if for_decoder and checksum and self._sound[i] == checksum:
             box = augmentation.box(draws, height, width)
-            return Encoded(np.frombuffer(data, np.uint8), box, flip), colours == "Gray"
-        pixels, converted = decode(data)
+            return Encoded(np.frombuffer(data, np.uint8), box, flip), Loaded(colours == "Gray", None)
+        decoded = decode_image(data, self._max_pixels)
+        pixels, converted = decoded.pixels, decoded.converted
+        loaded = Loaded(converted, None, decoded.losses)
         box = augmentation.box(draws, *pixels.shape[:2])
-        if for_decoder:
+        if for_decoder and converted == (colours == "Gray"):  # not one that has a fault, if a harmless one
             self._sound[i] = checksum
-            return Encoded(np.frombuffer(data, np.uint8), box, flip), converted
+            return Encoded(np.frombuffer(data, np.uint8), box, flip), loaded
         if not plain:
             self._log_other_format(i)
-        return Encoded(crop(pixels, box), Box(0, 0, box.height, box.width), flip), converted
+        return Encoded(crop(pixels, box), Box(0, 0, box.height, box.width), flip), loaded
 
     def _decode(self, batch: _Request, read: list[Future[list[Examined]]]) -> tuple[Tensor, list[Loaded]]:
         """In a decode thread: wait for a batch's files, run the decoder."""
@@ -247,6 +249,6 @@ def _jpeg_header(data: bytes | memoryview) -> tuple[int, int, str]:
     """Height, width and colours of a JPEG; (0, 0, "") of anything else, and of what needs a closer look."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
+    except Exception:  # KeyError, too, where TurboJPEG knows more chroma layouts than simplejpeg
         return 0, 0, ""
     return height, width, colours

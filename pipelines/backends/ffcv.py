@@ -38,7 +38,7 @@ class FfcvPipeline(Backend):
         from spark_fast.pipelines.backends.ffcv_loader import PlannedEpoch, PlannedLoader
 
         self._beton = source
-        self._images = ImageLoader(source, self._augmentation)
+        self._images = ImageLoader(source, self._augmentation, max_pixels=self._max_pixels)
         self._bytes = source.size()
         self._heights, self._widths = (source.checks[side].astype(int) for side in ("height", "width"))
         self._plan_type = PLAN

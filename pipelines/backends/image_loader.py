@@ -6,16 +6,20 @@ This is the whole of it where the host decodes: all of the default pipeline's im
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spark_fast.errors import ImageError
 from spark_fast.pipelines.sources.bad_images import Loaded, candidates, none_readable
+from spark_fast.pipelines.sources.beton import BetonSource
+from spark_fast.pipelines.sources.shards import ShardSource
 from spark_fast.pipelines.sources.source import Source, read_patiently
 from spark_fast.pipelines.transforms.crops import Augmentation
-from spark_fast.pipelines.transforms.decode import decode
+from spark_fast.pipelines.transforms.decode import MAX_PIXELS, decode_image
 from spark_fast.pipelines.transforms.device_augment import DeviceAugment
 from spark_fast.pipelines.transforms.resize import Normalise, cut, resized_crop
 
@@ -32,6 +36,12 @@ class ImageLoader:
     augmentation: Augmentation
     normalise: Normalise | None = None
     device_augment: DeviceAugment | None = None
+    max_pixels: int = MAX_PIXELS  # of an image that is read
+    judged: NDArray[np.bool_] = field(init=False)  # the images that `decode` has approved, in this run or at conversion
+
+    def __post_init__(self) -> None:
+        judged = isinstance(self.source, (ShardSource, BetonSource))  # and their checksums are compared on reading
+        object.__setattr__(self, "judged", np.full(len(self.source), judged))
 
     def load(self, sample: int, draws: Sequence[float], out: Tensor, crop: Tensor | None = None) -> Loaded:
         """Bring a sample's image, or the one that stands in for it, to its place `out`.
@@ -47,10 +57,12 @@ class ImageLoader:
         reason: str | None = None  # why the sample's own image cannot be read
         for i in candidates(self.source, sample):
             try:
-                image, converted = decode(read_patiently(self.source, i))  # (h, w, 3) uint8
+                data = read_patiently(self.source, i)
+                image, what, losses = decode_image(data, self.max_pixels, judged=bool(self.judged[i]))
             except (ImageError, OSError) as error:
                 reason = reason or str(error)
                 continue
+            self.judged[i] = True
             height, width, _ = image.shape
             box, flip = self.augmentation.box(draws, height, width), self.augmentation.flips(draws)
             if self.device_augment and crop is not None:
@@ -59,5 +71,5 @@ class ImageLoader:
                 self.normalise.into(out, resized_crop(image, box, flip, self.augmentation.input_size))
             else:
                 cut(image, box, flip, out)
-            return Loaded(converted, reason)
+            return Loaded(what is not None, reason, losses)
         raise none_readable(self.source, sample, reason)

@@ -29,6 +29,7 @@ class SyntheticPipeline:
         self.num_samples, self.num_classes = sampler.num_samples, IMAGES
         self.listing = "generated"
         self.classes: list[str] = []
+        self.empty_classes: set[str] = set()
         self.bad_images = BadImageCounts()
         self.device = torch.device(device)
         self._sampler = sampler

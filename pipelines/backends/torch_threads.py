@@ -66,7 +66,7 @@ class TorchPipeline(Backend):
             self._shape = (self._share, *self._on_device.cell, 3)
             self._buffers = Buffers(self._shape, torch.uint8, kept=self._prefetch + 2)
         normalise = None if self._on_device or self._on_cuda else self._normalise
-        self._images = ImageLoader(source, self._augmentation, normalise, self._on_device)
+        self._images = ImageLoader(source, self._augmentation, normalise, self._on_device, self._max_pixels)
         self._stream = torch.cuda.Stream(self.device) if self._on_cuda else None
         self._slots: list[_Slot] = []  # idle ones
         self._pool = _decoder_threads(self._workers)

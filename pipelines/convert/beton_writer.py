@@ -227,7 +227,7 @@ def _in_shard_order(
     def load(i: int) -> tuple[bytes, int, int]:
         jpeg = _read(source, i)
         if raw[i]:
-            pixels, _ = decode(jpeg)
+            pixels, _ = decode(jpeg, source.max_pixels)
             return pixels.tobytes(), *pixels.shape[:2]
         return jpeg, *_jpeg_size(jpeg)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,8 +26,10 @@ from spark_fast.pipelines.convert.process_pool import run_jobs
 from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.convert.shard_job import ShardJob, write_job
 from spark_fast.pipelines.sampler import order
-from spark_fast.pipelines.sources.detect import SPLITS, TARS
-from spark_fast.pipelines.sources.folder import FileSource, folder_source, list_source
+from spark_fast.pipelines.sources.detect import TARS, images_to_convert
+from spark_fast.pipelines.sources.folder import FileSource
+from spark_fast.pipelines.sources.listing.splits import SPLITS, find_splits
+from spark_fast.pipelines.sources.losses import LossCount, counted
 from spark_fast.pipelines.sources.shard_format import (
     BETON,
     FORMAT,
@@ -40,7 +43,9 @@ from spark_fast.pipelines.sources.shard_format import (
     write_index,
     write_manifest,
 )
-from spark_fast.pipelines.sources.tar import tar_source
+from spark_fast.pipelines.sources.tars.webdataset import splits_of_tars
+from spark_fast.pipelines.transforms.decode import MAX_PIXELS
+from spark_fast.pipelines.transforms.pillow_pixels import Loss
 
 logger = logging.getLogger("spark_fast.pipelines")
 
@@ -82,8 +87,8 @@ def convert(
     beton: BetonSettings | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> list[tuple[Path, Manifest]]:
-    """Convert SRC (a file list, a tar, a folder of images or of class folders, or one with train/, val/, test/ or
-    their tars as downloaded).
+    """Convert SRC (a file list, a tar, a folder of images, of class folders or of tars of WebDataset, or one with
+    train/, val/, test/ or their tars as downloaded).
 
     Each split gets a folder in DST, SRC without splits goes to DST itself. With `beton`, a .beton for FFCV is
     made of the shards. Returns the folders written and their manifests. Raises SettingsError, DataError or
@@ -91,8 +96,8 @@ def convert(
     """
     with storage(dst):
         return [
-            (folder, _convert_split(part, folder, settings, workers, overwrite, beton, on_progress))
-            for part, folder in _splits(src, dst)
+            (folder, _convert_split(images, folder, settings, workers, overwrite, beton, on_progress))
+            for images, folder in _splits(src, dst)
         ]
 
 
@@ -118,18 +123,30 @@ def convert_part(
         ]
 
 
-def _splits(src: Path, dst: Path) -> list[tuple[Path, Path]]:
+class _Images(NamedTuple):
+    """What becomes one folder of shards."""
+
+    path: Path
+    split: str  # in a folder of tars of several: those whose names say so
+
+
+def _splits(src: Path, dst: Path) -> list[tuple[_Images, Path]]:
     """Pairs of a source and the folder its shards go to, which holds nothing but a conversion."""
     if not src.exists():
         raise DataError(f"{src} does not exist: give the folder of images, or the file list, to convert")
     real_src, real_dst = src.resolve(), dst.resolve()
     if real_dst == real_src or real_src in real_dst.parents:
         raise SettingsError(f"the shards would be written into the images' own folder {src}: choose another")
-    folders = {split: src / split for split in SPLITS if (src / split).is_dir()}
     tars = {split: src / tar for split, tar in TARS.items() if (src / tar).is_file()}
-    found = tars | folders  # a folder, where there are both: it may have labels
+    found = {split: _Images(path, split) for split, path in tars.items()}
+    if src.is_dir():
+        folders = find_splits(src)
+        folders.log_left_out(src, list(folders.taken))
+        found |= {split: _Images(path, split) for split, path in folders.taken.items()}  # before a tar: may have labels
+        found = found or {split: _Images(src, split) for split in splits_of_tars(src)}
     _refuse_others(dst, set(found) or None)
-    return [(found[split], dst / split) for split in SPLITS if split in found] or [(src, dst)]
+    pairs = [(found[split], dst / split) for split in SPLITS if split in found]
+    return pairs or [(_Images(src, "train"), dst)]
 
 
 def _refuse_others(dst: Path, splits: set[str] | None) -> None:
@@ -144,7 +161,7 @@ def _refuse_others(dst: Path, splits: set[str] | None) -> None:
 
 
 def _convert_split(
-    src: Path,
+    images: _Images,
     dst: Path,
     settings: ConvertSettings,
     workers: int,
@@ -152,7 +169,7 @@ def _convert_split(
     beton: BetonSettings | None,
     on_progress: Callable[[Progress], None],
 ) -> Manifest:
-    source = _source(src)
+    source = _source(images, settings.images.max_pixels)
     made_from = _made_from(source, settings)
     with locked(dst):
         if overwrite:
@@ -198,7 +215,7 @@ def _counting(what: Path, done: int, total: int, on_progress: Callable[[Progress
 
 
 def _convert_part(
-    src: Path,
+    images: _Images,
     dst: Path,
     settings: ConvertSettings,
     part: Part,
@@ -206,7 +223,7 @@ def _convert_part(
     workers: int,
     on_progress: Callable[[Progress], None],
 ) -> PartManifest:
-    source = _source(src)
+    source = _source(images, settings.images.max_pixels)
     made_from = _made_from(source, settings)
     jobs = part.share(list(_jobs(source, dst, settings, made_from)))
     paths = [job.path for job in jobs]
@@ -214,8 +231,8 @@ def _convert_part(
     written = PartManifest(part.number, part.of, splits, str(source.root), labelled, source.classes, made_from, shards)
     if (dst / MANIFEST).exists():  # merged already: nothing to write, no lock to leave
         _refuse_other_settings(dst, made_from, read_manifest(dst).made_from)
-        images = sum(len(job.numbers) for job in jobs)
-        on_progress(Progress(dst, images, images, 0))
+        count = sum(len(job.numbers) for job in jobs)
+        on_progress(Progress(dst, count, count, 0))
         return written
     with locked(dst, part.name):
         kept = _finished_shards(dst, paths, made_from)
@@ -226,20 +243,23 @@ def _convert_part(
         return written
 
 
-def _source(src: Path) -> FileSource:
-    read = list_source if src.is_file() else folder_source
-    source = tar_source(src) if src.is_file() and src.suffix == ".tar" else read(src)
+def _source(images: _Images, max_pixels: int) -> FileSource:
+    source = images_to_convert(images.path, images.split)
+    source.allow_pixels(max_pixels)
     if source.labels is None:
         logger.warning(
             "%s names no classes: its images are converted without labels (pre-training needs none). For labels"
             " convert, in its place, class folders, or a file list: lines of `path label`, beside the unpacked images.",
-            src,
+            images.path,
         )
     return source
 
 
 def _made_from(source: FileSource, settings: ConvertSettings) -> dict[str, object]:
-    return {"format": FORMAT, **asdict(settings), "count": len(source), "listing": source.fingerprint()}
+    given = asdict(settings)
+    if settings.images.max_pixels == MAX_PIXELS:
+        del given["images"]["max_pixels"]  # as in what was converted before there was a choice
+    return {"format": FORMAT, **given, "count": len(source), "listing": source.fingerprint()}
 
 
 def _jobs(source: FileSource, dst: Path, settings: ConvertSettings, made_from: dict[str, object]) -> Iterator[ShardJob]:
@@ -315,6 +335,9 @@ def finish(dst: Path, paths: list[Path], root: Path | str, labelled: bool, class
     if not full:
         count, first = reports[0]["made_from"]["count"], reports[0]["refused"][0]
         raise DataError(f"none of the {count} images of {root} is readable; the first: {first}")
+    losses = _losses(reports)
+    for kind in losses:
+        logger.warning("%s: %s", root, kind.told(f"{reports[0]['made_from']['count']} images"))
     manifest = Manifest(
         count=sum(len(report["records"]) for report in full),
         labelled=labelled,
@@ -324,7 +347,17 @@ def finish(dst: Path, paths: list[Path], root: Path | str, labelled: bool, class
         shards=[ShardFile(**report["shard"]) for report in full],
         repaired=sorted((entry for report in reports for entry in report["repaired"]), key=lambda e: e["name"]),
         refused=sorted((entry for report in reports for entry in report["refused"]), key=lambda e: e["name"]),
+        losses=[kind._asdict() for kind in losses],
     )
     write_manifest(dst, manifest)
     remove_leftovers(dst, {shard.file for shard in manifest.shards}, done=True)
     return manifest
+
+
+def _losses(reports: list[dict]) -> list[LossCount]:
+    """What the images of all shards lost."""
+    losses: Counter[Loss] = Counter()
+    for report in reports:
+        for *loss, count in report.get("losses", []):  # versions before left none
+            losses[Loss(*loss)] += count
+    return counted(losses)

@@ -12,7 +12,7 @@ from spark_fast.errors import DataError
 from spark_fast.pipelines.convert.conversion import finish, remove_leftovers
 from spark_fast.pipelines.convert.conversion_parts import PartManifest, read_parts
 from spark_fast.pipelines.convert.output_dir import locked, storage
-from spark_fast.pipelines.sources.detect import SPLITS
+from spark_fast.pipelines.sources.listing.splits import SPLITS
 from spark_fast.pipelines.sources.shard_format import MANIFEST, Manifest, read_manifest, shard_name
 
 

@@ -176,7 +176,7 @@ _STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a dis
 def _state(pid: int | None) -> str:
     """The kernel's letter for the state of a process; "?" where there is no /proc."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except OSError:
         return "?"
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import simplejpeg
 
 from spark_fast.errors import ImageError, SettingsError
-from spark_fast.pipelines.transforms.decode import decode
+from spark_fast.pipelines.transforms.decode import MAX_PIXELS, decode_image
+from spark_fast.pipelines.transforms.pillow_pixels import Loss
 from spark_fast.pipelines.transforms.resize import resize
 
 _MAX_JPEG_SIDE = 65500  # libjpeg's limit
@@ -24,6 +25,7 @@ class Reencode:
     short_side: int = 256
     max_side: int = 0
     quality: int = 90
+    max_pixels: int = MAX_PIXELS  # of an image; a larger one is refused
 
     def __post_init__(self) -> None:
         if self.short_side and self.max_side:
@@ -32,6 +34,8 @@ class Reencode:
             )
         if self.short_side < 0 or self.max_side < 0:
             raise SettingsError("short_side and max_side are numbers of pixels, or 0 to keep the size")
+        if self.max_pixels < 1:
+            raise SettingsError("max_pixels is a number of (million) pixels, 1 or more")
         if not 1 <= self.quality <= 100:
             raise SettingsError(f"quality {self.quality} is no JPEG quality: take 1 to 100, 90 is usual")
 
@@ -47,22 +51,27 @@ class Reencode:
         return max(round(height * factor), 1), max(round(width * factor), 1)
 
     def encode(self, data: bytes | memoryview) -> tuple[bytes, str | None]:
-        """The JPEG to store for an encoded image, and what was repaired (None: nothing).
+        """The JPEG to store for an encoded image, and what was repaired (None: nothing); see `reencoded`."""
+        return self.reencoded(data)[:2]
+
+    def reencoded(self, data: bytes | memoryview) -> tuple[bytes, str | None, tuple[Loss, ...]]:
+        """The JPEG to store for an encoded image, what was repaired (None: nothing), and what of it was lost.
 
         Raises ImageError when the image cannot be read or stored.
         """
-        image, converted = decode(data, fast_chroma=True)  # a coarser chroma is stored than is made here
+        # A coarser chroma is stored than is made here.
+        image, repair, losses = decode_image(data, self.max_pixels, fast_chroma=True)
         height, width = image.shape[:2]
         size = self.size(height, width)
-        if size == (height, width) and not converted and _is_plain(data):
-            return bytes(data), None
+        if size == (height, width) and not repair and _is_plain(data):
+            return bytes(data), None, losses
         if size != (height, width):
             fewer_rows = resize(image, (size[0], width))  # first: the pass along rows is the slower one
             image = resize(fewer_rows, size)
         if max(size) > _MAX_JPEG_SIDE:
             raise ImageError(f"{size[1]} x {size[0]} pixels: a JPEG cannot be longer than {_MAX_JPEG_SIDE}")
         jpeg = simplejpeg.encode_jpeg(image, self.quality, "RGB", "420")
-        return jpeg, _what_it_was(data) if converted else None
+        return jpeg, repair, losses
 
 
 def _is_plain(data: bytes | memoryview) -> bool:
@@ -76,9 +85,3 @@ def _is_plain(data: bytes | memoryview) -> bool:
             return marker == 0xC0
         at += 2 + int.from_bytes(view[at + 2 : at + 4], "big")
     return False  # fill bytes or other oddities between segments: rather encode it anew
-
-
-def _what_it_was(data: bytes | memoryview) -> str:
-    if bytes(data[:2]) == b"\xff\xd8":
-        return "JPEG of other colours (grey, CMYK ...), stored as RGB"
-    return f"not a JPEG (it starts with {bytes(data[:8])!r}), stored as one"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.sources.folder import FileSource
 from spark_fast.pipelines.sources.shard_format import write_shard
 from spark_fast.pipelines.sources.source import read_patiently
+from spark_fast.pipelines.transforms.pillow_pixels import Loss
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ def write_job(job: ShardJob, advance: Advance) -> None:
     """Write a shard, its .idx, and last its report, a .json."""
     repaired: list[dict[str, str]] = []
     refused: list[dict[str, str]] = []
+    losses: Counter[Loss] = Counter()
 
     def samples() -> Iterator[tuple[int, str, int, bytes]]:
         for i, number in enumerate(job.numbers.tolist()):
@@ -50,13 +53,15 @@ def write_job(job: ShardJob, advance: Advance) -> None:
             data: bytes | memoryview = b""
             try:
                 data = read_patiently(job.source, i)
-                jpeg, repair = job.images.encode(data)
+                jpeg, repair, lost = job.images.reencoded(data)
             except (ImageError, OSError) as error:
                 _check_source_is_there(job.source.root)
                 refused.append({"name": name, "reason": str(error)})
             else:
+                losses.update(lost)
                 if repair:
-                    repaired.append({"name": name, "reason": repair})
+                    reasons = [repair, *(f"{loss.kind}; {loss.lost}" for loss in lost)]
+                    repaired.append({"name": name, "reason": ": ".join(reasons)})
                 label = -1 if job.source.labels is None else int(job.source.labels[i])
                 yield number, name, label, jpeg
             advance(1, len(data))
@@ -68,6 +73,7 @@ def write_job(job: ShardJob, advance: Advance) -> None:
         "records": records,
         "repaired": repaired,
         "refused": refused,
+        "losses": [[*loss, count] for loss, count in losses.items()],
     }
     with atomic_write(job.path.with_suffix(".json")) as file:
         file.write(json.dumps(report).encode())

@@ -32,7 +32,7 @@ def verify_shards(folder: Path, workers: int = 1) -> list[str]:
     Raises DataError when there is no usable manifest or index to compare with.
     """
     manifest = read_manifest(folder)
-    beton = list(_beton_faults(folder, manifest.beton, workers)) if manifest.beton else []
+    beton = list(_beton_faults(folder, manifest, manifest.beton, workers)) if manifest.beton else []
     if manifest.beton and manifest.beton.alone:
         return beton
     index = read_index(folder, manifest)
@@ -43,7 +43,7 @@ def verify_shards(folder: Path, workers: int = 1) -> list[str]:
         return [fault for faults in found for fault in faults] + beton
 
 
-def _beton_faults(folder: Path, made: BetonFiles, workers: int) -> Iterator[str]:
+def _beton_faults(folder: Path, manifest: Manifest, made: BetonFiles, workers: int) -> Iterator[str]:
     try:
         for file in (made.data, made.checks):
             if file_sha256(folder / file.file) != file.sha256:
@@ -55,7 +55,7 @@ def _beton_faults(folder: Path, made: BetonFiles, workers: int) -> Iterator[str]
 
     def fault(i: int) -> str | None:
         try:
-            size = decode(source.read(i))[0].shape[:2]
+            size = decode(source.read(i), manifest.max_pixels)[0].shape[:2]
         except (ImageError, OSError) as error:
             return str(error)
         row = source.checks[i]
@@ -83,7 +83,7 @@ def _shard_faults(folder: Path, manifest: Manifest, number: int, index: NDArray[
         yield f"{shard.file}: cannot be read: {error}"
         return
     for row in rows:
-        if fault := _record_fault(data, row):
+        if fault := _record_fault(data, row, manifest.max_pixels):
             yield f"{shard.file}, record at byte {row['offset']} ({_member(data, row)}): {fault}"
     yield from _tar_faults(folder, shard, rows)
 
@@ -93,14 +93,14 @@ def _member(data: bytes, row: np.void) -> str:
     return data[start : start + 100].split(b"\0")[0].decode("ascii", "backslashreplace")
 
 
-def _record_fault(data: bytes, row: np.void) -> str | None:
+def _record_fault(data: bytes, row: np.void, max_pixels: int) -> str | None:
     jpeg = data[int(row["offset"]) : int(row["offset"]) + int(row["size"])]
     if len(jpeg) != row["size"]:
         return "cut short"
     if zlib.crc32(jpeg) != row["crc"]:
         return "checksum differs"
     try:
-        decode(jpeg)
+        decode(jpeg, max_pixels)
     except ImageError as error:
         return str(error)
     return None
@@ -117,7 +117,7 @@ def _tar_faults(folder: Path, shard: ShardFile, rows: NDArray[np.void]) -> Itera
                     records.append((key, member.offset_data, member.size))
                 elif content := tar.extractfile(member):
                     labels[key] = int(content.read())
-        idx = (folder / shard.file).with_suffix(".idx").read_text()
+        idx = (folder / shard.file).with_suffix(".idx").read_text(encoding="utf-8")
     except (OSError, ValueError, tarfile.TarError) as error:
         yield f"{shard.file}: not readable as a tar with index: {error}"
         return

@@ -1,4 +1,4 @@
-"""What a data path is: shards, a .beton, class folders, a folder of images, or a file list."""
+"""What a data path is: shards, a .beton, tars of WebDataset, class folders, a folder of images, or a file list."""
 
 from __future__ import annotations
 
@@ -9,48 +9,80 @@ from spark_fast.commands import command
 from spark_fast.errors import DataError
 from spark_fast.files import PARTIAL
 from spark_fast.pipelines.sources.beton import BetonSource
-from spark_fast.pipelines.sources.folder import folder_source, list_source
+from spark_fast.pipelines.sources.file_list import list_source
+from spark_fast.pipelines.sources.folder import FileSource, folder_source
+from spark_fast.pipelines.sources.listing.compressed import how_to_unpack, is_compressed
+from spark_fast.pipelines.sources.listing.folder_tree import holds_images
+from spark_fast.pipelines.sources.listing.splits import split_of_file, train_folder
 from spark_fast.pipelines.sources.shard_format import MANIFEST, read_manifest
 from spark_fast.pipelines.sources.shards import ShardSource
 from spark_fast.pipelines.sources.source import Source
+from spark_fast.pipelines.sources.tar import tar_source
+from spark_fast.pipelines.sources.tars.webdataset import looks_like_webdataset, tars_in, webdataset_source
 
-SPLITS = ("train", "val", "test")
 TARS = {  # as downloaded from image-net.org
     "train": "ILSVRC2012_img_train.tar",
     "val": "ILSVRC2012_img_val.tar",
     "test": "ILSVRC2012_img_test_v10102019.tar",
 }
-_OF_CONVERSION = re.compile(rf"shard-\d{{6}}\.tar|.*{re.escape(PARTIAL)}")  # an unfinished one, without a manifest
+_SHARD = re.compile(r"shard-\d{6}\.tar")  # of a conversion
 
 
 def detect_source(data_path: str | Path, split: str = "train") -> Source:
     """The images of a split at `data_path`.
 
     They are in the folder of the split's name, as in the published code. Without such a folder, the path itself holds
-    the training images; other splits need one. The split "all" is the path itself, whatever it holds.
+    the training images, or tars whose names tell splits apart; other splits need one or the other. The split "all" is
+    the path itself, whatever it holds. `splits` says when a folder `train` is a class.
 
     Raises DataError when there are none, saying what was looked for.
     """
     path = Path(data_path).expanduser()
     if not path.exists():
         raise DataError(f"data_path {path} does not exist{_nearest_existing(path)}")
-    if split not in ("train", "all") and not (path / split).is_dir():
-        raise DataError(f"{path} holds no folder {split}/, which should lie beside train/")
-    if path.is_file() and path.suffix == ".beton":
-        return BetonSource(path)
     if path.is_file():
-        if path.suffix == ".tar":
+        if split not in ("train", "all"):
+            raise _no_split(path, split)
+        if path.suffix == ".beton":
+            return BetonSource(path)
+        if path.suffix == ".tar" and (_SHARD.fullmatch(path.name) or not looks_like_webdataset(path)):
             raise _no_tars(path, [path.name])
-        return list_source(path)
-    if split != "all" and (path / split).is_dir() and not (path / MANIFEST).exists():
-        path = path / split
+        return images_to_convert(path)
+    if split not in ("train", "all") and not (path / split).is_dir():
+        if split not in [split_of_file(tar.stem) for tar in tars_in(path)]:
+            raise _no_split(path, split)
+    elif split != "all" and not (path / MANIFEST).exists():
+        path = train_folder(path) if split == "train" else path / split
     if (path / MANIFEST).exists():
         beton = read_manifest(path).beton
         if beton is not None and beton.alone:
             return BetonSource(path / beton.data.file)
         return ShardSource(path)
+    _refuse_unfinished(path, PARTIAL)
+    if (tars := tars_in(path)) and not any(map(looks_like_webdataset, tars[:4])):
+        raise _no_tars(path, [tar.name for tar in tars])
+    return images_to_convert(path, split)
+
+
+def images_to_convert(path: Path, split: str = "train") -> FileSource:
+    """The images of a file list, of a tar, or of a folder of images, of class folders, or of tars of WebDataset.
+
+    Raises DataError when there are none, saying what was looked for.
+    """
+    if path.is_file():
+        if is_compressed(path.name):
+            raise DataError(how_to_unpack([path]))
+        return tar_source(path) if path.suffix == ".tar" else list_source(path)
     _refuse_unfinished(path)
-    return folder_source(path)
+    if any(map(looks_like_webdataset, (tars := tars_in(path))[:4])):  # one of them may be damaged
+        if holds_images(path):
+            raise DataError(f"{path} holds tars of images, such as {tars[0].name}, and images: move either elsewhere")
+        return webdataset_source(path, split)
+    return folder_source(path, mixed=split == "all")
+
+
+def _no_split(path: Path, split: str) -> DataError:
+    return DataError(f"{path} holds no folder {split}/, which should lie beside train/")
 
 
 def _nearest_existing(path: Path) -> str:
@@ -58,23 +90,26 @@ def _nearest_existing(path: Path) -> str:
     return f": {parent} does, but holds no {path.absolute().relative_to(parent).parts[0]!r}"
 
 
-def _refuse_unfinished(path: Path) -> None:
+def _refuse_unfinished(path: Path, *endings: str) -> None:
+    """Raise DataError when a folder cannot be listed, or holds shards, or files with one of these endings."""
     try:
-        names = sorted(p.name for p in path.iterdir())
+        names = [p.name for p in path.iterdir()]
     except OSError as error:
         raise DataError(f"cannot list {path}: {error}") from error
-    if any(map(_OF_CONVERSION.fullmatch, names)):
-        raise DataError(
-            f"{path} holds shards but no {MANIFEST}: the conversion was not finished. Run"
-            f" {command('convert')} again with the same settings; it goes on where it stopped."
-        )
-    if tars := [name for name in names if name.endswith(".tar")]:
-        raise _no_tars(path, tars)
+    if not any(_SHARD.fullmatch(name) or name.endswith(endings) for name in names):
+        return
+    if MANIFEST in names:
+        raise DataError(f"{path} is converted already: give what it was made from")
+    raise DataError(
+        f"{path} holds shards but no {MANIFEST}: the conversion was not finished. Run"
+        f" {command('convert')} again with the same settings; it goes on where it stopped. (Shards of another"
+        " program? Then give them other names than shard-NNNNNN.tar.)"
+    )
 
 
 def _no_tars(path: Path, tars: list[str]) -> DataError:
     """What to do with `tars`, found in the folder `path` or, one, there: training reads their images from shards."""
-    if path.is_file() and _OF_CONVERSION.fullmatch(path.name):
+    if path.is_file() and _SHARD.fullmatch(path.name):
         return DataError(f"{path} is one shard of a conversion: give its folder, {path.parent}")
     if len(tars) == 1 and path.is_file():
         what, src = f"{path} is a tar", path

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from spark_fast.commands import command
 from spark_fast.errors import DataError, ImageError
 from spark_fast.files import atomic_write
+from spark_fast.pipelines.transforms.decode import MAX_PIXELS
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -86,8 +87,15 @@ class Manifest:
     shards: list[ShardFile]
     repaired: list[dict[str, str]] = field(default_factory=list)  # name, reason
     refused: list[dict[str, str]] = field(default_factory=list)
+    losses: list[dict[str, str | int]] = field(default_factory=list)  # `LossCount`s; left out of the file where none
     beton: BetonFiles | None = None
     format: int = FORMAT
+
+    @property
+    def max_pixels(self) -> int:
+        """How many pixels an image may have had."""
+        images = self.made_from.get("images")
+        return int(images.get("max_pixels", MAX_PIXELS)) if isinstance(images, dict) else MAX_PIXELS
 
     @property
     def listing(self) -> str:
@@ -183,8 +191,11 @@ def write_index(path: Path, shards: Iterable[list[Record]]) -> ShardFile:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Declare the conversion in `folder` finished."""
+    content = asdict(manifest)
+    if not manifest.losses:
+        del content["losses"]  # versions before know of none
     with atomic_write(folder / MANIFEST) as file:
-        file.write(sealed(json.dumps(asdict(manifest), indent=1).encode()))
+        file.write(sealed(json.dumps(content, indent=1).encode()))
 
 
 def sealed(text: bytes) -> bytes:

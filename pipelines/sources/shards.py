@@ -35,6 +35,7 @@ class ShardSource:
         self.folder = folder
         self.classes = manifest.classes
         self._index = read_index(folder, manifest)
+        self.max_pixels = manifest.max_pixels
         self._listing = manifest.listing
         self.labels: NDArray[np.int32] | None = self._index["label"].copy() if manifest.labelled else None
         self._names = [shard.file for shard in manifest.shards]

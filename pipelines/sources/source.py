@@ -45,6 +45,14 @@ def num_classes(source: Source) -> int:
     return len(source.classes) or int(source.labels.max()) + 1
 
 
+def empty_classes(source: Source) -> set[str]:
+    """Names of the classes that no image has."""
+    if source.labels is None:
+        return set()
+    counts = np.bincount(source.labels, minlength=len(source.classes))
+    return {name for name, count in zip(source.classes, counts, strict=False) if not count}
+
+
 def read_patiently(source: Source, i: int) -> bytes | memoryview:
     """`source.read(i)`, tried again after a pause when the storage fails; raises what the last try did."""
     for pause in RETRY_SECONDS:

@@ -55,7 +55,7 @@ class CheckpointManager:
             path.parent.mkdir(exist_ok=True)
             sha256 = write(path, content)
             self._link(path)
-            with (self.folder / RECORD).open("a") as record:
+            with (self.folder / RECORD).open("a", encoding="utf-8") as record:
                 row = {"step": step, "file": path.name, "bytes": path.stat().st_size, "sha256": sha256}
                 record.write(json.dumps(row) + "\n")
             self._prune(step)

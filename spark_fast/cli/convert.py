@@ -20,8 +20,7 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from spark_fast.cli.start import start
 from spark_fast.cli.tool import run_tool
@@ -34,6 +33,8 @@ from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.ffcv_install import require_ffcv
 from spark_fast.pipelines.sources.shard_format import Manifest
+from spark_fast.pipelines.transforms.decode import MEGAPIXEL
+from spark_fast.reporting.progress_bar import FittingProgress, is_live, text
 
 LINE_SECONDS = 10  # between progress lines when the output is no terminal
 
@@ -42,9 +43,10 @@ def convert_images(
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
     dst: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = None,
     *,
-    short_side: int | None = None,
+    short_side: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 256)")] = None,
     max_side: int = 0,
     quality: int = 90,
+    max_pixels: int = 64,
     images_per_shard: int = 0,
     seed: int = 0,
     workers: int = 0,
@@ -58,12 +60,13 @@ def convert_images(
     """Convert a folder of images into shards.
 
     Args:
-        src: ImageNet folder (train/, val/, or the tars as downloaded), tar, folder of class folders or of images, or
-            file list. With merge: the folder of the parts.
+        src: ImageNet folder (train/, val/, or the tars as downloaded), tar, folder of class folders, of images or of
+            WebDataset tars, or file list. With merge: the folder of the parts.
         dst: Where the shards go: a new or empty folder, or an unfinished conversion.
-        short_side: Reduce larger images to this shorter side; 0 keeps their size. Default 256.
+        short_side: Reduce larger images to this shorter side; 0 keeps their size.
         max_side: Reduce larger images to this longer side, instead of short_side.
         quality: JPEG quality.
+        max_pixels: Million (2**20) pixels of an image; a larger one is left out, as it may be made to fill the memory.
         images_per_shard: 0 chooses: 4096 for ImageNet (about 120 MB), fewer for small data sets.
         seed: Of the order in which the shards hold the images.
         workers: Processes; 0 is one for each core.
@@ -77,7 +80,7 @@ def convert_images(
     short_side = (0 if max_side else 256) if short_side is None else short_side
     if images_per_shard < 0 or workers < 0:
         raise SettingsError("images_per_shard and workers are counts, or 0 to let the program choose")
-    settings = ConvertSettings(Reencode(short_side, max_side, quality), images_per_shard, seed)
+    settings = ConvertSettings(Reencode(short_side, max_side, quality, max_pixels * MEGAPIXEL), images_per_shard, seed)
     beton = None if format == "shards" else BetonSettings(ffcv_raw, alone=format == "ffcv")
     if beton is not None:
         require_ffcv(f"--format {format}")
@@ -134,14 +137,13 @@ class Display:
 
     def __init__(self) -> None:
         console = Console()
-        self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
+        name, bar, count = text("{task.description}"), BarColumn(None), MofNCompleteColumn()
+        speed, left = text("{task.fields[speed]}"), TimeRemainingColumn()
+        self._bar = FittingProgress(
+            (name, bar, count, speed, left),
+            first_left_out=(speed, bar, left),
             console=console,
-            disable=not console.is_terminal,
+            disable=not is_live(console),
         )
         self._folder: Path | None = None
 

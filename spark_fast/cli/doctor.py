@@ -79,15 +79,18 @@ def doctor(
     if data_path is not None:
         findings.append(read_from(data_path))
     table = Table(show_lines=False)
-    for title in ("", "found", "what to do"):
+    for title in ("", "found"):
         table.add_column(title, overflow="fold")
     for finding in findings:
         style = "red" if finding.needed else "yellow" if finding.advice else ""
-        table.add_row(*map(escape, (finding.what, finding.found, finding.advice)), style=style)
+        table.add_row(*map(escape, (finding.what, finding.found)), style=style)
     console = Console(width=None if sys.stdout.isatty() else 160)
     with console.capture() as text:  # rich would end the process by itself where nobody reads its output
         console.print(table)
     print(text.get(), end="")
+    for finding in findings:
+        if finding.advice:  # a line each, however long: commands are there to be copied whole
+            print(f"{finding.what}: {finding.advice}")
     missing = [finding.what for finding in findings if finding.needed]
     print(f"missing: {', '.join(missing)}" if missing else "training can run here")
     return 1 if missing else 0
@@ -245,7 +248,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _native_bf16() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and bool(re.search(r"avx512_bf16|amx_bf16|\bbf16\b", cpuinfo.read_text()))
+    return cpuinfo.exists() and bool(re.search(r"avx512_bf16|amx_bf16|\bbf16\b", cpuinfo.read_text(encoding="utf-8")))
 
 
 def main(argv: list[str] | None = None) -> int:

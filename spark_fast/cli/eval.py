@@ -86,7 +86,7 @@ def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLo
         scores = _probe(settings, ranks, learned, features, queries, fresh, report)
     seen = {"train_images": train.num_samples, "replaced": val.pipeline.bad_images.substituted}
     found = {"mode": settings.mode, **scores.accuracy(), **seen, "settings": settings.to_dict()}
-    report.result(scores.matrix, train.classes, **found)
+    report.result(scores.confusion, train.classes, **found)
     return 0
 
 

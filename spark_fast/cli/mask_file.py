@@ -44,7 +44,7 @@ def read_mask(words: Sequence[str], grid: tuple[int, int]) -> Tensor:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text().split() if line]
+        return [line for line in path.read_text(encoding="utf-8").split() if line]
     except UnicodeDecodeError:
         raise ValueError(f"{path} is neither a picture nor a text of {VISIBLE} and {HIDDEN}") from None
 

@@ -28,6 +28,7 @@ PANELS = {  # key of a row -> title
     "images_per_second": "images per second",
     "data_wait": "share of time waiting for data",
 }
+FLAT = 0.01  # the loss axis spans at least this
 
 
 def plot_run(
@@ -59,6 +60,7 @@ def draw(curves: Mapping[str, Sequence[dict[str, float]]]) -> bytes:
     """A PNG with a panel for each of PANELS and a line for each run, over the steps."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise SettingsError("drawing needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(11, 7), layout="constrained")
@@ -69,6 +71,11 @@ def draw(curves: Mapping[str, Sequence[dict[str, float]]]) -> bytes:
             panel.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else "")
         panel.set_title(title)
         panel.grid(alpha=0.3)
+        panel.ticklabel_format(axis="y", useOffset=False)  # an axis reads 0.999, not 0.001 and "+1" above it
+        panel.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
+    low, high = axes[0, 0].get_ylim()
+    if high - low < FLAT:  # noise of the last digit is drawn as what it is
+        axes[0, 0].set_ylim((low + high - FLAT) / 2, (low + high + FLAT) / 2)
     for panel in axes[1]:
         panel.set_xlabel("step")
     axes[1, 1].set_ylim(0, 1)

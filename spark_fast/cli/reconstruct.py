@@ -1,7 +1,8 @@
-"""Draw what a pre-trained model makes of images: input, visible part, reconstruction, a row per image.
+"""Draw what a pre-trained model makes of images: input, what the network sees, prediction, a row per image.
 
     spark-fast-reconstruct output_my_run photo.jpg other.png --out grid.png
-    spark-fast-reconstruct res50_withdecoder_1kpretrained_spark_style.pth photo.jpg --out grid.png --seed 3
+    spark-fast-reconstruct output_my_run pictures --count 8 --out drawn
+    spark-fast-reconstruct published.pth photo.jpg --out grid.png --seed 3
     spark-fast-reconstruct output_my_run photo.jpg --out grid.png --mask mask.txt
 
 Exit codes: 0 done, 2 settings, 3 images, 6 storage or checkpoint.
@@ -13,24 +14,34 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
+from torch import Tensor
 
 from spark_fast.cli.mask_file import read_mask
 from spark_fast.cli.start import start
 from spark_fast.cli.tool import run_tool
-from spark_fast.errors import CheckpointError, SettingsError
-from spark_fast.masking import num_visible
+from spark_fast.errors import CheckpointError, DataError, SettingsError
 from spark_fast.networks import import_from_current_folder
-from spark_fast.reporting.reconstructions import filled_grid, open_images, reconstruction_grid, save_png
+from spark_fast.pipelines.sources.listing.image_names import is_image
+from spark_fast.reporting.reconstructions import PAD, TITLES, filled_grid, open_image, save_png, titled
 from spark_fast.weights.load_pretrained import Pretrained, load_pretrained
+
+AT_ONCE = 16  # images that the network is given together
+AS_TRAINED = tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(default: as in training, or 0.6)")
+MaskRatio = Annotated[float | None, AS_TRAINED]
 
 
 def reconstruct(
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CKPT")],
-    images: Annotated[list[Path], tyro.conf.Positional],
+    images: Annotated[
+        list[Path], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE|FOLDER...", help_behavior_hint="(required)")
+    ],
     *,
     out: Path,
-    mask_ratio: float | None = None,
+    count: int = 32,
+    overwrite: bool = False,
+    mask_ratio: MaskRatio = None,
     seed: int = 0,
     mask: tuple[str, ...] = (),
     model: str = "",
@@ -40,8 +51,10 @@ def reconstruct(
 
     Args:
         source: Run folder, or .pth or .safetensors file with a decoder (also a published one).
-        images: Cropped in the centre to the input's shape, and resized.
-        out: The picture to write, .png.
+        images: Images, or folders of them at any depth, cropped in the centre to the input's shape and resized.
+        out: The picture to write, .png; or a folder, for a picture of each image.
+        count: Images drawn of a folder at most, evenly spread over it; 0 is all.
+        overwrite: Replace pictures that are there.
         mask_ratio: Share of patches hidden; by default that of the training (0.6 where the file does not say).
         seed: Of the masks; each image has its own.
         mask: One mask for all images: rows of `.` (visible) and `#` (hidden), a character per patch; or a text file of
@@ -49,12 +62,17 @@ def reconstruct(
         model: The network, where the file does not tell (timm name), or if it is your own (package.module:function).
         input_size: Pixels, N or HxW; by default as in training.
     """
-    if out.suffix != ".png":
-        raise SettingsError(f"{out} must end with .png")
+    one = out.suffix == ".png" and not out.is_dir()
+    if out.suffix and not one and not out.is_dir():
+        raise SettingsError(f"{out} must end with .png, or be a folder")
     if mask and mask_ratio is not None:
         raise SettingsError("--mask says which patches are hidden, --mask_ratio how many: choose one of them")
     if not images:
-        raise SettingsError("give one image or more")
+        raise SettingsError("give one image or more, or a folder")
+    if count < 0:
+        raise SettingsError(f"--count is a number of images, or 0 for all, got {count}")
+    paths = [path for given in images for path in (_of_folder(given, count) if given.is_dir() else [given])]
+    pictures = _pictures(paths, out, one, overwrite)
     import_from_current_folder(model)
     pretrained = load_pretrained(source, model, input_size)
     if not pretrained.weights.state.has_decoder:
@@ -62,25 +80,107 @@ def reconstruct(
             f"{pretrained.path} holds an encoder alone, nothing can be reconstructed without the decoder: give the "
             f"run folder, its checkpoint, or the published file *_withdecoder_1kpretrained_spark_style.pth"
         )
-    pixels = open_images(images, pretrained.spec.input_size)
-    grid = pretrained.model.grid
+    visible = _visible(pretrained, len(paths), mask, mask_ratio, seed)
+    opened = _opened(paths, set(images), pretrained.spec.input_size)
+    rows = _rows(pretrained, opened, visible)
+    heading = _heading(pretrained)
+    if one:
+        whole = [row[:, PAD * (at > 0) :] for at, row in enumerate(rows.values())]  # two rows share a margin
+        save_png(titled(torch.cat(whole, 1), heading), out)
+    else:
+        _write_each({pictures[i]: titled(row, f"{paths[i].name}: {heading}") for i, row in rows.items()}, out)
+    drawn = f"{len(rows)} image{'s' * (len(rows) != 1)}"
+    print(f"{out if one else f'{out}/'}: {drawn}, {_about(pretrained)}")
+    return 0
+
+
+def _of_folder(folder: Path, count: int) -> list[Path]:
+    """The images in a folder, at any depth, or `count` of them, evenly spread; says so if these are not all."""
+    inside = (path for path in sorted(folder.rglob("*")) if is_image(path.name) and path.is_file())
+    found = [path for path in inside if not any(p.startswith(".") for p in path.relative_to(folder).parts)]
+    if not found:
+        raise DataError(f"there are no images in {folder}")
+    if not count or len(found) <= count:
+        return found
+    print(f"{count} of the {len(found)} images in {folder} are drawn (--count)")
+    return [found[i * len(found) // count] for i in range(count)]
+
+
+def _pictures(paths: list[Path], out: Path, one: bool, overwrite: bool) -> list[Path]:
+    """What to write: `out`, or a picture in it of each image, by its stem, with a number where several have the same.
+
+    Raises:
+        SettingsError: one is there already, or is one of the images.
+    """
+    named: dict[str, Path] = {}  # in small letters, for file systems that do not tell them apart
+    for path in [out] if one else paths:
+        name, number = path.stem, 1
+        while name.lower() in named:
+            number += 1
+            name = f"{path.stem}-{number}"
+        named[name.lower()] = out if one else out / f"{name}.png"
+    sources = {path.resolve() for path in paths}
+    for picture in named.values():
+        if picture.resolve() in sources:
+            raise SettingsError(f"{picture} is one of the images: take another --out")
+        if picture.exists() and not overwrite:
+            raise SettingsError(f"{picture} exists already: take another --out, or --overwrite to replace it")
+    return list(named.values())
+
+
+def _opened(paths: list[Path], named: set[Path], size: tuple[int, int]) -> dict[int, Tensor]:
+    """Number -> (3, *size); an image of a folder that cannot be read is left out, one given by its name ends it."""
+    opened = {}
+    for number, path in enumerate(paths):
+        try:
+            opened[number] = open_image(path, size)
+        except DataError as error:  # noqa: PERF203
+            if path in named:
+                raise
+            print(f"left out: {error}")
+    if not opened:
+        raise DataError("none of the images can be read")
+    return opened
+
+
+def _visible(pretrained: Pretrained, count: int, mask: tuple[str, ...], ratio: float | None, seed: int) -> Tensor:
+    """(count, L) int64: the visible patches of each image."""
+    model = pretrained.model
     try:
         if mask:
-            visible = read_mask(mask, grid).flatten().nonzero().flatten().repeat(len(images), 1)  # (N, L)
-            picture = filled_grid(pretrained.model, pixels, visible)
-        else:
-            keep = None if mask_ratio is None else num_visible(grid, mask_ratio)
-            picture = reconstruction_grid(pretrained.model, pixels, seed, keep)
+            return read_mask(mask, model.grid).flatten().nonzero().flatten().repeat(count, 1)
+        keep = model.num_visible if ratio is None else model.visible_at(ratio)
     except ValueError as error:
         raise SettingsError(str(error)) from None
-    save_png(picture, out)
-    print(f"{out}: {len(images)} images, {_about(pretrained)}")
-    return 0
+    return model.sample_masks(seed, 0, torch.arange(count), keep=keep)
+
+
+def _rows(pretrained: Pretrained, opened: dict[int, Tensor], visible: Tensor) -> dict[int, Tensor]:
+    """Number -> its row of pictures, (3, PAD + H + PAD, W) uint8."""
+    rows: dict[int, Tensor] = {}
+    numbers, height = list(opened), PAD + pretrained.spec.input_size[0]
+    for first in range(0, len(numbers), AT_ONCE):
+        chosen = numbers[first : first + AT_ONCE]
+        grid = filled_grid(pretrained.model, torch.stack([opened[i] for i in chosen]), visible[chosen])
+        rows |= {i: grid[:, at * height : (at + 1) * height + PAD] for at, i in enumerate(chosen)}
+    return rows
+
+
+def _write_each(pictures: dict[Path, Tensor], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for path, picture in pictures.items():
+        save_png(picture, path)
+
+
+def _heading(pretrained: Pretrained) -> str:
+    record = pretrained.weights.record
+    known = f"step {record.step}, loss {record.loss:.4f}" if record else pretrained.path.name
+    return f"{pretrained.spec.network}, {known}"
 
 
 def _about(pretrained: Pretrained) -> str:
     (h, w), network = pretrained.model.grid, pretrained.spec.network
-    return f"input, visible part, reconstruction, by {network} on {h}x{w} patches of {pretrained.model.patch} px"
+    return f"{', '.join(TITLES)}, by {network} on {h}x{w} patches of {pretrained.model.patch} px"
 
 
 def main(argv: list[str] | None = None) -> int:

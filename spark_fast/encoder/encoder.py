@@ -12,7 +12,7 @@ from spark_fast.encoder.convert_network import MASKED, PACKED, LayerTable, check
 from spark_fast.encoder.layer_registry import UnsupportedLayerError
 from spark_fast.encoder.layers.converted import ConvertedLayer
 from spark_fast.encoder.layers.halo import HaloLayer
-from spark_fast.encoder.pyramid import as_size, feature_maps, find_pyramid, meta_images, run_on_meta
+from spark_fast.encoder.pyramid import Running, as_size, feature_maps, find_pyramid, meta_images, run_on_meta
 from spark_fast.encoder.visible import VisiblePatches
 
 
@@ -85,16 +85,14 @@ class Encoder(nn.Module):
     def _trace(self, input_size: tuple[int, int], keep: float) -> None:
         """Run once on the meta device: every layer learns its b, and one that does not fit is refused by name."""
         grid = (input_size[0] // self.patch, input_size[1] // self.patch)
-        entered: list[tuple[str, nn.Module]] = [("network", self.network)]
 
         def note(module: nn.Module, inputs: tuple) -> None:
-            entered.append((paths[module], module))
             if isinstance(module, HaloLayer) and inputs[0].dim() == 4:
                 module.cells, module.keep = inputs[0].shape[2], keep
 
-        paths = {module: path or "network" for path, module in self.network.named_modules()}
         hooks = ExitStack()
-        for module in paths:
+        running = hooks.enter_context(Running(self.network))
+        for module in self.network.modules():
             hooks.enter_context(module.register_forward_pre_hook(note))
         try:
             index = torch.arange(max(1, round(keep * grid[0] * grid[1])), device="meta").repeat(2, 1)
@@ -105,8 +103,12 @@ class Encoder(nn.Module):
                         f"a level comes out with {features.shape[2]} cells per patch side at stride {stride}"
                     )
         except Exception as error:
-            path, module = entered[-1]
-            raise UnsupportedLayerError(f"cannot be packed: {path} ({_own_type(module)}): {error}") from error
+            path, module = running.stack[-1][:2] if running.stack else ("", self.network)
+            own = isinstance(module, ConvertedLayer) or not module._modules
+            patch = f"(V, 3, {self.patch}, {self.patch})"
+            why = "" if own else f", in its own forward, which is given patches {patch} in place of images"
+            place = f"{path or 'network'} ({_own_type(module)})"
+            raise UnsupportedLayerError(f"cannot be packed: {place}: {error}{why}") from error
         finally:
             hooks.close()
 

@@ -19,7 +19,7 @@ def sweep_results(version: str = timm.__version__) -> dict[str, dict[str, float 
         {"verified": {name: largest relative difference}, "refused": {name: reason}}.
     """
     path = files("spark_fast") / "sweeps" / f"timm-{version}.json"
-    return json.loads(path.read_text()) if path.is_file() else {"verified": {}, "refused": {}}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"verified": {}, "refused": {}}
 
 
 def is_verified(model: str, kwargs: dict | None = None, stages: int | None = None) -> bool:

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from spark_fast.encoder import PackedEncoder
 from spark_fast.encoder.convert_network import check_layers
+from spark_fast.encoder.first_difference import Record, first_difference, recorded
 from spark_fast.encoder.grouped_float64 import FastGroups
-from spark_fast.encoder.pyramid import as_size, feature_maps, find_pyramid
+from spark_fast.encoder.layer_registry import UnsupportedLayerError
+from spark_fast.encoder.pyramid import NetworkFormError, as_size, feature_maps, find_pyramid
 from spark_fast.encoder.visible import VisiblePatches
 from spark_fast.masking import sample_visible
 
@@ -61,20 +63,16 @@ def verify(
     """
     original = copy.deepcopy(network).double()
     _randomise_constants(original)
-    check_layers(original)
-    size = _few_patches(original, stages) if input_size is None else as_size(input_size)
+    size = _checked_size(original, input_size, stages)
     shared = {id(p): p for p in original.parameters()}
     encoder = PackedEncoder(copy.deepcopy(original, shared), size, stages=stages)
     grid = (size[0] // encoder.patch, size[1] // encoder.patch)
     images = torch.randn(batch, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with FastGroups():
+        _check_batch(original, images)
         identity = max(_identity(original, encoder, images, grid, training) for training in (False, True))
         if not identity < TOLERANCE:
-            where = _first_difference(original, encoder, images, grid)
-            raise VerificationError(
-                f"with nothing masked the packed network differs from the network by {identity:.1e}{where}: "
-                f"it mixes positions outside its layers, in code that packing cannot see"
-            )
+            raise VerificationError(_blamed(original, encoder, images, grid, identity))
         leak = _leak(encoder, images, grid)
     if not leak < TOLERANCE:
         raise VerificationError(f"masked pixels reach the packed network's features, by {leak:.1e}")
@@ -160,49 +158,45 @@ def _leak(encoder: PackedEncoder, images: Tensor, grid: tuple[int, int]) -> floa
 
 
 @torch.no_grad()
-def _first_difference(original: nn.Module, encoder: PackedEncoder, images: Tensor, grid: tuple[int, int]) -> str:
-    """Where the two networks first differ, in the order of execution: " (first at PATH, a TYPE)".
+def _check_batch(original: nn.Module, images: Tensor) -> None:
+    """Refuse code outside the layers that mixes images; a layer may (a BatchNorm without running statistics)."""
+    original.eval()
 
-    A module whose input differs already, and nothing before it does, was given that by the code of its parent.
-    """
+    def run(batch: Tensor) -> Record:
+        with recorded(original, lambda t: t[:1].clone()) as record:
+            feature_maps(original, batch)
+        return record
+
+    found = first_difference(run(images[:1]), run(images), _differs)
+    if found and found.own_code:
+        raise VerificationError(
+            f"{found.place(original)} {found.fault('mixes the images of a batch')}: in evaluation too, the features of "
+            f"an image depend on the other images. Reduce over each image alone. {found.remedy}"
+        )
+
+
+@torch.no_grad()
+def _blamed(original: nn.Module, encoder: PackedEncoder, images: Tensor, grid: tuple[int, int], identity: float) -> str:
+    """What is wrong where the identity fails, and what to do."""
     visible = _everything(len(images), grid)
+
+    def dense(value: Tensor) -> Tensor:
+        whole = len(value) == visible.count and value.shape[2] == value.shape[3]
+        return visible.unpack(value) if whole else value.clone()
+
     torch.manual_seed(1)  # the same stochastic depth
-    with _recorded(original, None) as dense:
+    with recorded(original, torch.clone) as expected:
         feature_maps(original, images)
     torch.manual_seed(1)
-    with _recorded(encoder.network, visible) as packed:
+    with recorded(encoder.network, dense) as packed:
         encoder(images, visible)
-    for path in dense:
-        wrong = [
-            got.shape == expected.shape and not _difference(got, expected) < TOLERANCE
-            for got, expected in zip(packed[path], dense[path], strict=True)
-        ]  # the input, the output
-        if any(wrong):
-            blamed = path.rpartition(".")[0] if wrong[0] else path
-            return f" (first at {blamed or 'the network'}, a {type(original.get_submodule(blamed)).__name__})"
-    return ""
-
-
-@contextmanager
-def _recorded(network: nn.Module, visible: VisiblePatches | None) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Path -> (input, output) of every module at its first call, as dense maps, in the order of completion."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def dense(value: object) -> Tensor:
-        if not isinstance(value, Tensor) or value.dim() != 4:
-            return torch.empty(0)
-        whole = visible is not None and len(value) == visible.count and value.shape[2] == value.shape[3]
-        return visible.unpack(value) if visible is not None and whole else value.clone()
-
-    hooks = ExitStack()
-    for path, module in network.named_modules():
-
-        def record(_: nn.Module, inputs: tuple, output: object, path: str = path) -> None:
-            found.setdefault(path, (dense(inputs[0] if inputs else None), dense(output)))
-
-        hooks.enter_context(module.register_forward_hook(record))
-    with hooks:
-        yield found
+    found = first_difference(expected, packed, _differs)
+    differs = f"with nothing masked the packed network differs from the network by {identity:.1e}"
+    if found is None:
+        return (
+            f"the network's own code mixes positions, in training or backward: {differs}, though no layer's output does"
+        )
+    return f"{found.place(original)} {found.fault('mixes positions')}: {differs}. {found.remedy}"
 
 
 def _weights(feature: Tensor) -> Tensor:
@@ -215,13 +209,43 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / (b.norm() + 1e-12)).item()
 
 
+def _differs(a: Tensor, b: Tensor) -> bool:
+    return not _difference(a, b) < TOLERANCE
+
+
+def _checked_size(network: nn.Module, input_size: int | tuple[int, int] | None, stages: int | None) -> tuple[int, int]:
+    """(H, W), as asked or small, after a look at what the network takes and returns, and at its layers."""
+    try:
+        size = _few_patches(network, stages) if input_size is None else as_size(input_size)
+        find_pyramid(network, size, stages)
+    except NetworkFormError as error:
+        raise VerificationError(f"{error}{_layers_too(network)}") from error
+    except ValueError:
+        check_layers(network)  # a layer that cannot be packed says more than a size that does not fit
+        raise
+    check_layers(network)
+    return size
+
+
+def _layers_too(network: nn.Module) -> str:
+    try:
+        check_layers(network)
+    except UnsupportedLayerError as error:
+        return f". Besides, it {error}"
+    return ""
+
+
 def _few_patches(network: nn.Module, stages: int | None) -> tuple[int, int]:
-    reasons = []
+    reasons = {}
     for patch in (32, 64, 16, 8, 128):
         try:
             stride = find_pyramid(network, (patch * 3, patch * 3), stages).patch
+        except NetworkFormError:
+            raise
         except ValueError as error:
-            reasons.append(str(error))
+            reasons[patch * 3] = str(error)
             continue
         return 2 * stride, 3 * stride
-    raise VerificationError(f"no input size was found that this network takes: {reasons[0]}")
+    first, *others = reasons
+    tried = f" (nor on {', '.join(map(str, others))} px)" if "does not run" in reasons[first] else ""
+    raise VerificationError(f"{reasons[first]}{tried}")

@@ -16,6 +16,7 @@ from spark_fast.run.distributed import Ranks
 
 SYNTHETIC_IMAGES = 1024
 NO_LABELS = "has no labels: images must lie in class folders, or be listed with them"
+REMEDY = "Classes are matched by name: give val/ the class folders of train/, or name other images with --val_path"
 
 
 class Labelled:
@@ -78,7 +79,8 @@ def open_val(settings: Evaluation, ranks: Ranks, train: Pipeline, alive: Callabl
         more = "" if settings.data.val_path else ". (--val_path names the validation images, if they lie elsewhere)"
         raise DataError(f"{error}{more}") from error
     try:
-        return Labelled(pipeline, train.num_classes, _numbers(path, train, pipeline, ranks.device), alive)
+        place = path if settings.data.val_path else f"{path}/val"
+        return Labelled(pipeline, train.num_classes, _numbers(place, train, pipeline, ranks.device), alive)
     except DataError:
         pipeline.close()
         raise
@@ -94,12 +96,14 @@ def _numbers(path: str, train: Pipeline, val: Pipeline, device: torch.device) ->
     if val.num_classes == 0:
         raise DataError(f"{path} {NO_LABELS}")
     if train.classes and val.classes:
-        unknown = sorted(set(val.classes) - set(train.classes))
+        unknown = sorted(set(val.classes) - set(train.classes) - val.empty_classes)
         if unknown:
             raise DataError(
                 f"{path} has {len(unknown)} classes that the training images have not: {', '.join(unknown[:5])}"
+                f"{f' and {len(unknown) - 5} more' if unknown[5:] else ''}. {REMEDY}"
             )
-        return torch.tensor([train.classes.index(name) for name in val.classes], device=device)
+        number = {name: i for i, name in enumerate(train.classes)}
+        return torch.tensor([number.get(name, -1) for name in val.classes], device=device)  # -1: without an image
     if val.num_classes > train.num_classes:
-        raise DataError(f"{path} has {val.num_classes} classes, the training images {train.num_classes}")
+        raise DataError(f"{path} has {val.num_classes} classes, the training images {train.num_classes}. {REMEDY}")
     return None

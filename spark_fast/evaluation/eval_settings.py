@@ -42,6 +42,8 @@ class Data:
     """batches decoded ahead"""
     max_bad_fraction: float = 0.01
     """stop when more than this share of the images is unreadable (judged after 1000)"""
+    max_pixels: int = 64
+    """million (2**20) pixels of an image; a larger one counts as unreadable, as it may be made to fill the memory"""
 
 
 @dataclass
@@ -163,7 +165,18 @@ class Evaluation(Tree):
             raise SettingsError("--weights is missing: a run folder, a checkpoint, an exported encoder, or none")
         if self.model.weights == "none" and not self.model.model:
             raise SettingsError("--model is missing: with --weights none nothing else names the network")
-        positive = {"batch_size", "workers", "prefetch", "timeout", "k", "temperature", "epochs", "base_lr", "repeats"}
+        positive = {
+            "batch_size",
+            "workers",
+            "prefetch",
+            "max_pixels",
+            "timeout",
+            "k",
+            "temperature",
+            "epochs",
+            "base_lr",
+            "repeats",
+        }
         self.check_numbers(
             positive | {"log_every", "max_bad_steps", "accumulate", "crop_pct", "min_scale"},
             {"crop_pct", "min_scale", "layer_decay", "smoothing", "erase", "ema", "drop_path"},
@@ -195,7 +208,7 @@ class Finetune(Evaluation):
     recipe: OmitArgPrefixes[Recipe] = field(default_factory=Recipe)
 
     HARMLESS: ClassVar[dict[str, set[str]]] = {  # what changes nothing that is computed, or only its rounding
-        "data": {"data_path", "val_path", "pipeline", "workers", "prefetch", "max_bad_fraction"},
+        "data": {"data_path", "val_path", "pipeline", "workers", "prefetch", "max_bad_fraction", "max_pixels"},
         "model": {"weights"},
         "run": {f.name for f in dataclasses.fields(FinetuneRunSettings)} - {"seed"},
         "recipe": {"accumulate"},

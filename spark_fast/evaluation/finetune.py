@@ -23,7 +23,7 @@ from spark_fast.checkpoint.file import Content, RunContent
 from spark_fast.checkpoint.manager import CheckpointManager
 from spark_fast.checkpoint.state_dict import load_strictly
 from spark_fast.errors import SettingsError
-from spark_fast.evaluation.accuracy import Scores, judge
+from spark_fast.evaluation.accuracy import Confusion, Scores, judge
 from spark_fast.evaluation.data import Labelled
 from spark_fast.evaluation.eval_settings import Finetune
 from spark_fast.evaluation.layer_decay import parameter_groups
@@ -138,7 +138,9 @@ class FinetuneRun:
         self.state.restore(path, state, self.ranks)
         if self.ema is not None:
             load_strictly(self.ema.module, state["ema"])
-        self.best = state["best"]
+        self.best = dict(state["best"])
+        if "confusion" in self.best:  # as checkpoints had it before
+            self.best["taken"] = Confusion.of_matrix(self.best.pop("confusion")).rows
 
     def trainer(
         self, manager: CheckpointManager | None, report: Report, watchdog: Watchdog, interrupt: Interrupt
@@ -168,10 +170,10 @@ class FinetuneRun:
 
     def write_result(self, report: Report) -> None:
         """Write result.json: the best epoch, the last one, and how they came about."""
-        best = {key: value for key, value in self.best.items() if key not in ("confusion", "last")}
+        best = {key: value for key, value in self.best.items() if key not in ("taken", "last")}
         seen = {"train_images": self.train_images.num_samples, "replaced": self.val.pipeline.bad_images.substituted}
         report.result(
-            self.best["confusion"],
+            Confusion(self.val.num_classes, self.best["taken"]),
             self.train_images.classes,
             mode="finetune",
             **best,
@@ -241,7 +243,7 @@ class FinetuneRun:
             found = scores.accuracy()
             row |= {f"{kind}_top1": found["top1"], f"{kind}_top5": found["top5"]}
             if found["top1"] > self.best.get("top1", -1.0):
-                self.best = {**found, "epoch": at.epoch, "weights": kind, "confusion": scores.matrix}
+                self.best = {**found, "epoch": at.epoch, "weights": kind, "taken": scores.confusion.rows}
                 if report.folder is not None:
                     state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
                     write_encoder(state, self.settings.network, report.folder)

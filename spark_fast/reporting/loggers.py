@@ -113,11 +113,11 @@ class WandB:
         self._wandb = require_wandb()
         kept = folder / "wandb_id.txt"
         if not kept.exists():
-            kept.write_text(uuid.uuid4().hex)
+            kept.write_text(uuid.uuid4().hex, encoding="utf-8")
         self._run = self._wandb.init(
             project=project,
             name=name or folder.name,
-            id=kept.read_text().strip(),
+            id=kept.read_text(encoding="utf-8").strip(),
             resume="allow",
             dir=str(folder),
             config=dict(config),

@@ -1,12 +1,12 @@
-"""Pictures of what the model fills in: input, masked, reconstruction, side by side."""
+"""Pictures of what the model fills in: input, what the network sees, prediction, side by side, with titles."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -18,9 +18,18 @@ from spark_fast.pipelines.transforms.crops import centre_box
 from spark_fast.pipelines.transforms.decode import decode
 from spark_fast.pipelines.transforms.resize import MEAN, STD, Normalise, cut
 
+TITLES = ("input", "what the network sees", "prediction")
+NOTE = (
+    "Brightness and contrast of hidden patches are the input's: the loss is in units of each patch's mean and deviation"
+)
+PAD = 4  # white pixels around each picture
+COLUMN = 128  # pixels that a column is wide at least: smaller pictures are enlarged
+FONT = 13  # its height in pixels
+LINE = FONT + 4
+
 
 def reconstruction_grid(model: Method, images: Tensor, seed: int, keep: int | None = None) -> Tensor:
-    """One row per image: input, visible part, reconstruction. The masks depend on `seed` alone.
+    """One row per image: input, what the network sees, prediction. The masks depend on `seed` alone.
 
     Args:
         images: (N, 3, H, W) normalised.
@@ -42,23 +51,63 @@ def filled_grid(model: Method, images: Tensor, visible: Tensor) -> Tensor:
     seen = VisiblePatches(visible, model.grid).cells(images.shape[2])
     columns = [_pixels(images), torch.where(seen, _pixels(images), 0.5), _pixels(filled)]
     rows = torch.stack(columns, dim=1).flatten(0, 1)  # (N, 3 columns, 3, H, W) -> (N*3, 3, H, W)
-    return (make_grid(rows, nrow=3, padding=4, pad_value=1.0) * 255).round().to(torch.uint8).cpu()
+    return (make_grid(rows, nrow=3, padding=PAD, pad_value=1.0) * 255).round().to(torch.uint8).cpu()
 
 
-def open_images(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:
-    """Images as the network sees them in evaluation: centrally cropped, resized, normalised, (N, 3, *size).
+def titled(grid: Tensor, heading: str) -> Tensor:
+    """A grid of `reconstruction_grid` with a heading, a title over each column, and a note on how to read it.
+
+    Small pictures are enlarged by a whole number, so that there is room for the titles. (3, H, W) uint8, as is `grid`.
+    """
+    factor = math.ceil(COLUMN / ((grid.shape[2] - PAD) // len(TITLES) - PAD))
+    pixels = grid.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    _, height, width = pixels.shape
+    font, margin = ImageFont.load_default(FONT), PAD * factor
+    column = (width - margin) // len(TITLES)
+    above = _wrapped(heading, font, width - 2 * margin)
+    titles = [_wrapped(title, font, column - margin) for title in TITLES]
+    below = _wrapped(NOTE, font, width - 2 * margin)
+    top = PAD + LINE * (len(above) + max(map(len, titles))) + PAD
+    sheet = Image.new("RGB", (width, top + height + LINE * len(below) + PAD), "white")
+    sheet.paste(Image.fromarray(pixels.permute(1, 2, 0).numpy()), (0, top))
+    texts = [(above, margin, PAD, "la"), (below, margin, top + height, "la")]
+    for i, lines in enumerate(titles):  # centred over its column, just above it
+        texts.append((lines, margin + i * column + (column - margin) // 2, top - PAD - LINE * len(lines), "ma"))
+    draw = ImageDraw.Draw(sheet)
+    for lines, x, y, anchor in texts:
+        for number, line in enumerate(lines):
+            draw.text((x, y + number * LINE), line, "black", font, anchor)
+    return torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).view(sheet.height, width, 3).permute(2, 0, 1)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Lines of at most `width` pixels; a word that is longer is broken."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        lines += [""] * bool(lines[-1])
+        for letter in word:
+            lines += [""] * (font.getlength(lines[-1] + letter) > width)
+            lines[-1] += letter
+    return lines
+
+
+def open_image(path: Path, size: tuple[int, int]) -> Tensor:
+    """An image as the network sees it in evaluation: centrally cropped, resized, normalised, (3, *size).
 
     Raises:
-        DataError: one cannot be read, by name.
+        DataError: it cannot be read, by name.
     """
-    pixels = torch.empty(len(paths), *size, 3, dtype=torch.uint8)
-    for path, out in zip(paths, pixels, strict=True):
-        try:
-            image, _ = decode(path.read_bytes())
-        except (OSError, ImageError) as error:
-            raise DataError(f"{path} cannot be read: {error}") from None
-        cut(image, centre_box(image.shape[0], image.shape[1], size), flip=False, out=out)
-    return Normalise(size[1], torch.device("cpu"), torch.float32)(pixels)
+    try:
+        image, _ = decode(path.read_bytes())
+    except (OSError, ImageError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    pixels = torch.empty(1, *size, 3, dtype=torch.uint8)
+    cut(image, centre_box(image.shape[0], image.shape[1], size), flip=False, out=pixels[0])
+    return Normalise(size[1], torch.device("cpu"), torch.float32)(pixels)[0]
 
 
 def save_png(grid: Tensor, path: Path) -> None:

@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.text import Text
 from torch import Tensor
 
 from spark_fast.reporting.loggers import Logger, NeverRaises
-from spark_fast.reporting.metrics_file import line_of
+from spark_fast.reporting.metrics_file import line_of, read_metrics
+from spark_fast.reporting.progress_bar import FittingProgress, is_live, text
 from spark_fast.streams import KeptStream
 
 T = TypeVar("T")
+
+SUMS = ("loss", "seconds", "wait", "images", "steps", "counted")  # over the steps of an epoch
 
 
 class RunLogger:
@@ -47,22 +50,25 @@ class RunLogger:
         self.keep = NeverRaises("log.txt")
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.rate = 0.0  # seconds per step, smoothed
-        self.epoch_sums = {"loss": 0.0, "seconds": 0.0, "wait": 0.0, "images": 0.0, "steps": 0.0, "counted": 0.0}
+        self.epoch_sums = dict.fromkeys(SUMS, 0.0)
         if folder is None:
             return
+        self._take_up(step)
         console = Console(file=KeptStream(sys.__stderr__))  # type: ignore[arg-type]
-        columns = ("[bold]epoch {task.fields[epoch]}", BarColumn(), MofNCompleteColumn())
-        numbers = ("loss {task.fields[loss]}", "{task.fields[speed]} images/s", "wait {task.fields[wait]}")
-        self.progress = Progress(
-            *[TextColumn(c) if isinstance(c, str) else c for c in (*columns, *numbers)],
-            TimeRemainingColumn(),
+        epoch, bar, count = text("epoch {task.description}"), BarColumn(None), MofNCompleteColumn()
+        loss, speed, wait = (text(f"{{task.fields[{name}]}}") for name in ("loss", "speed", "wait"))
+        left = TimeRemainingColumn()
+        self.progress = FittingProgress(
+            (epoch, bar, count, loss, speed, wait, left),
+            first_left_out=(wait, speed, bar, left, loss, count),
             console=console,
             transient=True,
             redirect_stdout=False,  # they are shown above the bar by `_above`, which leaves their copies alone
             redirect_stderr=False,
         )
-        self.bar = self.progress.add_task("", total=total_steps, completed=step, epoch="", loss="", speed="", wait="")
-        self.live = console.is_terminal
+        at = f"{min(step // steps_per_epoch + 1, epochs)}/{epochs}"
+        self.bar = self.progress.add_task(at, total=total_steps, completed=step, loss="", speed="", wait="")
+        self.live = is_live(console)
         if self.live:
             self.progress.start()
             self._lines_by(self._above)
@@ -74,13 +80,7 @@ class RunLogger:
 
     def point(self, step: int, means: dict[str, float], lr: float, weight_decay: float) -> None:
         """A log point after `step` steps, with the means since the last one (`Monitor.point`)."""
-        counted = means["steps"] - means["skipped"]
-        self.epoch_sums["loss"] += means["loss"] * counted if counted else 0.0
-        self.epoch_sums["counted"] += counted
-        self.epoch_sums["seconds"] += means["seconds"]
-        self.epoch_sums["wait"] += means["data_wait"] * means["seconds"]
-        self.epoch_sums["images"] += means["images_per_second"] * means["seconds"]
-        self.epoch_sums["steps"] += means["steps"]
+        self._sum(means, means["steps"], means["seconds"])
         latest = means["seconds"] / means["steps"]
         self.rate = latest if self.rate == 0 else 0.7 * self.rate + 0.3 * latest
         if self.folder is None:
@@ -92,7 +92,14 @@ class RunLogger:
             logger.point(row, step)
         at, loss = f"{epoch}/{self.epochs}", f"{means['loss']:.4f}"
         speed, wait = f"{means['images_per_second']:.1f}", f"{means['data_wait']:.1%}"
-        self.progress.update(self.bar, completed=step, epoch=at, loss=loss, speed=speed, wait=wait)
+        self.progress.update(
+            self.bar,
+            completed=step,
+            description=at,
+            loss=f"loss {loss}",
+            speed=f"{speed} images/s",
+            wait=f"wait {wait}",
+        )
         line = (
             f"epoch {at}  step {step}/{self.total_steps}  loss {loss}  {speed} images/s  "
             f"MFU {means['mfu']:.1%}  data wait {wait}"
@@ -103,8 +110,8 @@ class RunLogger:
             sys.stdout.note(f"{line}\n")
 
     def epoch(self, step: int, notes: dict | None = None) -> None:
-        """An epoch, or this process's part of it, is complete after `step` steps."""
-        sums = self.epoch_sums
+        """An epoch is complete after `step` steps; where the figures of its beginning are lost, that is said."""
+        sums, of = self.epoch_sums, self.steps_per_epoch
         self.epoch_sums = dict.fromkeys(sums, 0.0)
         if self.folder is None or sums["steps"] == 0:
             return
@@ -116,15 +123,44 @@ class RunLogger:
             "images_per_second": sums["images"] / sums["seconds"],
             "data_wait": sums["wait"] / sums["seconds"],
             "remaining": str(remaining),
+            **({"of_its_last_steps": round(sums["steps"])} if sums["steps"] < of else {}),
             "finish": (datetime.now() + remaining).strftime("%Y-%m-%d %H:%M"),
             **(notes or {}),
         }
         self.keep(_append_line, self.folder / "log.txt", row)
+        part = f" (over its last {sums['steps']:.0f} of {of} steps)" if sums["steps"] < of else ""
         print(
-            f"epoch {row['epoch']} done: loss {row['loss']:.4f}, {row['images_per_second']:.1f} images/s, "
+            f"epoch {row['epoch']} done{part}: loss {row['loss']:.4f}, {row['images_per_second']:.1f} images/s, "
             f"{row['data_wait']:.1%} of the time waiting for data, {remaining} to go",
             flush=True,
         )
+
+    def _sum(self, means: Mapping[str, float], steps: float, seconds: float) -> None:
+        """Add a log point's means to the sums of its epoch."""
+        counted = steps - means["skipped"]
+        self.epoch_sums["loss"] += means["loss"] * counted if counted else 0.0
+        self.epoch_sums["counted"] += counted
+        self.epoch_sums["seconds"] += seconds
+        self.epoch_sums["wait"] += means["data_wait"] * seconds
+        self.epoch_sums["images"] += means["images_per_second"] * seconds
+        self.epoch_sums["steps"] += steps
+
+    def _take_up(self, step: int) -> None:
+        """After a resume amid an epoch: the sums of its steps before, from metrics.jsonl, where it has them all."""
+        assert self.folder is not None
+        done = step % self.steps_per_epoch
+        try:
+            rows = read_metrics(self.folder / "metrics.jsonl") if done else []
+        except OSError:
+            return
+        at: float = step - done
+        for row in rows:
+            if at < row["step"] <= step and "step_seconds" in row:
+                steps = row["step"] - at
+                self._sum(row, steps, row["step_seconds"] * steps)
+                at = row["step"]
+        if at != step:  # rows are missing, and with them steps
+            self.epoch_sums = dict.fromkeys(SUMS, 0.0)
 
     def picture(self, grid: Tensor, step: int) -> None:
         """A picture (3, H, W) uint8 for the loggers that show some."""
@@ -133,7 +169,7 @@ class RunLogger:
 
     def close(self) -> None:
         """End the progress bar and the files."""
-        if self.folder is not None:
+        if self.folder is not None and self.live:  # else it would print an empty line
             self._lines_by(None)
             self.progress.stop()
         for logger in self.loggers:

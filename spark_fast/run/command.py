@@ -118,6 +118,7 @@ def open_pipeline(settings: Tree, ranks: Ranks, path: str, options: LoaderOption
         workers=settings.data.workers,
         prefetch=settings.data.prefetch,
         max_bad_fraction=settings.data.max_bad_fraction,
+        max_pixels=settings.data.max_pixels,
     )
     return build_pipeline(path or None, asked)
 

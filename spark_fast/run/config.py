@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
@@ -39,6 +40,7 @@ class DataGroup(Protocol):
     workers: int
     prefetch: int
     max_bad_fraction: float
+    max_pixels: int
 
 
 class ModelGroup(Protocol):
@@ -259,7 +261,7 @@ def last_value(words: list[str], flag: str, default: str) -> str:
 def _flags_of(path: Path, known_settings: Any) -> list[str]:
     """The flags that a TOML file stands for, of a settings tree of dataclasses."""
     try:
-        tree: dict[str, object] = tomllib.loads(path.read_text())
+        tree: dict[str, object] = tomllib.loads(_text_of(path.read_bytes()))
     except FileNotFoundError:
         raise SettingsError(f"there is no configuration file {path}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
@@ -275,3 +277,13 @@ def _flags_of(path: Path, known_settings: Any) -> list[str]:
                 raise SettingsError(f"{path}: [{section}] has no setting {key!r}{nearest(key, known)}")
             flags.append(f"--{key}={value}")
     return flags
+
+
+def _text_of(raw: bytes) -> str:
+    """UTF-8 in every locale; paths that the locale cannot encode become what the command line would have been."""
+    text = raw.decode("utf-8")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return os.fsdecode(raw)
+    return text

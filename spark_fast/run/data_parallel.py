@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -22,6 +23,7 @@ def data_parallel(model: nn.Module, ranks: Ranks, *, static: bool, gradients_in_
     """
     if ranks.world_size == 1:
         return model
+    give_gradients_strides_of_weights(model)
     with warnings.catch_warnings():
         # torch 2.14 calls broadcast_buffers deprecated, 2.11 knows nothing else
         warnings.simplefilter("ignore", FutureWarning)
@@ -35,6 +37,23 @@ def data_parallel(model: nn.Module, ranks: Ranks, *, static: bool, gradients_in_
     if gradients_in_bf16:
         wrapped.register_comm_hook(None, bf16_compress_hook)
     return wrapped
+
+
+def give_gradients_strides_of_weights(model: nn.Module) -> None:
+    """Have each gradient arrive with the strides of its weight, which is how DDP's buckets hold it.
+
+    Where a dimension is 1 (weights of 1x1 and depthwise convolutions) contiguous and channels_last are the same
+    memory, and its stride says nothing. The weight got that of one layout, the kernels may give its gradient that of
+    the other, and DDP would take it for another layout and warn.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dim() == 4 and parameter.is_contiguous():
+            parameter.register_hook(partial(_with_strides, parameter.stride()))
+
+
+def _with_strides(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
+    same = gradient.stride() == strides or not gradient.is_contiguous()
+    return gradient if same else gradient.as_strided(gradient.shape, strides)
 
 
 def gather_state(optimizer: torch.optim.Optimizer) -> None:

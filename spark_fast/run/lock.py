@@ -36,7 +36,7 @@ class RunLock:
         if self._file is not None:
             return
         try:
-            file = self.path.open("a+")
+            file = self.path.open("a+", encoding="utf-8")
         except OSError as error:
             raise CheckpointError(f"the run folder {self.path.parent} cannot be written: {error}") from error
         try:

@@ -21,7 +21,7 @@ from spark_fast.reporting.loss_spikes import Spikes
 from spark_fast.reporting.mfu import MfuMeter, matmul_rate
 from spark_fast.reporting.monitor import Monitor
 from spark_fast.reporting.profiler import Profile
-from spark_fast.reporting.reconstructions import reconstruction_grid, save_png
+from spark_fast.reporting.reconstructions import reconstruction_grid, save_png, titled
 from spark_fast.reporting.run_logger import RunLogger
 from spark_fast.reporting.run_summary import RunSummary
 from spark_fast.run.data_parallel import data_parallel
@@ -241,6 +241,7 @@ class EndOfEpoch:
         self.logger.epoch(at.step, {"converted": bad.converted, "replaced": bad.substituted})
         save()
         if self.folder is not None and self.pictured is not None and at.epoch % settings.picture_every == 0:
-            grid = reconstruction_grid(self.run.model, self.pictured, settings.seed)
+            heading = f"epoch {at.epoch}, step {at.step}, loss {at.loss:.4f}"
+            grid = titled(reconstruction_grid(self.run.model, self.pictured, settings.seed), heading)
             save_png(grid, self.folder / "reconstruction" / f"epoch_{at.epoch:04d}.png")
             self.logger.picture(grid, at.step)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from spark_fast.checkpoint.file import Content, check_run, read
 from spark_fast.errors import CheckpointError
-from spark_fast.networks import PUBLISHED_MODELS
 from spark_fast.weights.named_tensors import State, matches, read_state
 from spark_fast.weights.spark_keys import canonical_name
 
@@ -46,7 +45,8 @@ def read_resumable(path: Path) -> Content:
 def is_published(content: Content) -> bool:
     """Whether the published pre-training saved this, with all that it resumes from."""
     whole = all(isinstance(content.get(name), Mapping) for name in ("module", "optimizer"))
-    return whole and isinstance(content.get("epoch"), int) and content.get("is_pretrain", True) is True
+    epoch = content.get("epoch")
+    return whole and isinstance(epoch, int) and epoch >= 0 and content.get("is_pretrain", True) is True
 
 
 def published_run(
@@ -66,7 +66,7 @@ def published_run(
         state = read_state(content)
         tensors = _model(state, model)
         moments = _moments(state, tensors, content["optimizer"], model, str(now["opt"]))
-        groups = _groups(content["optimizer"], optimizer)
+        groups = _groups(content["optimizer"], optimizer, counts=now["opt"] == "lamb")
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     if others := _others(content.get("args"), now):
@@ -85,12 +85,11 @@ def _others(args: object, now: Mapping[str, object]) -> list[str]:
     """What the file's settings, which are a printed dictionary, say otherwise; the published code compares nothing."""
     found = []
     for name, value in now.items():
-        match = re.search(rf"'{name}': ('[^']*'|[^,}}\s]+)", args) if isinstance(args, str) else None
+        match = re.search(rf"'{name}': ('[^']{{,80}}'|[\d.eE-]{{1,20}})[,}}]", args) if isinstance(args, str) else None
         try:
             before = ast.literal_eval(match[1]) if match else value
         except (ValueError, SyntaxError):
             continue
-        before = PUBLISHED_MODELS.get(before, before) if isinstance(before, str) else before
         if before != value:
             found.append(f"{name} was {before!r}, is {value!r}")
     return found
@@ -123,7 +122,7 @@ def _moments(
     decays = [(n, not (tensors[n].dim() == 1 or _exempt(listed))) for n, listed in ordered]
     first = decays[0][1]
     names = [n for wanted in (first, not first) for n, decay in decays if decay == wanted]
-    ids = [i for group in _list(optimizer, "param_groups") for i in _list(group, "params")]
+    ids = [i for group in _list(optimizer, "param_groups") for i in _list(group, "params") if isinstance(i, int)]
     kept = optimizer.get("state")
     if len(ids) != len(names) or not isinstance(kept, Mapping):
         raise ValueError(f"its optimiser has {len(ids)} parameters, this model {len(names)}")
@@ -136,20 +135,23 @@ def _moments(
             raise ValueError(
                 f"its optimiser is {kind or 'another one'}, this run's {name}: give --opt {kind or 'lamb'}"
             )
-        shapes = {tuple(v.shape) for k, v in moments.items() if k != "step" and isinstance(v, Tensor)}
-        if shapes != {tuple(tensors[of].shape)}:
-            raise ValueError(f"its optimiser has other shapes for {of}: {sorted(shapes)}")
+        shape = tensors[of].shape
+        odd = [k for k, v in moments.items() if k != "step" and not (isinstance(v, Tensor) and v.shape == shape)]
+        if odd:
+            raise ValueError(f"its optimiser's {odd[0]} of {of} is no tensor of the shape {tuple(shape)}")
         found[of] = dict(moments)
     return found
 
 
-def _groups(saved: Mapping, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """This optimiser's groups, with the steps that the saved one counts in its."""
-    counted = {step for group in _list(saved, "param_groups") if isinstance(step := group.get("step"), int)}
-    steps = {"step": torch.tensor(float(max(counted)))} if counted else {}
+def _groups(saved: Mapping, optimizer: torch.optim.Optimizer, counts: bool) -> list[dict[str, Any]]:
+    """This optimiser's groups, with the steps that the saved one `counts` in its."""
+    counted = [group.get("step") for group in _list(saved, "param_groups")] if counts else []
+    if not all(isinstance(step, int) and 0 < step < 2**31 for step in counted):
+        raise ValueError(f"its optimiser's groups count no steps: {counted}")
     groups, number = [], 0
     for group in optimizer.param_groups:
         params = list(range(number, number := number + len(group["params"])))
+        steps = {"step": torch.tensor(float(max(counted)))} if counted else {}  # a tensor each, as each counts in place
         groups.append({**{k: v for k, v in group.items() if k != "params"}, **steps, "params": params})
     return groups
 

@@ -16,7 +16,10 @@ log = logging.getLogger("spark_fast")
 
 # settings that change nothing of what is computed but rounding, or only where it is stored and told
 HARMLESS = {
-    "data": {"data_path", "pipeline", "decode", "augment", "workers", "prefetch", "max_bad_fraction"},
+    "data": {
+        *("data_path", "pipeline", "decode", "augment", "workers", "prefetch", "max_bad_fraction"),
+        "max_pixels",  # what could not be read may be read now, as after a repair
+    },
     "model": {"encoder", "sparse_conv", "init_weight", "verify"},
     "optim": {"accumulate", "allreduce", "zero", "max_bad_steps"},
     "run": {

@@ -59,6 +59,8 @@ class Data:
     """batches decoded ahead"""
     max_bad_fraction: float = 0.01
     """stop when more than this share of the images is unreadable (judged after 1000)"""
+    max_pixels: int = 64
+    """million (2**20) pixels of an image; a larger one counts as unreadable, as it may be made to fill the memory"""
 
 
 @dataclass
@@ -236,8 +238,8 @@ class Settings(Tree):
             if not isinstance(value, str) and not 0 <= value < 1:
                 raise SettingsError(f"--{name} must be at least 0 and below 1, got {value}")
         _ = method_of(self.model.method)
-        positive = {"batch_size", "workers", "prefetch", "decoder_width", "epochs", "base_lr", "accumulate", "min_crop"}
-        positive |= {"log_every", "max_bad_steps", "timeout", "decoder_depth", "masks_per_image"}
+        positive = {"batch_size", "workers", "prefetch", "max_pixels", "decoder_width", "epochs", "base_lr", "min_crop"}
+        positive |= {"accumulate", "log_every", "max_bad_steps", "timeout", "decoder_depth", "masks_per_image"}
         self.check_numbers(positive, up_to_one={"min_crop"})
 
     def meaning(self) -> dict:

@@ -5,6 +5,7 @@ What differs is handed in: what a step does with a batch, and what the end of an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +20,8 @@ from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
 from spark_fast.training.checkpointer import Checkpointer
 from spark_fast.training.nonfinite import NonfiniteReport
+
+log = logging.getLogger("spark_fast")
 
 Step = Callable[[int, Batch], tuple[Tensor, Tensor]]  # (step, batch) -> loss and gradient norm, () on the device
 EpochEnd = Callable[[Callable[[], None]], None]  # is given what saves the run, and calls it
@@ -125,5 +128,8 @@ class Trainer:
         at = self.position
         text = f"stopped at step {at.step} of {at.total_steps}; saved {self.checkpointer.last}. "
         text += "Go on with the same command and --resume auto"
-        (self.folder / STOPPED).write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
         print(text, flush=True)
+        try:
+            (self.folder / STOPPED).write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            log.warning("%s could not be written: %s", self.folder / STOPPED, error)

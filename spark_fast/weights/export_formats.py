@@ -77,7 +77,7 @@ def export(source: Pretrained, to: str, out: Path) -> ExportFormat:
         raise SettingsError(str(error)) from None
     if made.endings and out.suffix not in made.endings:
         raise SettingsError(f"{out} must end with {' or '.join(made.endings)} for --to {to}")
-    card = out / "README.md" if not made.endings else out.with_suffix(".README.md")
+    card = out / "README.md" if not made.endings else out.with_name(f"{out.name}.README.md")
     for place in (out, card):
         if place.exists():
             raise SettingsError(f"{place} exists already: remove it, or choose another place")

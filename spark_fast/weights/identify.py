@@ -27,6 +27,7 @@ LOOKALIKES = (
     *("efficientnet_b0", "efficientnet_b3", "mobilenetv2_100", "mobilenetv3_large_100", "regnety_016", "regnety_040"),
     *("densenet121", "vgg16", "vit_small_patch16_224", "vit_base_patch16_224", "swin_tiny_patch4_window7_224"),
 )
+FEWEST = 20  # tensors; none of them has so few
 
 
 def named_network(path: Path, content: Mapping[str, object], settings: Mapping[str, object]) -> str:
@@ -82,9 +83,14 @@ def lookalike(state: State, tensors: Mapping[str, Tensor], named: str) -> str:
         state: what lies in the usual places of the file; tensors: as for `recognise_beneath`.
         named: the network that the file names, which is compared first.
     """
-    known = [name for name in (named, *RECOGNISED, *LOOKALIKES) if timm.is_model(name)]
-    found = [name for name in known if holds(state.tensors, _whole(name)) or places_of(_whole(name), tensors)]
-    return max(found, key=lambda name: len(_whole(name)), default="")
+    if max(len(state.tensors), len(tensors)) < FEWEST:
+        return ""
+    for names in ((named, *RECOGNISED), LOOKALIKES):  # the latter take seconds to build, if only on the meta device
+        known = [name for name in names if timm.is_model(name)]
+        found = [name for name in known if holds(state.tensors, _whole(name)) or places_of(_whole(name), tensors)]
+        if found:
+            return max(found, key=lambda name: len(_whole(name)))
+    return ""
 
 
 def _largest_first() -> list[str]:

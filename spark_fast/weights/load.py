@@ -48,7 +48,8 @@ def load_into_spark(weights: Weights, model: Method) -> None:
         looks = "" if holds(state.tensors, encoder) else weights.looks_like()
         raise _misfit(weights.path, error, looks) from None
     of_encoder = sum(name.startswith(OURS) for name in loaded)
-    counts = (of_encoder, len(encoder), len(loaded) - of_encoder, len(own) - len(encoder))
+    uncounted = sum(name.startswith(OURS) and name.endswith(COUNTER) and name not in loaded for name in own)
+    counts = (of_encoder, len(encoder) - uncounted, len(loaded) - of_encoder, len(own) - len(encoder))
     log.info("%s: %d of the encoder's %d tensors loaded, %d of the decoder's %d", weights.path, *counts)
     if left is not None:
         shown = ", ".join(left[:5]) or "nothing"
@@ -90,7 +91,8 @@ def load_into_network(weights: Weights, network: nn.Module, new: set[str]) -> No
     except ValueError as error:
         raise _misfit(weights.path, error, "" if holds(tensors, wanted) else weights.looks_like()) from None
     anew = ", ".join(fresh[:5]) + (f" and {len(fresh) - 5} more" if len(fresh) > 5 else "")
-    log.info("%s: %d of %d tensors loaded; these begin anew: %s", weights.path, len(kept), len(own), anew or "none")
+    total = sum(name in kept or name in fresh or not name.endswith(COUNTER) for name in own)
+    log.info("%s: %d of %d tensors loaded; these begin anew: %s", weights.path, len(kept), total, anew or "none")
 
 
 def _load_whole(state: State, model: Method) -> list[str]:

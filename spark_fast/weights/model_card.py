@@ -116,7 +116,7 @@ def _rows(folder: Path | None, name: str) -> Iterator[dict[str, object]]:
     """The lines of JSON in a file of the run folder, where it is there; one cut off by a kill is left out."""
     if folder is None or not (folder / name).is_file():
         return
-    for line in (folder / name).read_text().splitlines():
+    for line in (folder / name).read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except ValueError:

@@ -16,7 +16,7 @@ UNUSED_WIDTH = 128  # of the decoder that a model gets where the file has none
 KNOWN = {
     "data": {
         *("data_path", "pipeline", "ffcv_resize", "decode", "augment", "input_size", "batch_size", "workers"),
-        *("prefetch", "max_bad_fraction", "min_crop"),
+        *("prefetch", "max_bad_fraction", "max_pixels", "min_crop"),
     },
     "model": {
         *("model", "stages", "mask_ratio", "drop_path", "decoder_width", "encoder", "verify", "sparse_conv"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -111,8 +112,11 @@ def places_of(shapes: Shapes, tensors: Mapping[str, Tensor]) -> list[State]:
     sought = max((name for name in shapes if not name.endswith(COUNTER)), key=len, default="")
     anchor = set(spellings(sought.removeprefix(ENCODER)))
     prefixes = {prefix for name in tensors if (prefix := _before(anchor, name)) is not None}
-    states = [_state(beneath(tensors, prefix), has_decoder=False, prefix=prefix) for prefix in sorted(prefixes)]
-    return [state for state in states if holds(state.tensors, shapes)]
+    found = []
+    for prefix in sorted(prefixes):
+        with suppress(ValueError):  # names that are the same to a network: not one of its own
+            found.append(_state(beneath(tensors, prefix), has_decoder=False, prefix=prefix))
+    return [state for state in found if holds(state.tensors, shapes)]
 
 
 def holds(tensors: Mapping[str, Tensor], shapes: Shapes) -> bool:
@@ -160,7 +164,8 @@ def _state(named: Mapping[str, object], *, has_decoder: bool, prefix: str = "") 
         if not isinstance(value, Tensor):
             others.append(f"{name} ({type(value).__name__})")
             continue
-        key = canonical_name(name) if has_decoder else ENCODER + network_name(strip_prefixes(name))
+        inner = name if prefix else strip_prefixes(name)  # a place has its wrappers' names in its prefix
+        key = canonical_name(name) if has_decoder else ENCODER + network_name(inner)
         if key in tensors:
             raise ValueError(f"{prefix}{names[key]} and {prefix}{name} are one tensor's name, and both are there")
         tensors[key], names[key] = value, name

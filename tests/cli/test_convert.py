@@ -13,13 +13,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import simplejpeg
+from PIL import Image
 
-from spark_fast.cli.convert import main
+from spark_fast.cli.convert import Display, main
 from spark_fast.commands import command as command_name
 from spark_fast.errors import DataError
-from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
+from spark_fast.pipelines.convert.conversion import ConvertSettings, Progress, convert
 from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.sources.detect import TARS, detect_source
+from spark_fast.pipelines.sources.shard_format import read_manifest
 from tests.commands import HANG_SECONDS, run_here
 from tests.pipelines.tars import tar_of, tar_of_tars
 
@@ -57,6 +59,15 @@ def here(src: Path, dst: Path, *options: str, code: int) -> SimpleNamespace:
 def convert_here(src: Path, dst: Path) -> None:
     """What `command` does, without the seconds that a new interpreter takes."""
     convert(src, dst, ConvertSettings(Reencode(short_side=200), images_per_shard=5))
+
+
+def test_the_help_of_a_setting_has_one_default() -> None:
+    words = " ".join(run_here(main, "--help").stdout.replace("│", " ").split())
+    about = words[words.index("--short_side INT") : words.index("--max_side")]
+    assert (
+        about.strip()
+        == "--short_side INT Reduce larger images to this shorter side; 0 keeps their size. (default: 256)"
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -110,6 +121,21 @@ def test_it_reports_progress_result_and_verification_in_plain_lines(src, tmp_pat
     assert "val: 5 images in 1 shards" in ended.stdout
     assert "verified: every shard" in ended.stdout
     assert "\x1b" not in ended.stdout
+
+
+def test_an_image_above_the_limit_is_left_out_and_read_as_the_reason_says(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, size in (("a", (40, 30)), ("scene", (1500, 1000))):
+        Image.new("RGB", size, (9, 99, 200)).save(tmp_path / "in" / f"{name}.jpg")
+    refusing = run_here(main, tmp_path / "in", tmp_path / "out", "--workers", "1", "--max_pixels", "1", code=0)
+    assert "1 images in 1 shards" in refusing.stdout
+    (refused,) = read_manifest(tmp_path / "out").refused
+    assert refused["reason"] == (
+        "1500 x 1000 pixels exceed the limit of 1 million: --max_pixels 2 (train, eval, convert) reads it, see"
+        " docs/your_own_data.md"
+    )
+    raised = ["--workers", "1", "--max_pixels", "2", "--overwrite", "--verify"]
+    assert "2 images in 1 shards" in run_here(main, tmp_path / "in", tmp_path / "out", *raised, code=0).stdout
 
 
 def test_a_flipped_byte_is_found_by_verify(src, tmp_path):
@@ -180,6 +206,7 @@ def test_a_failing_write_is_exit_code_6(src, tmp_path):
         (["--max_side", "300"], "exclude each other"),
         (["--quality", "0"], "quality 0"),
         (["--workers", "-1"], "counts"),
+        (["--max_pixels", "0"], "max_pixels is a number of (million) pixels, 1 or more"),
         (["--part", "3/2"], "part '3/2' is no I/N"),
         (["--part", "1/2", "--overwrite"], "--part goes neither with --overwrite"),
         (["--merge"], "--merge takes one folder"),
@@ -202,3 +229,11 @@ def test_bad_sources_are_exit_code_3_and_bad_destinations_2(src, tmp_path):
     assert "no images in" in here(tmp_path / "empty", tmp_path / "out", code=3).stderr
     assert "images' own folder" in here(src, src / "out", code=2).stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_brackets_in_a_folders_name_are_shown_as_they_are(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("COLUMNS", "200")
+    with Display() as display:
+        display.show(Progress(Path("o[red]"), 3, 3, 99))
+    assert "o[red]" in capsys.readouterr().out

@@ -63,6 +63,14 @@ def test_an_optional_part_that_is_broken_is_told_from_one_that_is_absent(monkeyp
     assert "spark-fast[wandb]" in found["wandb"].advice
 
 
+def test_what_to_do_is_a_line_that_can_be_copied_whole(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "40")
+    hint = f"pip install {'spark-fast[nothing] ' * 20}".strip()
+    monkeypatch.setattr(doctor, "OPTIONAL", {"no_such_module": ("nothing", hint)})
+    doctor.doctor(exp_dir=tmp_path)
+    assert f"no_such_module: for nothing: {hint}" in capsys.readouterr().out.splitlines()
+
+
 def test_the_table_keeps_what_stands_in_brackets(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(doctor, "OPTIONAL", {"no_such_module": ("nothing", "pip install 'spark-fast[nothing]'")})
     _, told = run(capsys, "--exp_dir", tmp_path)

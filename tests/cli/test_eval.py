@@ -138,7 +138,7 @@ def test_two_ranks_fine_tune_and_count_every_image_once(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["whole", "encoder"])
-def test_a_published_file_that_names_no_network_is_recognised_as_by_the_exporter(pictures, tmp_path, kind, capsys):
+def test_a_published_file_that_names_no_network_is_recognised_as_by_the_exporter(pictures, tmp_path, kind):
     state = spark_state_dict(build_spark("resnet18", input_size=64, decoder_width=32, check=False))
     prefix = "sparse_encoder.sp_cnn."
     encoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -149,7 +149,8 @@ def test_a_published_file_that_names_no_network_is_recognised_as_by_the_exporter
     assert result(tmp_path / "a")["settings"]["model"]["model"] == "resnet18"
 
 
-def test_a_network_that_nobody_knows_is_said_to_look_like_what_it_does(pictures, tmp_path, capsys):
+def test_a_network_that_nobody_knows_is_said_to_look_like_what_it_does(pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("spark_fast.weights.identify.LOOKALIKES", ("resnet14t", "resnet10t"))  # all of them: seconds
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "a.pth")
     words = [f"--weights={tmp_path / 'a.pth'}", f"--data_path={pictures}", f"--exp_dir={tmp_path / 'a'}"]
     with as_it_was():
@@ -216,6 +217,16 @@ def test_classes_are_matched_by_name_where_some_are_not_among_those_to_judge_by(
     found = result(tmp_path / "a")
     assert (found["images"], found["accuracy_of_class"][0]) == (9, None)
     assert np.mean(found["accuracy_of_class"][1:]) > 80
+
+
+def test_unmatched_classes_are_named_with_their_folder_and_the_remedy(run, tmp_path, capsys):
+    write_pictures(tmp_path / "data" / "train", 8, 0)
+    write_pictures(tmp_path / "data" / "val", 4, 1)
+    (tmp_path / "data" / "val" / "red").rename(tmp_path / "data" / "val" / "violet")
+    assert run("", "knn", "a", f"--data_path={tmp_path / 'data'}", *TINY, FRESH, "--bs=4", "--k=2") == 3
+    said = f"{tmp_path}/data/val has 1 classes that the training images have not: violet. Classes are matched by name: "
+    advice = "give val/ the class folders of train/, or name other images with --val_path"
+    assert said + advice in capsys.readouterr().err
 
 
 def test_weights_may_be_a_published_file_with_official_names(run, tmp_path):

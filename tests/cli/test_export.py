@@ -118,7 +118,7 @@ def test_a_published_checkpoint_goes_the_whole_way_to_a_fine_tuned_network(publi
     image = next((tmp_path / "pictures").rglob("*.JPEG"))
     source = folder / "x_withdecoder_1kpretrained_spark_style.pth"
     assert reconstruct.main([str(w) for w in (source, image, "--out", tmp_path / "grid.png", "--seed", 1)]) == 0
-    assert Image.open(tmp_path / "grid.png").size == (3 * 132 + 4, 132 + 4)
+    assert Image.open(tmp_path / "grid.png").size == (3 * 132 + 4, 59 + 132 + 4 + 38), "with titles and note"
     words = [f"--weights={exported[0]}", f"--model={name}", f"--data_path={tmp_path / 'pictures'}", "--input_size=32"]
     words += ["--bs=4", "--ep=1", "--wp_ep=0", "--ema=0", "--opt=sgd", "--workers=1", "--threads=1"]
     done = run_here(evaluate.main, "finetune", *words, f"--exp_dir={tmp_path / 'run'}")
@@ -234,7 +234,7 @@ def test_the_published_form_of_a_run_is_read_back_whole(run, tmp_path):
     model = build_spark("resnet10t", input_size=64, mask_ratio=0.5, decoder_width=32, check=False)
     load_spark_state_dict(model, torch.load(tmp_path / "a.pth", weights_only=True))
     assert equal(dict(model.state_dict()), weights_of(run))
-    assert (tmp_path / "a.README.md").read_text().startswith("# resnet10t")
+    assert (tmp_path / "a.pth.README.md").read_text().startswith("# resnet10t")
 
 
 def test_training_showed_its_pictures_in_the_folder_and_in_tensorboard(run):
@@ -250,7 +250,16 @@ def test_an_encoder_of_the_run_folder_is_a_source_too(run, tmp_path, capsys):
     run_export(run / "resnet10t_timm.safetensors", "--to", "timm", "--out", tmp_path / "a.pth")
     run_export(run / "resnet10t_timm.safetensors", "--to", "spark", "--out", tmp_path / "b.pth", code=2)
     assert "holds an encoder alone, and the published form has a decoder" in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.README.md", "a.pth"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", "a.pth.README.md"]
+
+
+def test_exports_of_one_stem_each_have_their_card(run, tmp_path, capsys):
+    run_export(run, "--to", "spark", "--out", tmp_path / "a.pth")
+    run_export(run, "--to", "timm", "--out", tmp_path / "a.safetensors")
+    assert 'network = timm.create_model("resnet10t"' in (tmp_path / "a.safetensors.README.md").read_text()
+    assert 'torch.load("a.pth"' in (tmp_path / "a.pth.README.md").read_text()
+    run_export(run, "--to", "timm", "--out", tmp_path / "a.pth", code=2)
+    assert "a.pth exists already: remove it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from spark_fast.cli import plot as plot_run
 from spark_fast.reporting.metrics_file import MetricsFile, line_of
 
 matplotlib = pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
+pytest.importorskip("matplotlib.figure")
 
 
 def write_run(folder, losses):
@@ -37,6 +38,20 @@ def test_every_run_is_a_line_in_every_panel(tmp_path, capsys):
     assert all(quarter.any() for quarter in quarters)
     assert not orange[1].any()
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_noise_in_the_last_digit_of_a_loss_is_drawn_flat(tmp_path, monkeypatch):
+    spans, save = [], matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure,
+        "savefig",
+        lambda self, *a, **k: (spans.append(self.axes[0].get_ylim()), save(self, *a, **k)),
+    )
+    for losses in ([0.99992, 0.99994], [1.0, 0.5]):
+        plot_run.draw({"a": [{"step": i, "loss": loss, "lr": 0.1} for i, loss in enumerate(losses)]})
+    assert spans[0] == pytest.approx((0.99493, 1.00493))
+    assert spans[1][0] < 0.5 < 1 < spans[1][1]
+    assert spans[1][1] - spans[1][0] < 0.6
 
 
 @pytest.mark.parametrize(

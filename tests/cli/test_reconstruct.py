@@ -7,11 +7,14 @@ from PIL import Image
 
 from spark_fast import build_spark
 from spark_fast.cli import reconstruct
+from spark_fast.reporting.reconstructions import LINE
 from spark_fast.training.settings import Settings
 from spark_fast.weights.timm_keys import encoder_state_dict, write_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAD = 4
+TOP = 2 * PAD + 3 * LINE  # above the pictures: a heading of a line, titles of two
+NOTE = 2 * LINE + PAD  # below them
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +41,19 @@ def draw(folder, *words, code=0):
 def hidden(path, row=0, patch=32, size=128):
     """(h, w) bool: the grey patches of the middle column."""
     picture = np.asarray(Image.open(path)).astype(int)
-    top, left = PAD + row * (size + PAD), PAD + (size + PAD)
+    top, left = TOP + PAD + row * (size + PAD), PAD + (size + PAD)
     visible = picture[top : top + size, left : left + size]
     return (visible == 128).all(-1).reshape(size // patch, patch, size // patch, patch).all((1, 3))
 
 
 def test_an_image_a_row_half_of_the_patches_hidden_as_in_training(folder, tmp_path, capsys):
     draw(folder, folder / "ckpt.pth", folder / "a.png", folder / "b.jpg", "--out", tmp_path / "grid.png")
-    assert Image.open(tmp_path / "grid.png").size == (3 * (128 + PAD) + PAD, 2 * (128 + PAD) + PAD)
+    assert Image.open(tmp_path / "grid.png").size == (3 * (128 + PAD) + PAD, TOP + 2 * (128 + PAD) + PAD + NOTE)
     assert [hidden(tmp_path / "grid.png", row).sum() for row in (0, 1)] == [8, 8]
-    assert "2 images, input, visible part, reconstruction, by resnet10t on 4x4 patches" in capsys.readouterr().out
+    assert "2 images, input, what the network sees, prediction, by resnet10t on 4x4 patches" in capsys.readouterr().out
     original = np.asarray(Image.open(folder / "a.png")).astype(int)
-    assert abs(np.asarray(Image.open(tmp_path / "grid.png"))[PAD : PAD + 128, PAD : PAD + 128] - original).max() <= 1
+    drawn = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert abs(drawn[TOP + PAD : TOP + PAD + 128, PAD : PAD + 128] - original).max() <= 1
 
 
 def test_ratio_and_seed_choose_the_mask(folder, tmp_path):
@@ -80,7 +84,72 @@ def test_a_mask_of_your_own_hides_just_those_patches_of_every_image(folder, tmp_
 def test_another_input_size_gives_another_grid(folder, tmp_path):
     words = [folder / "ckpt.pth", folder / "a.png", "--out", tmp_path / "grid.png", "--input_size", "64x96"]
     draw(folder, *words)
-    assert Image.open(tmp_path / "grid.png").size == (3 * (96 + PAD) + PAD, 64 + 2 * PAD)
+    assert Image.open(tmp_path / "grid.png").size == (
+        2 * (3 * (96 + PAD) + PAD),
+        TOP - LINE + 2 * (64 + 2 * PAD) + NOTE,
+    )
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Five images in two class folders, two pairs of them of one stem, and files that are none of them."""
+    image = Image.new("RGB", (40, 30), "red")
+    for name in ("cat/1.png", "cat/2.png", "dog/1.jpg", "dog/1.png", "dog/deep/3.webp"):
+        path = tmp_path / "pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    (tmp_path / "pictures" / ".ipynb_checkpoints").mkdir()
+    image.save(tmp_path / "pictures" / ".ipynb_checkpoints" / "1.png")
+    (tmp_path / "pictures" / "notes.txt").write_text("of the cats")
+    return tmp_path / "pictures"
+
+
+def test_of_a_folder_every_image_is_a_row_or_as_many_as_asked_for(folder, pictures, tmp_path, capsys):
+    for count, rows in ((0, 5), (2, 2)):
+        out = tmp_path / f"{count}.png"
+        draw(folder, folder / "ckpt.pth", pictures, folder / "a.png", "--out", out, "--count", count)
+        assert Image.open(out).height == TOP + (rows + 1) * (128 + PAD) + PAD + NOTE
+        said = capsys.readouterr().out
+        assert f"{rows + 1} images" in said
+        assert (f"2 of the 5 images in {pictures} are drawn" in said) == (count == 2)
+
+
+def test_a_folder_to_write_into_gets_a_picture_of_each_image_and_none_replaces_another(
+    folder, pictures, tmp_path, capsys
+):
+    out, words = tmp_path / "drawn", [folder / "ckpt.pth", pictures, "--out", tmp_path / "drawn"]
+    draw(folder, *words)
+    assert sorted(p.name for p in out.iterdir()) == ["1-2.png", "1-3.png", "1.png", "2.png", "3.png"]
+    assert hidden(out / "1-3.png").sum() == 8
+    draw(folder, *words, code=2)
+    assert f"{out}/1.png exists already: take another --out, or --overwrite to replace it" in capsys.readouterr().err
+    draw(folder, *words, "--overwrite")
+    draw(folder, folder / "ckpt.pth", pictures / "cat", "--out", pictures / "cat", "--overwrite", code=2)
+    assert "1.png is one of the images" in capsys.readouterr().err
+    assert Image.open(pictures / "cat" / "1.png").size == (40, 30)
+
+
+def test_an_image_of_a_folder_that_cannot_be_read_is_left_out_and_named(folder, pictures, tmp_path, capsys):
+    (pictures / "cat" / "2.png").write_bytes(b"no picture")
+    draw(folder, folder / "ckpt.pth", pictures, "--out", tmp_path / "grid.png")
+    said = capsys.readouterr().out
+    assert f"left out: {pictures}/cat/2.png cannot be read" in said
+    assert "grid.png: 4 images" in said
+    draw(folder, folder / "ckpt.pth", pictures / "cat" / "2.png", "--out", tmp_path / "other.png", code=3)
+    (pictures / "cat" / "1.png").write_bytes(b"")
+    draw(folder, folder / "ckpt.pth", pictures / "cat", "--out", tmp_path / "other.png", code=3)
+    assert "none of the images can be read" in capsys.readouterr().err
+
+
+def test_more_images_than_the_network_is_given_at_once_are_drawn_as_each_alone(folder, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(reconstruct, "AT_ONCE", 2)
+    draw(folder, folder / "ckpt.pth", pictures, "--out", tmp_path / "few.png")
+    monkeypatch.setattr(reconstruct, "AT_ONCE", 16)
+    draw(folder, folder / "ckpt.pth", pictures, "--out", tmp_path / "all.png")
+    few, whole = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("few", "all"))
+    assert abs(few - whole).max() <= 1
+    masks = [tuple(hidden(tmp_path / "few.png", row).flatten()) for row in range(5)]
+    assert len(set(masks)) == 5, "each image has its own mask"
 
 
 @pytest.mark.parametrize(
@@ -101,6 +170,10 @@ def test_another_input_size_gives_another_grid(folder, tmp_path):
         (["ckpt.pth", "a.png", "--mask_ratio", "0.99"], 2, "no patch visible"),
         (["ckpt.pth", "a.png", "--input_size", "100"], 2, "not a multiple of the patch"),
         (["ckpt.pth", "a.png", "--out", "grid.jpg"], 2, "must end with .png"),
+        (["ckpt.pth", "a.png", "--out", "odd.png"], 2, "odd.png exists already: take another --out"),
+        (["ckpt.pth", "a.png", "--out", "a.png", "--overwrite"], 2, "a.png is one of the images"),
+        (["ckpt.pth", "a.png", "--count", "-1"], 2, "--count is a number of images, or 0 for all, got -1"),
+        (["ckpt.pth", "empty"], 3, "there are no images in empty"),
         (["ckpt.pth", "no.png"], 3, "no.png cannot be read"),
         (["ckpt.pth", "ckpt.pth"], 3, "ckpt.pth cannot be read: not a readable image"),
         (["a.png", "a.png"], 6, "a.png cannot be read"),
@@ -114,6 +187,7 @@ def test_wrong_input_is_named_and_leaves_nothing(folder, tmp_path, capsys, monke
     for path in folder.iterdir():
         (tmp_path / path.name).symlink_to(path)
     Image.new("L", (10, 10)).save(tmp_path / "odd.png")
+    (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.rglob("*"))
     draw(folder, *([] if "--out" in words else ["--out", "grid.png"]), *words, code=code)
     assert message in capsys.readouterr().err

@@ -25,6 +25,7 @@ from PIL import Image
 from spark_fast.cli.train import main
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import Reencode
+from spark_fast.run.config import tomllib
 from tests.commands import HANG_SECONDS, run_here
 from tests.faults import trainee
 from tests.processes import Forked, run_forked
@@ -108,7 +109,8 @@ def test_a_run_leaves_everything_that_is_promised(unbroken):
     assert "this run has learned next to nothing" in done.stderr
     assert list((folder / "tensorboard").iterdir())
     picture = np.asarray(Image.open(folder / "reconstruction" / "epoch_0003.png"))
-    assert picture.shape == (8 * 68 + 4, 3 * 68 + 4, 3)
+    titles, note = 3 * 17 + 8, 2 * 17 + 4  # in lines of 17 px
+    assert picture.shape == (titles + 2 * (8 * 68 + 4) + note, 2 * (3 * 68 + 4), 3), "64 px are enlarged to 128"
     assert "everything is in" in done.stdout
 
 
@@ -201,7 +203,44 @@ def torchrun(*words, ranks=2, restarts=0, code=0):
         capture_output=True, text=True, timeout=HANG_SECONDS, env=environment,
     )  # fmt: skip
     assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
+    assert "strides" not in done.stderr, "a warning of DDP"
     return done
+
+
+def read_lines(count, *words):
+    """(exit code, standard error) of a run whose reader closes its output after so many lines."""
+    process = subprocess.Popen(command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(count):
+        process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read()
+    return process.wait(timeout=HANG_SECONDS), said
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_costs_the_output_and_not_the_run(unbroken, tmp_path):
+    folder, flags, _ = unbroken
+    code, said = read_lines(1, *flags, f"--exp_dir={tmp_path / 'run'}", "--log_every=1")
+    assert code == 0, said
+    assert said.count("nobody reads stdout any more: the run goes on without it") == 1
+    assert "Traceback" not in said
+    assert "done: 18 steps" in (tmp_path / "run" / "stdout_backup.txt").read_text()
+    assert (tmp_path / "run" / "stderr_backup.txt").read_text() == said
+    assert_same_weights(folder, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_in_an_ascii_locale_paths_with_other_letters_can_be_trained_on_and_repeated(pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "Bilder ü")
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    words = [f"--data_path={tmp_path / 'Bilder ü'}", *TINY, "--bs=24", "--ep=1", f"--exp_dir={tmp_path / 'ä'}"]
+    done = train("ö", *words, env=ascii_only)
+    assert f"everything is in {tmp_path}/" in done.stdout
+    config = tmp_path / "ä" / "config.toml"
+    assert tomllib.loads(config.read_text(encoding="utf-8"))["data"]["data_path"] == str(tmp_path / "Bilder ü")
+    again = [f"--config={config}", f"--exp_dir={tmp_path / 'again'}"]
+    train(*again, env=ascii_only)
+    assert_same_weights(tmp_path / "ä", tmp_path / "again")
 
 
 def losses(folder):

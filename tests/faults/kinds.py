@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from tests.pipelines.layouts import layout_jpeg
 from tests.pipelines.pictures import encoded, jpeg, picture
 from tests.pipelines.transforms.test_decode import ODD, PLAIN, bad_huffman_code, with_size
 
@@ -68,6 +69,10 @@ VALID: dict[str, bytes] = {
     **PLAIN,
     **{f"exif {orientation}": _exif(orientation) for orientation in range(1, 9)},
     "ycck": _ycck(),
+    "4:4:1": layout_jpeg("1x4,1x1,1x1"),
+    "3x2 chroma": layout_jpeg("3x2,1x1,1x1"),
+    "progressive 3x1 chroma": layout_jpeg("3x1,1x1,1x1", progressive=True),
+    "spare bytes": jpeg(5)[:-2] + bytes(214) + jpeg(5)[-2:],
     "16 bits": encoded(_GREY16, "PNG"),
     "1x1": jpeg(3, 1, 1),
     "1x4000": jpeg(3, 1, 4000),
@@ -106,6 +111,6 @@ def bombs(large: bool) -> dict[str, bytes]:
         "bomb 200 Mpx": with_size(jpeg(1), 10000, 20000),
         "bomb 200 Mpx png": encoded(Image.new("1", (20000, 10000)), "PNG"),
         "bomb 200 Mpx gif": encoded(Image.new("P", (16000, 12500)), "GIF"),
-        "bomb text": _text_bomb(),
+        "sound 1 GB text": _text_bomb(),
         "sound 50 MB exif": _large_exif(),
     }

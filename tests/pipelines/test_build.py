@@ -10,6 +10,7 @@ from spark_fast.pipelines.build import choose_pipeline
 from spark_fast.pipelines.sources.beton import CHECKS, RAW, BetonSource
 from tests.pipelines.building import build
 from tests.pipelines.comparing import batches
+from tests.pipelines.pictures import jpeg
 
 BACKENDS = [
     pytest.param({}, id="torch"),
@@ -102,3 +103,15 @@ def test_repeated_draws_of_a_sample_differ_and_are_those_of_other_epochs_without
         by_id = {i: image for b in plain for i, image in zip(b.ids.tolist(), b.images, strict=True)}
         assert torch.equal(images[copy::3], torch.stack([by_id[i] for i in ids[copy::3].tolist()]))
     assert not torch.equal(images[0::3], images[1::3])
+
+
+@pytest.mark.parametrize("settings", [{"pipeline": "torch"}, {"pipeline": "torch", "decode_on": "device"}])
+def test_images_and_files_are_read_up_to_the_size_that_is_allowed(tmp_path, settings):
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "large.jpg").write_bytes(jpeg(1, 1000, 1100))  # 1.1 million
+    for max_pixels, substituted, limit in ((1, 1, 256), (2, 0, 256), (1000, 0, 4000)):
+        pipeline = build(tmp_path, batch_size=2, input_size=32, max_pixels=max_pixels, **settings)
+        list(pipeline.epoch(0))
+        assert pipeline.bad_images.substituted == substituted
+        assert pipeline._source.max_file_bytes == limit * 2**20
+        pipeline.close()

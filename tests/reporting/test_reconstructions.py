@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from spark_fast import build_spark
-from spark_fast.reporting.reconstructions import MEAN, STD, reconstruction_grid, save_png
+from spark_fast.reporting.reconstructions import LINE, MEAN, NOTE, STD, TITLES, reconstruction_grid, save_png, titled
 
 PAD = 4
 
@@ -73,3 +73,49 @@ def test_a_png_holds_the_grid_to_the_bit(tmp_path):
     grid = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
     save_png(grid, tmp_path / "a.png")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), grid.permute(1, 2, 0).numpy())
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """(x, y), text and anchor of everything that is written on a picture."""
+    found, write = [], ImageDraw.ImageDraw.text
+
+    def note(self, xy, text, fill, font, anchor):
+        found.append((xy, text, anchor))
+        write(self, xy, text, fill, font, anchor)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", note)
+    return found
+
+
+def test_a_picture_says_what_its_columns_are_and_whose_brightness_it_has(texts):
+    grid = torch.randint(0, 200, (3, PAD + 2 * (224 + PAD), PAD + 3 * (224 + PAD)), dtype=torch.uint8)
+    picture = titled(grid, "epoch 2, step 40, loss 0.8765")
+    assert picture.dtype == torch.uint8
+    top = 2 * PAD + 2 * LINE
+    assert picture.shape == (3, top + grid.shape[1] + LINE + PAD, grid.shape[2])
+    assert torch.equal(picture[:, top : top + grid.shape[1]], grid), "the pictures are as they were"
+    centres = [PAD + i * (224 + PAD) + 112 for i in range(3)]
+    assert texts[0] == ((PAD, PAD), "epoch 2, step 40, loss 0.8765", "la")
+    assert texts[1] == ((PAD, top + grid.shape[1]), NOTE, "la")
+    assert texts[2:] == [((x, PAD + LINE), title, "ma") for x, title in zip(centres, TITLES, strict=True)]
+    for left in centres:
+        assert (picture[:, PAD + LINE : top, left - 20 : left + 20] == 0).any(), "black on white"
+    assert picture[:, :PAD].eq(255).all()
+
+
+@pytest.mark.parametrize("side", [8, 32, 64, 100])
+def test_small_pictures_are_enlarged_so_that_every_word_fits(texts, side):
+    grid = torch.randint(0, 200, (3, side + 2 * PAD, PAD + 3 * (side + PAD)), dtype=torch.uint8)
+    picture = titled(grid, "a_file_with_a_long_name_" * 9 + " step 4")
+    factor = picture.shape[2] // grid.shape[2]
+    assert picture.shape[2] == factor * grid.shape[2]
+    assert factor == -(-128 // side)
+    words = " ".join(text for _, text, _ in texts)
+    assert words.replace(" ", "") == ("a_file_with_a_long_name_" * 9 + "step4" + NOTE + "".join(TITLES)).replace(
+        " ", ""
+    )
+    font = ImageFont.load_default(13)
+    assert max(font.getlength(text) for _, text, anchor in texts if anchor == "la") <= picture.shape[2]
+    assert max(font.getlength(text) for _, text, anchor in texts if anchor == "ma") <= factor * side
+    assert picture[:, -LINE - PAD :].eq(0).any()

@@ -1,11 +1,12 @@
 """How words become settings: switches, names from Python, and what may have been meant."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from spark_fast.errors import SettingsError
-from spark_fast.run.config import nearest, plain_switches, set_by_name, switches_of, take_option
+from spark_fast.run.config import _text_of, nearest, plain_switches, set_by_name, switches_of, take_option
 from spark_fast.training.settings import Settings
 
 
@@ -58,3 +59,15 @@ def test_settings_are_set_by_name_whatever_their_group_and_in_pythons_types():
 def test_values_of_another_kind_are_refused_by_name(given, message):
     with pytest.raises(SettingsError, match=message):
         set_by_name(Settings(), given)
+
+
+def test_a_file_is_utf_8_and_its_paths_are_those_of_the_command_line_in_every_locale(monkeypatch):
+    raw = 'data_path = "Bilder ü"'.encode()
+    assert _text_of(raw) == 'data_path = "Bilder ü"'
+
+    def of_an_ascii_locale(text):
+        return text.encode("ascii", "surrogateescape")
+
+    monkeypatch.setattr(os, "fsencode", of_an_ascii_locale)
+    monkeypatch.setattr(os, "fsdecode", lambda raw: raw.decode("ascii", "surrogateescape"))
+    assert of_an_ascii_locale(_text_of(raw)) == raw

@@ -4,7 +4,29 @@ import numpy as np
 import pytest
 import torch
 
+from spark_fast import build_spark
+from spark_fast.run.data_parallel import give_gradients_strides_of_weights
 from tests.cli.test_train import TINY, losses, pictures, torchrun, train, weights  # noqa: F401
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_zepto_rms"])
+def test_gradients_have_the_strides_of_their_weights(one_thread, name):
+    """Else DDP warns, as it takes a weight with a dimension of 1 for one of another layout."""
+    model = build_spark(name, input_size=64, mask_ratio=0.5, decoder_width=32).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+
+    def gradients():
+        torch.manual_seed(0)
+        model.zero_grad(set_to_none=True)
+        model(images).backward()
+        return {name: (p, p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    assert any(p.stride() != grad.stride() for p, grad in plain.values())
+    give_gradients_strides_of_weights(model)
+    for name, (p, grad) in gradients().items():
+        assert p.stride() == grad.stride(), name
+        assert torch.equal(grad, plain[name][1])
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A full checkpoint of the published code is gone on from as the published code does, or refused with the reason."""
 
+import random
 import re
 
 import numpy as np
@@ -8,11 +9,13 @@ import torch
 
 import spark_fast
 from spark_fast import build_spark
+from spark_fast.checkpoint.file import random_state, restore
 from spark_fast.errors import CheckpointError
 from spark_fast.training.optim import build_optimizer, clip_gradients, learning_rate, set_rates, weight_decay
 from spark_fast.training.published_run import is_published, published_run, read_resumable
 from spark_fast.weights.spark_keys import canonical_name, spark_state_dict
 from tests.test_golden import build, check_final_norms, recorded_images
+from tests.weights.tiny import tiny_spark
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NOW = {"opt": "lamb", "bs": 4096, "model": "resnet50"}
@@ -56,7 +59,7 @@ def published(model, moments, step=7, epoch=3, **more):
     listed = [{**common, "params": [numbers[n] for n in group]} for group in groups]
     unused = {n: torch.zeros(1, 3, 1, 1) for n in ("imn_m", "imn_s", "norm_black")}
     return {
-        "args": "{'bs': 4096,\n 'model': 'res50',\n 'lr': 0.0032}",
+        "args": "{'bs': 4096,\n 'model': 'resnet50',\n 'lr': 0.0032}",
         "input_size": 64,
         "arch": "resnet50",
         "epoch": epoch,
@@ -154,7 +157,19 @@ def broken(change):
         (lambda c: c["module"]["mask_tokens.0"].fill_(torch.nan), "not finite, as in mask_tokens.0"),
         (lambda c: c["optimizer"]["state"].pop(0), "its optimiser is another one, this run's lamb"),
         (lambda c: c["optimizer"]["state"][0].update(step=torch.tensor(1.0)), "its optimiser is adamw, .*--opt adamw"),
-        (lambda c: c["optimizer"]["state"][1].update(exp_avg=torch.zeros(1)), "other shapes for"),
+        (
+            lambda c: c["optimizer"]["state"][1].update(exp_avg=torch.zeros(1)),
+            "exp_avg of .* is no tensor of the shape",
+        ),
+        (lambda c: c["optimizer"]["state"][1].update(exp_avg_sq=3), "exp_avg_sq of .* is no tensor of the shape"),
+        (
+            lambda c: c["optimizer"]["param_groups"][0].pop("step"),
+            r"its optimiser's groups count no steps: \[None, 7\]",
+        ),
+        (
+            lambda c: c["optimizer"]["param_groups"][0].update(params=[[0]]),
+            "its optimiser has .* parameters, this model",
+        ),
         (lambda c: c["optimizer"]["param_groups"].pop(), "its optimiser has .* parameters, this model"),
         (lambda c: c["optimizer"].update(param_groups=3), "its optimiser has no param_groups"),
     ],
@@ -164,6 +179,49 @@ def test_what_is_of_another_run_or_broken_is_refused_by_what_it_is(tmp_path, cha
     optimizer = build_optimizer("lamb", target, 0.95)
     with pytest.raises(CheckpointError, match=rf"a\.pth: .*{message}"):
         published_run(tmp_path / "a.pth", broken(change), target, optimizer, NOW)
+
+
+ODD = [None, 3, -1, 10**30, "text", [], {}, [[1]], {"a": 1}, torch.zeros(1), torch.zeros(3, 3), True, float("nan")]
+
+
+def changed_somewhere(content, rng):
+    """The content with one value in it, at any depth, gone or another."""
+    node = content
+    while True:
+        key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+        inner = node[key]
+        if isinstance(inner, (dict, list)) and inner and rng.random() < 0.8:
+            node = inner
+        elif isinstance(node, dict) and rng.random() < 0.3:
+            del node[key]
+            return content
+        else:
+            node[key] = rng.choice(ODD)
+            return content
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(600, marks=pytest.mark.slow)])
+def test_whatever_is_changed_in_it_is_refused_in_words_or_the_run_goes_on(tmp_path, count):
+    rng, path, refused = random.Random(count), tmp_path / "a.pth", 0
+    source = tiny_spark()
+    for _ in range(count):
+        content = published(source, random_moments(source)[1])
+        content = changed_somewhere(changed_somewhere(content, rng), rng)
+        torch.save(content, path)
+        model = tiny_spark(seed=1)
+        optimizer = build_optimizer("lamb", model, 0.95)
+        try:
+            content = read_resumable(path)
+            found = published_run(path, content, model, optimizer, NOW)
+            restore(path, {**found, "random_state": random_state()}, model, optimizer)
+        except CheckpointError:
+            refused += 1
+            continue
+        set_rates(optimizer, 1e-3, 0.04)
+        model(torch.zeros(2, 3, 32, 32)).backward()
+        optimizer.step()
+        assert isinstance(found["epoch"], int)
+    assert 0 < refused < count
 
 
 @pytest.mark.parametrize("missing", ["optimizer", "epoch"])

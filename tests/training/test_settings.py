@@ -14,7 +14,7 @@ NAMED = ["name", "--data_path=images"]
 FLAGS = """
 config print_config help
 data_path pipeline ffcv_resize decode augment input_size batch_size bs
-workers dataloader_workers prefetch max_bad_fraction min_crop method masks_per_image decoder_depth
+workers dataloader_workers prefetch max_bad_fraction max_pixels min_crop method masks_per_image decoder_depth
 model stages mask_ratio mask drop_path dp decoder_width encoder verify sparse_conv no_sparse_conv init_weight
 epochs ep warmup_epochs wp_ep base_lr optimizer opt beta2 ada weight_decay wd weight_decay_end wde clip accumulate
 allreduce zero no_zero max_bad_steps timeout

@@ -57,7 +57,7 @@ def less(state, rng):
 def reshaped(state, rng):
     name = a_tensor(state, rng)
     shape = tuple(state[name].shape) if name in state else ()
-    shape = rng.choice([(0,), (1,), (3, 3), (*shape, 1), shape[::-1], ()])
+    shape = rng.choice([other for other in ((0,), (1,), (3, 3), (*shape, 1), shape[::-1], ()) if other != shape])
     return state | {name: torch.zeros(shape)}
 
 
@@ -251,14 +251,14 @@ def fuzz(folder, seed, count):
 
 def test_sixty_mutated_files_are_loaded_whole_or_refused(tmp_path, quick_lookalikes):
     refused, loaded = fuzz(tmp_path, 1, 60)
-    assert min(refused, loaded) > 10
+    assert min(refused, loaded) > 5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2, 6))
 def test_four_hundred_mutated_files_are_loaded_whole_or_refused(tmp_path, quick_lookalikes, seed):
     refused, loaded = fuzz(tmp_path, seed, 400)
-    assert min(refused, loaded) > 100
+    assert min(refused, loaded) > 50
 
 
 @pytest.fixture

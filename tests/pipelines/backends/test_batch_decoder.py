@@ -18,6 +18,7 @@ from spark_fast.pipelines.sources.shard_format import (
 )
 from tests.pipelines.building import build
 from tests.pipelines.comparing import alike, batches
+from tests.pipelines.layouts import layout_jpeg
 from tests.pipelines.pictures import encoded, jpeg, picture
 
 
@@ -59,6 +60,17 @@ def test_shards_and_resume_give_what_torch_gives(shards, decoder):
         ours = batches(shards, 1, start, **settings, **decoder)
         assert len(ours) == 6 - start
         assert alike(ours, batches(shards, 1, start, **settings))
+
+
+@each_decoder
+def test_odd_chroma_layouts_and_harmless_faults_are_decoded_on_the_host(image_folder, decoder):
+    root = image_folder(4, 1)
+    odd = (layout_jpeg("1x4,1x1,1x1"), layout_jpeg("3x1,1x1,1x1"), jpeg(2)[:-2] + bytes(214) + jpeg(2)[-2:])
+    for i, data in enumerate(odd):
+        (root / "train" / "n0000" / f"{i:04d}.JPEG").write_bytes(data)
+    settings = {"batch_size": 4, "max_bad_fraction": 0.0}
+    for epoch in range(2):
+        assert alike(batches(root, epoch, **settings, **decoder), batches(root, epoch, **settings))
 
 
 @pytest.mark.dali

@@ -7,6 +7,7 @@ import torch
 
 from spark_fast.errors import DataError
 from spark_fast.pipelines.backends.image_loader import ImageLoader
+from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.sources.bad_images import SUBSTITUTES, Loaded
 from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation
@@ -15,6 +16,7 @@ from spark_fast.pipelines.transforms.device_augment import DeviceAugment
 from spark_fast.pipelines.transforms.resize import Normalise
 from tests.pipelines.building import build
 from tests.pipelines.pictures import jpeg
+from tests.pipelines.transforms.test_jpeg import swallowed_bad_code
 
 
 def test_when_nothing_near_is_readable_the_storage_is_questioned(tmp_path):
@@ -40,6 +42,18 @@ def test_a_vanished_image_is_replaced(image_folder):
     out = torch.empty(32, 32, 3, dtype=torch.uint8)
     loaded = ImageLoader(source, Augmentation((32, 32))).load(4, [0.5] * DRAWS, out)
     assert "No such file" in (loaded.substituted or "")
+
+
+def test_an_images_first_reading_is_the_strictest_unless_it_was_judged_at_conversion(tmp_path, image_folder):
+    root, draws, out = image_folder(3, 1), [0.5] * DRAWS, torch.empty(32, 32, 3, dtype=torch.uint8)
+    (root / "train" / "n0000" / "0001.JPEG").write_bytes(swallowed_bad_code())
+    source = detect_source(root)
+    loader = ImageLoader(source, Augmentation((32, 32)))
+    assert loader.load(0, draws, out).substituted is None
+    assert "bad Huffman code" in (loader.load(1, draws, out).substituted or "")  # 2 stands in
+    assert loader.judged.tolist() == [True, False, True]
+    convert(root, tmp_path / "shards", ConvertSettings())
+    assert ImageLoader(detect_source(tmp_path / "shards"), Augmentation((32, 32))).judged.tolist() == [True, True]
 
 
 @pytest.mark.parametrize("flips", [0.1, 0.9])

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +18,7 @@ from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.shard_format import MANIFEST, read_manifest
 from tests.pipelines.building import build
+from tests.pipelines.layouts import layout_jpeg
 from tests.pipelines.pictures import encoded, jpeg, picture
 from tests.pipelines.tars import tar_of
 
@@ -146,6 +149,48 @@ def test_a_tar_without_classes_becomes_unlabelled_and_says_how_to_give_labels(tm
     assert not caplog.text
 
 
+def shard_of(numbers) -> bytes:
+    """A tar as webdataset's writer makes it, with labels 0 1 0 1 ..."""
+    members = ({f"{i:05d}.jpg": jpeg(i), f"{i:05d}.cls": b"%d" % (i % 2)} for i in numbers)
+    return tar_of({name: content for sample in members for name, content in sample.items()})
+
+
+def test_tars_of_webdataset_convert_with_their_labels_and_splits(tmp_path):
+    src = tmp_path / "wds"
+    src.mkdir()
+    for name, numbers in (("train-0000", range(4)), ("train-0001", range(4, 8)), ("validation-00", range(8, 11))):
+        (src / f"imagenet1k-{name}.tar").write_bytes(shard_of(numbers))
+    files = {path.name: path.read_bytes() for path in src.glob("*train*")}
+    (tmp_path / "all.tar").write_bytes(tar_of(files))
+    folders = [folder.name for folder, _ in convert(src, tmp_path / "out", settings())]
+    assert folders == ["train", "val"]
+    assert detect_source(tmp_path / "out").labels.tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
+    assert detect_source(tmp_path / "out", "val").labels.tolist() == [0, 1, 0]
+    convert(tmp_path / "all.tar", tmp_path / "packed", settings())
+    of_folder, of_tar = detect_source(tmp_path / "out"), detect_source(tmp_path / "packed")
+    assert of_tar.labels.tolist() == of_folder.labels.tolist()
+    assert [of_tar.read(i) for i in range(8)] == [of_folder.read(i) for i in range(8)] == [jpeg(i) for i in range(8)]
+
+
+def test_a_class_called_train_is_converted_as_a_class(tmp_path):
+    src = tmp_path / "vehicles"
+    for i, name in enumerate(["bus", "train", "tram", "truck"]):
+        (src / name).mkdir(parents=True)
+        (src / name / "1.jpg").write_bytes(jpeg(i))
+    convert(src, tmp_path / "out", settings())
+    source = detect_source(tmp_path / "out")
+    assert (source.labels.tolist(), source.classes) == ([0, 1, 2, 3], ["bus", "train", "tram", "truck"])
+
+
+def test_what_lies_beside_the_splits_is_told(tmp_path, caplog):
+    for name in ("train/a", "validation/a", "val/a"):
+        (tmp_path / "src" / name).mkdir(parents=True)
+        (tmp_path / "src" / name / "1.jpg").write_bytes(jpeg(1))
+    convert(tmp_path / "src", tmp_path / "out", settings())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train", "val"]
+    assert "taken: train/, val/; left out: validation/ (1 images)" in caplog.text
+
+
 class StopError(Exception):
     pass
 
@@ -189,6 +234,42 @@ def test_a_kept_shard_that_was_damaged_is_written_again(image_folder, tmp_path):
     (tmp_path / "out/train/shard-000001.json").write_text("{")
     convert(root, tmp_path / "out", settings())
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_the_manifest_says_truly_what_was_repaired_or_refused_and_a_rerun_goes_on(tmp_path, shared_reports):
+    sound, table = jpeg(1), jpeg(1).index(b"\xff\xdb")
+    images = {
+        "cmyk": encoded(Image.fromarray(picture(1)).convert("CMYK"), "JPEG"),
+        "gif": encoded(Image.fromarray(picture(1)), "GIF"),
+        "grey": encoded(Image.fromarray(picture(1)).convert("L"), "JPEG"),
+        "junk": sound[:table] + b"\0\0" + sound[table:],
+        "layout": (shared_reports / "jpeg-441" / "rotated-411.jpg").read_bytes(),
+        "odd layout cut": layout_jpeg("4x2,1x1,1x1")[:-50] + b"\xff\xd9",
+        "plain": sound,
+        "spare": sound[:-2] + bytes(214) + sound[-2:],
+    }
+    root = tmp_path / "images"
+    root.mkdir()
+    for name, data in images.items():
+        (root / f"{name}.jpg").write_bytes(data)
+    for _ in range(2):  # the second time nothing is left to do
+        ((folder, manifest),) = convert(root, tmp_path / "shards", settings())
+    assert verify_shards(folder) == []
+    told = {entry["name"].removesuffix(".jpg"): entry["reason"] for entry in manifest.repaired + manifest.refused}
+    spare = re.sub(r"\d+ extra", "N extra", told.pop("spare"))
+    assert spare == (
+        "JPEG with a fault that spares the pixels (Corrupt JPEG data: N extraneous bytes before marker 0xd9),"
+        " stored without it"
+    )
+    assert told == {
+        "cmyk": "JPEG of other colours (CMYK), stored as RGB",
+        "gif": "not a JPEG (it starts with b'GIF87aP\\x00'), stored as one",
+        "grey": "JPEG of other colours (Gray), stored as RGB",
+        "junk": "damaged JPEG: Corrupt JPEG data: 2 extraneous bytes before marker 0xdb",
+        "layout": "JPEG of chroma layout 1x4,1x1,1x1, stored as 4:2:0",
+        "odd layout cut": "damaged JPEG: Corrupt JPEG data: premature end of data segment",
+    }
+    assert [entry["name"] for entry in manifest.refused] == ["junk.jpg", "odd layout cut.jpg"]
 
 
 def test_other_settings_or_data_are_refused_with_the_difference(image_folder, tmp_path):
@@ -235,6 +316,68 @@ def test_small_data_sets_are_split_for_several_processes():
         3750,
         4096,
     ]
+
+
+def test_what_the_images_lose_is_told_once_and_counted_in_the_manifest(tmp_path, caplog):
+    root = tmp_path / "in"
+    root.mkdir()
+    for i in range(30):
+        data = jpeg(i)
+        if i % 3 == 0:  # 10 of 30, half of them dark
+            data = encoded(Image.fromarray(np.full((60, 80), 4095 if i % 2 else 40000, np.uint16)), "PNG")
+        elif i % 10 == 1:  # 1 and 11: 21 is of 16 bits
+            data = encoded(Image.fromarray(np.full((60, 80, 4), 99, np.uint8)), "PNG")
+        elif i == 4:
+            data = encoded(Image.fromarray(np.full((60, 80, 4), 255, np.uint8)), "PNG")  # opaque
+        (root / f"{i:02d}.png").write_bytes(data)
+    with caplog.at_level(logging.WARNING, "spark_fast.pipelines"):
+        ((folder, manifest),) = convert(root, tmp_path / "out", settings())
+    told = [r.getMessage() for r in caplog.records if "see docs/" in r.getMessage()]
+    assert [text.split(": ", 1)[1].split(" (")[0] for text in told] == [
+        "10 of 30 images are 16-bit grey", "2 of 30 images are RGB with a fourth band"
+    ]  # fmt: skip
+    assert "only their upper 8 bits are read, 5 of them are darker than level 16 of 255: rescale them first" in told[0]
+    assert [(kind["kind"], kind["images"], kind["dark"]) for kind in manifest.losses] == [
+        ("16-bit grey (I;16)", 10, 5), ("RGB with a fourth band (RGBA)", 2, 0)
+    ]  # fmt: skip
+    assert read_manifest(folder) == manifest
+    (reason,) = [entry["reason"] for entry in manifest.repaired if entry["name"] == "00.png"]
+    assert reason.endswith("stored as one: 16-bit grey (I;16); only their upper 8 bits are read")
+    assert verify_shards(folder) == []
+
+
+def test_a_list_of_files_that_are_no_images_is_refused_with_their_kind(tmp_path):
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in" / "a.npy", np.zeros(3))
+    (tmp_path / "in" / "list.txt").write_text("a.npy\n")
+    with pytest.raises(
+        DataError, match=r"a NumPy array \(.npy\), a kind that is not read; read are JPEG, .*your_own_data"
+    ):
+        convert(tmp_path / "in" / "list.txt", tmp_path / "out", settings())
+
+
+def test_a_conversion_that_loses_nothing_has_the_manifest_of_versions_before(image_folder, tmp_path):
+    ((folder, manifest),) = convert(image_folder(), tmp_path / "out", settings())
+    written = json.loads((folder / MANIFEST).read_text())
+    assert "losses" not in written
+    assert written["made_from"]["images"] == {"short_side": 0, "max_side": 0, "quality": 90}
+    assert manifest.losses == []
+
+
+def test_larger_images_are_converted_and_verified_once_the_limit_is_raised(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "in" / "large.png").write_bytes(encoded(Image.fromarray(picture(1, 70, 90)), "PNG"))
+    low, high = (settings(Reencode(0, max_pixels=pixels)) for pixels in (4800, 6300))
+    ((_, refusing),) = convert(tmp_path / "in", tmp_path / "low", low)
+    (refused,) = refusing.refused
+    assert refused["name"] == "large.png"
+    assert "90 x 70 pixels exceed the limit" in refused["reason"]
+    ((folder, manifest),) = convert(tmp_path / "in", tmp_path / "high", high)
+    assert (manifest.refused, manifest.max_pixels, read_manifest(folder).max_pixels) == ([], 6300, 6300)
+    assert verify_shards(folder) == []
+    with pytest.raises(SettingsError, match="max_pixels': 4800"):
+        convert(tmp_path / "in", tmp_path / "high", low)
 
 
 @pytest.mark.slow

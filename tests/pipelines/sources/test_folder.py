@@ -42,6 +42,17 @@ def test_images_beside_class_folders_are_left_out_with_a_warning(tmp_path, caplo
     assert "1 images outside the class folders are left out" in caplog.text
 
 
+def test_an_empty_class_folder_keeps_its_number_and_is_named_once(tmp_path, caplog):
+    write(tmp_path, "a/1.jpg", "c/2.jpg")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "d" / "deeper").mkdir(parents=True)
+    theirs = ImageFolder(tmp_path, allow_empty=True)
+    source = detect_source(tmp_path)
+    assert (source.labels.tolist(), source.classes) == (theirs.targets, theirs.classes)
+    assert source.classes == ["a", "b", "c", "d"]
+    assert caplog.messages == [f"{tmp_path}: 2 class folders hold no image: b, d"]
+
+
 def test_strange_names_are_read_and_printable(tmp_path):
     strange = [b"\xff\xfe.jpg", "ü ñ\n.jpg".encode(), b"a" * 200 + b".jpg", b"#1 (2).JPEG"]
     for name in strange:
@@ -100,6 +111,18 @@ def test_an_absurdly_large_file_is_not_read(tmp_path):
         file.truncate(MAX_FILE_BYTES + 1)  # sparse
     with pytest.raises(ImageError, match="more than the limit"):
         detect_source(tmp_path).read(0)
+
+
+def test_files_may_be_larger_where_images_may(tmp_path):
+    (tmp_path / "large.jpg").write_bytes(jpeg(0))
+    with (tmp_path / "large.jpg").open("r+b") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    source = detect_source(tmp_path)
+    with pytest.raises(ImageError, match=r"--max_pixels 65 \(train, eval, convert\) reads it"):
+        source.read(0)
+    source.allow_pixels(65 * 2**20)
+    for allowed in (source, source.subset(np.array([0]))):
+        assert len(allowed.read(0)) == MAX_FILE_BYTES + 1
 
 
 def test_the_index_of_a_folder_is_small_and_fingerprints_its_listing(image_folder):

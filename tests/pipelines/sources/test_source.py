@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from spark_fast.pipelines.sources import source
-from spark_fast.pipelines.sources.source import RETRY_SECONDS, num_classes, read_patiently
+from spark_fast.pipelines.sources.source import RETRY_SECONDS, empty_classes, num_classes, read_patiently
 
 
 class Stumbling:
@@ -37,3 +37,12 @@ def test_stumbling_storage_is_asked_again_after_pauses(monkeypatch):
 def test_classes_are_counted_by_their_names_or_else_by_the_highest_label(labels, classes, count):
     labels = None if labels is None else np.array(labels, np.int32)
     assert num_classes(SimpleNamespace(labels=labels, classes=classes)) == count
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "empty"),
+    [(None, [], set()), ([0, 4], [], set()), ([0, 2], ["a", "b", "c", "d"], {"b", "d"})],
+)
+def test_classes_without_an_image_are_known(labels, classes, empty):
+    labels = None if labels is None else np.array(labels, np.int32)
+    assert empty_classes(SimpleNamespace(labels=labels, classes=classes)) == empty

@@ -69,6 +69,31 @@ def test_images_outside_the_classes_are_left_out_with_a_warning(tmp_path, caplog
     assert "1 images outside the classes are left out" in caplog.text
 
 
+def test_tars_list_no_machine_made_members_and_count_what_they_leave_out(tmp_path, caplog):
+    members = {"a/1.jpg": b"1", "__MACOSX/a/._1.jpg": b"", "__MACOSX/2.jpg": b"", "b/.ipynb_checkpoints/3.jpg": b""}
+    source = tar_source(written(tmp_path, tar_of({**members, "b/4.jfif": b"4", "a/notes.txt": b""})))
+    assert (names(source), source.classes) == (["a/1.jpg", "b/4.jfif"], ["a", "b"])
+    assert "left out: 1 files by their ending: .txt (1); hidden or machine-made: 3 files" in caplog.text
+
+
+def test_a_tar_of_several_splits_is_refused(tmp_path):
+    content = tar_of({"d/train/n1/1.jpg": b"1", "d/val/n1/2.jpg": b"2"})
+    with pytest.raises(DataError, match=r"several splits \(d/train/, d/val/\), .* Unpack it, tar -xf \S+/some.tar"):
+        tar_source(written(tmp_path, content))
+
+
+def test_images_in_folders_beside_class_tars_are_left_out_too(tmp_path, caplog):
+    source = tar_source(written(tmp_path, tar_of({"n1.tar": tar_of({"a.jpg": b"1"}), "x/b.jpg": b"2"})))
+    assert names(source) == ["n1/a.jpg"]
+    assert "1 images outside the classes are left out" in caplog.text
+
+
+def test_an_empty_class_of_a_tar_keeps_its_number_and_is_named(tmp_path, caplog):
+    source = tar_source(written(tmp_path, tar_of({"a.tar": tar_of({"x.txt": b""}), "b.tar": tar_of({"1.jpg": b"1"})})))
+    assert (source.labels.tolist(), source.classes) == ([1], ["a", "b"])
+    assert "1 classes hold no image: a" in caplog.text
+
+
 def test_two_tars_of_one_class_are_refused_naming_both(tmp_path):
     one, other = tar_of({"a.jpg": b"1"}), tar_of({"b.jpg": b"2"})
     with pytest.raises(DataError, match=r"some.tar holds the class n1 twice, old/n1.tar and new/n1.tar: "):

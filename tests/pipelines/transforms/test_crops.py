@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
+from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.sampler import uniform
 from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation, Box, centre_box, random_box
 from tests.pipelines.drawing import drawn
@@ -69,6 +70,20 @@ def test_the_same_numbers_give_torchvisions_very_box():
         if w <= 600 and h <= 400:
             expected = (math.floor(row[20] * (401 - h)), math.floor(row[21] * (601 - w)), h, w)
             assert random_box(row.tolist(), 400, 600, SCALE, RATIO) == expected
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (480, 640), (1200, 1600), (400, 600)])
+def test_a_folder_and_its_shards_draw_the_same_crop_but_for_the_share_that_docs_data_md_tells(height, width):
+    stored_height, stored_width = Reencode(short_side=256).size(height, width)
+    other, scale = 0, height / stored_height
+    for draws in uniform(5, 0, np.arange(4000), DRAWS).tolist():
+        large = random_box(draws, height, width, SCALE, RATIO)
+        small = random_box(draws, stored_height, stored_width, SCALE, RATIO)
+        # The same attempt, unless one that just fits the one size does not fit the other.
+        if max(abs(a - b * scale) for a, b in zip(large, small, strict=True)) > 2 * scale + 1:
+            other += 1
+    assert other / 4000 < 0.03
+    assert random_box(draws, height, width, SCALE, RATIO) == large  # sizes that are kept: the very same
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**9), sides, sides), min_size=1, max_size=10), st.integers(0, 99))

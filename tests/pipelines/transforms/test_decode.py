@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from spark_fast.errors import ImageError
+from spark_fast.pipelines.transforms import decode as decode_module
 from spark_fast.pipelines.transforms.decode import decode
 from tests.pipelines.pictures import encoded, jpeg, picture
 
@@ -111,6 +113,40 @@ def test_bombs_are_refused_from_their_header():
     with pytest.raises(ImageError, match="80 x 60 pixels exceed"):
         decode(ODD["png"], max_pixels=4799)
     assert decode(ODD["png"], max_pixels=4800)[0].shape == (60, 80, 3)
+
+
+def test_an_image_above_the_limit_is_read_when_the_limit_is_raised_as_the_message_says(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own: from twice that it refuses
+    for data in (encoded(RGB, "PNG"), encoded(RGB, "TIFF"), encoded(RGB, "WEBP", lossless=True)):
+        Image.MAX_IMAGE_PIXELS = 1000
+        with pytest.raises(ImageError):
+            decode(data, max_pixels=1000)
+        assert Image.MAX_IMAGE_PIXELS == 1000
+        assert decode(data, max_pixels=4800)[0].shape == (60, 80, 3)
+        assert Image.MAX_IMAGE_PIXELS == 4800
+    with pytest.raises(
+        ImageError, match=r"--max_pixels 4225 \(train, eval, convert\) reads it, see docs/your_own_data"
+    ):
+        decode(with_size(jpeg(1), 65000, 65000))
+
+
+RAISED = (KeyError(7), struct.error("short"), OverflowError(), MemoryError(), RuntimeError(), SyntaxError("no marker"))
+
+
+@pytest.mark.parametrize("error", RAISED)
+@pytest.mark.parametrize("decoder", ["decode_jpeg", "_decode_with_pillow"])
+def test_whatever_a_decoder_raises_refuses_the_image_alone(monkeypatch, decoder, error):
+    def fail(*_args, **_settings):
+        raise error
+
+    monkeypatch.setattr(decode_module, decoder, fail)
+    with pytest.raises(ImageError, match="not a readable image"):
+        decode(jpeg(1) if decoder == "decode_jpeg" else ODD["png"])
+
+
+def test_an_image_without_pixels_is_refused():
+    with pytest.raises(ImageError, match="0"):
+        decode(b"P6 0 5 255\n")
 
 
 def test_the_reason_is_a_function_of_the_bytes():

@@ -1,0 +1,1 @@
+"""Archives of images: their members, and the layout of WebDataset."""
