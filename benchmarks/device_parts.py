@@ -195,9 +195,9 @@ def _gpu_tests(device: torch.device, out: Path) -> dict[str, Any]:
         environment["PYTEST_PLUGINS"] = simplejpeg_stand_in.__name__
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     output = out / "gpu_tests.log"  # shows how far they came, should they be cut off
-    with output.open("w") as file:
+    with output.open("w", encoding="utf-8") as file:
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=240)
-    lines = output.read_text().strip().splitlines() or [""]
+    lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
     if done.returncode:
         raise AssertionError("\n".join(lines[-60:]))
     return {"pytest": lines[-1], "output": output.name}
