@@ -123,7 +123,7 @@ def isolated(
         reason = "it was ended when the time was up"
     rows = _read(file)[before:]
     for job in jobs[len(rows) :]:
-        rows.append({"part": part, "name": job.name, "error": reason})
+        rows.append({"part": part, "name": job.name, "error": reason, "at": time.time() - begun})
         _write(rows[-1], file)
     return rows
 
