@@ -123,19 +123,19 @@ def isolated(
         reason = "it was ended when the time was up"
     rows = _read(file)[before:]
     for job in jobs[len(rows) :]:
-        rows.append({"part": part, "name": job.name, "error": reason})
+        rows.append({"part": part, "name": job.name, "error": reason, "at": time.time() - begun})
         _write(rows[-1], file)
     return rows
 
 
 def _write(row: Row, file: Path) -> None:
     print(_line(row), flush=True)
-    with file.open("a") as lines:
+    with file.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(row) + "\n")
 
 
 def _read(file: Path) -> list[Row]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:

@@ -74,7 +74,7 @@ def read(path: Path) -> Rows:
         ValueError: a rehearsal, or no rows of a report.
     """
     rows: Rows = {}
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     for number, text in enumerate(lines, start=1):
         try:
             row = json.loads(text)

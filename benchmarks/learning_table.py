@@ -48,11 +48,11 @@ def put_between_marks(page: Path, text: str, marks: tuple[str, str] = MARKS) -> 
     Raises:
         ValueError: the page has not each mark once.
     """
-    before, begin, rest = page.read_text().partition(marks[0])
+    before, begin, rest = page.read_text(encoding="utf-8").partition(marks[0])
     _, end, after = rest.partition(marks[1])
     if not (begin and end):
         raise ValueError(f"{page} needs the two marks {marks[0]} and {marks[1]}")
-    page.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
+    page.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def _main(arms: dict) -> str:

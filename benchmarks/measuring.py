@@ -90,7 +90,7 @@ def save(name: str, result: dict[str, Any], folder: Path | None = None) -> Path:
     folder = folder or RESULTS
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
 
 
@@ -105,4 +105,4 @@ def _commit() -> str:
 
 def _cpuinfo() -> list[str]:
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []

@@ -25,6 +25,11 @@ def put_in_place() -> None:
     sys.modules["simplejpeg"] = module
 
 
+def pytest_load_initial_conftests() -> None:
+    """As a plugin of pytest: before any test is imported."""
+    put_in_place()
+
+
 def is_in_place() -> bool:
     """Whether `put_in_place` was called."""
     return getattr(sys.modules.get("simplejpeg"), "decode_jpeg", None) is decode_jpeg

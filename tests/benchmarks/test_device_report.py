@@ -131,20 +131,47 @@ def test_the_first_step_comes_within_thirty_seconds_and_convnext_not_last(measur
     assert list(parts).index("step convnext_small 224") < list(parts).index("encoder")
 
 
-def test_the_tests_that_need_a_gpu_are_run_by_eight_processes(measured, tmp_path, monkeypatch):
-    _, device_parts = measured
+@pytest.fixture
+def asked(measured, monkeypatch):
+    """What the part with the GPU's tests would run; pytest passes."""
     asked = []
 
-    def run(command, stdout, **_):
-        asked.extend(command)
+    def run(command, stdout, env, **_):
+        asked.append((command, env))
         stdout.write("...\n130 passed in 40 s\n")
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(device_parts.subprocess, "run", run)
-    row = device_parts._gpu_tests(torch.device("cuda"), tmp_path)
-    assert asked[-2:] == ["-n", "8"]
-    assert {word for word in asked if (ROOT / word).is_file() and word.endswith(".py")} == set(device_parts.GPU_TESTS)
-    assert row == {"pytest": "130 passed in 40 s", "output": "gpu_tests.log"}
+    monkeypatch.setattr(measured[1].subprocess, "run", run)
+    return asked
+
+
+def test_the_tests_that_need_a_gpu_are_run_by_eight_processes(measured, asked, tmp_path):
+    _, device_parts = measured
+    assert device_parts._gpu_tests(torch.device("cuda"), tmp_path) == {
+        "pytest": "130 passed in 40 s", "output": "gpu_tests.log",
+    }  # fmt: skip
+    [(command, environment)] = asked
+    assert command[command.index("-n") + 1] == "8"
+    assert {word for word in command if word.endswith(".py")} == set(device_parts.GPU_TESTS)
+    assert all((ROOT / path).is_file() for path in device_parts.GPU_TESTS)
+    assert "PYTEST_PLUGINS" not in environment
+
+
+@pytest.mark.slow
+def test_the_tests_that_need_a_gpu_are_collected_without_simplejpeg(measured, asked, tmp_path, monkeypatch):
+    _, device_parts = measured
+    monkeypatch.setattr(device_parts, "find_spec", lambda name: None if name == "simplejpeg" else True)
+    device_parts._gpu_tests(torch.device("cuda"), tmp_path)
+    [(_, environment)] = asked
+    (tmp_path / "test_it.py").write_text("import simplejpeg\n\ndef test_it(): assert simplejpeg.decode_jpeg\n")
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "simplejpeg.py").write_text("raise ImportError('not installed')\n")
+    environment["PYTHONPATH"] = f"{hidden}:{environment['PYTHONPATH']}"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "1", str(tmp_path / "test_it.py")]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    told, _ = process.communicate()
+    assert "1 passed" in told, told
 
 
 def test_without_git_the_commit_is_left_out(measured, monkeypatch, tmp_path):
