@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import product
 from typing import NamedTuple
 
 from spark_fast.errors import ImageError
@@ -247,12 +248,13 @@ def _are_spare(bits: Bits, tables: list[tuple[Table, Table]]) -> bool:
 def _goes_on(bits: Bits, tables: list[tuple[Table, Table]], total: int) -> bool:
     """Whether a scan's bits from here to `total` are blocks, up to the ones that fill the last byte.
 
-    A fault may lie among them, too, so reading also begins in their middle: it falls into step by itself, as Huffman
-    codes do.
+    A fault may lie among them, too, so reading also begins halfway and later: it falls into step by itself, as
+    Huffman codes do.
     """
     at = bits.at
+    later = [total - (total - at) // part for part in (2, 4)]
     try:
-        for start, first in ((at, 0), *(((at + total) // 2, block) for block in range(len(tables)))):
+        for start, first in ((at, 0), *product(later, range(len(tables)))):
             bits.at, block = start, first
             with suppress(ImageError):
                 while bits.at < total:

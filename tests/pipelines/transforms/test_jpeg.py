@@ -111,6 +111,8 @@ def test_parameters_of_a_scan_are_mended_only_if_they_are_the_zeros_that_some_en
     start = scan_start(jpeg(1))
     with pytest.raises(ImageError, match="Invalid SOS parameters"):
         decode(jpeg(1)[: start - 3] + jpeg(1)[start - 2 :])  # the scan's first byte is taken for the last of them
+    with pytest.raises(ImageError, match="Invalid SOS parameters"):
+        decode(jpeg(1)[: start - 3] + bytes(6) + jpeg(1)[start + 3 :])  # a part of the file was set to zero
 
 
 @pytest.mark.parametrize(
