@@ -63,8 +63,8 @@ class Splits(NamedTuple):
         if not self.taken:
             return
         left = [path for name, path in self.taken.items() if name not in used and _holds(path)] + self.others
-        counts = {path.name: _count(path) for path in left}
-        counted = [f"{name}/ ({count} images)" for name, count in list(counts.items())[:NAMED]]
+        counts = {path.name: len(read_tree(path)) for path in left if not (path / MANIFEST).exists()}
+        counted = [f"{name}/ ({f'{count} images' if count else 'tars'})" for name, count in [*counts.items()][:NAMED]]
         if more := list(counts.values())[NAMED:]:
             counted.append(f"{len(more)} more folders ({sum(more)} images)")
         if loose := sum(is_image(path.name) for path in files_in(root)):
@@ -142,13 +142,13 @@ def refuse_mixed_splits(root: Path, folders: Iterable[str]) -> None:
 
 def _as_classes(root: Path, exact: dict[str, Path], splits: list[Path], others: list[Path]) -> Splits:
     """Splits of one kind beside folders with other names: classes like these, or a split with something beside it."""
-    for name, path in exact.items():
-        if (path / MANIFEST).exists() or any(_tars(path)):
+    for path in splits:
+        if path.name in exact and ((path / MANIFEST).exists() or any(_tars(path))):
             return Splits(exact, others)
-        if _holds(path) and _is_flat(path) not in map(_is_flat, others):
+        if _is_flat(path) not in map(_is_flat, others):
             raise DataError(
-                f"{root} holds {name}/ and other folders with images ({listed([p.name for p in others])}): is {name} a"
-                f" split or a class? For the split give {path}; for classes, a file list of all images."
+                f"{root} holds {path.name}/ and other folders with images ({listed([p.name for p in others])}): is"
+                f" {path.name} a split or a class? For the split give {path}; for classes, a file list of all images."
             )
     if splits:
         logger.warning(
@@ -186,8 +186,3 @@ def _tars(folder: Path) -> list[Path]:
 
 def _is_flat(folder: Path) -> bool:
     return any(is_image(path.name) for path in files_in(folder))
-
-
-def _count(folder: Path) -> int:
-    """How many images there are in a folder, without those in tars and shards."""
-    return len(read_tree(folder))

@@ -10,6 +10,7 @@ import logging
 import os
 import posixpath
 from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,7 +77,7 @@ def looks_like_webdataset(tar: Path) -> bool:
 
 def holds_webdataset(listing: TarListing) -> bool:
     """Whether a tar has labels beside its images, or the tars in it have labels or other files beside theirs."""
-    labelled = any(_stem(name) in part.labels for part in listing.parts for name in part.images if part.labels)
+    labelled = any(_label_of(name, part) is not None for part in listing.parts for name in part.images if part.labels)
     return labelled or any(part.has_sidecars for part in listing.inner.values())
 
 
@@ -162,10 +163,10 @@ def _samples(root: Path, number: int, listing: TarListing) -> Iterator[_Sample]:
             yield _Sample(before + name, _label_of(name, part, stems), (number, offset, size))
 
 
-def _label_of(name: str, part: TarContents, stems: set[str]) -> bytes | None:
+def _label_of(name: str, part: TarContents, stems: AbstractSet[str] = frozenset()) -> bytes | None:
     """The .cls of the image's name, or else of its part before the first dot (`0001.left.jpg`).
 
-    Not if that is the name of another image: then this one is a mask or the like.
+    Not if that is the name of another image, one of `stems`: then this one is a mask or the like.
     """
     stem = _stem(name)
     folder, base = posixpath.split(name)

@@ -7,7 +7,7 @@ import pytest
 
 from spark_fast.errors import DataError
 from spark_fast.pipelines.sources.detect import detect_source
-from spark_fast.pipelines.sources.listing.splits import find_splits, refuse_mixed_splits, split_of, split_of_file
+from spark_fast.pipelines.sources.listing.splits import refuse_mixed_splits, split_of, split_of_file, train_folder
 from tests.pipelines.sources.listing import names_of, write
 
 
@@ -141,9 +141,14 @@ def test_other_splits_are_what_they_were(tmp_path):
     assert len(detect_source(tmp_path, "all")) == 3
 
 
-def test_a_converted_split_is_a_split_whatever_lies_beside_it(tmp_path):
-    write(tmp_path, "train/manifest.json", "pictures/1.jpg")
-    assert set(find_splits(tmp_path).taken) == {"train"}
+def test_a_converted_split_is_a_split_whatever_lies_beside_it(tmp_path, caplog):
+    write(tmp_path, "train/manifest.json", "val/manifest.json")
+    caplog.set_level(logging.INFO, "spark_fast.pipelines")
+    assert train_folder(tmp_path) == tmp_path / "train"
+    assert not caplog.text
+    write(tmp_path, "pictures/1.jpg")
+    assert train_folder(tmp_path) == tmp_path / "train"
+    assert caplog.messages == [f"{tmp_path}: taken: train/; left out: pictures/ (1 images)"]
 
 
 def test_one_kind_of_split_in_several_places_is_no_mix(tmp_path):

@@ -118,6 +118,13 @@ def test_a_label_that_is_no_class_is_refused_with_its_place(tmp_path, label, mes
         images_to_convert(tmp_path / "0.tar")
 
 
+def test_images_with_a_part_of_their_own_after_the_name_share_its_label(tmp_path):
+    members = {"1.left.jpg": b"left", "1.right.jpg": b"right", "1.cls": b"5"}
+    (tmp_path / "0.tar").write_bytes(tar_of(members))
+    for path in (tmp_path, tmp_path / "0.tar"):
+        assert rows(detect_source(path)) == [("left", 5), ("right", 5)]
+
+
 def test_a_cls_that_belongs_to_no_image_is_no_label(tmp_path, caplog):
     (tmp_path / "0.tar").write_bytes(tar_of({"a.jpg": b"1", "article.cls": b"\\LoadClass" * 90}))
     assert images_to_convert(tmp_path / "0.tar").labels is None
@@ -146,11 +153,13 @@ def test_a_tar_with_tars_of_several_splits_is_refused(tmp_path):
         detect_source(tmp_path / "all.tar")
 
 
-def test_splits_in_folders_of_their_own(tmp_path):
+def test_splits_in_folders_of_their_own(tmp_path, caplog):
     for split, first in (("train", 0), ("val", 4)):
         (tmp_path / split).mkdir()
         (tmp_path / split / "0.tar").write_bytes(shard(first))
-    assert rows(detect_source(tmp_path)) == RIGHT[:4]
+    with caplog.at_level(logging.INFO, "spark_fast.pipelines"):
+        assert rows(detect_source(tmp_path)) == RIGHT[:4]
+    assert f"{tmp_path}: taken: train/; left out: val/ (tars)" in caplog.text
     assert rows(detect_source(tmp_path, "val")) == RIGHT[4:]
 
 
