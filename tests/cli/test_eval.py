@@ -171,7 +171,7 @@ WRONG = [
     (["knn", "a", "--data_path={pictures}", *TINY, FRESH, "--model=resnet51"], 2, "did you mean resnet51q"),
     (["knn", "a", "--data_path={pictures}", *TINY, "--weights={tmp}/no.pth"], 6, "no.pth"),
     (["knn", "a", "--data_path={pictures}", *TINY, "--weights={tmp}"], 6, "holds no checkpoint of a run"),
-    (["knn", "a", "--data_path={pictures}", *TINY, "--weights={other}"], 6, "missing: "),
+    (["knn", "a", "--data_path={pictures}", *TINY, "--weights={other}"], 2, "missing: "),
     (["knn", "a", "--data_path={pictures}/train", *TINY, FRESH], 3, "(--val_path names the validation images"),
     (["knn", "a", "--data_path={pictures}/train/red", *TINY, FRESH], 3, "red has no labels"),
     (["knn", "a", "--data_path={pictures}", *TINY, FRESH, "--val_path={pictures}/val/red"], 3, "red has no labels"),
