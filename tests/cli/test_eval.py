@@ -96,7 +96,7 @@ def test_a_run_of_fine_tuning_killed_in_the_middle_of_an_epoch_ends_with_the_sam
     steps = [row["step"] for row in rows(broken) if "grad_norm" in row]
     assert steps == list(range(1, 10))
     capsys.readouterr()
-    assert finetuned(run, broken, "--resume=auto", "--mixup=0.9") == 6
+    assert finetuned(run, broken, "--resume=auto", "--mixup=0.9") == 2
     assert "mixup was 0.1, is 0.9" in capsys.readouterr().err
 
 

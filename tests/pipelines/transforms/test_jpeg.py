@@ -149,7 +149,7 @@ def test_the_rest_of_a_scan_that_seems_to_end_early_is_no_spare_bytes(layout):
 def test_a_bad_huffman_code_is_seen_where_libjpegs_fast_route_takes_it_for_a_zero():
     """Sixteen ones are no code; in the middle of a large scan the fast route reads on, and ends where it should."""
     data = swallowed_bad_code()
-    assert decode(data, judged=True)[0].shape == (480, 480, 3)  # by the fast route
+    assert decode_image(data, judged=True).pixels.shape == (480, 480, 3)  # by the fast route
     with pytest.raises(ImageError, match="bad Huffman code"):
         decode(data)
 
