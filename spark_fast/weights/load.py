@@ -124,7 +124,7 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor], unknown: list[str] | 
     """
     own = model.state_dict()
     tensors = {
-        name: value.reshape(own[name].shape) if name in own and same_shape(value.shape, own[name].shape) else value
+        name: value.reshape(own[name].shape) if _is_squeezed(value, own.get(name)) else value
         for name, value in tensors.items()
     }
     for name, value in tensors.items():
@@ -140,6 +140,10 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor], unknown: list[str] | 
     missing = {name: value for name, value in own.items() if name not in tensors}
     counters = missing if all(name.endswith(COUNTER) for name in missing) else {}
     load_strictly(model, {**tensors, **counters}, unknown)
+
+
+def _is_squeezed(value: Tensor, own: Tensor | None) -> bool:
+    return own is not None and value.shape != own.shape and same_shape(value.shape, own.shape)
 
 
 def _found(canonical: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:

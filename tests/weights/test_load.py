@@ -42,6 +42,19 @@ def test_weights_of_published_checkpoints_are_loaded(tmp_path, wrapped):
     assert all(torch.equal(v, source.state_dict()[k]) for k, v in target.state_dict().items())
 
 
+def test_an_encoder_is_loaded_into_a_model_in_channels_last_whose_decoder_stays_as_it_is(tmp_path):
+    """A layer of one output channel then has the strides of two layouts at once."""
+    target = build_spark("resnet10t", input_size=64, mask_ratio=0.5, decoder_width=32, check=False)
+    target.to(memory_format=torch.channels_last)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    network = timm.create_model("resnet10t")
+    torch.save(network.state_dict(), tmp_path / "timm.pth")
+    load_weights(tmp_path / "timm.pth", target)
+    after = target.state_dict()
+    assert torch.equal(after["encoder.network.layer1.0.conv1.weight"], network.layer1[0].conv1.weight)
+    assert all(torch.equal(after[name], value) for name, value in before.items() if not name.startswith("encoder."))
+
+
 @pytest.mark.parametrize("content", [{"model": {"a": torch.zeros(1)}}, {"a": torch.zeros(1)}, {}])
 def test_weights_that_do_not_fit_are_refused_with_the_file_and_the_tensors(tmp_path, content):
     torch.save(content, tmp_path / "other.pth")
