@@ -96,12 +96,12 @@ def depthwise_layer(c, kernel, stride, dilation, bias=True):
     return nn.Conv2d(c, c, kernel, stride, padding, dilation, groups=c, bias=bias).to(DEVICE)
 
 
-def gradients(layer, visible, b, algorithm, dtype, compute=None):
+def gradients(layer, visible, b, algorithm, dtype, compute=None, kernels=False):
     """Output and gradients (x, weight, bias) of a layer rounded to `dtype` and computed in `compute`."""
     parameters = [p.detach().to(dtype).to(compute or dtype).requires_grad_() for p in layer.parameters()]
     x = packed(visible, layer.in_channels, b, dtype).detach().to(compute or dtype).requires_grad_()
     bias = parameters[1] if parameters[1:] else None
-    y = convolve(x, parameters[0], bias, layer_axes(layer), layer.groups, visible, algorithm)
+    y = convolve(x, parameters[0], bias, layer_axes(layer), layer.groups, visible, algorithm, kernels)
     upstream = normal(*y.shape, dtype=dtype, seed=1).to(y.dtype)
     return [y, *torch.autograd.grad(y, [x, *parameters], upstream)]
 
@@ -115,6 +115,27 @@ def test_depthwise_and_its_gradients(b, c, kernel, stride, dilation, grid, dtype
     assert got[0].is_contiguous(memory_format=torch.channels_last)
     for mine, expected in zip(got, gradients(layer, visible, b, "dense", dtype, torch.float64), strict=True):
         close(mine, expected, dtype)
+
+
+WITHOUT_TABLES = [  # algorithm, b, kernel, stride, padding
+    ("halo", 4, 3, 1, 1),
+    ("halo", 2, 3, 2, 1),
+    ("im2col", 1, 3, 1, 1),
+    ("im2col", 2, 3, 2, 1),
+    ("im2col", 2, (3, 2), 2, (1, 0)),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "b", "kernel", "stride", "padding"), WITHOUT_TABLES)
+def test_what_reads_windows_needs_no_index_table(algorithm, b, kernel, stride, padding):
+    visible, dtype = some_visible(), torch.float32
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 10, kernel, stride, padding).to(DEVICE)
+    got = gradients(layer, visible, b, algorithm, dtype, kernels=True)
+    assert {key[0] for key in visible._tables} == {"neighbourhood"}
+    expected = gradients(layer, visible, b, "dense", dtype, torch.float64)
+    for mine, right in zip(got, expected, strict=True):
+        close(mine, right, dtype, 1e-5 if INTERPRETED else 1e-2)  # a GPU multiplies matrices in TF32
 
 
 def test_one_run_is_like_another_to_the_bit():
