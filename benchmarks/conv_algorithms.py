@@ -93,7 +93,7 @@ def algorithms(layer: Layer, kernels: bool) -> list[str]:
     possible = ["dense"]
     if reach <= layer.b:
         possible += ["halo", "im2col"] if layer.groups == 1 else ["halo"]
-    return possible + ["direct"] * (kernels and layer.groups == layer.channels)
+    return possible + ["direct"] * (kernels and layer.groups in (1, layer.channels))
 
 
 def module(layer: Layer, device: str | None = None) -> nn.Conv2d:
@@ -161,26 +161,27 @@ def fitted(rows: list[dict], options: Options) -> GpuRates:
 
     Each rate in turn is moved by eighths of an octave while that brings costs nearer, until none does.
     """
+    convs = [module(Layer(*(row[field] for field in Layer._fields)), "meta") for row in rows]
+    per_b = options.batch * options.patches**2  # cells of the dense map, for patches of one cell
     rates, best = H200._replace(element=2 if options.precision == "bf16" else 4), math.inf
-    moves = [(name, 2 ** (step / 8)) for name in ("memory", "products", "grouped") for step in (-8, -1, 1, 8)]
+    names = ("memory", "cache", "products", "grouped")
+    moves = [(name, 2 ** (step / 8)) for name in names for step in (-8, -1, 1, 8)]
     while True:
         tried = [rates, *(rates._replace(**{name: getattr(rates, name) * factor}) for name, factor in moves)]
-        errors = [misfit(trial, rows, options) for trial in tried]
+        errors = [misfit(trial, rows, convs, per_b) for trial in tried]
         if min(errors) >= best:
             return rates
         best = min(errors)
         rates = tried[errors.index(best)]
 
 
-def misfit(rates: GpuRates, rows: list[dict], options: Options) -> float:
+def misfit(rates: GpuRates, rows: list[dict], convs: list[nn.Conv2d], per_b: int) -> float:
     """The mean square, over layers, of the logarithms of measured seconds over those that the rates give."""
     total = 0.0
-    for row in rows:
-        layer = Layer(*(row[field] for field in Layer._fields))
-        conv = module(layer, "meta")
-        costs = gpu_costs(layer.b, layer_axes(conv), conv.weight, layer.groups, row["keep"], True, rates)
-        cells = options.batch * options.patches**2 * layer.b**2
-        total += sum(math.log(row["seconds"][name] / (cost * cells)) ** 2 for name, cost in costs.items())
+    for row, conv in zip(rows, convs, strict=True):
+        costs = gpu_costs(row["b"], layer_axes(conv), conv.weight, conv.groups, row["keep"], True, rates)
+        for name, cost in costs.items():
+            total += math.log(row["seconds"][name] / (cost * per_b * row["b"] ** 2)) ** 2
     return total / len(rows)
 
 

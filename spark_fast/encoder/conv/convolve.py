@@ -5,7 +5,7 @@
     im2col          gather the inputs of each output cell, then a matrix product (few cells per patch: a halo
                     convolution with 1x1 or 2x2 outputs runs at a tenth of the speed of a matrix product)
     dense           scatter to the dense map, convolve there, gather back (halo much larger than the patch)
-    direct          depthwise, reading the neighbours' cells where they lie (`kernels`, on a GPU)
+    direct          read the neighbours' cells where they lie, depthwise or all channels with all (`kernels`, on a GPU)
 
 With the GPU kernels `halo` needs no index table, nor does `im2col` where patches have one output cell. Where a layer
 stays inside its patch (2x2, stride 2) the patch is its window: nothing is gathered. Only the packed input is saved for
@@ -59,7 +59,8 @@ def convolve(
     if algorithm == "direct":
         around = visible.neighbourhood(max(axis.patches(b) for axis in axes))
         cells = x.permute(0, 2, 3, 1)  # (V, b, b, C) -> (V, b', b', C)
-        return gpu.depthwise_convolution(cells, weight, bias, around, y_axis, x_axis).permute(0, 3, 1, 2)
+        operator = gpu.implicit_gemm if groups == 1 else gpu.depthwise_convolution
+        return operator(cells, weight, bias, around, y_axis, x_axis).permute(0, 3, 1, 2)
     tables: tuple[Tensor, Tensor | None]
     if algorithm == "dense":
         # one tensor may not be passed twice to a compiled autograd function

@@ -20,6 +20,7 @@ class GpuRates(NamedTuple):
     """
 
     memory: float = 4.0e12  # bytes; of 4.8e12 on the data sheet, as a copy reaches
+    cache: float = 5.5e12  # bytes read from L2: an assumption, no data sheet has it
     products: float = 700e12  # FLOPs of cuDNN and cuBLAS in bf16; of 989e12
     grouped: float = 67e12  # FLOPs of a grouped convolution, which fills no tensor core: fp32 on the data sheet
     element: int = 2  # bytes, of bf16
@@ -96,11 +97,11 @@ def gpu_costs(
     y, x = axes
     if _is_pointwise(axes, groups):
         return {"pointwise_gemm": keep}
-    c, out = weight.shape[1] * groups, len(weight) / (y.stride * x.stride)  # numbers in and out per cell
-    flops = 2 * out * weight.shape[1] * y.kernel * x.kernel
+    c, o, strides = weight.shape[1] * groups, len(weight), y.stride * x.stride
+    out, flops = o / strides, 2 * o * weight.shape[1] * y.kernel * x.kernel / strides  # per cell
     rate = rates.products if groups == 1 else rates.grouped
 
-    def convolution(read: float, work: float = 1.0) -> float:
+    def convolution(read: float, work: float = 1.0, rate: float = rate) -> float:
         return max((read + out) * rates.element / rates.memory, work * flops / rate)
 
     def copies(numbers: float) -> float:
@@ -110,6 +111,9 @@ def gpu_costs(
     laid, padded = c * (1 + 2 * keep), 2 * c * exchanged
     moved = 2 * (laid + padded) + 2 * keep * out + out * (1 + 2 * keep) + padded + 2 * keep * c
     found = {"dense": 3 * convolution(c) + copies(moved)}
+    if kernels and groups == 1 and c % 8 == o % 8 == 0:  # vectors of 16 bytes
+        tiles = ((256, o), (256, c), (o, c))  # of output, input gradient and weight gradient
+        found["direct"] = keep * sum(convolution(c, rate=_tile_rate(*tile, rates)) for tile in tiles)
     if _looks_too_far(b, axes):
         return found
     window = _window_cells(b, axes)
@@ -117,10 +121,16 @@ def gpu_costs(
     windows = 2 * convolution(c * window) + convolution(c * window, window)
     found["halo"] = keep * (windows + exchanged * copies(_moved(c, c * window, kernels)))
     if groups == 1:
-        taps = c * y.kernel * x.kernel / (y.stride * x.stride)
+        taps = c * y.kernel * x.kernel / strides
         moved = _moved(c, taps, kernels and y.window_is_taps(b) and x.window_is_taps(b))
         found["im2col"] = keep * (3 * convolution(taps) + copies(moved))
     return found
+
+
+def _tile_rate(rows: int, columns: int, rates: GpuRates) -> float:
+    """FLOPs a second of a product of tiles, at most 256 x 128, that are read from L2 (`kernels.tile.product_tiles`)."""
+    per_byte = 2 / ((1 / min(rows, 256) + 1 / min(columns, 128)) * rates.element)
+    return min(rates.products, rates.cache * per_byte)
 
 
 def _moved(cells: float, gathered: float, kernels: bool) -> float:

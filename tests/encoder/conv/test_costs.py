@@ -9,6 +9,16 @@ from spark_fast.encoder.conv.costs import H200, algorithm_costs, choose_algorith
 from spark_fast.encoder.conv.geometry import layer_axes
 
 
+def gpu(b, channels, k=3, stride=1, groups=1, kernels=True, keep=0.4):
+    padding = 0 if k == stride else k // 2
+    layer = nn.Conv2d(channels, channels, k, stride, padding, groups=groups, device="meta")
+    return gpu_costs(b, layer_axes(layer), layer.weight, groups, keep, kernels)
+
+
+def cheapest(costs):
+    return min(costs, key=costs.get)
+
+
 @pytest.mark.parametrize(("k", "groups"), [(1, 1), (3, 1), (3, 4), (7, 4)])
 @pytest.mark.parametrize("b", [1, 2, 4, 8])
 def test_all_costs_but_that_of_dense_follow_the_visible_share(k, groups, b):
@@ -29,28 +39,36 @@ def test_the_cheapest_is_chosen_and_a_depthwise_layer_is_read_directly_where_ker
         assert costs[choose_algorithm(*arguments)] == min(costs.values())
         on_gpu = gpu_costs(*arguments)
         with_kernels = choose_algorithm(*arguments, kernels=True)
-        assert with_kernels == ("direct" if groups == c else min(on_gpu, key=on_gpu.get))
-
-
-def gpu(b, channels, k=3, stride=1, groups=1, kernels=True, keep=0.4):
-    padding = 0 if k == stride else k // 2
-    layer = nn.Conv2d(channels, channels, k, stride, padding, groups=groups, device="meta")
-    return gpu_costs(b, layer_axes(layer), layer.weight, groups, keep, kernels)
+        assert with_kernels == ("direct" if groups == c else cheapest(on_gpu))
 
 
 def test_a_gpu_pays_for_the_copies_of_a_cell_and_computes_for_almost_nothing():
-    """Stage 2 of ResNet-50: nine copies a cell against windows of 2.25 times the patch."""
+    """Stage 2 of ResNet-50: nine copies a cell, windows of 2.25 times the patch, or none."""
     layer = nn.Conv2d(128, 128, 3, padding=1, device="meta")
     arguments = (4, layer_axes(layer), layer.weight, 1, 0.4)
     assert choose_algorithm(*arguments) == "im2col"
+    assert choose_algorithm(*arguments, kernels=True) == "direct"
     costs = gpu(4, 128)
-    assert min(costs, key=costs.get) == "halo"
+    assert costs["direct"] < costs["halo"] < costs["im2col"]
     # two gathers and a sum of 128 channels, once the patch and once its window; three convolutions, of which the one
     # for the window's gradient computes at each of its 36 cells
     moved = 3 * 128 * (1 + 2.25) * 2 / H200.memory
     read = (128 * 2.25 + 128) * 2 / H200.memory
-    work = 2 * 128 * 128 * 9 / H200.products
-    assert costs["halo"] == pytest.approx(0.4 * (moved + 2 * max(read, work) + max(read, 2.25 * work)))
+    work = 2 * 128 * 128 * 9
+    assert costs["halo"] == pytest.approx(
+        0.4 * (moved + 2 * max(read, work / H200.products) + max(read, 2.25 * work / H200.products))
+    )
+    # tiles of 256 x 128, and of 128 x 128 for the weight: 2*256*128 FLOPs for 256 + 128 numbers of 2 bytes
+    wide, square = H200.cache * 256 * 128 / (256 + 128), H200.cache * 128 * 128 / (128 + 128)
+    assert costs["direct"] == pytest.approx(0.4 * (2 * work / wide + work / square))
+
+
+def test_an_implicit_gemm_reads_vectors_of_eight_channels():
+    assert "direct" in gpu(4, 40)
+    assert "direct" not in gpu(4, 36)
+    assert "direct" not in gpu(4, 40, kernels=False)
+    assert "direct" not in gpu(4, 40, groups=5)
+    assert set(gpu(1, 64, k=5)) == {"dense", "direct"}, "it sees further than the next patch"
 
 
 def test_index_tables_move_more_than_kernels_and_a_layer_inside_its_patch_moves_nothing():
@@ -59,7 +77,7 @@ def test_index_tables_move_more_than_kernels_and_a_layer_inside_its_patch_moves_
     assert with_kernels["im2col"] == tables["im2col"]
     assert gpu(1, 64)["im2col"] < gpu(1, 64, kernels=False)["im2col"], "the window of one output cell is what it reads"
     inside = gpu(2, 64, k=2, stride=2)
-    assert min(inside, key=inside.get) == "halo"
+    assert cheapest(inside) == "halo"
     assert inside["halo"] == gpu(2, 64, k=2, stride=2, kernels=False)["halo"]
 
 

@@ -86,6 +86,53 @@ def test_they_compile_for_a_gpu_that_is_not_there_and_read_16_bytes_at_a_time(c,
         assert made.asm["cubin"]
 
 
+class Recorder:
+    """Stands in for a kernel and keeps what it would be launched with."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        return lambda *values, **options: self.launches.append((grid, values, options))
+
+    def compiled(self):
+        """What Triton makes of the only launch for compute capability 9.0 (H100, H200)."""
+        ((_, values, options),) = self.launches
+        arguments = dict(zip(self.kernel.arg_names, values, strict=True))
+        constants = {p.name: arguments[p.name] for p in self.kernel.params if p.is_constexpr}
+        kinds = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+        signature = {
+            name: "constexpr" if name in constants else kinds[v.dtype] if isinstance(v, torch.Tensor) else "i32"
+            for name, v in arguments.items()
+        }
+        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+        source = triton.compiler.ASTSource(self.kernel, signature, constexprs=constants, attrs=aligned)
+        return triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", 90, 32), options=options)
+
+
+@pytest.mark.parametrize("kernel", ["_convolve_kernel", "_input_gradient", "_weight_gradient_kernel"])
+def test_an_implicit_gemm_multiplies_on_tensor_cores_and_reads_ahead_16_bytes_at_a_time(kernel, tmp_path, monkeypatch):
+    """A strided layer of ResNet-50's stage 3, batch 32. Nothing spills to memory."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    gemm = sys.modules["spark_fast.encoder.conv.kernels.implicit_gemm_triton"]
+    visible, axis = VisiblePatches(torch.arange(20).repeat(32, 1), (7, 7)), [3, 2, 1, 1, 1]
+    around, weight = visible.neighbourhood(1), torch.empty(256, 256, 3, 3, dtype=torch.bfloat16)
+    cells = torch.empty(visible.count, 4, 4, 256, dtype=torch.bfloat16)
+    grad = cells[:, ::2, ::2].contiguous()
+    recorder = Recorder(getattr(gemm, kernel.replace("_input_gradient", "_convolve_kernel")))
+    monkeypatch.setattr(gemm, recorder.kernel.__name__, recorder)
+    if kernel == "_convolve_kernel":
+        gemm.implicit_gemm(cells, weight, None, around, axis, axis)
+    elif kernel == "_input_gradient":
+        gemm.input_gradient(grad, weight, around, axis, axis)
+    else:
+        gemm.weight_gradient(grad, cells, around, axis, axis)
+    ptx = recorder.compiled().asm["ptx"]
+    assert "wgmma.mma_async.sync.aligned" in ptx
+    assert "cp.async.cg.shared.global" in ptx
+    assert "ld.local" not in ptx
+
+
 def test_pytorch_computes_on_the_cpu_and_forced_kernels_say_what_they_lack():
     like = torch.zeros(1)
     assert not gpu.use_kernels(None, like)

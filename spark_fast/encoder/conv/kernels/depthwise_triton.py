@@ -33,26 +33,20 @@ from torch import Tensor
 
 from spark_fast.autograd import AutogradContext
 from spark_fast.encoder.conv.geometry import Axis
-from spark_fast.encoder.conv.kernels.tile import WAVES, at, channel_tile, my_tile, on_device, row_tile, rows_of
+from spark_fast.encoder.conv.kernels.tile import (
+    WAVES,
+    at,
+    channel_tile,
+    my_tile,
+    on_device,
+    reach_of,
+    row_tile,
+    rows_of,
+    source,
+)
 
 TAPS = 8  # of the weight, per program of its gradient
 CELLS = 32  # that such a program multiplies at a time
-
-
-@triton.jit
-def _source(
-    neighbours, v, at_y, at_x, wanted, V, B: tl.constexpr, DOWN: tl.constexpr, REACH: tl.constexpr
-):  # fmt: skip
-    """The row of the packed cells at (at_y, at_x) around patch v, and whether there is one.
-
-    Coordinates are in 1/DOWN cells from the corner of the first neighbour; those between cells are none.
-    """
-    side: tl.constexpr = 2 * REACH + 1
-    y, x = at_y // DOWN, at_x // DOWN
-    if DOWN > 1:
-        wanted = wanted & (y * DOWN == at_y) & (x * DOWN == at_x)
-    patch = tl.load(neighbours + (v * side + y // B) * side + x // B, mask=wanted, other=V).to(tl.int32)
-    return patch * (B * B) + y % B * B + x % B, patch < V
 
 
 @triton.jit
@@ -72,7 +66,7 @@ def _convolve_kernel(
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
     for i in range(K_Y):
         for j in tl.static_range(K_X):
-            row, there = _source(neighbours, v, first_y + i * D_Y, first_x + j * D_X, inside, V, B, DOWN, REACH)
+            row, there = source(neighbours, v, first_y + i * D_Y, first_x + j * D_X, inside, V, B, DOWN, REACH)
             mask = there[:, None] & in_c[None, :]
             values = tl.load(at(cells, row, c, C), mask=mask, other=0.0)
             tap = tl.load(taps + (i * K_X + j) * C + c, mask=in_c, other=0.0)
@@ -102,7 +96,7 @@ def _weight_gradient_kernel(
         v, y, x = cell // (B_OUT * B_OUT), cell // B_OUT % B_OUT * STRIDE, cell % B_OUT * STRIDE
         at_y, at_x = y[None, :] + down[:, None], x[None, :] + along[:, None]
         wanted = (v < V)[None, :] & (tap < K_Y * K_X)[:, None]
-        row, there = _source(neighbours, v[None, :], at_y, at_x, wanted, V, B, 1, REACH)
+        row, there = source(neighbours, v[None, :], at_y, at_x, wanted, V, B, 1, REACH)
         mask = there[:, :, None] & in_c[None, None, :]
         values = tl.load(cells + row.to(tl.int64)[:, :, None] * C + c[None, None, :], mask=mask, other=0.0)
         values = tl.where((tap == K_Y * K_X)[:, None, None], 1.0, values.to(tl.float32))
@@ -170,7 +164,7 @@ def weight_gradient(
     """The gradients of `depthwise_convolution` with respect to its weight (C, 1, ky, kx) and bias (C,), fp32."""
     axes = Axis(*y), Axis(*x)
     (count, b, _, channels), rows = cells.shape, grad.shape[:-1].numel()
-    reach = _reach(neighbours, axes, b)
+    reach = reach_of(neighbours, axes, b)
     rows_of(grad, cells, neighbours[..., None])
     size = axes[0].kernel * axes[1].kernel
     tile = channel_tile(channels, 32)
@@ -198,7 +192,7 @@ def _convolve(
     """Launch the kernel: `lo` cells before the first, `steps` (UP, DOWN) from outputs to cells."""
     y, x = axes
     channels, b = cells.shape[3], cells.shape[1]
-    reach = _reach(neighbours, axes, max(b, out.shape[1]))
+    reach = reach_of(neighbours, axes, max(b, out.shape[1]))
     rows_of(cells, out, neighbours[..., None])
     tile = channel_tile(channels, 64)
     channel_tiles = -(-channels // tile)
@@ -211,17 +205,6 @@ def _convolve(
                 len(cells), channels, b, out.shape[1], y.kernel, x.kernel, *lo, y.dilation, x.dilation, *steps, reach,
                 bias is not None, rows, tile, num_warps=4,
             )  # fmt: skip
-
-
-def _reach(neighbours: Tensor, axes: tuple[Axis, Axis], b: int) -> int:
-    """Patches that the table reaches, checked against those that the layer sees."""
-    reach = neighbours.shape[1] // 2
-    furthest = max(max(axis.lo, axis.hi) for axis in axes)
-    if furthest > reach * b:
-        raise ValueError(
-            f"the layer looks {furthest} cells beyond patches of {b}, the neighbours reach {reach} patches"
-        )
-    return reach
 
 
 @depthwise_convolution.register_fake
