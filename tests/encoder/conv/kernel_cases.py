@@ -86,6 +86,10 @@ DEPTHWISE = [  # b, channels, kernel, stride, dilation, grid
     (2, 4, 3, 1, 2, (3, 4)),
     (4, 4, (1, 5), 1, 1, (3, 4)),
     (1, 4, (11, 1), 1, 1, (3, 4)),
+    (16, 5, 3, 1, 1, (1, 3)),  # more cells side by side than a thread computes
+    (16, 4, 3, 2, 1, (1, 3)),
+    (10, 4, 3, 1, 2, (1, 3)),
+    (11, 4, (1, 13), 1, 1, (1, 3)),  # one output a thread, and fewer channels
 ]
 
 
@@ -109,7 +113,7 @@ def gradients(layer, visible, b, algorithm, dtype, compute=None, kernels=False):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("b", "c", "kernel", "stride", "dilation", "grid"), DEPTHWISE)
 def test_depthwise_and_its_gradients(b, c, kernel, stride, dilation, grid, dtype):
-    visible = some_visible(grid, batch=1 if b == 8 else 2, keep=2 if grid == (1, 3) else 3)
+    visible = some_visible(grid, batch=1 if b >= 8 else 2, keep=2 if grid == (1, 3) else 3)
     layer = depthwise_layer(c, kernel, stride, dilation, bias=b != 2)
     got = gradients(layer, visible, b, "direct", dtype)
     assert got[0].is_contiguous(memory_format=torch.channels_last)
