@@ -135,9 +135,7 @@ def _tile_rate(rows: int, columns: int, rates: GpuRates) -> float:
 
 def _moved(cells: float, gathered: float, kernels: bool) -> float:
     """Numbers read and written to gather twice and to sum once: tables copy their source to append a row of zeros."""
-    if kernels:
-        return 3 * (cells + gathered)
-    return 2 * (2 * cells + 2 * gathered) + 2 * gathered + gathered + cells
+    return 3 * cells + 3 * gathered if kernels else 5 * cells + 7 * gathered
 
 
 def _is_pointwise(axes: tuple[Axis, Axis], groups: int) -> bool:

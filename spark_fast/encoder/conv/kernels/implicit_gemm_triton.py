@@ -57,16 +57,17 @@ def _convolve_kernel(
 ):  # fmt: skip
     """One tile of outputs: output y sees, by tap i, the cell (y*UP + i*D - LO) / DOWN.
 
-    With PHASES > 1 (then DOWN, of dilation 1) the outputs of a tile have one remainder y % PHASES, and one of x.
+    With PHASES > 1 (then DOWN, of dilation 1, no kernel smaller) the outputs of a tile have one remainder y % PHASES,
+    and one of x.
     """
-    SIDE: tl.constexpr = B_OUT // PHASES
+    side: tl.constexpr = B_OUT // PHASES
     steps_c: tl.constexpr = (C + DEPTH - 1) // DEPTH
     tile, o = my_tile(C_OUT, COLUMNS)
-    tiles = (V * (SIDE * SIDE) + ROWS - 1) // ROWS  # of a class
+    tiles = (V * (side * side) + ROWS - 1) // ROWS  # of a class
     phase_y, phase_x = tile // tiles // PHASES, tile // tiles % PHASES
     place = tile % tiles * ROWS + tl.arange(0, ROWS)
-    v = place // (SIDE * SIDE)
-    y, x = place // SIDE % SIDE * PHASES + phase_y, place % SIDE * PHASES + phase_x
+    v = place // (side * side)
+    y, x = place // side % side * PHASES + phase_y, place % side * PHASES + phase_x
     inside, in_o = v < V, o < C_OUT
     i_first, j_first = (LO_Y + PHASES - phase_y) % PHASES, (LO_X + PHASES - phase_x) % PHASES
     along = (K_X - j_first + PHASES - 1) // PHASES  # taps of this class
@@ -210,7 +211,8 @@ def _convolve(
     (count, b, _, c), (_, b_out, _, o), down = cells.shape, out.shape, steps[1]
     reach = reach_of(neighbours, axes, max(b, b_out))
     rows_of(cells, out, neighbours[..., None])
-    phases = down if y.dilation == x.dilation == 1 else 1
+    sorted_by_taps = y.dilation == x.dilation == 1 and min(y.kernel, x.kernel) >= down  # no class without a tap
+    phases = down if sorted_by_taps else 1
     rows, columns, depth, warps = product_tiles(out.shape[:-1].numel(), o, c, cells.element_size())
     programs = phases**2 * -(-count * (b_out // phases) ** 2 // rows) * -(-o // columns)
     if programs:
