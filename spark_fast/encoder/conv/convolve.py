@@ -1,14 +1,15 @@
-"""Convolutions of packed patches: five algorithms with one result, and which is cheapest.
+"""Convolutions of packed patches: five algorithms with one result; `costs` has which is cheapest.
 
     pointwise_gemm  1x1: nothing to exchange, a matrix product over the cells
     halo            gather the window of each patch, its own cells and their halo, and convolve it without padding
     im2col          gather the inputs of each output cell, then a matrix product (few cells per patch: a halo
                     convolution with 1x1 or 2x2 outputs runs at a tenth of the speed of a matrix product)
     dense           scatter to the dense map, convolve there, gather back (halo much larger than the patch)
-    direct          depthwise, reading the neighbours' cells where they lie (`kernels`, on a GPU)
+    direct          read the neighbours' cells where they lie, depthwise or all channels with all (`kernels`, on a GPU)
 
-With the GPU kernels `halo` needs no index table either. Only the packed input is saved for the backward pass, which
-gathers again.
+With the GPU kernels `halo` needs no index table, nor does `im2col` where patches have one output cell. Where a layer
+stays inside its patch (2x2, stride 2) the patch is its window: nothing is gathered. Only the packed input is saved for
+the backward pass, which gathers again.
 """
 
 from __future__ import annotations
@@ -27,48 +28,6 @@ from spark_fast.encoder.conv.geometry import Axis
 from spark_fast.encoder.visible import Places, VisiblePatches, collect_segments, lay_segments
 
 
-def algorithm_costs(b: int, axes: tuple[Axis, Axis], weight: Tensor, groups: int, keep: float) -> dict[str, float]:
-    """The time of every algorithm that can convolve patches of b x b cells, in units of the dense layer over all cells.
-
-    Args:
-        b: cells per patch side.
-        axes: the layer's geometry.
-        weight: (O, C/groups, ky, kx).
-        groups: of the layer.
-        keep: the visible share of the patches.
-
-    The constants were fitted to 495 measured layers (`benchmarks/conv_algorithms.py`): halo costs by the cells of its
-    windows, more where its output is small; im2col by its cells and by the copies of each; dense by all cells.
-    """
-    y, x = axes
-    if groups == 1 and all(a.kernel == 1 and a.lo == 0 for a in axes):
-        return {"pointwise_gemm": keep}
-    found = {"dense": 1 + 0.2 / b}
-    if max(y.lo, y.hi, x.lo, x.hi) > b:  # tables reach to the next patch, no further
-        return found
-    window = keep * len(y.window(b)) * len(x.window(b)) / b**2
-    if groups > 1:
-        return {**found, "halo": window / 1.8}
-    outputs, copies = (b // y.stride) ** 2, y.kernel * x.kernel / y.stride**2
-    im2col = keep * ((1 if y.stride == 1 else 0.75) + 4.4 * copies / weight.shape[1])
-    if copies <= 1:  # its inputs are then no larger than a window
-        return {**found, "im2col": im2col}
-    return {**found, "halo": 0.45 * window * (1 + 8 / outputs), "im2col": im2col}
-
-
-def choose_algorithm(
-    b: int, axes: tuple[Axis, Axis], weight: Tensor, groups: int, keep: float, kernels: bool = False
-) -> str:
-    """The algorithm of least `algorithm_costs`, `direct` where the GPU kernels can.
-
-    It follows from static shapes alone, so that compiled code never changes.
-    """
-    if kernels and groups == weight.shape[0] > 1 and weight.shape[1] == 1:
-        return "direct"
-    estimated = algorithm_costs(b, axes, weight, groups, keep)
-    return min(estimated, key=estimated.__getitem__)
-
-
 def convolve(
     x: Tensor,
     weight: Tensor,
@@ -85,7 +44,7 @@ def convolve(
         x: (V, C, b, b).
         weight: (O, C/groups, ky, kx), with `bias` (O,).
         axes: the layer's geometry along y and x.
-        algorithm: one of those that `algorithm_costs` gives, or `direct`.
+        algorithm: one of those that `costs` gives, or `direct`.
         kernels: `halo` by the GPU kernels, from the table of neighbours alone.
 
     Returns:
@@ -100,12 +59,13 @@ def convolve(
     if algorithm == "direct":
         around = visible.neighbourhood(max(axis.patches(b) for axis in axes))
         cells = x.permute(0, 2, 3, 1)  # (V, b, b, C) -> (V, b', b', C)
-        return gpu.depthwise_convolution(cells, weight, bias, around, y_axis, x_axis).permute(0, 3, 1, 2)
+        operator = gpu.implicit_gemm if groups == 1 else gpu.depthwise_convolution
+        return operator(cells, weight, bias, around, y_axis, x_axis).permute(0, 3, 1, 2)
     tables: tuple[Tensor, Tensor | None]
     if algorithm == "dense":
         # one tensor may not be passed twice to a compiled autograd function
         tables = (visible.segments(b), None if y_axis.stride == 1 else visible.segments(b // y_axis.stride))
-    elif algorithm == "halo" and kernels:
+    elif _needs_no_table(algorithm, b, axes, kernels):
         tables = (visible.neighbourhood(1), None)
     else:
         places = Places(y_axis.window(b), x_axis.window(b))
@@ -237,18 +197,22 @@ def _gather_inputs(
 ) -> Tensor:
     """What the convolution reads.
 
-    halo: windows (V, C, n, m), by the GPU kernels where there is no `other` table and `table` holds the neighbours;
-    im2col: the inputs of each output cell, (V*b'*b', ky*kx*C); dense: the padded map (B, C, h*b + .., w*b + ..).
+    halo: windows (V, C, n, m), the patches themselves where the layer stays inside them; im2col: the inputs of each
+    output cell, (V*b'*b', ky*kx*C); dense: the padded map (B, C, h*b + .., w*b + ..). Without an `other` table, `table`
+    holds the neighbours, and the GPU kernels gather.
     """
     y, x_ = axes
     c, b = x.shape[1], x.shape[2]
     cells = x.permute(0, 2, 3, 1)  # (V, b, b, C)
     if algorithm == "dense":
         return F.pad(lay_segments(cells.reshape(-1, b * c), c, b, grid, table), (x_.lo, x_.hi, y.lo, y.hi))
-    if algorithm == "halo" and other is None:
+    if algorithm == "halo" and not _exchanged(axes):
+        return x
+    if other is None:
         size = (len(y.window(b)), len(x_.window(b)))
-        return gpu.gather_windows(cells, table, (y.lo, x_.lo), size).permute(0, 3, 1, 2)
-    rows = gather(cells.reshape(-1, c), table)  # (V*places, C)
+        rows = gpu.gather_windows(cells, table, (y.lo, x_.lo), size)  # (V, n, m, C)
+    else:
+        rows = gather(cells.reshape(-1, c), table)  # (V*places, C)
     if algorithm == "im2col":
         return rows.view(-1, y.kernel * x_.kernel * c)
     return rows.view(-1, len(y.window(b)), len(x_.window(b)), c).permute(0, 3, 1, 2)
@@ -271,12 +235,15 @@ def _scatter_gradient(
         # cells that a strided layer never looks at have no gradient
         inner = F.pad(inner, (0, max(0, width - inner.shape[3]), 0, max(0, height - inner.shape[2])))
         rows = collect_segments(inner[:, :, :height, :width], b, table)
-    elif transposed is None:
-        return gpu.sum_windows(grad.permute(0, 2, 3, 1), table, (y.lo, x_.lo), b).permute(0, 3, 1, 2)
-    elif algorithm == "halo":
-        rows = gather_sum(grad.permute(0, 2, 3, 1).reshape(-1, c), transposed)
+    elif not _exchanged(axes) and algorithm == "halo":
+        return grad
     else:
-        rows = gather_sum(grad.view(-1, c), transposed)
+        rows = grad.permute(0, 2, 3, 1) if algorithm == "halo" else grad
+        if transposed is None:
+            windows = rows.view(len(x), len(y.window(b)), len(x_.window(b)), c)
+            rows = gpu.sum_windows(windows, table, (y.lo, x_.lo), b)
+        else:
+            rows = gather_sum(rows.reshape(-1, c), transposed)
     return rows.view(-1, b, b, c).permute(0, 3, 1, 2)
 
 
@@ -292,6 +259,17 @@ def _gradients(
         grad, inputs, weight, None, strides, [0, 0], dilations, False, [0, 0], groups, [*wanted, False]
     )
     return grad_inputs, grad_weight
+
+
+def _needs_no_table(algorithm: str, b: int, axes: tuple[Axis, Axis], kernels: bool) -> bool:
+    """Is everything that it reads a window, which the kernels gather, or the patch itself?"""
+    if algorithm == "im2col":
+        return kernels and all(axis.window_is_taps(b) for axis in axes)
+    return kernels or not _exchanged(axes)
+
+
+def _exchanged(axes: tuple[Axis, Axis]) -> bool:
+    return any(axis.exchanged for axis in axes)
 
 
 def _strides(axes: tuple[Axis, Axis]) -> list[int]:

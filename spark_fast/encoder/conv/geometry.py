@@ -38,6 +38,15 @@ class Axis(NamedTuple):
         """Cells needed after the patch; negative where the layer does not look at the last ones."""
         return self.reach - self.stride - self.lo
 
+    @property
+    def exchanged(self) -> bool:
+        """Does the layer look across the edge of a patch?"""
+        return self.lo > 0 or self.hi > 0
+
+    def window_is_taps(self, b: int) -> bool:
+        """Is the window of a patch of b cells what its only output cell reads, neither more nor less?"""
+        return self.stride == b and self.dilation == 1
+
     def patches(self, b: int) -> int:
         """How many patches of b cells the layer looks beyond its own, on the side where it looks further."""
         return -(-max(self.lo, self.hi, 0) // b)

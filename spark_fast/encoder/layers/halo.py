@@ -10,7 +10,8 @@ import timm.layers as tl
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spark_fast.encoder.conv.convolve import choose_algorithm, convolve, gather_windows
+from spark_fast.encoder.conv.convolve import convolve, gather_windows
+from spark_fast.encoder.conv.costs import choose_algorithm
 from spark_fast.encoder.conv.geometry import Axis, layer_axes
 from spark_fast.encoder.conv.kernels import use_kernels
 from spark_fast.encoder.layers.converted import ConvertedLayer, PaddedLayer
@@ -104,7 +105,7 @@ class HaloPool(HaloLayer):
         uneven = any(a.hi > a.end or (a.lo and not getattr(self, "count_include_pad", True)) for a in (y, x))
         if isinstance(self, nn.AvgPool2d) and uneven:
             return "dense"
-        return "halo" if any(a.lo or a.hi > 0 for a in (y, x)) else "patch"
+        return "halo" if y.exchanged or x.exchanged else "patch"
 
     def forward(self, x: Tensor) -> Tensor:
         """(V, C, b, b) -> (V, C, b/stride, b/stride); on a dense map while no patches are visible."""

@@ -86,6 +86,10 @@ DEPTHWISE = [  # b, channels, kernel, stride, dilation, grid
     (2, 4, 3, 1, 2, (3, 4)),
     (4, 4, (1, 5), 1, 1, (3, 4)),
     (1, 4, (11, 1), 1, 1, (3, 4)),
+    (16, 5, 3, 1, 1, (1, 3)),  # more cells side by side than a thread computes
+    (16, 4, 3, 2, 1, (1, 3)),
+    (10, 4, 3, 1, 2, (1, 3)),
+    (11, 4, (1, 13), 1, 1, (1, 3)),  # one output a thread, and fewer channels
 ]
 
 
@@ -96,12 +100,12 @@ def depthwise_layer(c, kernel, stride, dilation, bias=True):
     return nn.Conv2d(c, c, kernel, stride, padding, dilation, groups=c, bias=bias).to(DEVICE)
 
 
-def gradients(layer, visible, b, algorithm, dtype, compute=None):
+def gradients(layer, visible, b, algorithm, dtype, compute=None, kernels=False):
     """Output and gradients (x, weight, bias) of a layer rounded to `dtype` and computed in `compute`."""
     parameters = [p.detach().to(dtype).to(compute or dtype).requires_grad_() for p in layer.parameters()]
     x = packed(visible, layer.in_channels, b, dtype).detach().to(compute or dtype).requires_grad_()
     bias = parameters[1] if parameters[1:] else None
-    y = convolve(x, parameters[0], bias, layer_axes(layer), layer.groups, visible, algorithm)
+    y = convolve(x, parameters[0], bias, layer_axes(layer), layer.groups, visible, algorithm, kernels)
     upstream = normal(*y.shape, dtype=dtype, seed=1).to(y.dtype)
     return [y, *torch.autograd.grad(y, [x, *parameters], upstream)]
 
@@ -109,7 +113,7 @@ def gradients(layer, visible, b, algorithm, dtype, compute=None):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("b", "c", "kernel", "stride", "dilation", "grid"), DEPTHWISE)
 def test_depthwise_and_its_gradients(b, c, kernel, stride, dilation, grid, dtype):
-    visible = some_visible(grid, batch=1 if b == 8 else 2, keep=2 if grid == (1, 3) else 3)
+    visible = some_visible(grid, batch=1 if b >= 8 else 2, keep=2 if grid == (1, 3) else 3)
     layer = depthwise_layer(c, kernel, stride, dilation, bias=b != 2)
     got = gradients(layer, visible, b, "direct", dtype)
     assert got[0].is_contiguous(memory_format=torch.channels_last)
@@ -117,8 +121,68 @@ def test_depthwise_and_its_gradients(b, c, kernel, stride, dilation, grid, dtype
         close(mine, expected, dtype)
 
 
-def test_one_run_is_like_another_to_the_bit():
-    visible, layer = some_visible(keep=3), depthwise_layer(6, 5, 1, 1)
+IMPLICIT_GEMM = [  # b, channels in and out, kernel, stride, dilation, grid
+    (8, 8, 24, 3, 1, 1, (1, 3)),
+    (4, 40, 16, 3, 1, 1, (3, 4)),
+    (2, 130, 17, 3, 1, 1, (3, 4)),
+    (1, 48, 5, 3, 1, 1, (3, 4)),
+    (1, 8, 8, 7, 1, 1, (4, 5)),
+    (4, 16, 16, 5, 2, 1, (3, 4)),
+    (2, 24, 40, 3, 2, 1, (3, 4)),
+    (4, 16, 16, 1, 2, 1, (3, 4)),
+    (4, 8, 16, 3, 2, 2, (3, 4)),
+    (2, 16, 16, 3, 1, 2, (3, 4)),
+    (4, 16, 8, (1, 3), 1, 1, (3, 4)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("b", "c", "o", "kernel", "stride", "dilation", "grid"), IMPLICIT_GEMM)
+def test_implicit_gemm_and_its_gradients(b, c, o, kernel, stride, dilation, grid, dtype):
+    """Channels and cells are no multiples of the tiles, most patches lack neighbours."""
+    visible = some_visible(grid, batch=1 if b == 8 else 2, keep=2 if grid == (1, 3) else 3)
+    torch.manual_seed(0)
+    sides = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    padding = tuple(dilation * (k - 1) // 2 for k in sides)
+    layer = nn.Conv2d(c, o, kernel, stride, padding, dilation, bias=b != 2).to(DEVICE)
+    got = gradients(layer, visible, b, "direct", dtype)
+    assert got[0].is_contiguous(memory_format=torch.channels_last)
+    for mine, expected in zip(got, gradients(layer, visible, b, "dense", dtype, torch.float64), strict=True):
+        close(mine, expected, dtype, 1e-5 if INTERPRETED else 1e-2)  # a GPU multiplies in TF32
+
+
+def test_a_weight_is_read_as_it_lies():
+    visible, layer = some_visible(keep=3), nn.Conv2d(16, 24, 3, 2, 1).to(DEVICE)
+    plain = gradients(layer, visible, 2, "direct", torch.float32)
+    last = gradients(layer.to(memory_format=torch.channels_last), visible, 2, "direct", torch.float32)
+    for got, expected in zip(last, plain, strict=True):
+        assert torch.equal(got, expected)
+
+
+WITHOUT_TABLES = [  # algorithm, b, kernel, stride, padding
+    ("halo", 4, 3, 1, 1),
+    ("halo", 2, 3, 2, 1),
+    ("im2col", 1, 3, 1, 1),
+    ("im2col", 2, 3, 2, 1),
+    ("im2col", 2, (3, 2), 2, (1, 0)),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "b", "kernel", "stride", "padding"), WITHOUT_TABLES)
+def test_what_reads_windows_needs_no_index_table(algorithm, b, kernel, stride, padding):
+    visible, dtype = some_visible(), torch.float32
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 10, kernel, stride, padding).to(DEVICE)
+    got = gradients(layer, visible, b, algorithm, dtype, kernels=True)
+    assert {key[0] for key in visible._tables} == {"neighbourhood"}
+    expected = gradients(layer, visible, b, "dense", dtype, torch.float64)
+    for mine, right in zip(got, expected, strict=True):
+        close(mine, right, dtype, 1e-5 if INTERPRETED else 1e-2)  # a GPU multiplies matrices in TF32
+
+
+@pytest.mark.parametrize("groups", [1, 6])
+def test_one_run_is_like_another_to_the_bit(groups):
+    visible, layer = some_visible(keep=3), nn.Conv2d(6, 6, 5, padding=2, groups=groups).to(DEVICE)
     for first, second in zip(*(gradients(layer, visible, 2, "direct", torch.float32) for _ in range(2)), strict=True):
         assert torch.equal(first, second)
 
@@ -197,6 +261,12 @@ def test_the_operators_are_what_torch_asks_of_operators():
     torch.library.opcheck(OPS.gather_windows, (cells, around, [1, 1], [4, 4], 0.0))
     torch.library.opcheck(OPS.depthwise_convolution, (cells, weight, bias, around, y, y))
     torch.library.opcheck(OPS.depthwise_convolution, (cells, weight, None, around, y, y))
+    full = normal(6, 4, 3, 3).requires_grad_()
+    torch.library.opcheck(OPS.implicit_gemm, (cells, full, normal(6).requires_grad_(), around, y, y))
+    torch.library.opcheck(OPS.implicit_gemm, (cells, full, None, around, y, y))
+    grad = normal(visible.count, 2, 2, 6)
+    torch.library.opcheck(OPS.implicit_gemm_input_gradient, (grad, full.detach(), around, y, y))
+    torch.library.opcheck(OPS.implicit_gemm_weight_gradient, (grad, cells.detach(), around, y, y))
     plain = [t.detach() for t in (cells, weight)]
     torch.library.opcheck(OPS.sum_windows, (windows, around, [1, 1], 2))
     torch.library.opcheck(OPS.depthwise_input_gradient, (plain[0], plain[1], around, y, y))
@@ -210,13 +280,17 @@ def test_what_does_not_fit_is_refused():
         OPS.gather_windows(cells, around, [3, 3], [8, 8])
     with pytest.raises(ValueError, match="looks 3 cells beyond patches of 2, the neighbours reach 1 patches"):
         OPS.depthwise_convolution(cells, normal(4, 1, 7, 7), None, around, *[[7, 1, 1, 3, 3]] * 2)
+    with pytest.raises(ValueError, match="looks 3 cells beyond patches of 2, the neighbours reach 1 patches"):
+        OPS.implicit_gemm(cells, normal(8, 4, 7, 7), None, around, *[[7, 1, 1, 3, 3]] * 2)
     with pytest.raises(ValueError, match="too many for the GPU kernels"):
         tile.rows_of(torch.empty(2**30, 1, device="meta"))
 
 
-def test_no_patch_no_work():
+@pytest.mark.parametrize("groups", [1, 4])
+def test_no_patch_no_work(groups):
     visible = VisiblePatches(torch.zeros(0, 5, dtype=torch.int64, device=DEVICE), (3, 4))
-    out = gradients(depthwise_layer(4, 3, 1, 1), visible, 2, "direct", torch.float32)
+    layer = nn.Conv2d(4, 4, 3, padding=1, groups=groups).to(DEVICE)
+    out = gradients(layer, visible, 2, "direct", torch.float32)
     assert [len(out[0]), len(out[1])] == [0, 0]
     assert not out[2].any()
 

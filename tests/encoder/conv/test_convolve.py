@@ -1,6 +1,4 @@
-"""Every algorithm gives the dense convolution of the map with its holes zeroed; costs rank them."""
-
-import itertools
+"""Every algorithm gives the dense convolution of the map with its holes zeroed."""
 
 import pytest
 import torch
@@ -8,14 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from spark_fast.encoder.conv.convolve import (
-    algorithm_costs,
-    choose_algorithm,
-    convolve,
-    gather,
-    gather_sum,
-    gather_windows,
-)
+from spark_fast.encoder.conv.convolve import convolve, gather, gather_sum, gather_windows
 from spark_fast.encoder.conv.geometry import layer_axes
 from tests.encoder.masks import masks, some_visible
 
@@ -88,23 +79,16 @@ def test_the_sum_of_what_was_gathered_is_the_transpose_of_gathering(n, c, picks)
     assert (gather(x, torch.tensor([n]), fill=3.0) == 3).all()
 
 
-@pytest.mark.parametrize(("k", "groups"), [(1, 1), (3, 1), (3, 4), (7, 4)])
-@pytest.mark.parametrize("b", [1, 2, 4, 8])
-def test_all_costs_but_that_of_dense_follow_the_visible_share(k, groups, b):
-    layer = nn.Conv2d(4, 4, k, padding=k // 2, groups=groups)
-    few, many = (algorithm_costs(b, layer_axes(layer), layer.weight, groups, keep) for keep in (0.2, 0.4))
-    for name, cost in few.items():
-        assert many[name] == pytest.approx(cost if name == "dense" else 2 * cost)
-    assert ("halo" in few) == (1 < k <= 2 * b + 1)
-    assert list(few) == ["pointwise_gemm"] or "dense" in few
-
-
-def test_the_cheapest_is_chosen_and_a_depthwise_layer_is_read_directly_where_kernels_run():
-    cases = itertools.product([1, 2, 4, 8], [(64, 1), (64, 64), (64, 4)], [0.1, 0.4, 1.0])
-    for b, (c, groups), keep in cases:
-        layer = nn.Conv2d(c, c, 3, padding=1, groups=groups)
-        costs = algorithm_costs(b, layer_axes(layer), layer.weight, groups, keep)
-        arguments = (b, layer_axes(layer), layer.weight, groups, keep)
-        assert costs[choose_algorithm(*arguments)] == min(costs.values())
-        with_kernels = choose_algorithm(*arguments, kernels=True)
-        assert with_kernels == ("direct" if groups == c else choose_algorithm(*arguments))
+def test_a_layer_that_stays_inside_its_patch_gathers_nothing():
+    torch.manual_seed(0)
+    visible, layer = some_visible(), nn.Conv2d(4, 8, 2, 2).double()
+    runs = []
+    for algorithm in ("halo", "im2col"):
+        x = torch.randn(visible.count, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x.requires_grad_()
+        y = convolve(x, layer.weight, layer.bias, layer_axes(layer), 1, visible, algorithm)
+        runs.append([y, *torch.autograd.grad(y.square().sum(), [x, layer.weight, layer.bias])])
+        made = {key[0] for key in visible._tables}
+        assert made == ({"neighbourhood"} if algorithm == "halo" else {"neighbourhood", "window", "cell"})
+    for got, expected in zip(*runs, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)

@@ -44,46 +44,91 @@ def test_kernels_on_the_gpu_equal_pytorch():
     run_cases()
 
 
-def launches(c, b, k, reach):
-    """(kernel, constants) of a layer as the operators launch them, its tensors in bf16."""
-    halo, depthwise = (
-        sys.modules[f"spark_fast.encoder.conv.kernels.{name}"] for name in ("halo_triton", "depthwise_triton")
-    )
-    tile, p = halo.channel_tile(c), k // 2
-    window = {"C": c, "B": b, "N_Y": b + k - 1, "N_X": b + k - 1, "LO_Y": p, "LO_X": p}
-    window |= {"ROWS": 4096 // max(64, tile), "CHANNELS": tile}
-    if reach == 1:
-        yield halo._gather_kernel, window
-        yield halo._sum_kernel, window
-    layer = {"C": c, "B": b, "B_OUT": b, "K_Y": k, "K_X": k, "LO_Y": p, "LO_X": p, "D_Y": 1, "D_X": 1, "REACH": reach}
-    yield (
-        depthwise._convolve_kernel,
-        layer | {"UP": 1, "DOWN": 1, "BIAS": True, "ROWS": 64, "CHANNELS": depthwise.channel_tile(c, 64)},
-    )
-    sizes = {
-        "STRIDE": 1,
-        "RUN": 50,
-        "TAPS": depthwise.TAPS,
-        "CELLS": depthwise.CELLS,
-        "CHANNELS": depthwise.channel_tile(c, 32),
-    }
-    yield depthwise._weight_gradient_kernel, layer | sizes
+class Recorder:
+    """Stands in for a kernel and keeps what it would be launched with."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        return lambda *values, **options: self.launches.append((grid, values, options))
+
+    def compiled(self):
+        """What Triton makes of the only launch for compute capability 9.0 (H100, H200)."""
+        ((_, values, options),) = self.launches
+        arguments = dict(zip(self.kernel.arg_names, values, strict=True))
+        constants = {p.name: arguments[p.name] for p in self.kernel.params if p.is_constexpr}
+        kinds = {float: "fp32", int: "i32", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+        signature = {
+            name: "constexpr" if name in constants else kinds[getattr(v, "dtype", type(v))]
+            for name, v in arguments.items()
+        }
+        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+        source = triton.compiler.ASTSource(self.kernel, signature, constexprs=constants, attrs=aligned)
+        return triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", 90, 32), options=options)
 
 
-@pytest.mark.parametrize(("c", "b", "k", "reach"), [(96, 8, 7, 1), (384, 2, 7, 2)])
-def test_they_compile_for_a_gpu_that_is_not_there_and_read_16_bytes_at_a_time(c, b, k, reach, tmp_path, monkeypatch):
+def module(name):
+    return sys.modules[f"spark_fast.encoder.conv.kernels.{name}"]
+
+
+HALO, DEPTHWISE = ("_gather_kernel", "_sum_kernel"), ("_convolve_kernel", "_weight_gradient_kernel")
+WIDE, NARROW = (96, 8, 7, 1), (384, 2, 7, 2)  # C, b, k, patches that the layer looks beyond its own
+
+
+@pytest.mark.parametrize(
+    ("kernel", "layer"),
+    [*((kernel, WIDE) for kernel in (*HALO, *DEPTHWISE)), *((kernel, NARROW) for kernel in DEPTHWISE)],
+)
+def test_they_compile_for_a_gpu_that_is_not_there_and_read_16_bytes_at_a_time(kernel, layer, tmp_path, monkeypatch):
     """Compute capability 9.0 (H100, H200). A row of channels is read in vectors, and nothing spills to memory."""
+    c, b, k, reach = layer
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    types = {"neighbours": "*i32", "partial": "*fp32", "V": "i32", "fill": "fp32"}
-    for kernel, constants in launches(c, b, k, reach):
-        names = kernel.arg_names
-        signature = {n: "constexpr" if n in constants else types.get(n, "*bf16") for n in names}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
-        source = triton.compiler.ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-        made = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", 90, 32))
-        assert "ld.global.v4" in made.asm["ptx"]
-        assert "ld.local" not in made.asm["ptx"]
-        assert made.asm["cubin"]
+    name = "halo_triton" if kernel in HALO else "depthwise_triton"
+    recorder = Recorder(getattr(module(name), kernel))
+    monkeypatch.setattr(module(name), kernel, recorder)
+    around = VisiblePatches(torch.arange(20).repeat(64, 1), (7, 7)).neighbourhood(reach)
+    cells, axis, p = torch.empty(len(around), b, b, c, dtype=torch.bfloat16), [k, 1, 1, k // 2, k // 2], k // 2
+    if kernel == "_gather_kernel":
+        gpu.gather_windows(cells, around, (p, p), (b + k - 1,) * 2)
+    elif kernel == "_sum_kernel":
+        gpu.sum_windows(cells.new_empty(len(around), b + k - 1, b + k - 1, c), around, (p, p), b)
+    elif kernel == "_convolve_kernel":
+        weight = torch.empty(c, 1, k, k, dtype=torch.bfloat16)
+        gpu.depthwise_convolution(cells, weight, weight[:, 0, 0, 0].contiguous(), around, axis, axis)
+    else:
+        module(name).weight_gradient(cells, cells, around, axis, axis)
+    made = recorder.compiled()
+    ptx = made.asm["ptx"]
+    assert "ld.global.v4" in ptx
+    assert "ld.local" not in ptx
+    assert made.asm["cubin"]
+    if (kernel, layer) == ("_convolve_kernel", WIDE):
+        assert ptx.count("ld.global.v4") <= 14 + 7 + 1, "cells of a row, taps of a row, the bias: each read once"
+        assert ptx.count("fma.rn.f32") == 8 * 7 * 8, "outputs side by side, taps, channels"
+
+
+@pytest.mark.parametrize("kernel", ["_convolve_kernel", "_input_gradient", "_weight_gradient_kernel"])
+def test_an_implicit_gemm_multiplies_on_tensor_cores_and_reads_ahead_16_bytes_at_a_time(kernel, tmp_path, monkeypatch):
+    """A strided layer of ResNet-50's stage 3, batch 32. Nothing spills to memory."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    gemm = module("implicit_gemm_triton")
+    visible, axis = VisiblePatches(torch.arange(20).repeat(32, 1), (7, 7)), [3, 2, 1, 1, 1]
+    around, weight = visible.neighbourhood(1), torch.empty(256, 256, 3, 3, dtype=torch.bfloat16)
+    cells = torch.empty(visible.count, 4, 4, 256, dtype=torch.bfloat16)
+    grad = cells[:, ::2, ::2].contiguous()
+    recorder = Recorder(getattr(gemm, kernel.replace("_input_gradient", "_convolve_kernel")))
+    monkeypatch.setattr(gemm, recorder.kernel.__name__, recorder)
+    if kernel == "_convolve_kernel":
+        gemm.implicit_gemm(cells, weight, None, around, axis, axis)
+    elif kernel == "_input_gradient":
+        gemm.input_gradient(grad, weight, around, axis, axis)
+    else:
+        gemm.weight_gradient(grad, cells, around, axis, axis)
+    ptx = recorder.compiled().asm["ptx"]
+    assert "wgmma.mma_async.sync.aligned" in ptx
+    assert "cp.async.cg.shared.global" in ptx
+    assert "ld.local" not in ptx
 
 
 def test_pytorch_computes_on_the_cpu_and_forced_kernels_say_what_they_lack():

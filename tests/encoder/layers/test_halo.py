@@ -10,7 +10,7 @@ from torch import nn
 
 from spark_fast.encoder import VisiblePatches
 from spark_fast.encoder.context import EncoderContext
-from spark_fast.encoder.conv.convolve import choose_algorithm
+from spark_fast.encoder.conv.costs import choose_algorithm
 from spark_fast.encoder.conv.geometry import layer_axes
 from spark_fast.encoder.convert_network import PACKED, convert_layers
 from spark_fast.masking import sample_visible

@@ -27,8 +27,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 if INSTALLED:
     from spark_fast.encoder.conv.kernels.depthwise_triton import depthwise_convolution
     from spark_fast.encoder.conv.kernels.halo_triton import gather_windows, sum_windows
+    from spark_fast.encoder.conv.kernels.implicit_gemm_triton import implicit_gemm
 
-__all__ = ["depthwise_convolution", "gather_windows", "sum_windows", "use_kernels"]
+__all__ = ["depthwise_convolution", "gather_windows", "implicit_gemm", "sum_windows", "use_kernels"]
 
 
 def use_kernels(wanted: bool | None, like: Tensor) -> bool:

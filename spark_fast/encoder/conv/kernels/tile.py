@@ -8,6 +8,7 @@ row first, so that neighbouring programs read neighbouring sectors, in one grid 
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 
 import torch
@@ -15,7 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WAVES = 512  # programs that fill a large GPU (132 multiprocessors) a few times over
+from spark_fast.encoder.conv.geometry import Axis
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+PROCESSORS = 132  # of an H100 or H200
+WAVES = 512  # programs that fill such a GPU a few times over
 
 
 @triton.jit
@@ -32,17 +37,59 @@ def at(first, row, c, C: tl.constexpr):
     return first + row.to(tl.int64)[:, None] * C + c[None, :]
 
 
+@triton.jit
+def source(
+    neighbours, v, at_y, at_x, wanted, V, B: tl.constexpr, DOWN: tl.constexpr, REACH: tl.constexpr
+):  # fmt: skip
+    """The row of the packed cells at (at_y, at_x) around patch v, and whether there is one.
+
+    Coordinates are in 1/DOWN cells from the corner of the first neighbour; those between cells are none.
+    """
+    side: tl.constexpr = 2 * REACH + 1
+    y, x = at_y // DOWN, at_x // DOWN
+    if DOWN > 1:
+        wanted = wanted & (y * DOWN == at_y) & (x * DOWN == at_x)
+    patch = tl.load(neighbours + (v * side + y // B) * side + x // B, mask=wanted, other=V).to(tl.int32)
+    return patch * (B * B) + y % B * B + x % B, patch < V
+
+
+@triton.jit
+def add_product(total, left, right, PRECISION: tl.constexpr):
+    """total + left @ right on tensor cores: fp32 in PRECISION, products of other dtypes are exact, sums are fp32."""
+    if INTERPRETED:  # its dot takes bf16 for integers
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, total, input_precision=PRECISION)
+
+
 def channel_tile(channels: int, largest: int = 128) -> int:
     """Channels per tile."""
     divisor = min(channels & -channels, largest)
-    return divisor if divisor >= 32 else min(1 << (channels - 1).bit_length(), largest)
+    return divisor if divisor >= 32 else min(_power_of_two(channels), largest)
 
 
-def row_tile(rows: int, channel_tiles: int, most: int, least: int = 16) -> int:
+def row_tile(rows: int, channel_tiles: int, most: int, least: int = 16, programs: int = WAVES) -> int:
     """Rows per tile: halved from `most` until there are enough programs for the device, down to `least`."""
-    while most > least and -(-rows // most) * channel_tiles < WAVES:
+    while most > least and -(-rows // most) * channel_tiles < programs:
         most //= 2
     return most
+
+
+def product_tiles(rows: int, columns: int, depth: int, element: int, least: int = 64) -> tuple[int, int, int, int]:
+    """Of a matrix product on tensor cores: tiles of rows, columns and what is summed over (128 bytes), and warps.
+
+    Tensor cores take 16 at least. The largest tile, 256 x 128 by 8 warps, keeps its sums in 128 registers a thread; in
+    fp32 it is 128 x 128, for products that are not TF32 need more of them. Rows are halved down to `least` until there
+    is a program for every processor.
+    """
+    wide = min(128, max(16, _power_of_two(columns)))
+    high = row_tile(rows, -(-columns // wide), min(512 // element, max(16, _power_of_two(rows))), least, PROCESSORS)
+    deep = min(depth & -depth if depth % 32 == 0 else max(16, _power_of_two(depth)), 128 // element)
+    return high, wide, deep, 8 if high * wide >= 128 * 128 else 4
+
+
+def _power_of_two(least: int) -> int:
+    """The first that is no smaller."""
+    return 1 << (least - 1).bit_length()
 
 
 def rows_of(*tensors: Tensor) -> None:
@@ -61,3 +108,14 @@ def rows_of(*tensors: Tensor) -> None:
 def on_device(tensor: Tensor) -> AbstractContextManager:
     """Triton launches on the current device: make it the tensor's. Nothing on a CPU."""
     return torch.cuda.device_of(tensor)
+
+
+def reach_of(neighbours: Tensor, axes: tuple[Axis, Axis], b: int) -> int:
+    """Patches that the table reaches, checked against those that the layer sees."""
+    reach = neighbours.shape[1] // 2
+    furthest = max(max(axis.lo, axis.hi) for axis in axes)
+    if furthest > reach * b:
+        raise ValueError(
+            f"the layer looks {furthest} cells beyond patches of {b}, the neighbours reach {reach} patches"
+        )
+    return reach

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="triton has no build for this platform")
 
-from spark_fast.encoder.conv.kernels.tile import WAVES, channel_tile, row_tile, rows_of
+from spark_fast.encoder.conv.kernels.tile import PROCESSORS, WAVES, channel_tile, product_tiles, row_tile, rows_of
 
 
 @given(st.integers(1, 5000), st.sampled_from([32, 64, 128]))
@@ -29,6 +29,18 @@ def test_rows_per_tile_are_halved_until_there_is_work_for_the_whole_device(rows,
     assert 16 <= tile <= most
     assert programs >= WAVES or tile == 16
     assert tile == most or -(-rows // (2 * tile)) * channel_tiles < WAVES, "no smaller than it must be"
+
+
+@given(st.integers(1, 10**6), st.integers(1, 4096), st.integers(1, 4096), st.sampled_from([2, 4]))
+def test_tiles_of_a_product_suit_tensor_cores_and_its_size(rows, columns, depth, element):
+    high, wide, deep, warps = product_tiles(rows, columns, depth, element)
+    for tile, largest in ((high, 512 // element), (wide, 128), (deep, 128 // element)):
+        assert tile & (tile - 1) == 0
+        assert 16 <= tile <= largest
+    assert high * wide <= 128 * 32 * warps, "sums per thread"
+    assert depth % 32 or depth % deep == 0
+    programs = -(-rows // high) * -(-columns // wide)
+    assert programs >= PROCESSORS or high <= 64
 
 
 def test_more_rows_than_int32_can_number_are_refused():
