@@ -56,7 +56,7 @@ def _algorithms(layer: ConvLayer, shape: Shape, repeats: int, device: torch.devi
     possible = ["dense"]
     if layer.kernel // 2 <= layer.b:
         possible += ["halo"] if layer.depthwise else ["halo", "im2col"]
-    if kernels and layer.depthwise:
+    if kernels:
         possible.append("direct")
     x = _cells(visible.count, layer.channels, layer.b, device)
     row: dict[str, Any] = {"batch": shape.batch, "chosen": chosen, "kernels": kernels}
