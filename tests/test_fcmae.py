@@ -13,7 +13,7 @@ from spark_fast.weights.fcmae_keys import from_published
 from tests.test_golden import recorded_images
 
 CASES = ["fcmae_atto", "fcmae_atto_one_image"]
-encoders = pytest.mark.parametrize("encoder", ["packed", "masked"])
+encoders = pytest.mark.parametrize("encoder", ["packed", pytest.param("masked", marks=pytest.mark.slow)])
 cases = pytest.mark.parametrize("name", CASES)
 
 

@@ -33,6 +33,7 @@ def test_every_method_is_found_by_its_name():
     assert [method_class(name) for name in METHODS] == [SparK, FCMAE]
 
 
+@pytest.mark.slow
 def test_a_method_of_your_own_is_trained_and_never_imported_from_a_file(images, tmp_path, monkeypatch):
     """The class that docs/methods.md shows."""
     shown = re.search(r"```python\n(.*?)model = build", PAGE.read_text(), re.DOTALL)[1]

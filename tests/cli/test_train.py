@@ -140,6 +140,7 @@ def killed_after(steps, folder, words):
     process.wait()
 
 
+@pytest.mark.slow
 def test_killed_over_shards_and_resumed_it_ends_with_the_bits_of_the_raw_folder(unbroken, pictures, tmp_path):
     """Over a raw folder, and more often: faults/test_run.py."""
     folder, flags, _ = unbroken
@@ -247,7 +248,8 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("model", ["resnet10t", pytest.param("convnext_zepto_rms", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["resnet10t", "convnext_zepto_rms"])
 def test_two_ranks_give_the_losses_of_one(pictures, tmp_path, model):
     flags = ["name", f"--data_path={pictures}", *TINY, f"--model={model}", "--bs=8", "--ep=2", "--base_lr=0.01"]
     here(*flags, f"--exp_dir={tmp_path / 'one'}", "--log_every=1")

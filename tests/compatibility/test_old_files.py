@@ -107,7 +107,7 @@ def test_old_weights_reconstruct_images(old, source):
     image = next((old / "images" / "val").rglob("*.jpg"))
     words = [source, str(image), "--model", NETWORK, "--input_size", "32", "--out", "grid.png"]
     assert reconstruct.main(words) == 0
-    assert Image.open("grid.png").size == (3 * 36 + 4, 36 + 4)
+    assert Image.open("grid.png").size == (3 * (4 * 36 + 4) + 4, 257)  # enlarged, below titles
 
 
 @pytest.mark.parametrize("source", ["run", "published.pth"])
@@ -118,7 +118,7 @@ def test_old_weights_are_exported(old, source):
     assert {ENCODER + k for k in found} == set(model)
     assert all(torch.equal(v, model[ENCODER + k]) for k, v in found.items())
     if source == "run":
-        card = Path("new.README.md").read_text()
+        card = Path("new.safetensors.README.md").read_text()
         assert [
             part for part in ("| step, epoch | 6, 1 of 2 |", "decoder_width = 8", "| 1 | 0.9") if part not in card
         ] == []

@@ -33,7 +33,7 @@ LOOSE = {"test_efficientnet_evos"}  # its norm computes in fp32 whatever it is g
 
 # one of each way to go wrong: plain, depthwise, split attention, dense blocks, blur pooling, odd norms, padded stem
 FAST = {"test_byobnet", "test_convnext", "test_efficientnet", "test_nfnet", "resnest14d", "test_resnet", "hgnetv2_b0",
-        "tresnet_m", "densenet121", "test_efficientnet_gn", "test_efficientnet_evos", "eca_resnet33ts"}  # fmt: skip
+        "test_efficientnet_gn", "test_efficientnet_evos"}  # fmt: skip
 PARAMS = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 
 

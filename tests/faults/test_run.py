@@ -116,6 +116,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_samples_are_listed(picture
     assert math.isfinite(left["loss"])
 
 
+@pytest.mark.slow
 def test_three_in_a_row_end_the_run_with_the_checkpoint_before_them(pictures, tmp_path):  # noqa: F811
     """Row 13; and the same command goes on where the samples are sound again."""
     flags = flags_of(pictures, 2)

@@ -135,7 +135,8 @@ def test_other_versions_are_told_and_go_on(caplog):
 
 
 MATTERS = {
-    "ffcv_resize", "input_size", "batch_size", "model", "stages", "mask_ratio", "drop_path", "decoder_width", "epochs",
+    "ffcv_resize", "input_size", "min_crop", "batch_size", "method", "masks_per_image", "decoder_depth",
+    "model", "stages", "mask_ratio", "drop_path", "decoder_width", "epochs",
     "warmup_epochs", "base_lr", "optimizer", "beta2", "weight_decay", "weight_decay_end", "clip", "seed",
 }  # fmt: skip
 

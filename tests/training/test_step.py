@@ -169,14 +169,18 @@ def test_under_bf16_norms_take_their_statistics_in_fp32(name, kind):
 def test_under_bf16_the_loss_is_taken_in_fp32():
     torch.manual_seed(0)
     model = build_spark("resnet10t", input_size=64, mask_ratio=0.5, decoder_width=32, check=False).train()
-    predicted = []
-    model.decoder.register_forward_hook(lambda module, args, out: predicted.append(out))
+    predicted, predict = [], model.predict
+
+    def noted(*args):
+        predicted.append(predict(*args))
+        return predicted[-1]
+
+    model.predict = noted
     images, visible = torch.randn(2, 3, 64, 64), sample_visible(0, 0, torch.arange(2), (2, 2), 2)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(images, visible)
     assert predicted[0].dtype == torch.bfloat16
-    wide = iter([predicted[0].double()])
-    model._decode = lambda *_: next(wide)
+    model.predict = lambda *_: predicted[0].double()
     exact = model(images.double(), visible)  # float64 from the same prediction on
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
