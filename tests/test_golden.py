@@ -29,7 +29,7 @@ def recorded_images(figures, dtype):
     return torch.from_numpy(images).to(dtype)
 
 
-@pytest.mark.parametrize("encoder", ["packed", "masked"])
+@pytest.mark.parametrize("encoder", ["packed", pytest.param("masked", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["resnet18", *(pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS[1:])])
 def test_trajectory_equals_the_published_code(golden, name, encoder):
     figures, arrays, state = golden(name)

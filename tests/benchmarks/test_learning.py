@@ -41,6 +41,7 @@ def pictures(tmp_path):
     return tmp_path / "pictures"
 
 
+@pytest.mark.slow
 def test_every_part_runs_once_and_is_told(learning, pictures, tmp_path, one_thread, capsys):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- learning: the table -->\nold\n<!-- learning: its end -->\nafter\n")

@@ -80,6 +80,7 @@ except CheckpointError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_file_system_that_takes_no_more_is_a_checkpoint_error_and_the_old_one_is_kept(tmp_path):
     path = tmp_path / "ckpt-last.pth"
     done = subprocess.run(

@@ -138,6 +138,7 @@ def test_an_image_above_the_limit_is_left_out_and_read_as_the_reason_says(tmp_pa
     assert "2 images in 1 shards" in run_here(main, tmp_path / "in", tmp_path / "out", *raised, code=0).stdout
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_is_found_by_verify(src, tmp_path):
     convert_here(src, tmp_path / "out")
     shard = tmp_path / "out" / "train" / "shard-000002.tar"
@@ -186,6 +187,7 @@ def test_ctrl_c_leaves_whole_shards_and_says_how_to_go_on(src, tmp_path, workers
     convert_here(src, dst)  # goes on without a complaint
 
 
+@pytest.mark.slow
 def test_a_failing_write_is_exit_code_6(src, tmp_path):
     def limit_file_size() -> None:
         import resource

@@ -138,6 +138,7 @@ def test_two_ranks_fine_tune_and_count_every_image_once(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["whole", "encoder"])
+@pytest.mark.slow
 def test_a_published_file_that_names_no_network_is_recognised_as_by_the_exporter(pictures, tmp_path, kind):
     state = spark_state_dict(build_spark("resnet18", input_size=64, decoder_width=32, check=False))
     prefix = "sparse_encoder.sp_cnn."

@@ -164,6 +164,7 @@ def test_the_published_fine_tuning_is_stopped_by_the_whole_file_and_takes_all_of
     assert len(found) == {"resnet18": 120, "convnext_tiny": 178}[name]
 
 
+@pytest.mark.slow
 def test_both_published_files_hold_the_same_encoder_and_torchvision_computes_what_timm_computes(
     published, exported, tmp_path
 ):

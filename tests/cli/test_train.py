@@ -188,6 +188,7 @@ def test_resuming_a_finished_run_changes_nothing(unbroken, tmp_path):
     assert_same_weights(folder, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_stopped_exactly_at_the_end_of_an_epoch_it_goes_on_with_the_next(unbroken, tmp_path):
     folder, flags, _ = unbroken
     here(*flags, f"--exp_dir={tmp_path / 'run'}", "--max_steps=6", code=75)
@@ -279,6 +280,7 @@ def test_a_planned_stop_is_no_failure_that_torchrun_restarts(pictures, tmp_path)
     assert done.stderr.count("exit code 0 for torchrun") == 1, "INFO comes from one rank"
 
 
+@pytest.mark.slow
 def test_a_stopped_run_leaves_a_word_until_it_is_gone_on_with(unbroken, tmp_path, monkeypatch):
     """Under torchrun the exit code cannot say it."""
     _, flags, _ = unbroken
@@ -294,6 +296,7 @@ def test_a_stopped_run_leaves_a_word_until_it_is_gone_on_with(unbroken, tmp_path
     assert not note.exists()
 
 
+@pytest.mark.slow
 def test_bf16_accumulation_compile_free_flags_and_synthetic_data_run(tmp_path):
     base = ["name", "--pipeline=synthetic", *TINY, "--bs=8", "--ep=1", "--max_steps=3", "--log_every=1"]
     for i, extra in enumerate((["--precision=bf16"], ["--accumulate=2"], ["--encoder=masked"], ["--opt=adamw"])):

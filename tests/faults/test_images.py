@@ -241,6 +241,7 @@ def test_too_many_bad_images_end_the_epoch_with_their_count_and_names(tmp_path, 
     tolerant.close()
 
 
+@pytest.mark.slow
 def test_the_trainer_then_ends_with_exit_code_3(tmp_path):
     root = folder_of(tmp_path / "data", [b"broken" if i % 8 == 3 else jpeg(i, 20, 20) for i in range(100)])
     flags = [f"--data_path={root}", *TINY, "--model=test_resnet", "--bs=100", "--ep=12", "--picture_every=0"]

@@ -129,6 +129,7 @@ def test_three_in_a_row_end_the_run_with_the_checkpoint_before_them(pictures, tm
     assert_same_weights(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_failure_in_the_pipeline_shows_its_own_traceback(pictures, tmp_path):  # noqa: F811
     done = run(tmp_path / "ledger", "0:2:raise", *flags_of(pictures, 1, f"--exp_dir={tmp_path / 'run'}"), code=1)
     assert done.stderr.count("ZeroDivisionError: planned") == 1

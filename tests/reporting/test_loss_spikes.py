@@ -99,6 +99,7 @@ def test_a_report_of_nothing_is_nothing(caplog):
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
 def test_in_a_run_the_samples_are_those_of_the_pipelines_batch(caplog):
     """The steps are real, the losses they report are not."""
     settings = parse(["name", "--pipeline=synthetic", "--model=resnet10t", "--input_size=64", "--mask=0.5", "--bs=2",

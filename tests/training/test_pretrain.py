@@ -89,6 +89,7 @@ def test_mistakes_are_exceptions_that_name_the_setting(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_importing_changes_nothing_outside():
     code = (
         "import os, sys; before = dict(os.environ), list(sys.path)\n"

@@ -71,6 +71,7 @@ def official_convnext(depths, dims):
     return shapes | gammas
 
 
+@pytest.mark.slow
 def test_a_convnext_leaves_in_the_official_names_and_nothing_of_it_is_left_for_the_published_loader_to_miss(tmp_path):
     path, state = saved(tmp_path, "convnext_tiny")
     export(load_pretrained(path), "spark_encoder", tmp_path / "a.pth")
