@@ -20,6 +20,7 @@ class RunSummary:
         grid: patches, (rows, columns); patch: (height, width) in pixels; masked: patches of an image.
         step: where this process begins.
         warmup_is_chosen: by a setting; else it follows from the epochs.
+        masks: of each image.
     """
 
     device: str
@@ -39,6 +40,8 @@ class RunSummary:
     warmup_epochs: float
     warmup_is_chosen: bool
     peak_lr: float
+    method: str
+    masks: int
 
     @property
     def total_steps(self) -> int:
@@ -63,6 +66,7 @@ class RunSummary:
         begun = f", of which {self.step} are done" if self.step else ""
         rows = {
             "device": f"{self.device}, {self.precision}{ranks}",
+            "method": self.method + (f", {self.masks} masks an image" if self.masks > 1 else ""),
             "network": f"{self.network}: {encoder} parameters in the encoder, {decoder} in the decoder; "
             f"stochastic depth {self.drop_path:g}",
             "patches": f"{self.grid[0]}x{self.grid[1]} of {self.patch[0]}x{self.patch[1]} px, "

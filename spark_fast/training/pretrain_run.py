@@ -107,6 +107,8 @@ class PretrainRun:
             warmup_epochs=settings.warmup_epochs,
             warmup_is_chosen=settings.optim.warmup_epochs != "auto",
             peak_lr=settings.peak_lr,
+            method=settings.model.method,
+            masks=settings.model.masks_per_image,
         )
 
     def restore(self, paths: list[Path]) -> None:

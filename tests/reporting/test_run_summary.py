@@ -10,12 +10,14 @@ PUBLISHED = RunSummary(
     device="cuda:0 (NVIDIA H100)", precision="bf16", ranks=8, network="resnet50", parameters=(23_500_000, 20_100_000),
     drop_path=0.05, grid=(7, 7), patch=(32, 32), masked=29, images=1_281_167, batch_size=4096, steps_per_epoch=312,
     epochs=1600, step=0, warmup_epochs=40, warmup_is_chosen=False, peak_lr=0.0032,
+    method="spark", masks=1,
 )  # fmt: skip
 
 
 def test_everything_that_decides_whether_it_learns_is_told():
     assert PUBLISHED.text().splitlines() == [
         "  device      cuda:0 (NVIDIA H100), bf16, 8 ranks",
+        "  method      spark",
         "  network     resnet50: 23.5 M parameters in the encoder, 20.1 M in the decoder; stochastic depth 0.05",
         "  patches     7x7 of 32x32 px, 29 of 49 masked",
         "  images      1281167, 4096 a step",
@@ -24,6 +26,7 @@ def test_everything_that_decides_whether_it_learns_is_told():
         "  peak rate   0.0032",
     ]
     assert "steps       499200 (1600 epochs of 312), of which 9 are done" in replace(PUBLISHED, step=9).text()
+    assert "  method      fcmae, 4 masks an image" in replace(PUBLISHED, method="fcmae", masks=4).text()
 
 
 def test_the_published_run_is_not_doubted():
