@@ -1,5 +1,7 @@
 """FCMAE: the published code's own figures, for both encoders; and several masks of one image."""
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
@@ -131,3 +133,28 @@ def test_a_decoder_without_channels_or_blocks_is_refused():
     for options in ({"decoder_width": 0}, {"decoder_depth": 0}):
         with pytest.raises(ValueError, match="must be at least 1"):
             build_fcmae("resnet10t", input_size=64, check=False, **options)
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
+@hypothesis.given(
+    name=st.sampled_from(["resnet10t", "convnext_zepto_rms", "test_efficientnet", "convnextv2_atto"]),
+    grid=st.tuples(st.integers(1, 3), st.integers(2, 3)),
+    ratio=st.floats(0.3, 0.8),
+    masks=st.integers(1, 2),
+    seed=st.integers(0, 99),
+)
+def test_packed_equals_masked(name, grid, ratio, masks, seed):
+    found = []
+    for encoder in ("packed", "masked"):
+        torch.manual_seed(seed)
+        size = (32 * grid[0], 32 * grid[1])
+        visible = int(grid[0] * grid[1] * (1 - ratio))
+        hypothesis.assume(0 < visible * masks <= grid[0] * grid[1])
+        model = build_fcmae(
+            name, input_size=size, mask_ratio=ratio, decoder_width=16, encoder=encoder, check=False
+        ).double()
+        images = torch.randn(2, 3, *size, dtype=torch.float64)
+        found.append(gradients(model.train(), images, model.sample_masks(seed, 0, torch.arange(2), masks)))
+    for packed, masked in zip(*found, strict=True):
+        torch.testing.assert_close(packed, masked, rtol=1e-7, atol=1e-9)
