@@ -37,6 +37,7 @@ class Scale:
     """How large everything is: `FULL` on a GPU, `TINY` to rehearse."""
 
     step_shapes: tuple[Shape, ...]
+    fcmae: Shape
     encoder: Shape
     masks: tuple[float, ...]
     layers: tuple[ConvLayer, ...]
@@ -55,6 +56,7 @@ FULL = Scale(
         Shape("convnext_large", 224, 0.6, 64),
         Shape("convnext_large", 384, 0.75, 32),
     ),
+    fcmae=Shape("convnextv2_tiny", 224, 0.6, 128, method="fcmae"),
     encoder=Shape("resnet50", 224, 0.6, 256),
     masks=(0.0, 0.4, 0.6, 0.75),
     layers=(
@@ -73,6 +75,7 @@ FULL = Scale(
 )
 TINY = Scale(
     step_shapes=(Shape("resnet10t", 64, 0.5, 4, 32), Shape("convnext_atto", 64, 0.5, 4, 32)),
+    fcmae=Shape("convnextv2_atto", 64, 0.5, 4, 32, "fcmae"),
     encoder=Shape("resnet10t", 64, 0.5, 4, 32),
     masks=(0.0, 0.5),
     layers=(ConvLayer(3, 1, 8, 4), ConvLayer(7, 1, 8, 2, depthwise=True)),

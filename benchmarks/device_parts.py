@@ -40,7 +40,6 @@ GPU_TESTS = (
     "tests/reporting/test_step_timer.py",
     "tests/encoder/conv/kernel_cases.py",
 )
-FCMAE = "step convnextv2_tiny 224 FCMAE"
 
 
 def all_parts(scale: Scale, device: torch.device, out: Path) -> dict[str, list[Job]]:
@@ -64,7 +63,9 @@ def all_parts(scale: Scale, device: torch.device, out: Path) -> dict[str, list[J
         "GPU tests": [Job("graph, events, kernels", partial(_gpu_tests, device, out), 60)],
         first_compiled: its_jobs,
         others[0][0]: others[0][1],
-        FCMAE: [Job("packed and published", _fcmae, 0)],
+        f"step {scale.fcmae.model} {scale.fcmae.size} FCMAE": list(
+            _step_jobs(scale.fcmae, scale, device, compiled=False)
+        ),
         "encoder": [Job(f"mask {m}", partial(_encoder, m, scale, device), 5) for m in scale.masks],
         "loader": list(loader_jobs(scale, device)),
         "packed = masked": list(equality_jobs(scale, device)),
@@ -201,7 +202,3 @@ def _gpu_tests(device: torch.device, out: Path) -> dict[str, Any]:
     if done.returncode:
         raise AssertionError("\n".join(lines[-60:]))
     return {"pytest": lines[-1], "output": output.name}
-
-
-def _fcmae() -> dict[str, Any]:
-    raise NotHereError("FCMAE is not built yet: its steps belong here")

@@ -42,7 +42,7 @@ step 25 profile
 step 50 layers
 step 75 'GPU tests'
 step 100 'compiled step resnet*'
-step 60 'step convnext*' # ConvNeXt-S; V2-T with FCMAE has a row that says it is not built yet (device_parts.py)
+step 60 'step convnext*' # ConvNeXt-S by SparK, V2-T by FCMAE
 step 35 encoder
 step 60 loader
 step 60 'packed = masked'

@@ -70,9 +70,9 @@ class FCMAE(Method):
         for module in (self.proj, self.decoder, self.pred):
             module.apply(_initialize)
 
-    def predict(self, images: Tensor, visible: VisiblePatches, on: VisiblePatches) -> Tensor:
-        """Encode, decode the grid, predict pixels in the order (row, column, channel): see `Method.predict`."""
-        cells = self.proj(self.encoder(images, visible)[-1])  # (V, width, 1, 1)
+    def decode(self, features: list[Tensor], visible: VisiblePatches, on: VisiblePatches) -> Tensor:
+        """Decode the grid, predict pixels in the order (row, column, channel): see `Method.decode`."""
+        cells = self.proj(features[-1])  # (V, width, 1, 1)
         grid = self.decoder(visible.unpack(cells, fill=self.mask_token.flatten()))  # (B*K, width, h, w)
         pixels = self.pred(on.pack(grid))  # (M, p*p*3, 1, 1)
         return pixels.view(-1, self.patch, self.patch, 3).permute(0, 3, 1, 2)

@@ -1,6 +1,6 @@
 """What every method of masked image modelling has: an encoder of visible patches, and a loss on the masked ones.
 
-A method is one class in one file (`spark.py`, `fcmae.py`): it makes its decoder, says in `predict` what stands in the
+A method is one class in one file (`spark.py`, `fcmae.py`): it makes its decoder, says in `decode` what stands in the
 masked patches, and names its defaults in a `Recipe`. The trainer, checkpoints, pictures and the dry run know no more
 of a method than this file; `docs/methods.md` shows how to write one.
 
@@ -101,11 +101,11 @@ class Method(nn.Module):
         self.num_visible = self.visible_at(mask_ratio)
         self.encoder = encoder
 
-    def predict(self, images: Tensor, visible: VisiblePatches, on: VisiblePatches) -> Tensor:
-        """The pixels of the patches `on`, seen from the visible ones.
+    def decode(self, features: list[Tensor], visible: VisiblePatches, on: VisiblePatches) -> Tensor:
+        """The pixels of the patches `on`, from the features of the visible ones.
 
         Args:
-            images: (B, 3, H, W).
+            features: per level of the encoder, finest first, (V, C_i, b_i, b_i).
             visible, on: of B*K masks, those of one image next to one another.
 
         Returns:
@@ -141,7 +141,7 @@ class Method(nn.Module):
 
     def loss(self, images: Tensor, visible: VisiblePatches, on: VisiblePatches) -> Tensor:
         """The squared error on the patches `on`, each in units of its own deviation: a scalar."""
-        predicted = self.predict(images, visible, on)
+        predicted = self.decode(self.encoder(images, visible), visible, on)
         wide = torch.float64 if images.dtype == torch.float64 else torch.float32
         target = on.pack(images).to(wide)
         mean, std = _patch_statistics(target)
@@ -166,7 +166,7 @@ class Method(nn.Module):
         patches = self.visible_patches(images, visible)
         hidden = patches.complement()
         mean, std = _patch_statistics(hidden.pack(images))
-        filled = self.predict(images, patches, hidden).to(images.dtype) * std + mean
+        filled = self.decode(self.encoder(images, patches), patches, hidden).to(images.dtype) * std + mean
         images = patches.repeat_images(images)
         return torch.where(patches.cells(images.shape[2]), images, hidden.unpack(filled))
 

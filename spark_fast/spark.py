@@ -72,12 +72,12 @@ class SparK(Method):
             for block, merge in zip(blocks, before[1], strict=True):
                 block.merge = merge
 
-    def predict(self, images: Tensor, visible: VisiblePatches, on: VisiblePatches) -> Tensor:
-        """Encode, densify, decode the whole image: see `Method.predict`."""
+    def decode(self, features: list[Tensor], visible: VisiblePatches, on: VisiblePatches) -> Tensor:
+        """Densify every level, decode the whole image: see `Method.decode`."""
         levels = []
         layers = zip(self.densify_norms, self.mask_tokens, self.densify_projs, strict=True)
-        for features, (norm, token, project) in zip(reversed(self.encoder(images, visible)), layers, strict=True):
-            levels.append(densify(norm(features), token.flatten(), project, visible, self.sparse_projections))
+        for level, (norm, token, project) in zip(reversed(features), layers, strict=True):
+            levels.append(densify(norm(level), token.flatten(), project, visible, self.sparse_projections))
         return on.pack(self.decoder(levels))
 
 

@@ -79,7 +79,7 @@ def test_features_and_prediction_equal_the_published_code(golden, name, encoder)
     np.testing.assert_allclose(feature[:, ::every], arrays["feature"], rtol=1e-5, atol=1e-5)
     visible = model.visible_patches(images, mask)
     hidden = visible.complement()
-    pixels = model.predict(images, visible, hidden).detach()  # (M, 3, p, p)
+    pixels = model.decode(model.encoder(images, visible), visible, hidden).detach()  # (M, 3, p, p)
     published = pixels.permute(0, 2, 3, 1).reshape(len(pixels), -1, 1, 1)  # in the order (row, column, channel)
     predicted = hidden.unpack(published)[:1, ::16]
     shown = hidden.mask[0].expand_as(predicted)  # what it predicts of visible patches enters nothing, and is not made

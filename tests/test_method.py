@@ -68,4 +68,4 @@ def test_more_masks_than_there_are_patches_for_are_refused_with_the_most(images,
 
 def test_a_base_that_predicts_nothing_says_so():
     with pytest.raises(NotImplementedError):
-        Method.predict(None, torch.zeros(1), None, None)
+        Method.decode(None, [], None, None)

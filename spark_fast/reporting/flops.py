@@ -10,11 +10,13 @@ fallbacks, with each layer of the decoder by itself and its projections of whole
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from spark_fast.encoder import VisiblePatches
 from spark_fast.encoder.pyramid import meta_images, run_on_meta
 from spark_fast.method import Method
 
@@ -36,26 +38,31 @@ class Cost:
 
 def count(model: Method, masks: int = 1) -> Cost:
     """The cost of an image with so many masks; the model is not changed."""
-    images = meta_images(model.encoder, 1, model.input_size)
-    whole = _multiply_adds(model.encoder, images)
-    visible = torch.arange(model.num_visible, device="meta")[None]
+    encoder, (h, w) = model.encoder, model.grid
+    images = meta_images(encoder, 1, model.input_size)
+    whole = _multiply_adds(encoder, images)
+    features = [
+        torch.empty(model.num_visible, channels, b, b, dtype=images.dtype, device="meta")
+        for channels, b in zip(encoder.channels, (model.patch // stride for stride in encoder.strides), strict=True)
+    ]
+    visible = VisiblePatches(torch.arange(model.num_visible, device="meta")[None], model.grid)
     with model.layer_by_layer():
-        features, everything = (_multiply_adds(part, images, visible) for part in (_Encode(model), model))
-    return Cost(whole, whole * model.num_visible / (model.grid[0] * model.grid[1]), everything - features, masks)
+        decoder = _multiply_adds(_Decode(model), features, visible, visible.complement())
+    return Cost(whole, whole * model.num_visible / (h * w), decoder, masks)
 
 
-class _Encode(nn.Module):
-    """The encoder alone, called as the model is."""
+class _Decode(nn.Module):
+    """What the method adds, called as a module is."""
 
     def __init__(self, model: Method) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, images: torch.Tensor, visible: torch.Tensor) -> list[torch.Tensor]:
-        return self.model.encode(images, visible)
+    def forward(self, *inputs: Any) -> Tensor:
+        return self.model.decode(*inputs)
 
 
-def _multiply_adds(module: nn.Module, *inputs: torch.Tensor) -> float:
+def _multiply_adds(module: nn.Module, *inputs: object) -> float:
     with FlopCounterMode(display=False) as counter:
         run_on_meta(module, *inputs)
     return counter.get_total_flops() / 2

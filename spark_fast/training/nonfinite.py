@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spark_fast.checkpoint.manager import published
 from spark_fast.errors import NotFiniteError
 from spark_fast.run.distributed import Ranks
 
@@ -106,6 +105,8 @@ class NonfiniteReport:
                 self.count += 1
                 self._tell(number, ids[number - (step - len(ids) + 1)], folder)
             if self.in_a_row >= self._limit:
+                from spark_fast.checkpoint.manager import published  # a step without a folder needs no safetensors
+
                 kept = "; the last checkpoint is kept" if folder is not None and published(folder) else ""
                 raise NotFiniteError(
                     f"loss or gradient were not finite in {self._limit} steps in a row, the last one step {number}; "
