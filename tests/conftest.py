@@ -34,16 +34,23 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Slow tests are left for --full; tests of an optional decoder are, too, and skipped where it is not installed."""
+    """Slow tests are left for --full; tests of an optional decoder are, too, and skipped where it is not installed.
+
+    The longest forms of fuzz and drills wait for --repeat_drills too: with them CI would take more than half an hour.
+    """
 
     def is_slow(item):
-        return any(item.get_closest_marker(name) for name in ("slow", *MODULES))
+        return any(item.get_closest_marker(name) for name in ("slow", "drill", *MODULES))
 
     if not config.getoption("--full"):
         slow = [item for item in items if is_slow(item)]
         items[:] = [item for item in items if not is_slow(item)]
         config.hook.pytest_deselected(items=slow)
         config.stash[LEFT] = len(slow)
+    if not config.getoption("--repeat_drills"):
+        drills = [item for item in items if item.get_closest_marker("drill")]
+        items[:] = [item for item in items if not item.get_closest_marker("drill")]
+        config.hook.pytest_deselected(items=drills)
     for item in items:
         if item.get_closest_marker("djpeg") and not shutil.which("djpeg"):
             item.add_marker(pytest.mark.skip(reason="djpeg is not installed: apt-get install libjpeg-turbo-progs"))

@@ -135,7 +135,7 @@ def test_a_decoder_without_channels_or_blocks_is_refused():
             build_fcmae("resnet10t", input_size=64, check=False, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 @hypothesis.given(
     name=st.sampled_from(["resnet10t", "convnext_zepto_rms", "test_efficientnet", "convnextv2_atto"]),

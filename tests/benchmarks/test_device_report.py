@@ -157,7 +157,7 @@ def test_the_tests_that_need_a_gpu_are_run_by_eight_processes(measured, asked, t
     assert "PYTEST_PLUGINS" not in environment
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_the_tests_that_need_a_gpu_are_collected_without_simplejpeg(measured, asked, tmp_path, monkeypatch):
     _, device_parts = measured
     monkeypatch.setattr(device_parts, "find_spec", lambda name: None if name == "simplejpeg" else True)

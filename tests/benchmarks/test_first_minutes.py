@@ -98,7 +98,7 @@ def test_what_was_done_is_kept_when_it_is_cut_off(environment, tmp_path, how):
             os.kill(written(tmp_path / "out" / "first_minutes.jsonl")[-1]["pid"], signal.SIGKILL)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_the_rehearsal_on_a_cpu_keeps_its_rows_when_it_is_cut_off(tmp_path):
     own = {
         "OUT": str(tmp_path),

@@ -14,7 +14,9 @@ from spark_fast.pipelines.transforms.jpeg import _without_fast_route
 from tests.faults.image_mutations import JPEGS, OTHERS, as_pillow, mutated
 from tests.pipelines.djpeg import exit_code, run
 
-few_and_many = pytest.mark.parametrize("times", [1, pytest.param(25, marks=pytest.mark.slow)])
+few_and_many = pytest.mark.parametrize(
+    "times", [1, pytest.param(8, marks=pytest.mark.slow), pytest.param(25, marks=pytest.mark.drill)]
+)
 HARMLESS = ("unknown JFIF revision", "Invalid SOS parameters", "extraneous bytes before marker 0xd9")
 
 

@@ -83,7 +83,7 @@ def test_slurm_signals_the_ranks_not_this_script_and_may_queue_the_job_again():
     assert {"--requeue", "--signal=USR1@300", "--open-mode=append"} <= set(asked)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_real_ranks_take_each_step_once_over_three_jobs(slurm, pictures, tmp_path):  # noqa: F811
     flags = [
         f"--data_path={pictures}",

@@ -98,7 +98,7 @@ def test_each_parameter_gets_its_own_moments_and_the_weights_and_the_epoch_come_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("convnext_tiny", marks=pytest.mark.drill)])
 def test_a_trajectory_broken_by_a_published_checkpoint_is_the_published_codes_own(golden, tmp_path, name):
     figures, arrays, state = golden(name)
     images, masks = recorded_images(figures, torch.float64), torch.from_numpy(arrays["masks"])
@@ -200,7 +200,7 @@ def changed_somewhere(content, rng):
             return content
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(600, marks=pytest.mark.drill)])
 def test_whatever_is_changed_in_it_is_refused_in_words_or_the_run_goes_on(tmp_path, count):
     rng, path, refused = random.Random(count), tmp_path / "a.pth", 0
     source = tiny_spark()

@@ -255,7 +255,7 @@ def test_sixty_mutated_files_are_loaded_whole_or_refused(tmp_path, quick_lookali
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 6))
+@pytest.mark.parametrize("seed", [2, *(pytest.param(seed, marks=pytest.mark.drill) for seed in range(3, 6))])
 def test_four_hundred_mutated_files_are_loaded_whole_or_refused(tmp_path, quick_lookalikes, seed):
     refused, loaded = fuzz(tmp_path, seed, 400)
     assert min(refused, loaded) > 50
