@@ -76,7 +76,7 @@ def test_stochastic_depth_drops_whole_images_alike_in_both_encoders():
     ("name", "stages", "backend"),
     [
         pytest.param("resnet10t", 2, "inductor", marks=pytest.mark.slow),  # minutes of g++, even for two stages
-        pytest.param("convnext_zepto_rms", 2, "inductor", marks=pytest.mark.slow),
+        pytest.param("convnext_zepto_rms", 2, "inductor", marks=pytest.mark.drill),
         pytest.param("seresnet18", None, "eager", marks=pytest.mark.slow),
         pytest.param("convnextv2_atto", None, "eager", marks=pytest.mark.slow),
         ("test_nfnet", None, "eager"),
