@@ -120,7 +120,7 @@ def places_of(shapes: Shapes, tensors: Mapping[str, Tensor]) -> list[State]:
 
 
 def holds(tensors: Mapping[str, Tensor], shapes: Shapes) -> bool:
-    """Whether every tensor of a model is among these, with its shape (but for sides of 1)."""
+    """Whether every tensor of a model is among these, with its shape (see `same_shape`)."""
     found = matches(shapes, tensors)
     return all(
         name in found and same_shape(tensors[found[name]].shape, shape)
@@ -130,8 +130,14 @@ def holds(tensors: Mapping[str, Tensor], shapes: Shapes) -> bool:
 
 
 def same_shape(found: torch.Size, wanted: torch.Size) -> bool:
-    """Whether shapes differ by sides of 1 alone: a linear layer is a 1x1 convolution, vectors may be (1, C)."""
-    return [side for side in found if side != 1] == [side for side in wanted if side != 1]
+    """Whether a tensor of one shape is one of the other: linear layers are 1x1 convolutions, GRN's vectors (1, C).
+
+    Any other shape of as many numbers is another tensor.
+    """
+    if len(wanted) == 1:
+        return tuple(found) == (*[1] * (len(found) - 1), *wanted)
+    short, long = sorted((tuple(found), tuple(wanted)), key=len)
+    return found == wanted or (len(short) == 2 and long == (*short, 1, 1))
 
 
 def matches(names: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, str]:

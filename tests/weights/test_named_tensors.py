@@ -3,12 +3,22 @@
 import pytest
 import torch
 
-from spark_fast.weights.named_tensors import beneath, flatten, places_of, read_state
+from spark_fast.weights.named_tensors import beneath, flatten, places_of, read_state, same_shape
 from spark_fast.weights.spark_keys import ENCODER
 from tests.weights.tiny import TwoConvolutions, tiny_spark
 
 NETWORK = TwoConvolutions().state_dict()
 SHAPES = {ENCODER + name.replace(".", "_"): value.shape for name, value in NETWORK.items()}
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "same"),
+    [((4,), (4,), True), ((1, 4), (4,), True), ((1, 1, 1, 4), (4,), True), ((4, 1), (4,), False),
+     ((8, 4), (8, 4, 1, 1), True), ((8, 4, 1, 1), (8, 4), True), ((8, 4, 1), (8, 4), False),
+     ((8, 4, 3, 3), (8, 4, 3, 3), True), ((8, 4, 3, 3, 1), (8, 4, 3, 3), False), ((), (), True), ((1,), (), False)],
+)  # fmt: skip
+def test_shapes_that_mean_the_same_layer(found, wanted, same):
+    assert same_shape(torch.Size(found), torch.Size(wanted)) is same
 
 
 def behind(prefix):
