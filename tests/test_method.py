@@ -47,6 +47,7 @@ def test_a_method_of_your_own_is_trained_and_never_imported_from_a_file(images, 
         load_pretrained(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_resumed_with_fcmae_and_two_masks_an_image_it_ends_with_the_same_bits(images, tmp_path):
     settings = {**SETTINGS, "method": "fcmae", "decoder_width": 16, "mask_ratio": 0.5, "masks_per_image": 2}
     pretrain(images, **settings, exp_dir=tmp_path / "whole")

@@ -121,6 +121,7 @@ def test_the_weights_load_into_timm(unbroken):
     assert torch.equal(state["conv1.0.weight"], model["encoder.network.conv1.0.weight"])
 
 
+@pytest.mark.slow
 def test_config_toml_repeats_the_run(unbroken, tmp_path):
     folder, _, _ = unbroken
     here(f"--config={folder / 'config.toml'}", f"--exp_dir={tmp_path / 'again'}")
