@@ -2,7 +2,7 @@
 
 The encoder's last level alone is used. A 1x1 convolution takes its visible cells to the decoder's width, a learned
 token stands in the masked ones, ConvNeXt V2 blocks run on the whole grid, and a 1x1 convolution predicts the pixels of
-each masked patch. The loss is SparK's (`Method.forward`). At one cell a patch the decoder costs a fiftieth of SparK's.
+each masked patch. The loss is SparK's (`Method.forward`). At one cell a patch it costs a seventieth of SparK's decoder.
 
 Global response normalisation in the encoder is over the visible cells of each image, as in the network that is then
 fine-tuned. The published sparse layer takes it over all images of the batch together; with one image they agree.
@@ -21,7 +21,7 @@ from spark_fast.method import Method, Recipe
 
 def _decays(name: str, value: Tensor) -> bool:
     """As published: not on 1-d tensors and biases, but on those of GRN, which have two dimensions there."""
-    return ".grn." in name or (value.dim() > 1 and not name.endswith(".bias"))
+    return ".grn." in name or (value.dim() != 1 and not name.endswith(".bias"))
 
 
 class FCMAE(Method):

@@ -36,14 +36,13 @@ ENCODERS: dict[str, type[Encoder]] = {
     "sparseconvnet": SparseEncoder,
 }
 
-
 METHODS = {"spark": "spark_fast.spark:SparK", "fcmae": "spark_fast.fcmae:FCMAE"}
 
 
 def decays_by_default(name: str, value: Tensor) -> bool:
     """Not on 1-d tensors, biases, mask tokens and layer scale, as in SparK (pretrain/utils/lr_control.py)."""
     exempt = ("cls_token", "pos_embed", "mask_token", "gamma")
-    return value.dim() > 1 and not name.endswith(".bias") and not any(part in name for part in exempt)
+    return value.dim() != 1 and not name.endswith(".bias") and not any(part in name for part in exempt)
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from spark_fast.checkpoint.file import Content, check_run, read
 from spark_fast.errors import CheckpointError
+from spark_fast.method import decays_by_default
 from spark_fast.weights.named_tensors import State, matches, read_state
 from spark_fast.weights.spark_keys import canonical_name
 
 log = logging.getLogger("spark_fast")
 
-NO_DECAY = ("cls_token", "pos_embed", "mask_token", "gamma")  # by part of the name: pretrain/main.py
 MOMENTS = {  # what an optimiser keeps of a parameter
     frozenset({"exp_avg", "exp_avg_sq"}): "lamb",
     frozenset({"exp_avg", "exp_avg_sq", "step"}): "adamw",
@@ -119,7 +119,7 @@ def _moments(
     """The optimiser's tensors by the model's names of the parameters."""
     ours = {canonical_name(n): n for n, _ in model.named_parameters()}
     ordered = [(ours[key], listed) for key, listed in state.names.items() if key in ours]
-    decays = [(n, not (tensors[n].dim() == 1 or _exempt(listed))) for n, listed in ordered]
+    decays = [(n, decays_by_default(listed, tensors[n])) for n, listed in ordered]
     first = decays[0][1]
     names = [n for wanted in (first, not first) for n, decay in decays if decay == wanted]
     ids = [i for group in _list(optimizer, "param_groups") for i in _list(group, "params") if isinstance(i, int)]
@@ -160,10 +160,6 @@ def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[str]:
     """The model's names of the optimiser's parameters, in the order of their numbers."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return (names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"])
-
-
-def _exempt(name: str) -> bool:
-    return name.endswith(".bias") or any(part in name for part in NO_DECAY)
 
 
 def _list(content: object, name: str) -> list:

@@ -11,6 +11,7 @@ from timm.optim import Lamb as TimmLamb
 from torch import nn
 
 from spark_fast import build_spark
+from spark_fast.method import METHODS, method_class
 from spark_fast.training.lamb import Lamb
 from spark_fast.training.optim import (
     build_optimizer,
@@ -99,6 +100,14 @@ def test_names_decide_where_shapes_do_not():
     decaying, exempt = parameter_groups(model)
     assert [id(p) for p in decaying["params"]] == [id(model["weight"])]
     assert len(exempt["params"]) == 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_gain_of_no_dimension_is_decayed_as_published(method):
+    """NFNets have such; only vectors are exempt by their shape."""
+    decays = method_class(method).recipe.decays
+    assert decays("stages.0.skipinit_gain", torch.tensor(0.0))
+    assert not decays("stages.0.norm.weight", torch.zeros(4))
 
 
 def test_rates_are_written_into_both_groups_and_decay_into_one():
