@@ -65,7 +65,9 @@ make_venv() {
 
 install_project() {
     echo "installing spark-fast${extra:+[$extra]} into $venv (torch is large: a few minutes the first time)"
-    (cd "$root" && "$venv/bin/python" -m pip install -e ".${extra:+[$extra]}")
+    (cd "$root" && "$venv/bin/python" -m pip install -e ".${extra:+[$extra]}") ||
+        complain "the installation failed; $venv has $(df -h --output=avail "$venv" | tail -1 | tr -d ' ') of disk left," \
+            "and torch with CUDA takes 7 GB"
 }
 
 # Another demo.sh or test.sh of this checkout may be installing: wait for it. The lock goes with the process.
