@@ -18,6 +18,7 @@ from spark_fast.encoder.layers.converted import ConvertedLayer, FoldedPadding, P
 from spark_fast.encoder.layers.halo import DenseFallback, HaloConv, HaloPool
 from spark_fast.encoder.layers.masked import MaskedGlobalReduction, MaskedLocal, MaskedNorm
 from spark_fast.encoder.layers.per_image import GlobalReduction, ImagePool, PerImage
+from spark_fast.encoder.layers.response_norm import ResponseNorm
 
 LayerTable = dict[str, type[ConvertedLayer]]
 Sides = tuple[int, int, int, int]
@@ -27,6 +28,7 @@ PACKED: LayerTable = {
     "pool": HaloPool,
     "local": DenseFallback,
     "global_reduction": GlobalReduction,
+    "response_norm": ResponseNorm,
     "image_pool": ImagePool,
     "per_image": PerImage,
     "pad": FoldedPadding,
@@ -34,7 +36,7 @@ PACKED: LayerTable = {
 MASKED: LayerTable = {
     "norm": MaskedNorm,
     **dict.fromkeys(("conv", "pool", "local"), MaskedLocal),
-    "global_reduction": MaskedGlobalReduction,
+    **dict.fromkeys(("global_reduction", "response_norm"), MaskedGlobalReduction),
     "image_pool": ImagePool,
     "pad": FoldedPadding,
 }

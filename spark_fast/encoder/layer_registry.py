@@ -5,6 +5,7 @@ norm              its statistics run over all cells of the batch (BatchNorm): un
 conv, pool        looks across the edge of a patch: takes its halo first
 local             looks across it otherwise (blurring, bilinear resizing): computed on the dense map
 global_reduction  reduces over an image and returns the map: over the image's visible cells
+response_norm     one of them, timm's GlobalResponseNorm: in fewer passes than its own
 image_pool        reduces an image to one cell: over the image's visible cells
 per_image         draws a random number per image
 block             mixes positions in its own `forward`: reimplemented in `layers/timm_blocks.py`
@@ -66,7 +67,17 @@ def register(kind: str, *types: type) -> None:
     Raises:
         ValueError: an unknown kind.
     """
-    known = ("pointwise", "norm", "conv", "pool", "local", "global_reduction", "image_pool", "per_image")
+    known = (
+        "pointwise",
+        "norm",
+        "conv",
+        "pool",
+        "local",
+        "global_reduction",
+        "response_norm",
+        "image_pool",
+        "per_image",
+    )
     if kind not in known:
         raise ValueError(f"unknown kind of layer {kind!r}; there are {', '.join(known)}")
     LAYER_KINDS.update(dict.fromkeys(types, kind))
@@ -105,7 +116,8 @@ register("global_reduction", *_timm(tl, "GroupNorm1Act", "EvoNorm2dS0", "EvoNorm
 register(
     "global_reduction", *_timm(tl, "EvoNorm2dS2", "EvoNorm2dS2a", "FilterResponseNormTlu2d", "FilterResponseNormAct2d")
 )
-register("global_reduction", grn.GlobalResponseNorm, *_timm(metaformer, "GroupNorm1NoBias"))
+register("response_norm", grn.GlobalResponseNorm)
+register("global_reduction", *_timm(metaformer, "GroupNorm1NoBias"))
 register("global_reduction", *_timm(tl, "SEModule", "EffectiveSEModule", "EcaModule", "CecaModule", "GlobalContext"))
 register(
     "global_reduction",
