@@ -94,6 +94,7 @@ def test_the_published_names_under_weight_decay(golden):
     assert ours == set(from_published({name: state[name] for name in figures["optimizer"]["decayed"]}))
 
 
+@pytest.mark.slow
 @encoders
 @pytest.mark.parametrize("kind", [build_fcmae, build_spark])
 def test_masks_of_one_image_give_the_mean_of_their_losses_and_gradients(kind, encoder):

@@ -7,7 +7,7 @@ import torch
 from spark_fast import build_spark, load_spark_state_dict
 from spark_fast.training.optim import build_optimizer, clip_gradients, learning_rate, set_rates, weight_decay
 
-NETWORKS = ["resnet18", "resnet50", "convnext_tiny"]
+NETWORKS = ["resnet18", *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet50", "convnext_tiny"))]
 
 
 def build(figures, state, encoder, dtype):
@@ -30,7 +30,7 @@ def recorded_images(figures, dtype):
 
 
 @pytest.mark.parametrize("encoder", ["packed", pytest.param("masked", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["resnet18", *(pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS[1:])])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_trajectory_equals_the_published_code(golden, name, encoder):
     figures, arrays, state = golden(name)
     model = build(figures, state, encoder, torch.float64)

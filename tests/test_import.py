@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import json, os, sys
 before = dict(os.environ), list(sys.path)
@@ -21,6 +23,7 @@ print(json.dumps({"before": before, "after": after}))
 """
 
 
+@pytest.mark.slow
 def test_importing_it_and_building_a_model_change_neither_environment_nor_path(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])

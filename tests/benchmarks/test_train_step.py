@@ -29,6 +29,7 @@ def rates(train_step, monkeypatch):
     return rates
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("rates")
 def test_every_way_is_measured_and_kept_with_its_machine(train_step, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("measuring.RESULTS", tmp_path)

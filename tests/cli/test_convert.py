@@ -109,6 +109,7 @@ def test_parts_of_tars_killed_at_random_moments_merge_to_the_same_bytes(src, tmp
     assert contents(dst) == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_it_reports_progress_result_and_verification_in_plain_lines(src, tmp_path):
     (src / "train" / "n0" / "0.JPEG").write_bytes(b"")
     ended = run(src, tmp_path / "out", "--verify", "--workers", "1")
@@ -167,7 +168,8 @@ def test_tars_train_after_the_command_that_their_refusal_names(src, tmp_path):
     assert len(detect_source(dst)) == 35
 
 
-@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
 def test_ctrl_c_leaves_whole_shards_and_says_how_to_go_on(src, tmp_path, workers):
     dst = tmp_path / "out"
     process = subprocess.Popen(

@@ -151,6 +151,7 @@ def test_the_command_for_ffcv_is_the_pipelines_own(monkeypatch):
     assert doctor.OPTIONAL["ffcv"][1] in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "error", "missing"),
     [

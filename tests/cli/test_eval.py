@@ -81,6 +81,7 @@ def assert_same_bits(a, b):
         assert one.getvalue() == two.getvalue(), f"{part} differs to the bit"
 
 
+@pytest.mark.slow
 def test_a_run_of_fine_tuning_killed_in_the_middle_of_an_epoch_ends_with_the_same_bits(run, tmp_path, capsys):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert finetuned(run, whole) == 0
@@ -100,6 +101,7 @@ def test_a_run_of_fine_tuning_killed_in_the_middle_of_an_epoch_ends_with_the_sam
     assert "mixup was 0.1, is 0.9" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_timms(run, tmp_path):
     assert finetuned(run, tmp_path / "a", "--opt=adamw", "--base_lr=0.02", "--loss=ce", "--layer_decay=1") == 0
     state = load_file(tmp_path / "a" / "resnet10t_timm.safetensors")
@@ -150,6 +152,7 @@ def test_a_published_file_that_names_no_network_is_recognised_as_by_the_exporter
     assert result(tmp_path / "a")["settings"]["model"]["model"] == "resnet18"
 
 
+@pytest.mark.slow
 def test_a_network_that_nobody_knows_is_said_to_look_like_what_it_does(pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("spark_fast.weights.identify.LOOKALIKES", ("resnet14t", "resnet10t"))  # all of them: seconds
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "a.pth")
@@ -187,6 +190,7 @@ WRONG = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "code", "message"), WRONG, ids=[" ".join(w[0]) for w in WRONG])
 def test_wrong_things_are_named_and_leave_nothing(run, pictures, tmp_path, monkeypatch, capsys, words, code, message):
     state = timm.create_model("resnet14t").state_dict()

@@ -71,6 +71,7 @@ def run_export(*words, code=0):
     assert export.main([str(w) for w in words]) == code
 
 
+@pytest.mark.slow
 def test_your_own_network_is_found_in_the_folder_where_the_command_is_run(run, tmp_path, monkeypatch):
     code = "import timm\n\ndef make(**kwargs):\n    return timm.create_model('resnet10t', features_only=True)\n"
     (tmp_path / "own_here.py").write_text(code)
@@ -151,6 +152,7 @@ def test_the_file_with_a_decoder_comes_back_as_the_published_notebook_reads_it(p
     assert equal({k: v for k, v in module.items() if k not in unused}, state)
 
 
+@pytest.mark.slow
 def test_the_published_fine_tuning_is_stopped_by_the_whole_file_and_takes_all_of_the_encoders(published, tmp_path):
     """The rules of `load_checkpoint` in downstream_imagenet/util.py: not strict, so names decide what is taken."""
     name, _, folder = published
@@ -211,6 +213,7 @@ def test_a_run_becomes_a_folder_that_timm_knows_with_a_card_of_how_it_was_made(r
     assert [part for part in (*curve, *made, "50% of them hidden") if part not in card] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "file"),
     [
@@ -254,6 +257,7 @@ def test_an_encoder_of_the_run_folder_is_a_source_too(run, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", "a.pth.README.md"]
 
 
+@pytest.mark.slow
 def test_exports_of_one_stem_each_have_their_card(run, tmp_path, capsys):
     run_export(run, "--to", "spark", "--out", tmp_path / "a.pth")
     run_export(run, "--to", "timm", "--out", tmp_path / "a.safetensors")
@@ -263,6 +267,7 @@ def test_exports_of_one_stem_each_have_their_card(run, tmp_path, capsys):
     assert "a.pth exists already: remove it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [

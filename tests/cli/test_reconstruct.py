@@ -152,6 +152,7 @@ def test_more_images_than_the_network_is_given_at_once_are_drawn_as_each_alone(f
     assert len(set(masks)) == 5, "each image has its own mask"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [

@@ -166,9 +166,8 @@ def test_killed_and_resumed_on_real_images(imagenet_sample, tmp_path):
     assert_same_weights(tmp_path / "whole", tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)  # SIGUSR1: tests/faults/test_checkpoint_faults.py
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])  # SIGUSR1: tests/faults/test_checkpoint_faults.py
 def test_a_signal_saves_and_says_how_to_resume(unbroken, tmp_path, number):
     """It comes with the batch of the ninth step, which is then the last."""
     folder, flags, _ = unbroken
@@ -364,6 +363,7 @@ class Evil:
         return (Path.touch, (Path(self.path),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "code", "message"), BAD, ids=[" ".join(b[0]) or "nothing" for b in BAD])
 def test_wrong_input_is_named_and_leaves_nothing(unbroken, pictures, tmp_path, monkeypatch, words, code, message):
     monkeypatch.chdir(tmp_path)

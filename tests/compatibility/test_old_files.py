@@ -71,6 +71,7 @@ def test_the_settings_of_a_run_are_read_by_config(old):
     assert [line for line in kept if line not in done.stdout.splitlines()] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source",
     ["run", "run/ckpt-last.pth", "run/checkpoints/step_00000006.pth", "run/encoder.safetensors", "published.pth"],

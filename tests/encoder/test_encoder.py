@@ -43,6 +43,7 @@ def test_packed_equals_masked(network, batch, h, w, ratio, seed):
         assert (a - b).norm() <= 1e-10 * b.norm() + 1e-12
 
 
+@pytest.mark.slow
 def test_parameters_and_their_names_are_the_networks(network):
     before = network.state_dict()
     for kind in (PackedEncoder, MaskedEncoder):
@@ -79,7 +80,7 @@ def test_stochastic_depth_drops_whole_images_alike_in_both_encoders():
         pytest.param("convnext_zepto_rms", 2, "inductor", marks=pytest.mark.drill),
         pytest.param("seresnet18", None, "eager", marks=pytest.mark.slow),
         pytest.param("convnextv2_atto", None, "eager", marks=pytest.mark.slow),
-        ("test_nfnet", None, "eager"),
+        pytest.param("test_nfnet", None, "eager", marks=pytest.mark.slow),
         pytest.param("tf_mobilenetv3_small_minimal_100", None, "eager", marks=pytest.mark.slow),
     ],
 )
@@ -99,6 +100,7 @@ def test_the_packed_model_compiles_into_one_graph_and_once(name, stages, backend
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet10t", "convnext_zepto_rms", "test_efficientnet", "test_nfnet"])
 def test_under_autocast_packed_and_masked_agree_to_the_rounding_of_bf16(name):
     torch.manual_seed(0)

@@ -40,6 +40,7 @@ def stored(model, tmp_path, kind):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["run folder", "checkpoint", "exported", "exported .pth", "published"])
 def test_every_form_of_weights_gives_the_encoders_features(pretrained, tmp_path, kind):
     weights = read_weights(stored(pretrained, tmp_path, kind))
@@ -53,6 +54,7 @@ def test_every_form_of_weights_gives_the_encoders_features(pretrained, tmp_path,
     torch.testing.assert_close(pooled, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_of_fewer_stages_leaves_the_later_levels_to_fine_tuning_and_features_are_of_its_last(tmp_path, caplog):
     model = build_spark("resnet10t", input_size=64, decoder_width=32, stages=2)
     settings = {"model": {"model": "resnet10t", "stages": 2}}

@@ -51,6 +51,7 @@ def killed(write, point):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork")
 @pytest.mark.parametrize("point", saboteur.POINTS)
 def test_killed_inside_a_save_the_one_before_or_the_new_one_is_whole(tmp_path, caplog, point):
@@ -77,6 +78,7 @@ def test_killed_inside_a_save_the_one_before_or_the_new_one_is_whole(tmp_path, c
         whole = found["step"]
 
 
+@pytest.mark.slow
 def test_no_truncated_and_no_flipped_file_is_loaded(tmp_path):
     """Row 8: 64 truncations and 256 flipped bits, in the last checkpoint or its checksum."""
     store, rng = CheckpointManager(tmp_path, keep_last=2, keep_steps=0), random.Random(8)
@@ -130,6 +132,7 @@ def undisturbed(folder, pictures, epochs):  # noqa: F811
     return folder, flags
 
 
+@pytest.mark.slow
 def test_a_finished_run_keeps_two_checkpoints_and_lists_all(unbroken):
     folder, _ = unbroken
     rows = [json.loads(line) for line in (folder / RECORD).read_text().splitlines()]
@@ -181,6 +184,7 @@ def test_a_second_signal_ends_a_run_that_hangs_in_its_save(unbroken, tmp_path):
     assert found["step"] >= 1
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(unbroken, tmp_path):
     """Row 11: the second save fails, all others succeed."""
     folder, flags = unbroken
@@ -194,6 +198,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(unbroken, tmp_path):
     assert_same_weights(folder, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_ends_with_6_and_keeps_what_it_had(unbroken, tmp_path):
     """Row 11: from the second save on nothing can be written; the run goes on to its end and says so."""
     _, flags = unbroken
@@ -309,6 +314,7 @@ EDITS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("edit", "difference"), EDITS)
 def test_another_run_is_not_gone_on_with(copied, pictures, tmp_path, capsys, monkeypatch, edit, difference):  # noqa: F811
     """Row 7."""

@@ -201,14 +201,8 @@ def convert_with_signal(root: Path, out: Path, made: ConvertSettings, number: si
         convert(root, out, made, workers=2, on_progress=inject)
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        pytest.param(signal.SIGSEGV, marks=pytest.mark.slow),
-        signal.SIGKILL,
-        pytest.param(signal.SIGSTOP, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_that_dies_or_is_stopped_is_named_with_its_image(
     image_folder, tmp_path, times, monkeypatch, capfd, number
 ):
@@ -240,6 +234,7 @@ def nowhere(images: int, size: int) -> None:
     pass
 
 
+@pytest.mark.slow
 def test_a_worker_that_raises_gives_its_own_traceback_and_image(times):
     for _ in range(times(1, 5)):
         with pytest.raises(RuntimeError, match=r"in a worker process, at photo 2 of a:\nTraceback") as caught:

@@ -6,6 +6,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.commands import HANG_SECONDS
@@ -74,6 +75,7 @@ class Trap:
         return (Path.touch, (Path(self.path),))
 
 
+@pytest.mark.slow
 def test_hostile_files_are_refused_cost_no_memory_and_run_nothing(tmp_path):
     """Row 10: five files, one process, whose peak is the worst of them."""
     paths, told = [], []

@@ -99,6 +99,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(pictures, tmp_path,
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, STEPS * epochs + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_step_that_is_not_finite_is_skipped_and_its_samples_are_listed(pictures, tmp_path, value):  # noqa: F811
     """Row 13."""
@@ -178,6 +179,7 @@ def test_storage_that_stumbles_is_asked_again_and_what_is_lost_is_counted(tmp_pa
     assert pipeline.bad_images.read > JUDGED_AFTER
 
 
+@pytest.mark.slow
 def test_masks_at_their_edges_and_constant_patches_have_a_finite_loss(one_thread, times):
     """Row 15: any ratio and any image; the loss normalises each patch by its own spread, which may be nothing."""
     rng = np.random.default_rng(15)

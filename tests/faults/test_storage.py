@@ -122,6 +122,7 @@ def test_data_of_odd_shape_is_refused_with_the_remedy(tmp_path, case):
         build(make(tmp_path / "data"), batch_size=4, input_size=32)
 
 
+@pytest.mark.slow
 def test_an_unreadable_folder_is_named(tmp_path):
     root = write(tmp_path / "data", "a/0.jpg")
     script = (

@@ -40,6 +40,7 @@ def half(rank, rendezvous, folder, shape, dtype):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.bfloat16, 0.05)])
 def test_two_ranks_compute_what_one_does(tmp_path, shape, dtype, atol):

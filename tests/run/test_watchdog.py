@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch.distributed as dist
 
 from spark_fast.run.watchdog import PULSE, Watchdog
@@ -21,6 +22,7 @@ read_the_disk()
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_stands_still_ends_and_says_where():
     done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 5
@@ -30,6 +32,7 @@ def test_a_process_that_stands_still_ends_and_says_where():
     assert "in read_the_disk" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_rank_that_is_gone_is_named():
     store = dist.HashStore()
     dogs = [Watchdog(600, rank, 2, store).__enter__() for rank in range(2)]

@@ -27,6 +27,7 @@ def few(monkeypatch):
     return {**TINY, "max_steps": 3, "log_every": 2}
 
 
+@pytest.mark.slow
 def test_it_returns_the_folder_and_the_last_figures_and_goes_on_when_asked(few, tmp_path):
     done = spark_fast.pretrain(**few, exp_dir=tmp_path / "run")
     assert done.folder == tmp_path / "run"
@@ -101,6 +102,7 @@ def test_importing_changes_nothing_outside():
     assert done.returncode == 0, done.stderr.decode()
 
 
+@pytest.mark.slow
 def test_the_result_of_a_step_depends_on_seed_step_and_rank_alone(few, tmp_path):
     torch.manual_seed(123)
     a = spark_fast.pretrain(**few, exp_dir=tmp_path / "a")

@@ -149,6 +149,7 @@ def broken(change):
     return content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -200,6 +201,7 @@ def changed_somewhere(content, rng):
             return content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [60, pytest.param(600, marks=pytest.mark.drill)])
 def test_whatever_is_changed_in_it_is_refused_in_words_or_the_run_goes_on(tmp_path, count):
     rng, path, refused = random.Random(count), tmp_path / "a.pth", 0

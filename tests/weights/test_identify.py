@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from spark_fast.weights.identify import RECOGNISED, named_network, recognise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECOGNISED)
 def test_a_network_is_recognised_by_its_shapes_with_classifier_or_without(name):
     with torch.device("meta"):

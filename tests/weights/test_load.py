@@ -27,6 +27,7 @@ def test_weights_of_our_own_checkpoints_are_loaded_whatever_wrapped_the_model(tm
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in other.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_weights_of_published_checkpoints_are_loaded(tmp_path, wrapped):
     source, target = (build_spark("resnet10t", input_size=64, mask_ratio=0.5, decoder_width=32) for _ in range(2))
@@ -82,6 +83,7 @@ def small(name="resnet10t", seed=0):
     return build_spark(name, input_size=64, mask_ratio=0.5, decoder_width=32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet10t", "convnext_atto"])
 def test_an_exported_encoder_is_an_encoder_to_begin_from(tmp_path, name, caplog):
     source, target = small(name), small(name, seed=1)
@@ -149,6 +151,7 @@ FORMS = {  # what other programs save of a network -> where it is found in there
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_a_network_in_the_forms_of_other_programs_is_loaded_and_its_place_is_said(tmp_path, caplog, form):
     caplog.set_level("INFO", "spark_fast")
@@ -199,6 +202,7 @@ def test_weights_of_another_network_are_named_as_what_they_are(tmp_path, place):
     assert weights.network == "resnet18"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

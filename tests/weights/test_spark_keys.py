@@ -85,6 +85,7 @@ def test_every_tensor_of_a_published_checkpoint_arrives(name, published):
     assert_holds(model, published)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("golden_name", ["resnet18", "convnext_tiny"])
 def test_the_published_codes_own_list_of_names_is_read(golden, golden_name):
     figures, _, state = golden(golden_name)
@@ -93,6 +94,7 @@ def test_the_published_codes_own_list_of_names_is_read(golden, golden_name):
     assert_holds(model, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_wrapped_in_a_training_checkpoint_and_by_wrappers_it_is_the_same(name, published, prefix):
     model = small(name)

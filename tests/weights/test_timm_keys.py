@@ -24,6 +24,7 @@ def trained(name, encoder="packed"):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", ["packed", "masked"])
 @pytest.mark.parametrize(
     ("name", "untrained"),

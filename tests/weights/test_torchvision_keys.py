@@ -7,6 +7,7 @@ import torch
 from spark_fast.weights.torchvision_keys import shared_networks, torchvision_names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", shared_networks())
 def test_every_tensor_of_a_network_that_torchvision_has_too_has_its_name_there(name):
     import torchvision

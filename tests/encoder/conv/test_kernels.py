@@ -76,6 +76,7 @@ HALO, DEPTHWISE = ("_gather_kernel", "_sum_kernel"), ("_convolve_kernel", "_weig
 WIDE, NARROW = (96, 8, 7, 1), (384, 2, 7, 2)  # C, b, k, patches that the layer looks beyond its own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "layer"),
     [*((kernel, WIDE) for kernel in (*HALO, *DEPTHWISE)), *((kernel, NARROW) for kernel in DEPTHWISE)],

@@ -65,6 +65,7 @@ def test_the_tars_convert_to_the_bytes_of_the_unpacked_folder(tars, whole, tmp_p
     assert contents(tmp_path / "val") == {n.removeprefix("val/"): b for n, b in whole.items() if n.startswith("val/")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", [1, 2, 3, 7])  # seven: more than there are shards
 @pytest.mark.parametrize("kind", ["images", "tars"])
 def test_parts_merge_to_the_bytes_of_one_machine(request, whole, tmp_path, kind, of):

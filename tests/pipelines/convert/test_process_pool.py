@@ -18,6 +18,7 @@ def write_pid(path: Path, advance: Advance) -> None:
         advance(1, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_job_is_done_once_and_its_progress_arrives(tmp_path, workers):
     jobs, done = [tmp_path / str(i) for i in range(5)], []
