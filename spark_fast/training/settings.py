@@ -40,7 +40,7 @@ class Data:
     data_path: str = ""
     """image folder (ImageNet layout or flat), file list, or shards or a .beton made by spark-fast-convert"""
     val_path: str = ""
-    """labelled images for --eval_every: train/ and val/ in class folders, or one set, of which every 5th is asked"""
+    """labelled images for --eval_every: with train/ and val/, or one set, where every 5th of a class is a query"""
     pipeline: str = "auto"
     """auto (the fastest for the data), torch, dali, ffcv (both extras), or synthetic (generated: no data's speed)"""
     ffcv_resize: Literal["bicubic", "area"] = "bicubic"
