@@ -113,6 +113,27 @@ def whole(images, tmp_path_factory):
     return folder, trained(images, folder)
 
 
+@pytest.mark.slow
+def test_what_is_compiled_is_not_compiled_again(images, tmp_path, monkeypatch):
+    """By torch's compiler without its last step, which writes C++."""
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, mode: compile_(model, backend=counted))
+    counts = []
+    for number, run in enumerate((trained, lambda *words: run_here(train.main, *flags(*words)))):
+        torch.compiler.reset()
+        run(images, tmp_path / str(number), "--compile")
+        counts.append(len(graphs))
+        graphs.clear()
+    assert counts[0] == counts[1] > 0
+    assert_same(everything(tmp_path / "0"), everything(tmp_path / "1"))
+
+
 def asked_afterwards(images, weights, folder, *more):
     words = ["knn", SMALL, f"--data_path={images}", f"--weights={weights}", f"--exp_dir={folder}", *SIZE, *more]
     run_here(evaluate.main, *words)
@@ -143,7 +164,12 @@ def test_the_run_ends_with_the_bits_of_one_that_is_not_evaluated(whole, images, 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
-    [["--compile"], [*TIMM, "--dp=0.1"], [*TIMM, "--method=fcmae", "--masks_per_image=2"], ["--encoder=masked"]],
+    [
+        pytest.param(["--compile"], marks=pytest.mark.drill),
+        [*TIMM, "--dp=0.1"],
+        [*TIMM, "--method=fcmae", "--masks_per_image=2"],
+        ["--encoder=masked"],
+    ],
     ids=["compiled", "timm", "fcmae", "masked"],
 )
 def test_so_does_one_that_is_compiled_and_one_of_another_network_method_or_encoder(images, tmp_path, more):
@@ -250,6 +276,19 @@ def test_a_set_without_a_split_is_split_by_that_rule(images, network, tmp_path):
     assert about == f"k-NN of 12 images among 48 of {one}"
     assert found == measured(tmp_path / "split", network)[1]
     assert 0 < found["knn_top1"] < 100
+
+
+def test_it_takes_over_the_weights_and_the_batch_statistics_of_the_first_rank(images, network):
+    class OfTwo(Ranks):
+        def first(self, value):
+            return torch.full_like(value, 7)
+
+    asked = parse(["name", "--data_path=x", SMALL, *SIZE, f"--val_path={images}", "--eval_every=1"])
+    knn = OnlineKnn(asked, OfTwo(0, 1, torch.device("cpu")), torch.float32, lambda step: None)
+    knn.measure(network)
+    knn.close()
+    assert_same(dict(knn._network.named_parameters()), dict(network.named_parameters()))
+    assert all((buffer == 7).all() for buffer in knn._network.buffers())
 
 
 def test_it_leaves_the_network_and_the_random_numbers_as_they_were(images, network):

@@ -55,23 +55,34 @@ def flags_of(pictures, epochs, *more):  # noqa: F811
 
 
 def rows(folder):
+    """The log points of a run."""
+    return [row for row in metrics_of(folder) if "loss" in row]
+
+
+def evaluations(folder):
+    return [(row["step"], row["knn_top1"], row["knn_top5"]) for row in metrics_of(folder) if "knn_top1" in row]
+
+
+def metrics_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def steps_of(metrics):
     """Steps that a run has reported."""
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    return metrics.read_bytes().count(b'"loss"') if metrics.exists() else 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "few"), [([], 5), ([FCMAE, "--masks_per_image=2"], 2)], ids=["spark", "fcmae, two masks an image"]
+    ("method", "few"),
+    [([], 5), ([FCMAE, "--masks_per_image=2", "--eval_every=1"], 2)],
+    ids=["spark", "fcmae, two masks an image, evaluated"],
 )
 def test_killed_at_random_moments_it_ends_with_the_same_bits(pictures, tmp_path, times, method, few):  # noqa: F811
     """Row 1. Every fourth kill while the process starts, the others somewhere in a step, its loading or its save."""
     kills, rng = times(few, 30), random.Random(1)
     epochs = kills + 1
-    flags = flags_of(pictures, epochs, *method)
+    flags = flags_of(pictures, epochs, *method, *([f"--val_path={pictures}"] if method else []))
     started, first_row = time.monotonic(), tmp_path / "whole" / "metrics.jsonl"
     words = [tmp_path / "whole.ledger", "", *flags, f"--exp_dir={tmp_path / 'whole'}"]
     whole = Forked(trainee.main, *words, folder=tmp_path)
@@ -102,6 +113,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(pictures, tmp_path,
         ids = [i for step in range(epoch * STEPS, (epoch + 1) * STEPS) for i in steps[step]]
         assert sorted(ids) == list(range(48)), "each sample once an epoch"
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, STEPS * epochs + 1))
+    assert evaluations(tmp_path / "run") == evaluations(tmp_path / "whole")
+    assert len(evaluations(tmp_path / "run")) == (epochs + 1 if method else 0)
 
 
 @pytest.mark.parametrize("method", [pytest.param([], id="spark"), SECOND_METHOD])
