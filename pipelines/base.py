@@ -11,6 +11,8 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -37,6 +39,7 @@ class Pipeline(Protocol):
 
     num_samples: int
     listing: str  # of the images, as `Source.fingerprint`
+    labels: NDArray[np.int32] | None  # (num_samples,), None for unlabelled data
     num_classes: int  # 0 for unlabelled data
     classes: list[str]  # name of each label, empty when not known
     empty_classes: set[str]  # of these, the ones without an image

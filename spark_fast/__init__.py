@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from spark_fast.versions import __version__
 
 if TYPE_CHECKING:
+    from spark_fast.cli.train import pretrain
     from spark_fast.encoder import pack
     from spark_fast.encoder.verify import verify
     from spark_fast.fcmae import FCMAE, build_fcmae
     from spark_fast.spark import SparK, build_spark
-    from spark_fast.training.pretrain import pretrain
     from spark_fast.weights.load import load_spark_state_dict
 
 __all__ = [
@@ -36,7 +36,7 @@ _HOMES = {
     "build_spark": "spark_fast.spark",
     "load_spark_state_dict": "spark_fast.weights.load",
     "pack": "spark_fast.encoder",
-    "pretrain": "spark_fast.training.pretrain",
+    "pretrain": "spark_fast.cli.train",
     "verify": "spark_fast.encoder.verify",
 }
 

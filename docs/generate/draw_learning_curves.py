@@ -60,7 +60,7 @@ def read_curves() -> dict[str, dict]:
 
 def points_of(run: Path) -> list[list[float]]:
     """[step, loss] every tenth step, the loss being the mean since the last."""
-    rows = read_metrics(run / "metrics.jsonl")
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row]  # the others are of evaluations
     found, losses, weights = [], [], []
     before = 0.0
     for row in rows:

@@ -30,6 +30,7 @@ class Backend(ABC):
 
     def __init__(self, source: Source, sampler: Sampler, options: LoaderOptions) -> None:
         self.num_samples, self.listing = len(source), source.fingerprint()
+        self.labels: NDArray[np.int32] | None = source.labels
         self.classes = source.classes
         self.num_classes, self.empty_classes = num_classes(source), empty_classes(source)
         self._bad_images = BadImages(source, options.max_bad_fraction)

@@ -28,6 +28,7 @@ class SyntheticPipeline:
     ) -> None:
         self.num_samples, self.num_classes = sampler.num_samples, IMAGES
         self.listing = "generated"
+        self.labels: NDArray[np.int32] | None = np.arange(sampler.num_samples, dtype=np.int32) % IMAGES
         self.classes: list[str] = []
         self.empty_classes: set[str] = set()
         self.bad_images = BadImageCounts()

@@ -49,7 +49,7 @@ def detect_source(data_path: str | Path, split: str = "train") -> Source:
             raise _no_tars(path, [path.name])
         return images_to_convert(path)
     if split not in ("train", "all") and not (path / split).is_dir():
-        if split not in [split_of_file(tar.stem) for tar in tars_in(path)]:
+        if not has_split(path, split):
             raise _no_split(path, split)
     elif split != "all" and not (path / MANIFEST).exists():
         path = train_folder(path) if split == "train" else path / split
@@ -62,6 +62,13 @@ def detect_source(data_path: str | Path, split: str = "train") -> Source:
     if (tars := tars_in(path)) and not any(map(looks_like_webdataset, tars[:4])):
         raise _no_tars(path, [tar.name for tar in tars])
     return images_to_convert(path, split)
+
+
+def has_split(path: Path, split: str) -> bool:
+    """Whether a path is a folder that holds a folder of this name, or tars that are this split by their names."""
+    if not path.is_dir():
+        return False
+    return (path / split).is_dir() or split in [split_of_file(tar.stem) for tar in tars_in(path)]
 
 
 def images_to_convert(path: Path, split: str = "train") -> FileSource:

@@ -21,7 +21,7 @@ from spark_fast.cli.start import start
 from spark_fast.errors import CheckpointError, SettingsError
 from spark_fast.evaluation.accuracy import Scores
 from spark_fast.evaluation.backbone import build_backbone, build_classifier
-from spark_fast.evaluation.data import Labelled, open_train, open_val
+from spark_fast.evaluation.data import Labelled, central, open_train, open_val
 from spark_fast.evaluation.eval_settings import Evaluation, Finetune, Knn, Linear, parse
 from spark_fast.evaluation.features import Features, extract, frozen
 from spark_fast.evaluation.finetune import FinetuneRun
@@ -36,7 +36,7 @@ from spark_fast.run.run_folder import refuse_another_run
 from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
 from spark_fast.training.resume import checkpoints_to_resume
-from spark_fast.training.step import resolve_precision
+from spark_fast.training.step import DTYPES, resolve_precision
 from spark_fast.weights.read import Weights, read_weights
 
 
@@ -58,12 +58,10 @@ def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLo
     refuse_another_run(asked.folder)
     weights = _weights(asked)
     settings = asked.resolved(*_network(asked, weights))
-    assert settings.data.crop_pct is not None  # resolved
     backbone = build_backbone(settings.network, settings.model.stages, weights)
-    features = frozen(backbone, ranks.device, resolve_precision(settings.run.precision, ranks.device))
+    features = frozen(backbone, ranks.device, DTYPES[resolve_precision(settings.run.precision, ranks.device)])
     fresh = isinstance(settings, Linear) and settings.probe.augment
-    central = View(augment=False, in_order=True, centre=settings.data.crop_pct)
-    train = open_train(settings, ranks, View(scale=(0.08, 1.0)) if fresh else central)
+    train = open_train(settings, ranks, View(scale=(0.08, 1.0)) if fresh else central(settings))
     learned = Labelled(train, train.num_classes, None, lambda step: watchdog.at(step, "reading the training images"))
     closing.callback(learned.close)
     val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "reading the validation images"))
@@ -80,6 +78,7 @@ def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLo
             temperature=settings.knn.temperature,
             classes=train.num_classes,
             ranks=ranks,
+            alive=lambda step: watchdog.at(step, "looking for neighbours"),
         )
     else:
         assert isinstance(settings, Linear)

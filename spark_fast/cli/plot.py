@@ -1,4 +1,4 @@
-"""Draw loss, learning rate, throughput and data wait of runs, as one PNG.
+"""Draw loss, learning rate, throughput, data wait and, where it was measured, k-NN of runs, as one PNG.
 
     spark-fast-plot output_my_run output_other --out runs.png
 
@@ -28,6 +28,7 @@ PANELS = {  # key of a row -> title
     "images_per_second": "images per second",
     "data_wait": "share of time waiting for data",
 }
+EVALUATED = {"knn_top1": "k-NN top-1, percent"}  # panels beside them, where a run has such rows
 FLAT = 0.01  # the loss axis spans at least this
 
 
@@ -36,7 +37,7 @@ def plot_run(
     *,
     out: Path = Path("runs.png"),
 ) -> int:
-    """Draw loss, learning rate, throughput and data wait of runs, as one PNG.
+    """Draw loss, learning rate, throughput, data wait and, where it was measured, k-NN of runs, as one PNG.
 
     Args:
         runs: Run folders, or metrics.jsonl files.
@@ -51,35 +52,43 @@ def plot_run(
     with atomic_write(out) as file:
         file.write(picture)
     for name, rows in curves.items():
-        print(f"{name}: {len(rows)} log points to step {rows[-1]['step']}, loss {rows[-1]['loss']:.4f}")
-    print(f"{out}: {', '.join(PANELS.values())}")
+        points = [row for row in rows if "loss" in row]
+        knn = [f", k-NN top-1 {row['knn_top1']:.2f} %" for row in rows if "knn_top1" in row]
+        last = f"to step {points[-1]['step']}, loss {points[-1]['loss']:.4f}{knn[-1] if knn else ''}"
+        print(f"{name}: {len(points)} log points {last}")
+    print(f"{out}: {', '.join(_panels(curves).values())}")
     return 0
 
 
 def draw(curves: Mapping[str, Sequence[dict[str, float]]]) -> bytes:
-    """A PNG with a panel for each of PANELS and a line for each run, over the steps."""
+    """A PNG with a panel for each of PANELS, and of EVALUATED that is there; a line for each run, over the steps."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise SettingsError("drawing needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
-    for panel, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
-        for name, rows in curves.items():
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            panel.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else "")
-        panel.set_title(title)
+    panels = _panels(curves)
+    columns = (len(panels) + 1) // 2
+    figure = Figure(figsize=(1 + 5 * columns, 7), layout="constrained")
+    axes = dict(zip(panels, figure.subplots(2, columns, sharex=True).flat, strict=False))
+    for unused in figure.axes[len(panels) :]:
+        unused.remove()
+    for key, panel in axes.items():
+        for number, (name, rows) in enumerate(curves.items()):
+            points = {row["step"]: row[key] for row in rows if key in row}
+            marker = "." if len(points) < 30 else ""
+            panel.plot(list(points), list(points.values()), label=name, marker=marker, color=f"C{number}")
+        panel.set_title(panels[key])
         panel.grid(alpha=0.3)
         panel.ticklabel_format(axis="y", useOffset=False)  # an axis reads 0.999, not 0.001 and "+1" above it
         panel.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
-    low, high = axes[0, 0].get_ylim()
+    low, high = axes["loss"].get_ylim()
     if high - low < FLAT:  # noise of the last digit is drawn as what it is
-        axes[0, 0].set_ylim((low + high - FLAT) / 2, (low + high + FLAT) / 2)
-    for panel in axes[1]:
+        axes["loss"].set_ylim((low + high - FLAT) / 2, (low + high + FLAT) / 2)
+    for panel in figure.axes[columns:]:
         panel.set_xlabel("step")
-    axes[1, 1].set_ylim(0, 1)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    axes["data_wait"].set_ylim(0, 1)
+    figure.legend(*axes["loss"].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     content = BytesIO()
     figure.savefig(content, format="png", dpi=110)
     return content.getvalue()
@@ -91,11 +100,16 @@ def _rows(run: Path) -> list[dict[str, float]]:
         rows = read_metrics(path)
     except OSError as error:
         raise SettingsError(f"{run} is no run folder: {path} cannot be read ({error.strerror})") from None
-    if not rows:
-        raise SettingsError(f"{path} has no log point yet")
-    if any("loss" not in row for row in rows):
+    if any("loss" not in row and "eval_seconds" not in row for row in rows):
         raise SettingsError(f"{path} is no metrics.jsonl of a pre-training run: it has rows without a loss")
+    if not any("loss" in row for row in rows):
+        raise SettingsError(f"{path} has no log point yet")
     return rows
+
+
+def _panels(curves: Mapping[str, Sequence[dict[str, float]]]) -> dict[str, str]:
+    there = {key for rows in curves.values() for row in rows for key in row}
+    return PANELS | {key: title for key, title in EVALUATED.items() if key in there}
 
 
 def main(argv: list[str] | None = None) -> int:

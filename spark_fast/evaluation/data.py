@@ -24,7 +24,8 @@ class Labelled:
 
     Args:
         numbers: (classes of the pipeline,) int64, the label that each of its own stands for; None: itself.
-        alive: called with the step before each batch.
+        alive: called with the step before each batch; equally often on all ranks, also where one has no share of the
+            last batch.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class Labelled:
     def epoch(self, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """(B, 3, H, W) and (B,) int64, on the device."""
         with closing(self.pipeline.epoch(epoch)) as batches:
-            for step, batch in enumerate(batches):
+            for step in range(len(self.pipeline)):
                 self._alive(step)
+                if (batch := next(batches, None)) is None:
+                    continue
                 assert batch.labels is not None
                 labels = batch.labels if self._numbers is None else self._numbers[batch.labels]
                 yield batch.images, labels
@@ -48,6 +51,12 @@ class Labelled:
     def close(self) -> None:
         """Let go of threads and files."""
         self.pipeline.close()
+
+
+def central(settings: Evaluation, split: str = "train") -> View:
+    """Every image of a split once, in order, centrally cropped as the settings say."""
+    assert settings.data.crop_pct is not None  # the recipe's, unless asked for
+    return View(split, augment=False, in_order=True, centre=settings.data.crop_pct)
 
 
 def open_train(settings: Evaluation, ranks: Ranks, view: View) -> Pipeline:
@@ -71,10 +80,8 @@ def open_val(settings: Evaluation, ranks: Ranks, train: Pipeline, alive: Callabl
     """
     path = settings.data.val_path or settings.data.data_path
     split = "all" if settings.data.val_path else "val"
-    assert settings.data.crop_pct is not None  # the recipe's, unless asked for
     try:
-        view = View(split, augment=False, in_order=True, centre=settings.data.crop_pct)
-        pipeline = _open(settings, ranks, path, view)
+        pipeline = _open(settings, ranks, path, central(settings, split))
     except DataError as error:
         more = "" if settings.data.val_path else ". (--val_path names the validation images, if they lie elsewhere)"
         raise DataError(f"{error}{more}") from error

@@ -9,15 +9,13 @@ from torch import Tensor
 
 from spark_fast.evaluation.backbone import Backbone
 from spark_fast.evaluation.data import Labelled
-from spark_fast.training.step import DTYPES
 
 Features = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> (B, C) fp32
 
 
-def frozen(backbone: Backbone, device: torch.device, precision: str) -> Features:
-    """The backbone on its device, (B, 3, H, W) -> (B, C) fp32, computing in `precision`."""
+def frozen(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Features:
+    """The backbone on its device, (B, 3, H, W) -> (B, C) fp32, computing in `dtype`."""
     backbone = backbone.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    dtype = DTYPES[precision]
 
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ candidates are merged, so the result is that of one rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -17,16 +19,22 @@ from spark_fast.run.distributed import Ranks
 CHUNK = 1024  # queries compared with a bank at a time
 
 
-def nearest(queries: Tensor, bank: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def nearest(
+    queries: Tensor, bank: Tensor, labels: Tensor, k: int, alive: Callable[[int], None] = lambda step: None
+) -> tuple[Tensor, Tensor]:
     """The k most similar (fewer where the bank holds fewer) of a bank, for each query.
 
     Args:
         queries: (Q, C); bank: (N, C), both normalised; labels: (N,).
+        alive: called before each CHUNK of queries with its number.
 
     Returns:
         (Q, k) similarities and (Q, k) labels, the most similar first.
     """
-    found = [(chunk @ bank.T).topk(min(k, len(bank)), dim=1) for chunk in queries.split(CHUNK)]
+    found = []
+    for number, chunk in enumerate(queries.split(CHUNK)):
+        alive(number)
+        found.append((chunk @ bank.T).topk(min(k, len(bank)), dim=1))
     return torch.cat([f.values for f in found]), labels[torch.cat([f.indices for f in found])]
 
 
@@ -44,20 +52,20 @@ def classify_by_neighbours(
     temperature: float,
     classes: int,
     ranks: Ranks,
+    alive: Callable[[int], None] = lambda step: None,
 ) -> Scores:
     """Scores of the queries of all ranks.
 
     Args:
         bank, queries: features and labels of this rank's training images, and of those to classify.
+        alive: see `nearest`; called equally often on all ranks.
     """
     asked = _of_all_ranks(queries, ranks)
     features, labels = (part.to(ranks.device) for part in bank)
-    candidates: list[tuple[Tensor, Tensor]] = []
-    if len(features):
-        wanted = normalize(asked[0].to(ranks.device), dim=1)
-        candidates = [tuple(t.cpu() for t in nearest(wanted, normalize(features, dim=1), labels, k))]  # type: ignore
-    candidates = [found for of_rank in ranks.gather(candidates) for found in of_rank]
-    similarities, neighbours = (torch.cat(column, dim=1) for column in zip(*candidates, strict=True))
+    wanted = normalize(asked[0].to(ranks.device), dim=1)
+    known = normalize(features, dim=1) if len(features) else wanted[:0]  # a rank may have no image
+    found = tuple(t.cpu() for t in nearest(wanted, known, labels, k, alive))
+    similarities, neighbours = (torch.cat(column, dim=1) for column in zip(*ranks.gather(found), strict=True))
     best = similarities.topk(k, dim=1)
     scores = Scores(classes, torch.device("cpu"))
     for similar, voters, truth in zip(

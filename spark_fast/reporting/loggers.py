@@ -26,10 +26,10 @@ PATIENCE = 60.0  # seconds that W&B may take to start, and to send the rest at t
 
 
 class Logger(Protocol):
-    """Takes the figures of a log point."""
+    """Takes the figures of log points and evaluations."""
 
-    def point(self, row: Mapping[str, object], step: int) -> None:
-        """The row of `RunLogger.point` after `step` steps."""
+    def point(self, row: Mapping[str, object], step: int, group: str = "train") -> None:
+        """The row of `RunLogger.point` after `step` steps, or of `RunLogger.evaluation` (group "eval")."""
         ...
 
     def picture(self, grid: Tensor, step: int) -> None:
@@ -66,10 +66,10 @@ class SafeLogger:
         self._harmless = NeverRaises(name)
         self._logger: Logger | None = self._harmless(open_logger)
 
-    def point(self, row: Mapping[str, object], step: int) -> None:
+    def point(self, row: Mapping[str, object], step: int, group: str = "train") -> None:
         """As `Logger`."""
         if self._logger is not None:
-            self._harmless(self._logger.point, row, step)
+            self._harmless(self._logger.point, row, step, group)
 
     def picture(self, grid: Tensor, step: int) -> None:
         """As `Logger`."""
@@ -83,16 +83,16 @@ class SafeLogger:
 
 
 class TensorBoard:
-    """Figures as train/<name>; events of steps that will be run again are hidden."""
+    """Figures as train/<name> and eval/<name>; events of steps that will be run again are hidden."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)  # the first that is hidden
 
-    def point(self, row: Mapping[str, object], step: int) -> None:
+    def point(self, row: Mapping[str, object], step: int, group: str = "train") -> None:
         """As `Logger`."""
         for key, value in row.items():
             if key not in ("step", "epoch"):
-                self._writer.add_scalar(f"train/{key}", value, step)
+                self._writer.add_scalar(f"{group}/{key}", value, step)
 
     def picture(self, grid: Tensor, step: int) -> None:
         """As `Logger`."""
@@ -124,9 +124,9 @@ class WandB:
             settings=self._wandb.Settings(init_timeout=PATIENCE, finish_timeout=PATIENCE),
         )
 
-    def point(self, row: Mapping[str, object], step: int) -> None:
+    def point(self, row: Mapping[str, object], step: int, group: str = "train") -> None:
         """As `Logger`."""
-        self._run.log({f"train/{k}": v for k, v in row.items() if k != "step"}, step=step)
+        self._run.log({f"{group}/{k}": v for k, v in row.items() if k != "step"}, step=step)
 
     def picture(self, grid: Tensor, step: int) -> None:
         """As `Logger`."""

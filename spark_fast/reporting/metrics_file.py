@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line of JSON for every log point, whole whenever it is read, and of no step twice after a resume."""
+"""metrics.jsonl: a line of JSON for each log point and evaluation, whole at any time, and none twice after a resume."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class MetricsFile:
         self._path = path
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
-    def point(self, row: Mapping[str, object], step: int) -> None:
+    def point(self, row: Mapping[str, object], step: int, group: str = "train") -> None:
         """Append a row; raises OSError where it cannot be written, and the file is then as before."""
         line = line_of(row).encode()
         size = os.fstat(self._file).st_size

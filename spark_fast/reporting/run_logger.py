@@ -1,5 +1,7 @@
 """What pre-training tells: its loggers (metrics.jsonl, ...) at every log point, log.txt every epoch, a progress bar.
 
+What an evaluation finds is told as a row of its own.
+
 Durations come from a monotonic clock; the wall clock, which may jump, is only shown.
 """
 
@@ -134,6 +136,18 @@ class RunLogger:
             f"{row['data_wait']:.1%} of the time waiting for data, {remaining} to go",
             flush=True,
         )
+
+    def evaluation(self, step: int, figures: Mapping[str, float], seconds: float) -> None:
+        """Percentages by name that an evaluation after `step` steps found, a row of their own, and how long it took."""
+        if self.folder is None:
+            return
+        epoch = step // self.steps_per_epoch
+        row = {"step": step, "epoch": epoch, **figures, "eval_seconds": seconds}
+        for logger in self.loggers:
+            logger.point(row, step, "eval")
+        self.keep(_append_line, self.folder / "log.txt", {**row, "epoch": f"{epoch}/{self.epochs}"})
+        shown = ", ".join(f"{name} {value:.2f} %" for name, value in figures.items())
+        print(f"epoch {epoch}/{self.epochs} evaluated in {seconds:.1f} s: {shown}", flush=True)
 
     def _sum(self, means: Mapping[str, float], steps: float, seconds: float) -> None:
         """Add a log point's means to the sums of its epoch."""

@@ -21,6 +21,7 @@ class RunSummary:
         step: where this process begins.
         warmup_is_chosen: by a setting; else it follows from the epochs.
         masks: of each image.
+        evaluation: what is evaluated while it trains, "" for nothing, every `eval_every` epochs.
     """
 
     device: str
@@ -42,6 +43,8 @@ class RunSummary:
     peak_lr: float
     method: str
     masks: int
+    evaluation: str = ""
+    eval_every: int = 0
 
     @property
     def total_steps(self) -> int:
@@ -76,6 +79,9 @@ class RunSummary:
             "warm-up": f"{self.warmup_steps} steps{tenth}",
             "peak rate": f"{self.peak_lr:.3g}",
         }
+        if self.evaluation:
+            often = "epoch" if self.eval_every == 1 else f"{self.eval_every} epochs"
+            rows["evaluation"] = f"{self.evaluation}; before step 1, every {often} and after the last"
         return "\n".join(f"  {name:<11} {text}" for name, text in rows.items())
 
     def doubts(self) -> list[str]:

@@ -66,6 +66,13 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
+    def first(self, value: Tensor) -> Tensor:
+        """What the first rank has of a tensor, on the device."""
+        if self.world_size > 1:
+            value = value.clone()
+            dist.broadcast(value, 0)
+        return value
+
     def close(self) -> None:
         """Leave the group."""
         if self.world_size > 1 or dist.is_initialized():

@@ -62,4 +62,6 @@ def plan_text(run: PretrainRun, figures: dict[str, float], to_go: int) -> str:
         f"{timedelta(seconds=round(to_go * figures['step_seconds']))} at this pace",
         "checkpoint": f"{checkpoint / 2**20:.0f} MiB each, {run.settings.folder / CHECKPOINT}",
     }
+    if run.evaluator is not None:
+        rows["evaluation"] = f"{run.evaluator.about}; its time is not in that of the run"
     return "\n".join(["dry run: nothing was written", *(f"  {name:<11} {text}" for name, text in rows.items())])

@@ -1,4 +1,4 @@
-"""Pre-training from its settings: build the parts, hand them to the loop; from a command or from Python."""
+"""Pre-training from its settings: build the parts, hand them to the loop."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from spark_fast.method import Method, build
 from spark_fast.pipelines import LoaderOptions, Pipeline, View
 from spark_fast.reporting.loggers import require_wandb
 from spark_fast.reporting.run_summary import nothing_learned
-from spark_fast.run.command import on_ranks, open_checkpoints, open_pipeline, running
+from spark_fast.run.command import open_checkpoints, open_pipeline, running
 from spark_fast.run.cpu_sync_batchnorm import HostSyncBatchNorm
 from spark_fast.run.distributed import Ranks
-from spark_fast.run.run_folder import output_restored, refuse_another_run
+from spark_fast.run.run_folder import refuse_another_run
 from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
 from spark_fast.training.dry_run import print_plan
-from spark_fast.training.pretrain_run import PretrainRun
+from spark_fast.training.pretrain_run import OpenEvaluator, PretrainRun
 from spark_fast.training.resume import checkpoints_to_resume
 from spark_fast.training.settings import Settings, method_of
 from spark_fast.weights.load import load_weights
@@ -38,7 +38,8 @@ class PretrainResult:
 
     Attributes:
         folder: of the run.
-        metrics: the row of the last log point, as in metrics.jsonl; {} where this process took no step.
+        metrics: the row of the last log point, as in metrics.jsonl, and the figures of the last evaluation; {} where
+            this process took no step and made none.
         finished: False where it was interrupted, or stopped by `max_steps`: the same call with resume="auto" goes on.
     """
 
@@ -47,27 +48,13 @@ class PretrainResult:
     finished: bool
 
 
-def pretrain(data_path: str | Path = "", **settings: object) -> PretrainResult:
-    """Pre-train from a script, a notebook or a thread; the same as the command `spark-fast-train`.
+def pretrain_from_settings(
+    settings: Settings, ranks: Ranks, watchdog: Watchdog, open_evaluator: OpenEvaluator
+) -> PretrainResult:
+    """Build everything, and train to the end or to an interruption; with `dry_run`, print what it would cost.
 
-    Args:
-        data_path: the images.
-        settings: any setting of the command by its name, e.g. model="convnext_tiny", epochs=100, exp_name="mine",
-            resume="auto"; input_size may be a number or (H, W). docs/settings.md lists them.
-
-    Under torchrun every rank makes the same call. Outside the main thread no signal handlers are installed.
-
-    Raises:
-        SettingsError, DataError, CheckpointError, NotFiniteError, ...: see `spark_fast.errors`.
-        TypeError: a name that is no setting, with the nearest ones.
+    `open_evaluator` is called where `--eval_every` asks for it.
     """
-    chosen = Settings.from_names(data_path=data_path, **settings)
-    with output_restored():
-        return on_ranks(chosen, pretrain_from_settings)
-
-
-def pretrain_from_settings(settings: Settings, ranks: Ranks, watchdog: Watchdog) -> PretrainResult:
-    """Build everything, and train to the end or to an interruption; with `dry_run`, print what it would cost."""
     if settings.run.wandb:
         require_wandb()
     with running(settings, ranks, watchdog) as (lock, closing):
@@ -78,6 +65,8 @@ def pretrain_from_settings(settings: Settings, ranks: Ranks, watchdog: Watchdog)
         interrupt = Interrupt()
         closing.callback(interrupt.release)
         run = PretrainRun(settings, ranks, pipeline, model)
+        if settings.run.eval_every:
+            closing.callback(run.open_evaluator(open_evaluator, watchdog, interrupt).close)
         if resume:
             run.restore(resume)
         elif settings.model.init_weight:
@@ -110,7 +99,8 @@ def pretrain_from_settings(settings: Settings, ranks: Ranks, watchdog: Watchdog)
             print(f"done: {at.step} steps, loss {at.loss:.4f}; everything is in {manager.folder}/", flush=True)
             if doubt := nothing_learned(at.loss):
                 log.warning(doubt)
-        return PretrainResult(settings.folder, trainer.monitor.last, finished)
+        evaluated = run.evaluation.last if run.evaluation else {}
+        return PretrainResult(settings.folder, trainer.monitor.last | evaluated, finished)
 
 
 def _tell(run: PretrainRun) -> None:

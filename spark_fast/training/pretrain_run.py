@@ -31,6 +31,7 @@ from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
 from spark_fast.training.checkpointer import Checkpointer
 from spark_fast.training.nonfinite import NonfiniteReport
+from spark_fast.training.online_evaluation import Evaluator, OnlineEvaluation, stoppable
 from spark_fast.training.optim import build_optimizer
 from spark_fast.training.published_run import is_published, published_run, read_resumable
 from spark_fast.training.resume import check_same_run, in_published_names
@@ -39,6 +40,9 @@ from spark_fast.training.settings import Settings
 from spark_fast.training.step import DTYPES, Schedule, TrainStep, compiled, resolve_precision
 from spark_fast.training.trainer import Trainer
 from spark_fast.weights.timm_keys import encoder_names, renamed, write_encoder
+
+# settings, ranks, what the model computes in, what to call before each batch -> an evaluator
+OpenEvaluator = Callable[[Settings, Ranks, torch.dtype, Callable[[int], None]], Evaluator]
 
 MOMENTS = {"lamb": 2, "adamw": 2, "sgd": 1}  # tensors that an optimiser keeps for each parameter
 
@@ -69,6 +73,8 @@ class PretrainRun:
         if share % optim.accumulate:
             raise SettingsError(f"--accumulate {optim.accumulate} does not divide the {share} images of a rank's batch")
         self.position = Position(len(pipeline), optim.epochs)
+        self.evaluator: Evaluator | None = None
+        self.evaluation: OnlineEvaluation | None = None  # of the loop
         zero = optim.zero and ranks.world_size > 1
         self.optimizer = build_optimizer(optim.optimizer, model, settings.beta2, zero=zero)
         self.advance = self._train_step()
@@ -109,7 +115,15 @@ class PretrainRun:
             peak_lr=settings.peak_lr,
             method=settings.model.method,
             masks=settings.model.masks_per_image,
+            evaluation="" if self.evaluator is None else self.evaluator.about,
+            eval_every=settings.run.eval_every,
         )
+
+    def open_evaluator(self, opened: OpenEvaluator, watchdog: Watchdog, interrupt: Interrupt) -> Evaluator:
+        """Open what the loop evaluates with. Raises what `opened` does: DataError, SettingsError."""
+        alive = stoppable(self.position, self.ranks, watchdog, interrupt)
+        self.evaluator = opened(self.settings, self.ranks, self.advance.dtype, alive)
+        return self.evaluator
 
     def restore(self, paths: list[Path]) -> None:
         """Go on where the first of these checkpoints that can be read was written, at the very next batch."""
@@ -157,6 +171,11 @@ class PretrainRun:
         run, folder = self.settings.run, None if manager is None else manager.folder
         logger = self.logger(folder)
         profile = Profile(folder, self.ranks.device, self.position.step) if run.profile else None
+        if self.evaluator is not None:
+            self.evaluation = OnlineEvaluation(
+                self.evaluator, self.model.encoder.network, self.position, run.eval_every,
+                logger=logger, ranks=self.ranks, watchdog=watchdog, folder=folder,
+            )  # fmt: skip
         return Trainer(
             self.step,
             self.pipeline,
@@ -164,6 +183,7 @@ class PretrainRun:
             monitor=self.monitor(logger, profile),
             nonfinite=NonfiniteReport(self.advance.guard, self.ranks, self.settings.optim.max_bad_steps),
             end_of_epoch=EndOfEpoch(self, logger, folder, pictured),
+            between_epochs=self.evaluation or (lambda: False),
             ranks=self.ranks,
             watchdog=watchdog,
             interrupt=interrupt,

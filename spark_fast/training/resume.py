@@ -17,14 +17,14 @@ log = logging.getLogger("spark_fast")
 # settings that change nothing of what is computed but rounding, or only where it is stored and told
 HARMLESS = {
     "data": {
-        *("data_path", "pipeline", "decode", "augment", "workers", "prefetch", "max_bad_fraction"),
+        *("data_path", "val_path", "pipeline", "decode", "augment", "workers", "prefetch", "max_bad_fraction"),
         "max_pixels",  # what could not be read may be read now, as after a repair
     },
     "model": {"encoder", "sparse_conv", "init_weight", "verify"},
     "optim": {"accumulate", "allreduce", "zero", "max_bad_steps"},
     "run": {
         *("exp_name", "exp_dir", "resume", "device", "precision", "compile", "cuda_graph", "sync_batchnorm", "threads"),
-        *("log_every", "save_every", "keep_last", "keep_every", "picture_every", "max_steps", "timeout"),
+        *("log_every", "save_every", "keep_last", "keep_every", "picture_every", "eval_every", "max_steps", "timeout"),
         *("wandb", "dry_run", "profile"),
     },
 }

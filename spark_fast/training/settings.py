@@ -39,6 +39,8 @@ class Data:
 
     data_path: str = ""
     """image folder (ImageNet layout or flat), file list, or shards or a .beton made by spark-fast-convert"""
+    val_path: str = ""
+    """labelled images for --eval_every: with train/ and val/, or one set, where every 5th of a class is a query"""
     pipeline: str = "auto"
     """auto (the fastest for the data), torch, dali, ffcv (both extras), or synthetic (generated: no data's speed)"""
     ffcv_resize: Literal["bicubic", "area"] = "bicubic"
@@ -157,6 +159,8 @@ class Run:
     """keep every Nth epoch's checkpoint for good; 0: none"""
     picture_every: int = 1
     """epochs between reconstruction pictures; 0: none"""
+    eval_every: int = 0
+    """epochs between k-NN evaluations on --val_path, the first before step 1, the last after all; 0: none"""
     timeout: float = 600.0
     """seconds without a step after which the run ends, saying where it stands and for which rank it waits"""
     max_steps: int = 0
@@ -241,6 +245,10 @@ class Settings(Tree):
         positive = {"batch_size", "workers", "prefetch", "max_pixels", "decoder_width", "epochs", "base_lr", "min_crop"}
         positive |= {"accumulate", "log_every", "max_bad_steps", "timeout", "decoder_depth", "masks_per_image"}
         self.check_numbers(positive, up_to_one={"min_crop"})
+        if self.run.eval_every and not self.data.val_path:
+            raise SettingsError(f"--eval_every {self.run.eval_every} needs --val_path: labelled images to evaluate on")
+        if self.data.val_path and not self.run.eval_every:
+            raise SettingsError(f"--val_path {self.data.val_path} is for --eval_every, which says how often: give both")
 
     def meaning(self) -> dict:
         """The same as `to_dict`, each value spelled in one way: two settings that mean one run are equal here."""

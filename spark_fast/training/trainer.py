@@ -25,6 +25,7 @@ log = logging.getLogger("spark_fast")
 
 Step = Callable[[int, Batch], tuple[Tensor, Tensor]]  # (step, batch) -> loss and gradient norm, () on the device
 EpochEnd = Callable[[Callable[[], None]], None]  # is given what saves the run, and calls it
+BetweenEpochs = Callable[[], bool]  # True on all ranks: it was told to stop
 
 
 class Trainer:
@@ -35,6 +36,8 @@ class Trainer:
         batches: of this rank, in the order that (seed, epoch) gives.
         checkpointer: has the state of the run, and with it its position.
         end_of_epoch: logs, evaluates, draws; it calls the function that it is given to save.
+        between_epochs: called before the first step and after each `end_of_epoch`, also where a run is gone on with
+            there; when it is told to stop, the run is left and a resume calls it again.
         log_every: steps between log points.
         max_steps: leave after so many steps of this process, as at an interruption; 0: never.
         folder: of the run, None on ranks that do not write.
@@ -53,11 +56,12 @@ class Trainer:
         watchdog: Watchdog,
         interrupt: Interrupt,
         log_every: int,
+        between_epochs: BetweenEpochs = lambda: False,
         max_steps: int = 0,
         folder: Path | None = None,
     ) -> None:
         self.step, self.batches, self.checkpointer, self.monitor = step, batches, checkpointer, monitor
-        self.nonfinite, self.end_of_epoch = nonfinite, end_of_epoch
+        self.nonfinite, self.end_of_epoch, self.between_epochs = nonfinite, end_of_epoch, between_epochs
         self.ranks, self.watchdog, self.interrupt = ranks, watchdog, interrupt
         self.log_every, self.max_steps, self.folder = log_every, max_steps, folder
         self.position = checkpointer.state.position
@@ -71,19 +75,21 @@ class Trainer:
         """
         at = self.position
         try:
-            while at.step < at.total_steps:
-                leaving = self._train_epoch()
+            leaving = at.at_epoch_end and self.between_epochs()
+            if leaving:
+                self._save()  # this process has not yet
+            while not leaving and at.step < at.total_steps:
+                leaving = self._train_epoch() and at.step < at.total_steps
                 if at.at_epoch_end:
                     self.end_of_epoch(self._save)
-                if leaving and at.step < at.total_steps:
-                    self.checkpointer.finish()
-                    self._tell_of_the_stop()
-                    return False
+                    leaving = self.between_epochs() or leaving
             self.checkpointer.finish()
+            if leaving:
+                self._tell_of_the_stop()
         finally:
             self.checkpointer.wait()  # whatever the reason for leaving, a write in flight is finished
             self.monitor.close()
-        return True
+        return not leaving
 
     def _train_epoch(self) -> bool:
         """The steps of this epoch that are still to do; True when the run is to be left."""

@@ -70,3 +70,23 @@ def test_wrong_input_is_named_and_leaves_nothing(tmp_path, capsys, monkeypatch, 
     assert plot_run.main(words) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_k_nn_of_the_runs_that_measured_it_is_a_panel_of_its_own(tmp_path, capsys, monkeypatch):
+    axes, save = [], matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda self, *a, **k: (axes.extend(self.axes), save(self, *a, **k))
+    )
+    runs = [write_run(tmp_path / "one", [1.0, 0.9]), write_run(tmp_path / "two", [1.0, 0.8])]
+    with (runs[1] / "metrics.jsonl").open("a") as file:
+        for step, top1 in ((0, 12.5), (2, 37.25)):
+            file.write(line_of({"step": step, "epoch": step // 2, "knn_top1": top1, "eval_seconds": 1.0}))
+    assert plot_run.main([*map(str, runs), "--out", str(tmp_path / "a.png")]) == 0
+    assert [panel.get_title() for panel in axes] == [*plot_run.PANELS.values(), "k-NN top-1, percent"]
+    (none, line) = axes[-1].get_lines()
+    assert len(none.get_xdata()) == 0
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 2], [12.5, 37.25])
+    assert line.get_color() == axes[0].get_lines()[1].get_color(), "a run has one colour in all panels"
+    said = capsys.readouterr().out
+    assert f"{runs[0]}: 2 log points to step 2, loss 0.9000\n" in said
+    assert f"{runs[1]}: 2 log points to step 2, loss 0.8000, k-NN top-1 37.25 %\n" in said

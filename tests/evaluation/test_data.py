@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spark_fast.errors import DataError
-from spark_fast.evaluation.data import _numbers
+from spark_fast.evaluation.data import Labelled, _numbers
 from tests.pipelines.building import build
 from tests.pipelines.pictures import jpeg
 
@@ -35,3 +35,19 @@ def test_a_class_with_images_that_was_not_trained_is_an_error():
     val = SimpleNamespace(classes=["a", "b", "c"], num_classes=3, empty_classes={"c"})
     with pytest.raises(DataError, match="val has 1 classes that the training images have not: b"):
         _numbers("val", train, val, torch.device("cpu"))
+
+
+def test_ranks_are_asked_equally_often_also_where_one_has_no_share_of_the_last_batch(tmp_path):
+    for i in range(5):
+        (tmp_path / f"{i % 2}").mkdir(exist_ok=True)
+        (tmp_path / f"{i % 2}" / f"{i}.jpg").write_bytes(jpeg(i, 16, 16))
+    found = []
+    for rank in range(4):
+        view = {"split": "all", "augment": False, "in_order": True}
+        pipeline = build(tmp_path, batch_size=4, input_size=32, rank=rank, world_size=4, **view)
+        asked = []
+        labels = [label for _, part in Labelled(pipeline, 2, None, asked.append).epoch() for label in part.tolist()]
+        pipeline.close()
+        assert asked == [0, 1]
+        found.append(labels)
+    assert found == [[0], [0], [0], [1, 1]]

@@ -117,7 +117,12 @@ def unbroken(pictures, tmp_path_factory):  # noqa: F811
     return undisturbed(tmp_path_factory.mktemp("unbroken") / "run", pictures, epochs=1)
 
 
-def undisturbed(folder, pictures, epochs):  # noqa: F811
+@pytest.fixture(scope="module")
+def unbroken_of_fcmae(pictures, tmp_path_factory):  # noqa: F811
+    return undisturbed(tmp_path_factory.mktemp("fcmae") / "run", pictures, 1, "--method=fcmae")
+
+
+def undisturbed(folder, pictures, epochs, *more):  # noqa: F811
     flags = [
         "name",
         f"--data_path={pictures}",
@@ -127,7 +132,7 @@ def undisturbed(folder, pictures, epochs):  # noqa: F811
         "--base_lr=0.01",
         "--picture_every=0",
     ]
-    flags += ["--save_every=1", "--log_every=1"]
+    flags += ["--save_every=1", "--log_every=1", *more]
     here(*flags, f"--exp_dir={folder}")
     return folder, flags
 
@@ -185,9 +190,10 @@ def test_a_second_signal_ends_a_run_that_hangs_in_its_save(unbroken, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(unbroken, tmp_path):
+@pytest.mark.parametrize("of", ["unbroken", "unbroken_of_fcmae"])
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(request, tmp_path, of):
     """Row 11: the second save fails, all others succeed."""
-    folder, flags = unbroken
+    folder, flags = request.getfixturevalue(of)
     done = sabotaged("nothing written", 2, "full once", *flags, f"--exp_dir={tmp_path / 'run'}", code=0)
     told = [line for line in done.stderr.splitlines() if "NOT SAVED" in line]
     assert len(told) == 1

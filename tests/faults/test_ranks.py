@@ -15,7 +15,7 @@ import pytest
 from tests.cli.test_train import assert_same_weights, pictures, weights  # noqa: F401
 from tests.commands import HANG_SECONDS
 from tests.faults import trainee
-from tests.faults.test_run import STEPS, flags_of, here, rows, samples
+from tests.faults.test_run import FCMAE, STEPS, flags_of, here, rows, samples
 
 pytestmark = pytest.mark.slow
 
@@ -38,15 +38,23 @@ def torchrun(ledger, plan, *flags, ranks=2, restarts=0, code=0):
 @pytest.fixture(scope="module")
 def whole(pictures, tmp_path_factory, times):  # noqa: F811
     """A run of two ranks, 2 epochs of 6 steps (3 in full), never disturbed."""
-    folder = tmp_path_factory.mktemp("two")
-    flags = flags_of(pictures, times(2, 3))
+    return undisturbed(tmp_path_factory.mktemp("two"), flags_of(pictures, times(2, 3)))
+
+
+@pytest.fixture(scope="module")
+def whole_of_fcmae(pictures, tmp_path_factory, times):  # noqa: F811
+    return undisturbed(tmp_path_factory.mktemp("fcmae"), flags_of(pictures, times(2, 3), FCMAE))
+
+
+def undisturbed(folder, flags):
     torchrun(folder / "ledger", "", *flags, f"--exp_dir={folder / 'run'}")
     return folder, flags
 
 
-def test_when_a_rank_is_killed_the_other_leaves_and_names_it(whole, tmp_path, times):
+@pytest.mark.parametrize("method", [[], [FCMAE]], ids=["spark", "fcmae"])
+def test_when_a_rank_is_killed_the_other_leaves_and_names_it(pictures, tmp_path, times, method):  # noqa: F811
     """Row 3."""
-    _, flags = whole
+    flags = flags_of(pictures, times(2, 3), *method)
     for i in range(times(1, 10)):
         words = [*flags, "--timeout=7200", f"--exp_dir={tmp_path / str(i)}"]  # it is not this that ends the other
         done = torchrun(tmp_path / f"{i}.ledger", f"saved,{i % 2}:4:kill", *words, code=1)
@@ -59,9 +67,10 @@ def test_when_a_rank_is_killed_the_other_leaves_and_names_it(whole, tmp_path, ti
         assert weights(tmp_path / str(i))["step"] >= 3
 
 
-def test_killed_ranks_come_back_with_torchruns_restarts_to_the_same_bits(whole, tmp_path, times):
+@pytest.mark.parametrize("of", ["whole", pytest.param("whole_of_fcmae", marks=pytest.mark.drill)])
+def test_killed_ranks_come_back_with_torchruns_restarts_to_the_same_bits(request, tmp_path, times, of):
     """Five kills, of either rank."""
-    folder, flags = whole
+    folder, flags = request.getfixturevalue(of)
     plan = times("1:3:kill,0:8:kill", "1:3:kill,0:5:kill,1:8:kill,0:11:kill,1:15:kill")
     done = torchrun(tmp_path / "ledger", plan, *flags, f"--exp_dir={tmp_path / 'run'}", restarts=5)
     assert "torchrun restarted this run: going on as with --resume auto" in done.stderr

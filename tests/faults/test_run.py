@@ -24,6 +24,8 @@ from tests.pipelines.pictures import jpeg
 from tests.processes import Forked, run_forked
 
 STEPS = 6  # an epoch
+FCMAE = "--method=fcmae"
+SECOND_METHOD = pytest.param([FCMAE], marks=pytest.mark.slow, id="fcmae")
 
 
 def run(ledger, plan, *flags, code=0):
@@ -53,20 +55,34 @@ def flags_of(pictures, epochs, *more):  # noqa: F811
 
 
 def rows(folder):
+    """The log points of a run."""
+    return [row for row in metrics_of(folder) if "loss" in row]
+
+
+def evaluations(folder):
+    return [(row["step"], row["knn_top1"], row["knn_top5"]) for row in metrics_of(folder) if "knn_top1" in row]
+
+
+def metrics_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def steps_of(metrics):
     """Steps that a run has reported."""
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    return metrics.read_bytes().count(b'"loss"') if metrics.exists() else 0
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_ends_with_the_same_bits(pictures, tmp_path, times):  # noqa: F811
+@pytest.mark.parametrize(
+    ("method", "few"),
+    [([], 5), ([FCMAE, "--masks_per_image=2", "--eval_every=1"], 2)],
+    ids=["spark", "fcmae, two masks an image, evaluated"],
+)
+def test_killed_at_random_moments_it_ends_with_the_same_bits(pictures, tmp_path, times, method, few):  # noqa: F811
     """Row 1. Every fourth kill while the process starts, the others somewhere in a step, its loading or its save."""
-    kills, rng = times(5, 30), random.Random(1)
+    kills, rng = times(few, 30), random.Random(1)
     epochs = kills + 1
-    flags = flags_of(pictures, epochs)
+    flags = flags_of(pictures, epochs, *method, *([f"--val_path={pictures}"] if method else []))
     started, first_row = time.monotonic(), tmp_path / "whole" / "metrics.jsonl"
     words = [tmp_path / "whole.ledger", "", *flags, f"--exp_dir={tmp_path / 'whole'}"]
     whole = Forked(trainee.main, *words, folder=tmp_path)
@@ -97,13 +113,21 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(pictures, tmp_path,
         ids = [i for step in range(epoch * STEPS, (epoch + 1) * STEPS) for i in steps[step]]
         assert sorted(ids) == list(range(48)), "each sample once an epoch"
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, STEPS * epochs + 1))
+    assert evaluations(tmp_path / "run") == evaluations(tmp_path / "whole")
+    assert len(evaluations(tmp_path / "run")) == (epochs + 1 if method else 0)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", [pytest.param([], id="spark"), SECOND_METHOD])
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_step_that_is_not_finite_is_skipped_and_its_samples_are_listed(pictures, tmp_path, value):  # noqa: F811
+def test_a_step_that_is_not_finite_is_skipped_and_its_samples_are_listed(
+    pictures,  # noqa: F811
+    tmp_path,
+    value,
+    method,
+):
     """Row 13."""
-    flags = flags_of(pictures, 2, f"--exp_dir={tmp_path / 'run'}")
+    flags = flags_of(pictures, 2, *method, f"--exp_dir={tmp_path / 'run'}")
     done = here(tmp_path / "ledger", f"0:4:{value},0:7:{value},0:8:{value}", *flags)
     bad = [json.loads(line) for line in (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()]
     assert [row["step"] for row in bad] == [5, 8, 9]
@@ -138,10 +162,11 @@ def test_a_failure_in_the_pipeline_shows_its_own_traceback(pictures, tmp_path): 
 
 
 @pytest.mark.slow
-def test_a_run_that_stands_still_ends_with_5(pictures, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("method", [[], [FCMAE]], ids=["spark", "fcmae"])
+def test_a_run_that_stands_still_ends_with_5(pictures, tmp_path, method):  # noqa: F811
     """Rows 23, 24: the next batch never comes."""
-    done = run(tmp_path / "ledger", "0:2:hang", *flags_of(pictures, 1, "--timeout=30", f"--exp_dir={tmp_path}/run"),
-               code=5)  # fmt: skip
+    flags = flags_of(pictures, 1, *method, "--timeout=30", f"--exp_dir={tmp_path}/run")
+    done = run(tmp_path / "ledger", "0:2:hang", *flags, code=5)
     told = r"rank 0 has made no progress for \d+ s at step 2, waiting for data \(--timeout 30\)"
     assert re.search(told, done.stderr), done.stderr
     assert "go on with --resume auto" in done.stderr

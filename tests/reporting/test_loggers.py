@@ -77,6 +77,22 @@ def test_tensorboard_has_every_figure_and_the_pictures(tmp_path):
     assert rows(tmp_path) == [ROW]
 
 
+def test_an_evaluation_is_shown_as_such_and_what_was_shown_stays_after_a_resume_at_its_step(tmp_path, wandb):
+    for step in (0, 2):
+        found = opened(tmp_path, step=step, wandb="project")
+        for board in found:
+            if step == 0:
+                board.point(ROW, 2)
+                board.point({"step": 2, "epoch": 1, "knn_top1": 12.5}, 2, "eval")
+                board.point({**ROW, "step": 3}, 3)
+            board.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("eval/knn_top1")] == [(2, 12.5)]
+    assert [e.step for e in board.Scalars("train/loss")] == [2], "step 3 will be run again"
+    assert rows(tmp_path) == [ROW, {"step": 2, "epoch": 1, "knn_top1": 12.5}]
+    assert (2, {"eval/knn_top1": 12.5, "eval/epoch": 1}) in wandb.told
+
+
 def test_a_rank_that_does_not_write_has_no_boards():
     assert open_loggers(None, 0, wandb="p") == []
 

@@ -26,6 +26,9 @@ def test_everything_that_decides_whether_it_learns_is_told():
         "  peak rate   0.0032",
     ]
     assert "steps       499200 (1600 epochs of 312), of which 9 are done" in replace(PUBLISHED, step=9).text()
+    knn = replace(PUBLISHED, evaluation="k-NN of 5 images among 20 of a", eval_every=1)
+    assert "  evaluation  k-NN of 5 images among 20 of a; before step 1, every epoch and after the last" in knn.text()
+    assert "before step 1, every 7 epochs and after the last" in replace(knn, eval_every=7).text()
     assert "  method      fcmae, 4 masks an image" in replace(PUBLISHED, method="fcmae", masks=4).text()
 
 

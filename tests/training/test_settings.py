@@ -13,7 +13,7 @@ NAMED = ["name", "--data_path=images"]
 # The whole surface. A new option belongs here, in the README and in the CHANGELOG.
 FLAGS = """
 config print_config help
-data_path pipeline ffcv_resize decode augment input_size batch_size bs
+data_path val_path eval_every pipeline ffcv_resize decode augment input_size batch_size bs
 workers dataloader_workers prefetch max_bad_fraction max_pixels min_crop method masks_per_image decoder_depth
 model stages mask_ratio mask drop_path dp decoder_width encoder verify sparse_conv no_sparse_conv init_weight
 epochs ep warmup_epochs wp_ep base_lr optimizer opt beta2 ada weight_decay wd weight_decay_end wde clip accumulate
@@ -288,7 +288,7 @@ def test_a_width_of_zero_is_refused():
 
 POSITIVE = ["batch_size", "workers", "prefetch", "decoder_width", "epochs", "base_lr", "accumulate", "log_every"]
 POSITIVE += ["max_bad_steps", "timeout"]
-NOT_NEGATIVE = ["warmup_epochs", "weight_decay", "weight_decay_end", "clip", "threads", "keep_every"]
+NOT_NEGATIVE = ["eval_every", "warmup_epochs", "weight_decay", "weight_decay_end", "clip", "threads", "keep_every"]
 
 
 @pytest.mark.parametrize("value", [0, -1])
@@ -310,6 +310,18 @@ def test_some_settings_may_be_zero_but_not_negative(name):
 def test_no_number_is_in_no_range(name, value):
     with pytest.raises(SettingsError, match=f"--{name} must .*got nan"):
         parse([*NAMED, f"--{name}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--eval_every=5"], "--eval_every 5 needs --val_path"), (["--val_path=v"], "--val_path v is for --eval_every"),
+     (["--eval_every=-1", "--val_path=v"], "--eval_every must not be negative, got -1")],
+)  # fmt: skip
+def test_an_evaluation_needs_images_and_how_often(words, message):
+    with pytest.raises(SettingsError, match=message):
+        parse([*NAMED, *words])
+    found = parse([*NAMED, "--eval_every=5", "--val_path=v"])
+    assert (found.run.eval_every, found.data.val_path) == (5, "v")
 
 
 @pytest.mark.parametrize("value", ["0.0", "1.0", "1.5", "-0.1"])

@@ -35,6 +35,10 @@ class Events:
         self.seen.append(f"epoch {self.state.position.epoch}")
         save()
 
+    def between_epochs(self, give_up_at):
+        self.seen.append(f"between {self.state.position.step}")
+        return self.state.position.step == give_up_at
+
     def step(self, step, batch):
         bad = step in self.spoiled
         self.state.optimizer.zero_grad()
@@ -66,7 +70,9 @@ class Asked:
         return self.at is not None and self.state.position.step >= self.at
 
 
-def build(state, alone, folder, *, log_every=100, every=0, stop_at=None, max_steps=0, spoiled=(), limit=3):
+def build(
+    state, alone, folder, *, log_every=100, every=0, stop_at=None, max_steps=0, spoiled=(), limit=3, give_up_at=None
+):
     guard = NonfiniteGuard(state.model, torch.clone, overflow_is_normal=False)
     events = Events(state, guard, spoiled)
     folder.mkdir(exist_ok=True)
@@ -83,6 +89,7 @@ def build(state, alone, folder, *, log_every=100, every=0, stop_at=None, max_ste
         ),
         nonfinite=NonfiniteReport(guard, alone, limit),
         end_of_epoch=events.end_of_epoch,
+        between_epochs=lambda: events.between_epochs(give_up_at),
         ranks=alone,
         watchdog=Watchdog(600),
         interrupt=Asked(state, stop_at),
@@ -98,9 +105,11 @@ def test_a_whole_run_logs_and_saves_at_the_end_of_every_epoch(make_state, alone,
     trainer, events = build(state, alone, tmp_path)
     assert trainer.train() is True
     assert events.seen == [
+        "between 0",
         "step 0 of samples [0, 0]", "step 1 of samples [0, 1]", "step 2 of samples [0, 2]", "log 3", "epoch 1",
+        "between 3",
         "step 3 of samples [1, 0]", "step 4 of samples [1, 1]", "step 5 of samples [1, 2]", "log 6", "epoch 2",
-        "close",
+        "between 6", "close",
     ]  # fmt: skip
     assert list(published(tmp_path)) == [6, 3]
 
@@ -133,7 +142,7 @@ def test_interrupted_it_saves_says_how_to_go_on_and_goes_on_to_the_same_weights(
 def test_interrupted_at_the_last_step_of_all_it_is_done(make_state, alone, tmp_path):
     trainer, events = build(make_state(), alone, tmp_path, stop_at=6)
     assert trainer.train() is True
-    assert events.seen[-2:] == ["epoch 2", "close"]
+    assert events.seen[-3:] == ["epoch 2", "between 6", "close"]
 
 
 def test_a_run_that_is_complete_takes_no_step(make_state, alone, tmp_path):
@@ -141,7 +150,32 @@ def test_a_run_that_is_complete_takes_no_step(make_state, alone, tmp_path):
     state.position.step = 6
     trainer, events = build(state, alone, tmp_path)
     assert trainer.train() is True
-    assert events.seen == ["close"]
+    assert events.seen == ["between 6", "close"]
+
+
+@pytest.mark.parametrize("step", [0, 3, 6])
+def test_told_to_stop_between_epochs_it_is_saved_and_a_resume_begins_there_again(
+    make_state, alone, tmp_path, capsys, step
+):
+    trainer, events = build(make_state(), alone, tmp_path, give_up_at=step)
+    assert trainer.train() is False
+    assert events.seen[-2:] == [f"between {step}", "close"]
+    last = tmp_path / CHECKPOINT
+    assert f"stopped at step {step} of 6; saved {last}. Go on" in capsys.readouterr().out
+    state = make_state()
+    state.restore(last, read_run(last), alone)
+    trainer, events = build(state, alone, tmp_path)
+    assert trainer.train() is True
+    assert events.seen[0] == f"between {step}"
+    assert sum(event.startswith("step") for event in events.seen) == 6 - step
+
+
+def test_in_the_middle_of_an_epoch_nothing_comes_between(make_state, alone, tmp_path):
+    state = make_state()
+    state.position.step = state.position.begun = 2
+    trainer, events = build(state, alone, tmp_path)
+    assert trainer.train()
+    assert events.seen[0] == "step 2 of samples [0, 2]"
 
 
 def test_nothing_is_saved_amid_steps_that_are_not_finite_and_too_many_end_the_run(make_state, alone, tmp_path):

@@ -18,6 +18,7 @@ def test_a_pipeline_tells_what_its_data_are(image_folder, tmp_path, backend):
     pipeline = build(image_folder(24, 3), batch_size=5, input_size=32, **backend)
     assert (len(pipeline), pipeline.num_samples, pipeline.num_classes) == (4, 24, 3)
     assert pipeline.classes == ["n0000", "n0001", "n0002"]
+    assert pipeline.labels.tolist() == [i * 3 // 24 for i in range(24)]
     batch = next(pipeline.epoch(0))
     assert batch.labels.tolist() == [i * 3 // 24 for i in batch.ids.tolist()]
     pipeline.close()
@@ -25,6 +26,7 @@ def test_a_pipeline_tells_what_its_data_are(image_folder, tmp_path, backend):
     (tmp_path / "flat" / "a.jpg").write_bytes(jpeg(0))
     unlabelled = build(tmp_path / "flat", batch_size=1, input_size=32, **backend)
     assert unlabelled.num_classes == 0
+    assert unlabelled.labels is None
     assert next(unlabelled.epoch(0)).labels is None
     unlabelled.close()
 

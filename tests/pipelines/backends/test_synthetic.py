@@ -26,6 +26,7 @@ def test_the_synthetic_pipeline_keeps_the_contract():
         assert labels.tolist() == (ids % IMAGES).tolist()
     pipeline = build(None, pipeline="synthetic", batch_size=8, input_size=32, synthetic_samples=50)
     whole, tail = list(pipeline.epoch(0)), list(pipeline.epoch(0, 4))
+    assert all(pipeline.labels[batch.ids].tolist() == batch.labels.tolist() for batch in whole)
     assert torch.equal(torch.stack([b.images for b in whole[4:]]), torch.stack([b.images for b in tail]))
     with pytest.raises(ValueError, match="start_step 7"):
         pipeline.epoch(0, 7)

@@ -6,7 +6,7 @@ import pytest
 
 from spark_fast.commands import command
 from spark_fast.errors import DataError
-from spark_fast.pipelines.sources.detect import TARS, detect_source
+from spark_fast.pipelines.sources.detect import TARS, detect_source, has_split
 from tests.pipelines.building import build
 from tests.pipelines.comparing import batches
 from tests.pipelines.sources.listing import names_of, write
@@ -76,3 +76,14 @@ def test_a_file_is_no_place_for_a_validation_split(image_folder):
     listed = build(root / "list.txt", batch_size=2, input_size=32)
     assert (listed.num_classes, listed.classes) == (4, [])
     listed.close()
+
+
+def test_a_split_is_a_folder_of_its_name_or_tars_that_are_named_after_it(tmp_path):
+    assert not has_split(tmp_path, "val")
+    assert not has_split(tmp_path / "nowhere", "val")
+    (tmp_path / "imagenet1k-val-0000.tar").touch()
+    assert has_split(tmp_path, "val")
+    assert not has_split(tmp_path, "test")
+    assert not has_split(tmp_path / "imagenet1k-val-0000.tar", "val")
+    (tmp_path / "test").mkdir()
+    assert has_split(tmp_path, "test")
