@@ -19,12 +19,12 @@ ROOT = Path(__file__).parents[3]
 CASES = ("tests/encoder/conv/kernel_cases.py", "tests/encoder/conv/fused_cases.py")
 
 
-def run_cases(**environment):
+def run_cases(*more, **environment):
     """The cases in a process of their own, for Triton reads TRITON_INTERPRET when it is imported."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"]
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
     done = subprocess.run(
-        [*command, *CASES],
+        [*command, *CASES, *more],
         cwd=ROOT,
         env=kept | environment,
         capture_output=True,
@@ -36,7 +36,7 @@ def run_cases(**environment):
 
 @pytest.mark.slow
 def test_kernels_interpreted_on_the_cpu_equal_pytorch():
-    run_cases(TRITON_INTERPRET="1")
+    run_cases("tests/encoder/conv/fused_properties.py", TRITON_INTERPRET="1")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
