@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from device_jobs import ConvLayer, Job, NotHereError, Scale
 from measuring import fit_rates
+from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 from ways import Shape, median_seconds
 
@@ -40,13 +41,16 @@ class Comparison(NamedTuple):
 
 
 def layer_jobs(scale: Scale, device: torch.device) -> Iterator[Job]:
-    """A row for each layer, and the constants of the decoder's cost model that fit what its rows say."""
+    """A row for each layer, some ConvNeXt blocks, and the constants of the decoder's cost model that fit its rows."""
     found: list[Comparison] = []
     shape = scale.step_shapes[0]
     for layer in scale.layers:
         kind = "depthwise" if layer.depthwise else "conv"
         name = f"{kind} {layer.kernel}x{layer.kernel} stride {layer.stride}, C {layer.channels}, b {layer.b}"
         yield Job(name, partial(_algorithms, layer, shape, scale.repeats, device), 4)
+        if layer.depthwise and layer.b in (8, 2):
+            name = f"ConvNeXt block, C {layer.channels}, b {layer.b}"
+            yield Job(name, partial(_convnext_block, layer, shape, scale.repeats, device), 2)
     for i in range(BLOCKS):
         yield Job(f"decoder block {i}", partial(_merge, i, shape, scale.repeats, device, found), 2)
     for i in range(1, 4):
@@ -76,6 +80,20 @@ def _algorithms(layer: ConvLayer, shape: Shape, repeats: int, device: torch.devi
     for algorithm in dict.fromkeys([chosen, *possible]):
         conv.algorithm = lambda b, keep, forced=algorithm: forced  # type: ignore[method-assign, misc]
         row[f"{algorithm} ms"] = _both_passes(conv, [x], conv.parameters(), device, repeats)
+    return row
+
+
+def _convnext_block(layer: ConvLayer, shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Milliseconds of a whole block by the GPU's kernels, and by PyTorch; its input is the residual stream in fp32."""
+    context, visible = EncoderContext(dense=False), _visible(shape, device)
+    block = convert_layers(ConvNeXtBlock(layer.channels), PACKED, context)[0]
+    block = block.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = _cells(visible.count, layer.channels, layer.b, device).detach().float().requires_grad_()
+    context.visible = visible
+    kernels = use_kernels(None, x)
+    row: dict[str, Any] = {"batch": shape.batch, "chosen": "kernels" if kernels else "PyTorch"}
+    for name, context.kernels in (("kernels", True), ("PyTorch", False))[not kernels :]:
+        row[f"{name} ms"] = _both_passes(block, [x], block.parameters(), device, repeats)
     return row
 
 
