@@ -19,7 +19,7 @@ class FusedConvNeXtBlock(Block):
     """timm's ConvNeXtBlock, V1 and V2; its own forward but for packed patches under autocast with the GPU kernels.
 
     There the two linear layers leave their biases to the kernels behind them (`kernels.pointwise_triton`), the block's
-    input is rounded for its convolution by `_round_beside`, and the residual stream stays fp32, as under autocast.
+    input is rounded for its convolution by `_RoundBeside`, and the residual stream stays fp32, as under autocast.
     """
 
     conv_dw: nn.Module
@@ -32,8 +32,9 @@ class FusedConvNeXtBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """(V, C, b, b) -> (V, C', b', b'); a dense map while no patches are visible."""
-        fused = self.context.visible is not None and not self.context.dense and gpu.use_fused(self.context.kernels, x)
-        if not fused or not self._usual():
+        visible = self.context.visible
+        fused = not self.context.dense and gpu.use_fused(self.context.kernels, x)
+        if visible is None or not fused or not self._usual():
             return super().forward(x)
         shortcut, dtype = x, torch.get_autocast_dtype(x.device.type)
         if x.dtype != dtype:
@@ -42,7 +43,8 @@ class FusedConvNeXtBlock(Block):
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         rows = gpu.gelu_of_sum(F.linear(rows, fc1.weight.flatten(1)), fc1.bias)
         if hasattr(self.mlp, "grn"):
-            rows = self._on_rows(self.mlp.grn, rows)
+            grn = self.mlp.grn
+            rows = gpu.response_norm(rows, grn.weight, grn.bias, grn.eps, visible.batch)
         rows = F.linear(rows, fc2.weight.flatten(1))
         factor = None
         if not isinstance(self.drop_path, nn.Identity):

@@ -11,6 +11,7 @@ import pytest
 import timm.layers as tl
 import torch
 import torch.nn.functional as F
+from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 
@@ -77,6 +78,43 @@ def compare_layer_norm(shape, dtype, out, parts, mean):
 )
 def test_layer_norm_and_its_gradients(shape, dtype, out, parts):
     compare_layer_norm(shape, dtype, out, parts, mean=3.0)
+
+
+def compare_response_norm(images, cells, c, dtype, scale=1.0):
+    """timm's layer on (images, cells, 1, C)."""
+    x = (normal(images * cells, c, dtype=dtype).detach() * scale).requires_grad_()
+    inputs, upstream = (
+        [x, normal(c, seed=1), normal(c, seed=2)],
+        normal(images * cells, c, dtype=dtype, seed=3).detach(),
+    )
+
+    def plain(x, weight, bias):
+        layer = GlobalResponseNorm(c)
+        parameters = {"weight": weight, "bias": bias}
+        return torch.func.functional_call(layer, parameters, (x.view(images, cells, 1, c),)).view(x.shape)
+
+    got = results(lambda *t: gpu.response_norm(*t, 1e-6, images), inputs, upstream)
+    check(got, results(plain, in_float64(inputs), upstream), [dtype, dtype, FULL, FULL])
+
+
+@pytest.mark.parametrize(
+    ("images", "cells", "c", "dtype"),
+    [(2, 7, 96, HALF), (3, 1, 130, FULL), (1, 40, 5, torch.float16), (2, 700, 8, HALF)],
+)
+def test_response_norm_and_its_gradients(images, cells, c, dtype, monkeypatch):
+    monkeypatch.setattr(tile, "WAVES", 4)  # the last: runs of tiles, which end inside an image
+    compare_response_norm(images, cells, c, dtype)
+
+
+def test_a_channel_that_is_zero_has_no_response_and_a_finite_gradient():
+    x = torch.zeros(6, 4, device=DEVICE).requires_grad_()
+    out, *grads = results(
+        lambda *t: gpu.response_norm(*t, 1e-6, 2), [x, normal(4), normal(4)], torch.ones(6, 4).to(DEVICE)
+    )
+    assert torch.equal(grads[0], torch.ones_like(x))
+    assert torch.equal(grads[2], torch.full_like(grads[2], 6))
+    assert out.isfinite().all()
+    assert not grads[1].any()
 
 
 def test_a_mean_far_beyond_the_deviation_costs_no_digits():
@@ -163,10 +201,12 @@ def test_the_operators_are_what_torch_asks_of_operators():
     for norm in ((weight, bias), (None, None)):
         torch.library.opcheck(OPS.layer_norm, (x, *norm, 1e-6, HALF))
     torch.library.opcheck(OPS.gelu_of_sum, (x, bias))
+    torch.library.opcheck(OPS.response_norm, (x, weight, bias, 1e-6, 2))
     for parts in ((bias, weight, factor), (None, None, None)):
         torch.library.opcheck(OPS.scaled_residual, (x, *parts, normal(2, 3, 8, seed=4)))
     plain, weight, bias = x.detach(), weight.detach(), bias.detach()
     torch.library.opcheck(OPS.layer_norm_gradients, (grad, plain, weight, 1e-6))
+    torch.library.opcheck(OPS.response_norm_gradients, (grad, plain, weight, 1e-6, 2))
     torch.library.opcheck(OPS.gelu_of_sum_gradients, (grad, plain, bias))
     torch.library.opcheck(OPS.scaled_residual_gradients, (grad, plain, bias, weight, factor))
 
@@ -174,6 +214,7 @@ def test_the_operators_are_what_torch_asks_of_operators():
 def test_compiled_whole_they_give_the_same():
     def network(x, weight, bias):
         rows = gpu.gelu_of_sum(gpu.layer_norm(x, weight, bias, 1e-6, HALF), bias)
+        rows = gpu.response_norm(rows, weight, bias, 1e-6, 1)
         return gpu.scaled_residual(rows, bias, weight, None, x)
 
     inputs, upstream = [normal(5, 8), normal(8, seed=1), normal(8, seed=2)], normal(5, 8, seed=3).detach()
@@ -216,13 +257,14 @@ def run_block(block, x, autocast=True):
 def test_a_convnext_block_is_pytorchs(name, monkeypatch):
     """To the rounding of bf16; output and gradients stay fp32, as the residual stream is."""
     launched = set()
-    for kernel in ("layer_norm", "gelu_of_sum", "scaled_residual"):
+    for kernel in ("layer_norm", "gelu_of_sum", "response_norm", "scaled_residual"):
         op = getattr(gpu, kernel)
         monkeypatch.setattr(gpu, kernel, lambda *a, kernel=kernel, op=op: launched.add(kernel) or op(*a))
     block, visible = block_of(PACKED, BLOCKS[name], kernels=True)
     x = normal(visible.count, 8, 2, 2, seed=4).detach().to(memory_format=torch.channels_last).requires_grad_()
     fused = run_block(block, x)
-    assert launched == {"layer_norm", "gelu_of_sum", "scaled_residual"}
+    grn = {"response_norm"} if "V2" in name else set()
+    assert launched == {"layer_norm", "gelu_of_sum", "scaled_residual", *grn}
     assert block.norm.rounded
     launched.clear()
     block.context.kernels = False

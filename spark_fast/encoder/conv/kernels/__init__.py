@@ -30,6 +30,7 @@ if INSTALLED:
     from spark_fast.encoder.conv.kernels.implicit_gemm_triton import implicit_gemm
     from spark_fast.encoder.conv.kernels.layer_norm_triton import layer_norm
     from spark_fast.encoder.conv.kernels.pointwise_triton import gelu_of_sum, scaled_residual
+    from spark_fast.encoder.conv.kernels.response_norm_triton import response_norm
 
 __all__ = [
     "depthwise_convolution",
@@ -37,6 +38,7 @@ __all__ = [
     "gelu_of_sum",
     "implicit_gemm",
     "layer_norm",
+    "response_norm",
     "scaled_residual",
     "sum_windows",
     "use_fused",
