@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 import tyro
-from measuring import clock, machine, medians, save
+from measuring import clock, fit_rates, machine, medians, save
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -157,22 +157,11 @@ def show(rows: list[dict]) -> None:
 
 
 def fitted(rows: list[dict], options: Options) -> GpuRates:
-    """The rates whose costs are nearest to the measured seconds, by the mean square of the ratios' logarithms.
-
-    Each rate in turn is moved by eighths of an octave while that brings costs nearer, until none does.
-    """
+    """The rates whose costs are nearest to the measured seconds, by the mean square of the ratios' logarithms."""
     convs = [module(Layer(*(row[field] for field in Layer._fields)), "meta") for row in rows]
     per_b = options.batch * options.patches**2  # cells of the dense map, for patches of one cell
-    rates, best = H200._replace(element=2 if options.precision == "bf16" else 4), math.inf
-    names = ("memory", "cache", "products", "grouped")
-    moves = [(name, 2 ** (step / 8)) for name in names for step in (-8, -1, 1, 8)]
-    while True:
-        tried = [rates, *(rates._replace(**{name: getattr(rates, name) * factor}) for name, factor in moves)]
-        errors = [misfit(trial, rows, convs, per_b) for trial in tried]
-        if min(errors) >= best:
-            return rates
-        best = min(errors)
-        rates = tried[errors.index(best)]
+    rates = H200._replace(element=2 if options.precision == "bf16" else 4)
+    return fit_rates(rates, ("memory", "cache", "products", "grouped"), lambda r: misfit(r, rows, convs, per_b))
 
 
 def misfit(rates: GpuRates, rows: list[dict], convs: list[nn.Conv2d], per_b: int) -> float:

@@ -6,17 +6,21 @@ decoder from all cells or the visible ones. Forward and backward, in bf16 by aut
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from device_jobs import ConvLayer, Job, Scale
+from device_jobs import ConvLayer, Job, NotHereError, Scale
+from measuring import fit_rates
+from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 from ways import Shape, median_seconds
 
 from spark_fast.decoder import Decoder
 from spark_fast.decoder.densify import densify, sparse_pays
+from spark_fast.decoder.gpu_costs import H200, DecoderRates, merging_costs, projection_costs
 from spark_fast.decoder.upsample import merging_pays
 from spark_fast.encoder import VisiblePatches
 from spark_fast.encoder.context import EncoderContext
@@ -28,17 +32,30 @@ from spark_fast.masking import num_visible, sample_visible
 PATCH, BLOCKS = 32, 5  # pixels; blocks of the decoder, log2 of it
 
 
+class Comparison(NamedTuple):
+    """A layer of the decoder computed both ways."""
+
+    model: Callable[..., dict[str, float]]  # of `spark_fast.decoder.gpu_costs`
+    arguments: tuple[float, ...]
+    row: dict[str, Any]  # milliseconds of each
+
+
 def layer_jobs(scale: Scale, device: torch.device) -> Iterator[Job]:
-    """A row for each layer."""
+    """A row for each layer, some ConvNeXt blocks, and the constants of the decoder's cost model that fit its rows."""
+    found: list[Comparison] = []
     shape = scale.step_shapes[0]
     for layer in scale.layers:
         kind = "depthwise" if layer.depthwise else "conv"
         name = f"{kind} {layer.kernel}x{layer.kernel} stride {layer.stride}, C {layer.channels}, b {layer.b}"
         yield Job(name, partial(_algorithms, layer, shape, scale.repeats, device), 4)
+        if layer.depthwise and layer.b in (8, 2):
+            name = f"ConvNeXt block, C {layer.channels}, b {layer.b}"
+            yield Job(name, partial(_convnext_block, layer, shape, scale.repeats, device), 2)
     for i in range(BLOCKS):
-        yield Job(f"decoder block {i}", partial(_merge, i, shape, scale.repeats, device), 2)
+        yield Job(f"decoder block {i}", partial(_merge, i, shape, scale.repeats, device, found), 2)
     for i in range(1, 4):
-        yield Job(f"projection {i}", partial(_projection, i, shape, scale.repeats, device), 2)
+        yield Job(f"projection {i}", partial(_projection, i, shape, scale.repeats, device, found), 2)
+    yield Job("DecoderRates", partial(_rates, found, device), 1)
 
 
 def _algorithms(layer: ConvLayer, shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
@@ -66,7 +83,21 @@ def _algorithms(layer: ConvLayer, shape: Shape, repeats: int, device: torch.devi
     return row
 
 
-def _merge(number: int, shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
+def _convnext_block(layer: ConvLayer, shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Milliseconds of a whole block by the GPU's kernels, and by PyTorch; its input is the residual stream in fp32."""
+    context, visible = EncoderContext(dense=False), _visible(shape, device)
+    block = convert_layers(ConvNeXtBlock(layer.channels), PACKED, context)[0]
+    block = block.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = _cells(visible.count, layer.channels, layer.b, device).detach().float().requires_grad_()
+    context.visible = visible
+    kernels = use_kernels(None, x)
+    row: dict[str, Any] = {"batch": shape.batch, "chosen": "kernels" if kernels else "PyTorch"}
+    for name, context.kernels in (("kernels", True), ("PyTorch", False))[not kernels :]:
+        row[f"{name} ms"] = _both_passes(block, [x], block.parameters(), device, repeats)
+    return row
+
+
+def _merge(number: int, shape: Shape, repeats: int, device: torch.device, found: list[Comparison]) -> dict[str, Any]:
     """Milliseconds of a decoder block with its first two layers as one, and apart."""
     width = shape.width or 768
     block = Decoder(PATCH, width).dec[number].to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -76,20 +107,52 @@ def _merge(number: int, shape: Shape, repeats: int, device: torch.device) -> dic
     for name, merge in (("merged", True), ("apart", False)):
         block.merge = merge
         row[f"{name} ms"] = _both_passes(block, [x], block.parameters(), device, repeats)
+    found.append(Comparison(merging_costs, (shape.batch, side, side, channels), row))
     return row
 
 
-def _projection(number: int, shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
+def _projection(
+    number: int, shape: Shape, repeats: int, device: torch.device, found: list[Comparison]
+) -> dict[str, Any]:
     """Milliseconds of a 3x3 projection of ResNet-50's level into the decoder, from all cells or the visible ones."""
     visible, b = _visible(shape, device), 2**number
     channels, width = 2048 // b, (shape.width or 768) // b
     project = nn.Conv2d(channels, width, 3, padding=1).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     x, token = _cells(visible.count, channels, b, device), torch.zeros(channels, device=device, requires_grad=True)
-    row: dict[str, Any] = {"batch": shape.batch, "chosen": "visible" if sparse_pays(x, visible.keep) else "all"}
+    row: dict[str, Any] = {"batch": shape.batch, "chosen": "visible" if sparse_pays(x, visible.keep, width) else "all"}
     for name, sparse in (("all", False), ("visible", True)):
         run = partial(densify, project=project, visible=visible, sparse=sparse)
         row[f"{name} ms"] = _both_passes(run, [x, token], project.parameters(), device, repeats)
+    cells = shape.batch * visible.grid[0] * visible.grid[1] * b * b
+    found.append(Comparison(projection_costs, (cells, visible.keep, channels, width), row))
     return row
+
+
+def _rates(found: list[Comparison], device: torch.device) -> dict[str, Any]:
+    """The `DecoderRates` that fit: `spark_fast/decoder/gpu_costs.py` chooses by these constants."""
+    if device.type != "cuda":
+        raise NotHereError("takes a GPU")
+    if not found:
+        raise NotHereError("no layer of the decoder was measured")
+    rates = fit_rates(H200, H200._fields, lambda rates: misfit(rates, found))
+    return {"rates": "DecoderRates(" + ", ".join(f"{k}={v:.3g}" for k, v in rates._asdict().items()) + ")"}
+
+
+def misfit(rates: DecoderRates, found: list[Comparison]) -> float:
+    """The mean square, over layers, of the logarithms of measured seconds over the model's.
+
+    A block has layers besides the two that are merged: of it, the difference of the two ways over the slower one.
+    """
+    total = 0.0
+    for model, arguments, row in found:
+        costs = model(*arguments, rates)
+        pairs = [(row[f"{name} ms"] / 1000, cost) for name, cost in costs.items()]
+        if model is projection_costs:
+            total += sum(math.log(seconds / cost) ** 2 for seconds, cost in pairs) / 2
+        else:
+            (first, its_cost), (second, cost) = pairs
+            total += ((first - second - its_cost + cost) / max(first, second)) ** 2
+    return total / len(found)
 
 
 def _visible(shape: Shape, device: torch.device) -> VisiblePatches:

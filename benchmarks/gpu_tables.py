@@ -44,10 +44,10 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {  # title -> parts, columns
     )),
     "Encoder": ("encoder", (("ms", lambda row: f"{1000 * row['seconds']:.1f}"),)),
     "Layers": ("layers", (
-        ("chosen", lambda row: row["chosen"]),
-        ("its ms", lambda row: f"{row[row['chosen'] + ' ms']:.3f}"),
+        ("chosen", lambda row: row.get("rates") or row["chosen"]),
+        ("its ms", lambda row: _milliseconds(row, row.get("chosen"))),
         ("fastest", lambda row: _fastest(row)),
-        ("its ms", lambda row: f"{row[_fastest(row) + ' ms']:.3f}"),
+        ("its ms", lambda row: _milliseconds(row, _fastest(row))),
     )),
     "Loader": ("loader", (
         ("images/s", lambda row: f"{row['images/s']:.0f}"),
@@ -155,7 +155,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fastest(row: dict[str, Any]) -> str:
-    return min((key.removesuffix(" ms") for key in row if key.endswith(" ms")), key=lambda name: row[f"{name} ms"])
+    names = [key.removesuffix(" ms") for key in row if key.endswith(" ms")]
+    return min(names, key=lambda name: row[f"{name} ms"], default="")
+
+
+def _milliseconds(row: dict[str, Any], name: str | None) -> str:
+    return f"{row[f'{name} ms']:.3f}" if name else ""
 
 
 def _cells(row: dict[str, Any] | None, columns: tuple[Column, ...]) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -35,6 +35,24 @@ def medians(
         for name, candidate in candidates.items():
             times[name].append(candidate())
     return {name: [statistics.median(part) for part in zip(*runs, strict=True)] for name, runs in times.items()}
+
+
+Rates = TypeVar("Rates", bound=NamedTuple)
+
+
+def fit_rates(rates: Rates, names: Iterable[str], misfit: Callable[[Rates], float]) -> Rates:
+    """The constants of a cost model that make `misfit` least.
+
+    Each in turn is moved by eighths of an octave, or by a whole one, until nothing brings it down.
+    """
+    moves, best = [(name, 2 ** (step / 8)) for name in names for step in (-8, -1, 1, 8)], misfit(rates)
+    while True:
+        tried = [rates._replace(**{name: getattr(rates, name) * factor}) for name, factor in moves]
+        errors = [misfit(trial) for trial in tried]
+        if min(errors) >= best:
+            return rates
+        best = min(errors)
+        rates = tried[errors.index(best)]
 
 
 def clock(device: torch.device) -> float:

@@ -20,6 +20,8 @@ from spark_fast import method
 from spark_fast.decoder import Decoder, UNetBlock
 from spark_fast.decoder.densify import densify
 from spark_fast.encoder import Encoder, VisiblePatches
+from spark_fast.encoder.convert_network import convert_layers
+from spark_fast.encoder.layers.layer_norm import ChannelNorm
 from spark_fast.method import Method
 
 
@@ -48,12 +50,16 @@ class SparK(Method):
     ) -> None:
         super().__init__(encoder, input_size, mask_ratio)
         self.decoder = Decoder(self.patch, decoder_width)
-        norm = _densify_norm(encoder)
+        norm_type = _densify_norm(encoder)
         self.densify_norms, self.densify_projs = nn.ModuleList(), nn.ModuleList()
         self.mask_tokens = nn.ParameterList()
         for i, channels in enumerate(reversed(encoder.channels)):  # coarsest first
-            self.densify_norms.append(norm(channels))
-            self.densify_projs.append(_projection(channels, decoder_width // 2**i, coarsest=i == 0))
+            norm, _ = convert_layers(norm_type(channels), {"layer_norm": ChannelNorm}, encoder.context)
+            project = _projection(channels, decoder_width // 2**i, coarsest=i == 0)
+            if isinstance(norm, ChannelNorm):
+                norm.rounded = isinstance(project, nn.Conv2d)
+            self.densify_norms.append(norm)
+            self.densify_projs.append(project)
             token = nn.init.trunc_normal_(torch.zeros(1, channels, 1, 1), std=0.02, a=-0.02, b=0.02)
             self.mask_tokens.append(nn.Parameter(token))
 

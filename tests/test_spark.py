@@ -246,7 +246,9 @@ def test_a_width_that_is_no_multiple_of_the_patch_is_rounded_down_as_published(t
 
 def test_a_resnet_is_densified_by_batch_norms_and_a_convnext_by_layer_norms():
     assert all(isinstance(n, nn.BatchNorm2d) for n in small("resnet10t").densify_norms)
-    assert all(isinstance(n, nn.LayerNorm) for n in small("convnext_zepto_rms").densify_norms)
+    convnext = small("convnext_zepto_rms")
+    assert all(isinstance(n, nn.LayerNorm) for n in convnext.densify_norms)
+    assert all(n.rounded and n.context is convnext.encoder.context for n in convnext.densify_norms)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

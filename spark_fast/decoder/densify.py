@@ -16,13 +16,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from spark_fast.autograd import AutogradContext, cast_for_autocast
+from spark_fast.decoder.gpu_costs import projection_costs
 from spark_fast.encoder.visible import VisiblePatches
 
 ADDRESSING = 28  # fitted to 24 projections on two CPU cores: to address nine taps costs 28/C of the dense products
 
 
-def sparse_pays(x: Tensor, keep: float) -> bool:
-    """Whether a 3x3 projection of (V, C, b, b) is faster from its visible share `keep`. On a GPU: not measured, no."""
+def sparse_pays(x: Tensor, keep: float, width: int) -> bool:
+    """Whether a 3x3 projection of (V, C, b, b) to `width` channels is faster from its visible share `keep`.
+
+    By a constant measured on CPUs, by a model on a GPU (`gpu_costs`); elsewhere not.
+    """
+    if x.is_cuda:
+        costs = projection_costs(round(x.numel() / x.shape[1] / keep), keep, x.shape[1], width)
+        return costs["visible"] < costs["all"]
     return x.device.type == "cpu" and keep + ADDRESSING / x.shape[1] < 1
 
 
@@ -42,7 +49,7 @@ def densify(
     """
     pointwise = isinstance(project, nn.Conv2d) and project.kernel_size == (1, 1)
     if sparse is None:
-        sparse = pointwise or sparse_pays(x, visible.keep)
+        sparse = pointwise or (isinstance(project, nn.Conv2d) and sparse_pays(x, visible.keep, project.out_channels))
     if not sparse or not isinstance(project, nn.Conv2d):
         return project(visible.unpack(x, fill=token))
     weight, bias = project.weight, project.bias

@@ -21,12 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spark_fast.autograd import AutogradContext, cast_for_autocast
+from spark_fast.decoder.gpu_costs import merging_costs
 
 ADVANTAGE = 3  # the saving must be so many times the merge: below, it was measured equal or slower
 
 
 def merging_pays(x: Tensor, channels: int) -> bool:
-    """Whether the merged form is the faster one for an input (B, C, h, w) and `channels` between the two."""
+    """Whether the merged form is the faster one for an input (B, C, h, w) and `channels` between the two.
+
+    By a constant measured on CPUs, by a model on a GPU (`gpu_costs`).
+    """
+    if x.is_cuda:
+        costs = merging_costs(len(x), x.shape[2], x.shape[3], channels)
+        return costs["merged"] < costs["apart"]
     pixels = 4 * len(x) * x.shape[2] * x.shape[3]
     return 4 * pixels >= ADVANTAGE * 144 * channels
 

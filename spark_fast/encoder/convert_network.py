@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 
+from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 
 from spark_fast.encoder.context import EncoderContext
@@ -16,6 +17,7 @@ from spark_fast.encoder.conv.geometry import layer_axes
 from spark_fast.encoder.layer_registry import BLOCKS, UnsupportedLayerError, layer_kind, refusal_reason
 from spark_fast.encoder.layers.converted import ConvertedLayer, FoldedPadding, PaddedLayer
 from spark_fast.encoder.layers.halo import DenseFallback, HaloConv, HaloPool
+from spark_fast.encoder.layers.layer_norm import ChannelNorm
 from spark_fast.encoder.layers.masked import MaskedGlobalReduction, MaskedLocal, MaskedNorm
 from spark_fast.encoder.layers.per_image import GlobalReduction, ImagePool, PerImage
 from spark_fast.encoder.layers.response_norm import ResponseNorm
@@ -24,6 +26,7 @@ LayerTable = dict[str, type[ConvertedLayer]]
 Sides = tuple[int, int, int, int]
 UNKNOWN = "of no known kind (see spark_fast.encoder.register)"
 PACKED: LayerTable = {
+    "layer_norm": ChannelNorm,
     "conv": HaloConv,
     "pool": HaloPool,
     "local": DenseFallback,
@@ -56,7 +59,7 @@ def convert_layers(
         UnsupportedLayerError: a layer that cannot be packed, by its path and type. The network is then unchanged.
     """
     check_layers(network)
-    pads, folded_padding = _padding(network)
+    (pads, folded_padding), rounded = _padding(network), _before_products(network)
     made: dict[int, ConvertedLayer] = {}  # a layer used in two places stays one
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
     for path, module in list(_layers(network)):
@@ -75,6 +78,10 @@ def convert_layers(
         layer = made[number]
         assert isinstance(layer, PaddedLayer)
         layer.folded_padding, layer.fill = sides, value
+    for number in rounded & made.keys():
+        norm = made[number]
+        if isinstance(norm, ChannelNorm):
+            norm.rounded = True
 
     def undo() -> None:
         for parent, name, module in reversed(replaced):
@@ -156,6 +163,17 @@ def _padding(network: nn.Module) -> tuple[set[int], dict[int, tuple[Sides, float
             else:
                 loose.add(id(pad))
     return pads - loose, folded_padding
+
+
+def _before_products(network: nn.Module) -> set[int]:
+    """Norms whose output only a convolution or linear layer reads, by id: in an nn.Sequential, and timm's ConvNeXt."""
+    found = set()
+    for parent in network.modules():
+        pairs = pairwise(parent) if type(parent) is nn.Sequential else ()
+        found |= {id(norm) for norm, layer in pairs if isinstance(layer, (nn.Conv2d, nn.Linear))}
+        if isinstance(parent, ConvNeXtBlock):
+            found.add(id(parent.norm))
+    return found
 
 
 def _misfit(module: nn.Module, sides: Sides, value: float) -> str | None:

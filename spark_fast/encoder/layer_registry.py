@@ -1,6 +1,7 @@
 """The kind of each type of layer: the table by which a network is packed, or refused by name.
 
 pointwise         sees one cell at a time: unchanged
+layer_norm        a LayerNorm over the channels of one cell: under autocast on a GPU by a kernel
 norm              its statistics run over all cells of the batch (BatchNorm): unchanged when packed
 conv, pool        looks across the edge of a patch: takes its halo first
 local             looks across it otherwise (blurring, bilinear resizing): computed on the dense map
@@ -8,7 +9,7 @@ global_reduction  reduces over an image and returns the map: over the image's vi
 response_norm     one of them, timm's GlobalResponseNorm: in fewer passes than its own
 image_pool        reduces an image to one cell: over the image's visible cells
 per_image         draws a random number per image
-block             mixes positions in its own `forward`: reimplemented in `layers/timm_blocks.py`
+block             its own `forward` mixes positions, or runs in fewer passes: reimplemented in `layers/`
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from timm.layers import activations as timm_activations
 from timm.layers import cbam, grn, layer_scale, pool2d_same, selective_kernel
 from timm.models import (
     _efficientnet_blocks,
+    convnext,
     efficientformer,
     fastvit,
     focalnet,
@@ -36,6 +38,7 @@ from torch import nn
 from torch.nn.modules import activation as torch_activations
 
 from spark_fast.encoder.layers import timm_blocks as blocks
+from spark_fast.encoder.layers.convnext_block import FusedConvNeXtBlock
 
 
 class UnsupportedLayerError(ValueError):
@@ -54,30 +57,21 @@ def _activations() -> set[type]:
 
 
 LAYER_KINDS: dict[type, str] = {}
+REDUCTIONS = ("global_reduction", "image_pool", "per_image")
 
 
 def register(kind: str, *types: type) -> None:
     """Say of what kind your own layers are, e.g. `register("pointwise", MyScale)`.
 
     Args:
-        kind: pointwise, norm, conv, pool, local, global_reduction, image_pool or per_image, as this module's text
-            explains them.
+        kind: pointwise, layer_norm, norm, conv, pool, local, global_reduction, image_pool or per_image, as this
+            module's text explains them.
         types: the layers' classes; subclasses are not included.
 
     Raises:
         ValueError: an unknown kind.
     """
-    known = (
-        "pointwise",
-        "norm",
-        "conv",
-        "pool",
-        "local",
-        "global_reduction",
-        "response_norm",
-        "image_pool",
-        "per_image",
-    )
+    known = ("pointwise", "norm", "layer_norm", "response_norm", "conv", "pool", "local", *REDUCTIONS)
     if kind not in known:
         raise ValueError(f"unknown kind of layer {kind!r}; there are {', '.join(known)}")
     LAYER_KINDS.update(dict.fromkeys(types, kind))
@@ -88,12 +82,14 @@ def _timm(module: ModuleType, *names: str) -> list[type]:
     return [vars(module)[n] for n in names if n in vars(module)]
 
 
-register("pointwise", *_activations(), nn.Identity, nn.Dropout, nn.Linear, nn.LayerNorm, nn.ChannelShuffle)
+register("pointwise", *_activations(), nn.Identity, nn.Dropout, nn.Linear, nn.ChannelShuffle)
 register("pointwise", nn.PixelShuffle, nn.PixelUnshuffle)  # whole patches only: checked by tracing
-register("pointwise", *_timm(tl, "LayerNorm", "LayerNorm2d", "LayerNormAct2d", "RmsNorm2d", "RmsNormAct2d"))
+register("layer_norm", nn.LayerNorm, *_timm(tl, "LayerNorm", "LayerNorm2d"))
+register("layer_norm", *_timm(metaformer, "LayerNorm2dNoBias", "LayerNormNoBias"))
+register("pointwise", *_timm(tl, "LayerNormAct2d", "RmsNorm2d", "RmsNormAct2d"))
 register("pointwise", *_timm(tl, "SimpleNorm2d", "SpaceToDepth", "DepthToSpace"))
 register("pointwise", *_timm(layer_scale, "LayerScale", "LayerScale2d"))
-register("pointwise", *_timm(metaformer, "Scale", "LayerNorm2dNoBias", "LayerNormNoBias"))
+register("pointwise", *_timm(metaformer, "Scale"))
 register("pointwise", *_timm(fastvit, "LayerScale2d"), *_timm(swiftformer, "LayerScale2d"))
 register("pointwise", *_timm(efficientformer, "LayerScale2d"), *_timm(hgnet, "LearnableAffineBlock"))
 register("pointwise", *_timm(nfnet, "GammaAct"), *_timm(selecsls, "SelectSeq"))
@@ -133,6 +129,7 @@ BLOCKS: dict[type[nn.Module], type[blocks.Block]] = {
     focalnet.FocalModulation: blocks.FocalModulation,
     _efficientnet_blocks.CondConvResidual: blocks.ConditionalResidual,
     tl.CondConv2d: blocks.ConditionalConv,
+    convnext.ConvNeXtBlock: FusedConvNeXtBlock,
     **dict.fromkeys(_timm(hgnet, "StemV2"), blocks.PaddedStem),
 }
 ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)

@@ -105,8 +105,15 @@ class Lamb(torch.optim.Optimizer):
 
 
 def _laid_out_as(weights: Tensor, other: Tensor) -> Tensor:
-    """`other` with the strides of `weights`: the fused kernel walks through memory, not through indices."""
-    return other if other.stride() == weights.stride() else torch.empty_like(weights).copy_(other)
+    """`other` with the strides of `weights`: the fused kernel walks through memory, not through indices.
+
+    Strides of dimensions of one element say nothing of memory: a depthwise weight (C, 1, k, k) need not be copied.
+    """
+    if other.stride() == weights.stride():
+        return other
+    if all(n == 1 or a == b for n, a, b in zip(other.shape, other.stride(), weights.stride(), strict=True)):
+        return other.as_strided(weights.shape, weights.stride())
+    return torch.empty_like(weights).copy_(other)
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from spark_fast.encoder import UnsupportedLayerError
 from spark_fast.encoder.context import EncoderContext
 from spark_fast.encoder.convert_network import MASKED, PACKED, convert_layers
 from spark_fast.encoder.layers.converted import ConvertedLayer
+from spark_fast.encoder.layers.layer_norm import ChannelNorm
 from tests.encoder.halving import Halving
 
 
@@ -70,3 +71,12 @@ def test_a_padding_layer_used_in_two_places_is_taken_over_in_both_or_refused():
     assert [network[i].folded_padding for i in (1, 3)] == [(1, 1, 1, 1)] * 2
     with pytest.raises(UnsupportedLayerError, match="padding not followed by a convolution or pooling"):
         convert_layers(nn.Sequential(pad, nn.Conv2d(3, 3, 3), pad, nn.ReLU()), PACKED, context)
+
+
+def test_norms_that_a_product_reads_are_known_in_a_convnext():
+    """Autocast may round those; the stem's feeds the residual stream, which stays fp32."""
+    network = timm.create_model("convnext_zepto_rms", norm_layer="layernorm", features_only=True)
+    network, _ = convert_layers(network, PACKED, EncoderContext(dense=False))
+    norms = {path: norm.rounded for path, norm in network.named_modules() if isinstance(norm, ChannelNorm)}
+    assert {path for path, rounded in norms.items() if not rounded} == {"stem_1"}
+    assert {path.rsplit(".", 1)[-1] for path, rounded in norms.items() if rounded} == {"norm", "0"}

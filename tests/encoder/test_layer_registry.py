@@ -4,6 +4,7 @@ import pytest
 import timm
 import timm.layers as tl
 import torch
+from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 
 from spark_fast import pack, verify
@@ -20,6 +21,9 @@ from tests.encoder.halving import Halving
         (tl.GELU(), "pointwise"),
         (nn.Softmax(1), None),
         (nn.GLU(), None),
+        (nn.LayerNorm(3), "layer_norm"),
+        (tl.LayerNorm2d(3), "layer_norm"),
+        (tl.RmsNorm2d(3), "pointwise"),
         (nn.BatchNorm2d(3), "norm"),
         (tl.BatchNormAct2d(3), "norm"),
         (nn.Conv2d(3, 3, 1), "conv"),
@@ -33,6 +37,7 @@ from tests.encoder.halving import Halving
         (nn.AdaptiveAvgPool2d(2), None),
         (tl.DropPath(0.1), "per_image"),
         (tl.SplitAttn(8), "block"),
+        (ConvNeXtBlock(8), "block"),
         (nn.Upsample(scale_factor=2), "pointwise"),
         (nn.Upsample(scale_factor=1.5), "local"),
         (nn.Upsample(scale_factor=2, mode="bilinear"), "local"),

@@ -50,8 +50,11 @@ def convolve(
     Returns:
         (V, O, b/stride, b/stride), in the dtype of autocast where that is on.
     """
-    x, weight, *biases = cast_for_autocast(x, weight, *([] if bias is None else [bias]))
-    bias = biases[0] if biases else None
+    if algorithm == "direct" and groups > 1:  # takes each weight as it is, in registers
+        (x,) = cast_for_autocast(x)
+    else:
+        x, weight, *biases = cast_for_autocast(x, weight, *([] if bias is None else [bias]))
+        bias = biases[0] if biases else None
     b, (y_axis, x_axis) = x.shape[2], axes
     if algorithm == "pointwise_gemm":
         rows = x[:, :, :: y_axis.stride, :: x_axis.stride].permute(0, 2, 3, 1)  # (V, b', b', C)

@@ -230,7 +230,9 @@ def test_autocast_computes_in_its_dtype():
     with torch.autocast(DEVICE, torch.bfloat16):
         y = layers[0](x)
     assert y.dtype == torch.bfloat16
-    assert [g.dtype for g in torch.autograd.grad(y.sum(), [x, *layers[0].parameters()])] == [torch.float32] * 3
+    grads = torch.autograd.grad(y.sum(), [x, *layers[0].parameters()])
+    assert [g.dtype for g in grads] == [torch.float32] * 3
+    assert not torch.equal(grads[1], grads[1].bfloat16().float()), "a depthwise weight is not rounded, nor its gradient"
 
 
 def test_checkpointed_layers():

@@ -16,15 +16,15 @@ from spark_fast.encoder.conv import kernels as gpu
 triton = pytest.importorskip("triton", reason="triton has no build for this platform")
 
 ROOT = Path(__file__).parents[3]
-CASES = "tests/encoder/conv/kernel_cases.py"
+CASES = ("tests/encoder/conv/kernel_cases.py", "tests/encoder/conv/fused_cases.py")
 
 
-def run_cases(**environment):
+def run_cases(*more, **environment):
     """The cases in a process of their own, for Triton reads TRITON_INTERPRET when it is imported."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"]
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
     done = subprocess.run(
-        [*command, CASES],
+        [*command, *CASES, *more],
         cwd=ROOT,
         env=kept | environment,
         capture_output=True,
@@ -36,7 +36,7 @@ def run_cases(**environment):
 
 @pytest.mark.slow
 def test_kernels_interpreted_on_the_cpu_equal_pytorch():
-    run_cases(TRITON_INTERPRET="1")
+    run_cases("tests/encoder/conv/fused_properties.py", TRITON_INTERPRET="1")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
@@ -130,6 +130,51 @@ def test_an_implicit_gemm_multiplies_on_tensor_cores_and_reads_ahead_16_bytes_at
     assert "wgmma.mma_async.sync.aligned" in ptx
     assert "cp.async.cg.shared.global" in ptx
     assert "ld.local" not in ptx
+
+
+NORM, RESPONSE, POINTWISE = "layer_norm_triton", "response_norm_triton", "pointwise_triton"
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "call"),
+    [
+        (NORM, "_normalize_kernel", lambda x, bias: gpu.layer_norm(x, bias, bias, 1e-6, x.dtype)),
+        (NORM, "_gradient_kernel", lambda x, bias: module(NORM).gradients(x, x, bias, 1e-6)),
+        (RESPONSE, "_sums_kernel", lambda x, bias: module(RESPONSE)._sums(x, x, 4)),
+        (RESPONSE, "_scale_kernel", lambda x, bias: module(RESPONSE)._scale(x, x, x, *bias.expand(2, 4, -1), 4)),
+        (POINTWISE, "_gelu_kernel", gpu.gelu_of_sum),
+        (POINTWISE, "_gelu_gradient_kernel", lambda x, bias: module(POINTWISE).gelu_gradients(x, x, bias)),
+        (POINTWISE, "_residual_kernel", lambda x, bias: gpu.scaled_residual(x, bias, bias, None, x.float())),
+        (
+            POINTWISE,
+            "_residual_gradient_kernel",
+            lambda x, bias: module(POINTWISE).residual_gradients(x.float(), x, bias, bias, None),
+        ),
+    ],
+)
+def test_norms_and_residuals_compile_for_a_gpu_that_is_not_there(name, kernel, call, tmp_path, monkeypatch):
+    """16 bytes at a time, and nothing spills, at the widths of ConvNeXt-S's first stage."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    recorder = Recorder(getattr(module(name), kernel))
+    monkeypatch.setattr(module(name), kernel, recorder)
+    call(torch.empty(64, 64, 96, dtype=torch.bfloat16), torch.empty(96))
+    ptx = recorder.compiled().asm["ptx"]
+    assert "ld.global.v4" in ptx
+    assert "st.global.v4" in ptx or kernel == "_sums_kernel", "which stores sums alone"
+    assert "ld.local" not in ptx
+
+
+def test_norms_and_residuals_take_the_kernels_under_autocast_alone():
+    x = torch.zeros(1)
+    assert not gpu.use_fused(None, x)
+    assert not gpu.use_fused(True, x), "without autocast nothing is forced"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not gpu.use_fused(None, x)
+        assert not gpu.use_fused(True, x.to("meta"))
+        with pytest.raises(RuntimeError, match="asked for but cannot run: the tensors are on cpu"):
+            gpu.use_fused(True, x)
+        compiled = torch.compile(lambda x: x + gpu.use_fused(True, x), fullgraph=True, backend="eager")
+        assert compiled(x) == 0, "the compiler fuses them itself"
 
 
 def test_pytorch_computes_on_the_cpu_and_forced_kernels_say_what_they_lack():

@@ -1,4 +1,4 @@
-"""GPU kernels (Triton) for the layers that look across patches, and when they are used.
+"""GPU kernels (Triton) for the layers that look across patches, and for norms and residuals; when they are used.
 
 Each is registered as a `torch.library` operator with a fake and a gradient, so that `torch.compile(fullgraph=True)` and
 CUDA graphs take it. `spark_fast.encoder.conv.convolve` computes the same by PyTorch: it serves every other
@@ -28,8 +28,22 @@ if INSTALLED:
     from spark_fast.encoder.conv.kernels.depthwise_triton import depthwise_convolution
     from spark_fast.encoder.conv.kernels.halo_triton import gather_windows, sum_windows
     from spark_fast.encoder.conv.kernels.implicit_gemm_triton import implicit_gemm
+    from spark_fast.encoder.conv.kernels.layer_norm_triton import layer_norm
+    from spark_fast.encoder.conv.kernels.pointwise_triton import gelu_of_sum, scaled_residual
+    from spark_fast.encoder.conv.kernels.response_norm_triton import response_norm
 
-__all__ = ["depthwise_convolution", "gather_windows", "implicit_gemm", "sum_windows", "use_kernels"]
+__all__ = [
+    "depthwise_convolution",
+    "gather_windows",
+    "gelu_of_sum",
+    "implicit_gemm",
+    "layer_norm",
+    "response_norm",
+    "scaled_residual",
+    "sum_windows",
+    "use_fused",
+    "use_kernels",
+]
 
 
 def use_kernels(wanted: bool | None, like: Tensor) -> bool:
@@ -50,6 +64,17 @@ def use_kernels(wanted: bool | None, like: Tensor) -> bool:
     if obstacle:
         _say(obstacle)
     return not obstacle
+
+
+def use_fused(wanted: bool | None, like: Tensor) -> bool:
+    """Whether norms, activations and residuals go to the kernels too: in eager mode, under autocast.
+
+    Without autocast there are no casts to save, and results stay PyTorch's to the bit. Compiled, they are the
+    compiler's, which fuses them with their neighbours.
+    """
+    if torch.compiler.is_compiling() or like.is_meta or not torch.is_autocast_enabled(like.device.type):
+        return False
+    return use_kernels(wanted, like)
 
 
 def _obstacle(device: str, dtype: torch.dtype) -> str:

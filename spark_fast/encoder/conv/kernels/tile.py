@@ -87,6 +87,22 @@ def product_tiles(rows: int, columns: int, depth: int, element: int, least: int 
     return high, wide, deep, 8 if high * wide >= 128 * 128 else 4
 
 
+def row_block(channels: int) -> tuple[int, int, int]:
+    """Of a kernel that holds whole rows: rows, channels (the next power of two) and warps, 16 elements for a thread."""
+    wide = _power_of_two(channels)
+    high = max(1, 2048 // wide)
+    return high, wide, min(16, max(4, high * wide // 512))
+
+
+def column_runs(row_tiles: int, channel_tiles: int) -> tuple[int, int]:
+    """Of a sum over rows: runs of tiles, of which each program goes over one, and the tiles of a run.
+
+    About as many programs as fill the device; each writes a row of sums, so more would only write more.
+    """
+    tiles = max(1, -(-row_tiles * channel_tiles // WAVES))
+    return -(-row_tiles // tiles), tiles
+
+
 def _power_of_two(least: int) -> int:
     """The first that is no smaller."""
     return 1 << (least - 1).bit_length()
