@@ -200,12 +200,23 @@ def set_by_name(settings: Tree, given: Mapping[str, object]) -> None:
             value = str(value)
         elif kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if get_origin(kind) is Literal:
+        if get_origin(kind) is tuple:
+            value = _numbers_of(name, kind, value)
+        elif get_origin(kind) is Literal:
             if value not in get_args(kind):
                 raise SettingsError(f"{name} must be one of {', '.join(map(repr, get_args(kind)))}, got {value!r}")
         elif type(value) is not kind:
             raise SettingsError(f"{name} must be of type {kind.__name__}, got {value!r}")
         setattr(home[name], name, value)
+
+
+def _numbers_of(name: str, kind: Any, value: object) -> tuple[float, ...]:
+    """A setting of several numbers, `tuple[int, ...]` or `tuple[float, ...]`, given as a list or a tuple."""
+    number = get_args(kind)[0]
+    taken = {number, int}  # 1 is a float as well
+    if not isinstance(value, (list, tuple)) or any(type(v) not in taken for v in value):
+        raise SettingsError(f"{name} must be a list of {number.__name__}, got {value!r}")
+    return tuple(map(number, value))
 
 
 def switch(on: str, off: str) -> Values:
@@ -275,7 +286,8 @@ def _flags_of(path: Path, known_settings: Any) -> list[str]:
         for key, value in values.items():
             if key not in known:
                 raise SettingsError(f"{path}: [{section}] has no setting {key!r}{nearest(key, known)}")
-            flags.append(f"--{key}={value}")
+            several = isinstance(value, list)  # as `--key 1 2 3`
+            flags += [f"--{key}", *map(str, value)] if several else [f"--{key}={value}"]
     return flags
 
 
