@@ -13,14 +13,14 @@ NAMED = ["name", "--data_path=images"]
 # The whole surface. A new option belongs here, in the README and in the CHANGELOG.
 FLAGS = """
 config print_config help
-data_path pipeline ffcv_resize decode augment input_size batch_size bs
+data_path pipeline ffcv_resize decode augment input_size in_chans batch_size bs
 workers dataloader_workers prefetch max_bad_fraction max_pixels min_crop method masks_per_image decoder_depth
 model stages mask_ratio mask drop_path dp decoder_width encoder verify sparse_conv no_sparse_conv init_weight
 epochs ep warmup_epochs wp_ep base_lr optimizer opt beta2 ada weight_decay wd weight_decay_end wde clip accumulate
 allreduce zero no_zero max_bad_steps timeout
 exp_name experiment_name exp_dir resume resume_from seed device precision compile cuda_graph no_cuda_graph
 sync_batchnorm no_sync_batchnorm sbn no_sbn threads log_every save_every keep_last keep_every picture_every max_steps
-wandb dry_run no_dry_run profile no_profile
+picture_channels wandb dry_run no_dry_run profile no_profile
 """
 
 
