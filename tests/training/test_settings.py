@@ -436,3 +436,27 @@ def test_a_method_brings_its_own_defaults_and_flags_change_them(tmp_path):
 def test_a_method_that_is_none_is_refused(name, said):
     with pytest.raises(SettingsError, match=said):
         parse([*NAMED, "--method", name])
+
+
+def test_channels_are_given_by_flags_and_by_a_file(tmp_path):
+    found = parse([*NAMED, "--in_chans", "12", "--picture_channels", "3", "2", "1", "--ep=3"])
+    assert (found.in_chans, found.run.picture_channels, found.optim.epochs) == (12, (3, 2, 1), 3)
+    (tmp_path / "a.toml").write_text(found.to_toml())
+    assert parse([f"--config={tmp_path / 'a.toml'}"]) == found
+    assert (parse(NAMED).in_chans, parse(NAMED).run.picture_channels) == (3, ())
+    assert Settings.from_names(in_chans=5, picture_channels=[4], exp_name="a", data_path="b").run.picture_channels == (
+        4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--in_chans=0"], "--in_chans must be positive, got 0"),
+        (["--picture_channels", "0", "1"], "--picture_channels must be one or three of the channels 0 to 2, got 0 1"),
+        (["--in_chans=2", "--picture_channels", "2"], "of the channels 0 to 1, got 2"),
+    ],
+)
+def test_channels_that_there_are_not_are_refused(words, message):
+    with pytest.raises(SettingsError, match=message):
+        parse([*NAMED, *words])
