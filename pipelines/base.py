@@ -19,7 +19,7 @@ from torch import Tensor
 class Batch(NamedTuple):
     """One rank's share of one step."""
 
-    images: Tensor  # (B, 3, H, W) on the device, channels_last, normalised, dtype as asked
+    images: Tensor  # (B, C, H, W) on the device, channels_last, normalised, dtype as asked
     labels: Tensor | None  # (B,) int64 on the device; None for unlabelled data
     ids: Tensor  # (B,) int64 on the host: the samples that the order asked for
 

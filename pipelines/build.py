@@ -33,7 +33,11 @@ def build_pipeline(data_path: str | Path | None, options: LoaderOptions) -> Pipe
     """
     if options.pipeline == "synthetic":
         sampler = _sampler(options, options.synthetic_samples, "synthetic_samples")
-        return SyntheticPipeline(sampler, options.size, options.device, options.dtype)
+        return SyntheticPipeline(sampler, options.size, options.device, options.dtype, options.in_chans)
+    if options.in_chans != 3:
+        raise SettingsError(
+            f"in_chans {options.in_chans}: images are read with three channels; only pipeline synthetic has others"
+        )
     source = _source(data_path, options)
     try:
         return _backend(source, options)(source, _sampler(options, len(source), str(data_path)), options)

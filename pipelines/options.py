@@ -47,6 +47,7 @@ class LoaderOptions:
     batch_size: int  # the global batch, over all ranks
     pipeline: str = "auto"  # one of PIPELINES
     input_size: int | tuple[int, int] = 224  # a side, or (height, width)
+    in_chans: int = 3  # channels of the images
     seed: int = 0
     rank: int = 0
     world_size: int = 1
@@ -67,6 +68,8 @@ class LoaderOptions:
         _check_choice("decoding on", self.decode_on, PLACES)
         _check_choice("augmenting on", self.augment_on, PLACES)
         _check_choice("ffcv_resize", self.ffcv_resize, RESIZES)
+        if self.in_chans < 1:
+            raise SettingsError(f"in_chans must be 1 or more, got {self.in_chans}")
         if self.max_pixels < 1:
             raise SettingsError(f"max_pixels must be 1 (million) or more, got {self.max_pixels}")
         if self.on_device and self.pipeline not in ("auto", "torch", "synthetic"):

@@ -55,7 +55,7 @@ def rows(kind: type) -> list[tuple[str, str, str]]:
         plain = _plain(hint)
         if get_origin(plain) is Literal:
             flags += f" ({', '.join(map(str, get_args(plain)))})"
-        default = "" if field.default in (None, "") else f"`{field.default}`"
+        default = "" if field.default in (None, "", ()) else f"`{field.default}`"
         found.append((flags, default, said[field.name].replace("|", "\\|")))
     return found
 

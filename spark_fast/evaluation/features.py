@@ -10,11 +10,11 @@ from torch import Tensor
 from spark_fast.evaluation.backbone import Backbone
 from spark_fast.evaluation.data import Labelled
 
-Features = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> (B, C) fp32
+Features = Callable[[Tensor], Tensor]  # images (B, C, H, W) -> (B, F) fp32
 
 
 def frozen(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Features:
-    """The backbone on its device, (B, 3, H, W) -> (B, C) fp32, computing in `dtype`."""
+    """The backbone on its device, (B, C, H, W) -> (B, F) fp32, computing in `dtype`."""
     backbone = backbone.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()

@@ -58,7 +58,7 @@ class OnlineKnn:
             except DataError as error:
                 raise DataError(f"--val_path: {error}") from error
             with _random_numbers_kept(ranks):
-                backbone = build_backbone(asked.network, asked.model.stages, None)
+                backbone = build_backbone(asked.network, asked.model.stages, None, asked.in_chans)
             self._network, self._features = backbone.network, frozen(backbone, ranks.device, dtype)
             self.close = closing.pop_all().close
 
@@ -128,7 +128,7 @@ def as_evaluation(settings: Settings, ranks: Ranks) -> Knn:
             max_pixels=data.max_pixels,
         ),
         run=eval_settings.Run(seed=run.seed),
-    ).resolved(settings.network, settings.model.stages)
+    ).resolved(settings.network, settings.model.stages, settings.in_chans)
     asked.data.batch_size = max(asked.batch_size // ranks.world_size, 1) * ranks.world_size  # equal shares
     return asked
 

@@ -111,6 +111,7 @@ def open_pipeline(settings: Tree, ranks: Ranks, path: str, options: LoaderOption
         options,
         pipeline=settings.data.pipeline,
         input_size=settings.size,
+        in_chans=settings.in_chans,
         seed=settings.run.seed,
         rank=ranks.rank,
         world_size=ranks.world_size,

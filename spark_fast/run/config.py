@@ -42,6 +42,11 @@ class DataGroup(Protocol):
     max_bad_fraction: float
     max_pixels: int
 
+    @property
+    def in_chans(self) -> int | None:
+        """Channels of the images, None for as many as the weights say."""
+        ...
+
 
 class ModelGroup(Protocol):
     """What every command's `model` has."""
@@ -84,6 +89,11 @@ class Tree:
     def size(self) -> tuple[int, int]:
         """(H, W) of the input in pixels."""
         return parse_input_size(self.data.input_size)
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images; three where nothing else is said."""
+        return 3 if self.data.in_chans is None else self.data.in_chans
 
     @property
     def network(self) -> str:
@@ -200,12 +210,23 @@ def set_by_name(settings: Tree, given: Mapping[str, object]) -> None:
             value = str(value)
         elif kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if get_origin(kind) is Literal:
+        if get_origin(kind) is tuple:
+            value = _numbers_of(name, kind, value)
+        elif get_origin(kind) is Literal:
             if value not in get_args(kind):
                 raise SettingsError(f"{name} must be one of {', '.join(map(repr, get_args(kind)))}, got {value!r}")
         elif type(value) is not kind:
             raise SettingsError(f"{name} must be of type {kind.__name__}, got {value!r}")
         setattr(home[name], name, value)
+
+
+def _numbers_of(name: str, kind: Any, value: object) -> tuple[float, ...]:
+    """A setting of several numbers, `tuple[int, ...]` or `tuple[float, ...]`, given as a list or a tuple."""
+    number = get_args(kind)[0]
+    taken = {number, int}  # 1 is a float as well
+    if not isinstance(value, (list, tuple)) or any(type(v) not in taken for v in value):
+        raise SettingsError(f"{name} must be a list of {number.__name__}, got {value!r}")
+    return tuple(map(number, value))
 
 
 def switch(on: str, off: str) -> Values:
@@ -275,7 +296,8 @@ def _flags_of(path: Path, known_settings: Any) -> list[str]:
         for key, value in values.items():
             if key not in known:
                 raise SettingsError(f"{path}: [{section}] has no setting {key!r}{nearest(key, known)}")
-            flags.append(f"--{key}={value}")
+            several = isinstance(value, list)  # as `--key 1 2 3`
+            flags += [f"--{key}", *map(str, value)] if several else [f"--{key}={value}"]
     return flags
 
 

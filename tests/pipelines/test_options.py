@@ -38,6 +38,7 @@ def test_a_batch_of_nothing_is_refused(batch):
         ({"augment_on": "gpu"}, "augmenting on 'gpu' is unknown; there are: host, device"),
         ({"decode_on": "gpu"}, "decoding on 'gpu' is unknown; there are: host, device"),
         ({"ffcv_resize": "cubic"}, "ffcv_resize 'cubic' is unknown; there are: bicubic, area"),
+        ({"in_chans": 0}, "in_chans must be 1 or more, got 0"),
     ],
 )
 def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(settings, message):

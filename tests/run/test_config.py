@@ -1,12 +1,21 @@
 """How words become settings: switches, names from Python, and what may have been meant."""
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from spark_fast.errors import SettingsError
-from spark_fast.run.config import _text_of, nearest, plain_switches, set_by_name, switches_of, take_option
+from spark_fast.run.config import (
+    _flags_of,
+    _text_of,
+    nearest,
+    plain_switches,
+    set_by_name,
+    switches_of,
+    take_option,
+)
 from spark_fast.training.settings import Settings
 
 
@@ -45,6 +54,37 @@ def test_settings_are_set_by_name_whatever_their_group_and_in_pythons_types():
     assert (settings.model.mask_ratio, settings.optim.zero) == (0.5, True)
     assert settings.optim.clip == 3.0
     assert isinstance(settings.optim.clip, float)
+
+
+@dataclass
+class Numbers:
+    """A group with settings of several numbers."""
+
+    whole: tuple[int, ...] = ()
+    parts: tuple[float, ...] = ()
+
+
+@dataclass
+class Several:
+    """A tree of it."""
+
+    numbers: Numbers = field(default_factory=Numbers)
+
+
+def test_several_numbers_are_set_by_a_list_or_a_tuple():
+    settings = Several()
+    set_by_name(settings, {"whole": [0, 2], "parts": (1, 0.5)})
+    assert settings.numbers == Numbers((0, 2), (1.0, 0.5))
+    assert isinstance(settings.numbers.parts[0], float)
+    for given in ({"whole": 3}, {"whole": [0.5]}, {"parts": ["1"]}, {"whole": (True,)}):
+        (name,) = given
+        with pytest.raises(SettingsError, match=f"{name} must be a list of (int|float), got "):
+            set_by_name(settings, given)
+
+
+def test_a_file_gives_several_numbers_as_a_list(tmp_path):
+    (tmp_path / "it.toml").write_text("[numbers]\nwhole = [0, 2]\nparts = []\n")
+    assert _flags_of(tmp_path / "it.toml", Several()) == ["--whole", "0", "2", "--parts"]
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,14 @@ NAMED = ["name", "--data_path=images"]
 # The whole surface. A new option belongs here, in the README and in the CHANGELOG.
 FLAGS = """
 config print_config help
-data_path val_path eval_every pipeline ffcv_resize decode augment input_size batch_size bs
+data_path val_path eval_every pipeline ffcv_resize decode augment input_size in_chans batch_size bs
 workers dataloader_workers prefetch max_bad_fraction max_pixels min_crop method masks_per_image decoder_depth
 model stages mask_ratio mask drop_path dp decoder_width encoder verify sparse_conv no_sparse_conv init_weight
 epochs ep warmup_epochs wp_ep base_lr optimizer opt beta2 ada weight_decay wd weight_decay_end wde clip accumulate
 allreduce zero no_zero max_bad_steps timeout
 exp_name experiment_name exp_dir resume resume_from seed device precision compile cuda_graph no_cuda_graph
 sync_batchnorm no_sync_batchnorm sbn no_sbn threads log_every save_every keep_last keep_every picture_every max_steps
-wandb dry_run no_dry_run profile no_profile
+picture_channels wandb dry_run no_dry_run profile no_profile
 """
 
 
@@ -448,3 +448,27 @@ def test_a_method_brings_its_own_defaults_and_flags_change_them(tmp_path):
 def test_a_method_that_is_none_is_refused(name, said):
     with pytest.raises(SettingsError, match=said):
         parse([*NAMED, "--method", name])
+
+
+def test_channels_are_given_by_flags_and_by_a_file(tmp_path):
+    found = parse([*NAMED, "--in_chans", "12", "--picture_channels", "3", "2", "1", "--ep=3"])
+    assert (found.in_chans, found.run.picture_channels, found.optim.epochs) == (12, (3, 2, 1), 3)
+    (tmp_path / "a.toml").write_text(found.to_toml())
+    assert parse([f"--config={tmp_path / 'a.toml'}"]) == found
+    assert (parse(NAMED).in_chans, parse(NAMED).run.picture_channels) == (3, ())
+    assert Settings.from_names(in_chans=5, picture_channels=[4], exp_name="a", data_path="b").run.picture_channels == (
+        4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--in_chans=0"], "--in_chans must be positive, got 0"),
+        (["--picture_channels", "0", "1"], "--picture_channels must be one or three of the channels 0 to 2, got 0 1"),
+        (["--in_chans=2", "--picture_channels", "2"], "of the channels 0 to 1, got 2"),
+    ],
+)
+def test_channels_that_there_are_not_are_refused(words, message):
+    with pytest.raises(SettingsError, match=message):
+        parse([*NAMED, *words])
