@@ -39,6 +39,7 @@ GPU_TESTS = (
     "tests/training/test_cuda_graph.py",
     "tests/reporting/test_step_timer.py",
     "tests/encoder/conv/kernel_cases.py",
+    "tests/encoder/conv/batch_norm_cases.py",
 )
 
 

@@ -5,15 +5,18 @@ A converted layer keeps its parameters, their names and its place, so the state 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 
+from timm.models._features import FeatureDictNet, FeatureListNet
 from torch import nn
 
 from spark_fast.encoder.context import EncoderContext
 from spark_fast.encoder.conv.geometry import layer_axes
 from spark_fast.encoder.layer_registry import BLOCKS, UnsupportedLayerError, layer_kind, refusal_reason
+from spark_fast.encoder.layers.batch_norm import ACTIVATIONS, Activated, PackedBatchNorm
 from spark_fast.encoder.layers.converted import ConvertedLayer, FoldedPadding, PaddedLayer
 from spark_fast.encoder.layers.halo import DenseFallback, HaloConv, HaloPool
 from spark_fast.encoder.layers.masked import MaskedGlobalReduction, MaskedLocal, MaskedNorm
@@ -22,7 +25,10 @@ from spark_fast.encoder.layers.per_image import GlobalReduction, ImagePool, PerI
 LayerTable = dict[str, type[ConvertedLayer]]
 Sides = tuple[int, int, int, int]
 UNKNOWN = "of no known kind (see spark_fast.encoder.register)"
+IN_ORDER = (nn.Sequential, FeatureDictNet, FeatureListNet)  # their forward runs their children one after another
 PACKED: LayerTable = {
+    "norm": PackedBatchNorm,
+    "activation": Activated,
     "conv": HaloConv,
     "pool": HaloPool,
     "local": DenseFallback,
@@ -55,10 +61,11 @@ def convert_layers(
     """
     check_layers(network)
     pads, folded_padding = _padding(network)
+    activations, followed = _activations(network)
     made: dict[int, ConvertedLayer] = {}  # a layer used in two places stays one
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
     for path, module in list(_layers(network)):
-        kind = "pad" if id(module) in pads else layer_kind(module)
+        kind = "pad" if id(module) in pads else "activation" if id(module) in activations else layer_kind(module)
         mixin = BLOCKS[type(module)] if kind == "block" else table.get(kind or "")
         if mixin is None:
             continue
@@ -73,6 +80,10 @@ def convert_layers(
         layer = made[number]
         assert isinstance(layer, PaddedLayer)
         layer.folded_padding, layer.fill = sides, value
+    for number, activation in followed.items():
+        norm = made.get(number)
+        if isinstance(norm, PackedBatchNorm):
+            norm.followed_by = activation
 
     def undo() -> None:
         for parent, name, module in reversed(replaced):
@@ -154,6 +165,25 @@ def _padding(network: nn.Module) -> tuple[set[int], dict[int, tuple[Sides, float
             else:
                 loose.add(id(pad))
     return pads - loose, folded_padding
+
+
+def _activations(network: nn.Module) -> tuple[set[int], dict[int, str]]:
+    """Activations that the batch norm before them can compute, in containers that run their children in order.
+
+    Returns:
+        these activations, by id; and the norms, by id: the activation by its name in `ACTIVATIONS`.
+    """
+    places = Counter(id(child) for parent in network.modules() for _, child in _children(parent))
+    found, followed = set(), {}
+    for parent in network.modules():
+        if type(parent) not in IN_ORDER:
+            continue
+        for (name, norm), (_, activation) in pairwise(_children(parent)):
+            shown = name in getattr(parent, "return_layers", ()) or places[id(norm)] > 1
+            if type(norm) is nn.BatchNorm2d and ACTIVATIONS.get(type(activation)) and not shown:
+                found.add(id(activation))
+                followed[id(norm)] = ACTIVATIONS[type(activation)]
+    return found, followed
 
 
 def _misfit(module: nn.Module, sides: Sides, value: float) -> str | None:

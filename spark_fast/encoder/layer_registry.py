@@ -7,7 +7,8 @@ local             looks across it otherwise (blurring, bilinear resizing): compu
 global_reduction  reduces over an image and returns the map: over the image's visible cells
 image_pool        reduces an image to one cell: over the image's visible cells
 per_image         draws a random number per image
-block             mixes positions in its own `forward`: reimplemented in `layers/timm_blocks.py`
+block             its own `forward` is reimplemented: it mixes positions (`layers/timm_blocks.py`), or its norms run
+                  together with what comes after them (`layers/residual_blocks.py`)
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from timm.models import (
     metaformer,
     mlp_mixer,
     nfnet,
+    resnet,
     selecsls,
     senet,
     swiftformer,
@@ -34,6 +36,7 @@ from timm.models import (
 from torch import nn
 from torch.nn.modules import activation as torch_activations
 
+from spark_fast.encoder.layers import residual_blocks
 from spark_fast.encoder.layers import timm_blocks as blocks
 
 
@@ -122,6 +125,8 @@ BLOCKS: dict[type[nn.Module], type[blocks.Block]] = {
     _efficientnet_blocks.CondConvResidual: blocks.ConditionalResidual,
     tl.CondConv2d: blocks.ConditionalConv,
     **dict.fromkeys(_timm(hgnet, "StemV2"), blocks.PaddedStem),
+    resnet.BasicBlock: residual_blocks.BasicBlock,
+    resnet.Bottleneck: residual_blocks.Bottleneck,
 }
 ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm.layers as tl
 import torch
-from timm.models import _efficientnet_blocks, focalnet, hgnet
+from timm.models import _efficientnet_blocks, focalnet, hgnet, resnet
 from torch import nn
 
 from spark_fast.encoder.context import EncoderContext
@@ -20,6 +20,8 @@ CASES = {  # block, channels of its input, cells per patch
     "FocalModulation, normalised": (focalnet.FocalModulation(8, 3, 2, normalize_modulator=True), 8, 2),
     "CondConvResidual": (_efficientnet_blocks.CondConvResidual(8, 8, exp_ratio=2.0, num_experts=3), 8, 4),
     "StemV2": (hgnet.StemV2(3, 8, 8), 3, 16),
+    "BasicBlock": (resnet.BasicBlock(8, 8), 8, 4),
+    "Bottleneck": (resnet.Bottleneck(8, 4, stride=2, downsample=resnet.downsample_conv(8, 16, 1, 2)), 8, 4),
 }
 BUILT = {name: torch.manual_seed(0) and case for name, case in CASES.items()}
 

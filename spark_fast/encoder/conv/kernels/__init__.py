@@ -1,4 +1,4 @@
-"""GPU kernels (Triton) for the layers that look across patches, and when they are used.
+"""GPU kernels (Triton) for the layers that look across patches and for batch norms, and when they are used.
 
 Each is registered as a `torch.library` operator with a fake and a gradient, so that `torch.compile(fullgraph=True)` and
 CUDA graphs take it. `spark_fast.encoder.conv.convolve` computes the same by PyTorch: it serves every other
@@ -25,11 +25,20 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 if INSTALLED:
+    from spark_fast.encoder.conv.kernels.batch_norm_triton import batch_norm_apply, batch_norm_statistics
     from spark_fast.encoder.conv.kernels.depthwise_triton import depthwise_convolution
     from spark_fast.encoder.conv.kernels.halo_triton import gather_windows, sum_windows
     from spark_fast.encoder.conv.kernels.implicit_gemm_triton import implicit_gemm
 
-__all__ = ["depthwise_convolution", "gather_windows", "implicit_gemm", "sum_windows", "use_kernels"]
+__all__ = [
+    "batch_norm_apply",
+    "batch_norm_statistics",
+    "depthwise_convolution",
+    "gather_windows",
+    "implicit_gemm",
+    "sum_windows",
+    "use_kernels",
+]
 
 
 def use_kernels(wanted: bool | None, like: Tensor) -> bool:
