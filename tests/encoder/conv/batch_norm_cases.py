@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spark_fast.decoder import UNetBlock
 from spark_fast.encoder.context import EncoderContext
-from spark_fast.encoder.conv.kernels import batch_norm_triton as bn
+from spark_fast.encoder.conv.kernels import batch_norm_operators as bn
 from spark_fast.encoder.convert_network import PACKED, convert_layers
 from spark_fast.encoder.layers import batch_norm
 from spark_fast.encoder.layers.batch_norm import by_kernels, normalize
@@ -79,8 +79,8 @@ def test_few_rows_and_many_few_channels_and_many(n, c):
 @pytest.mark.parametrize("residual", [False, True])
 def test_runs_of_many_tiles_the_last_of_which_is_shorter(residual, monkeypatch):
     monkeypatch.setattr(bn, "TILE", 1024)
-    monkeypatch.setattr(bn, "WAVES", 3)
-    assert bn._runs(890, 24) == (32, 32, 10, 3)
+    monkeypatch.setattr(bn, "PROCESSORS", 1)
+    assert bn._runs(890, 24, 3) == (32, 32, 10, 3)
     compare(890, 24, torch.float32, "relu6", residual, mean=50.0)
 
 

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton has no build for this platform")
 
-from spark_fast.encoder.conv.kernels import batch_norm_triton as bn
+from spark_fast.encoder.conv.kernels import batch_norm_operators as bn
 from tests.encoder.conv.test_kernels import Recorder
 
 KERNELS = [name for name in vars(bn) if name.endswith("_kernel")]
@@ -20,31 +20,18 @@ def test_they_read_16_bytes_at_a_time_and_spill_nothing(kernel, tmp_path, monkey
         monkeypatch.setattr(bn, name, recorder)
     x = torch.empty(1280, 256, 8, 8, dtype=torch.bfloat16, device="cpu").to(memory_format=torch.channels_last)
     of_channels = torch.ones(256)
-    if kernel in ("_statistics_kernel", "_merge_kernel"):
+    if kernel in ("statistics_kernel", "merge_kernel"):
         bn.batch_norm_statistics(x, of_channels, of_channels.clone(), torch.tensor(0), 0.1, 1e-5)
-    elif kernel == "_apply_kernel":
+    elif kernel == "apply_kernel":
         bn.batch_norm_apply(x, x, *(of_channels,) * 4, "relu")
-    elif kernel == "_sums_kernel":
+    elif kernel == "sums_kernel":
         bn.batch_norm_sums(x, x, x, *(of_channels,) * 4, "relu")
     else:
         bn.batch_norm_input_gradient(x, x, *(of_channels,) * 4, torch.ones(2, 256), "relu")
     made = recorders[kernel].compiled()
     ptx = made.asm["ptx"]
-    if kernel != "_merge_kernel":  # of fp32 statistics, four to a thread
+    if kernel != "merge_kernel":  # of fp32 statistics, four to a thread
         assert "ld.global.v4" in ptx
     assert "ld.local" not in ptx
     assert "st.local" not in ptx
     assert made.asm["cubin"]
-
-
-def test_tiles_and_runs_cover_all_rows_and_no_run_is_empty():
-    for rows in (2, 63, 64, 65, 4096, 327_680, 2**30 - 1):
-        for channels in (1, 7, 33, 64, 200, 2048):
-            tile_rows, tile, tiles, runs = bn._runs(rows, channels)
-            assert (runs - 1) * tiles * tile_rows < rows <= runs * tiles * tile_rows
-            assert tile_rows * tile == bn.TILE
-
-
-def test_more_rows_than_can_be_numbered_are_refused():
-    with pytest.raises(ValueError, match="too many for the GPU kernels"):
-        bn._rows(torch.empty(2**20, 1, 32, 32, device="meta"))
