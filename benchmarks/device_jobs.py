@@ -41,6 +41,7 @@ class Scale:
     encoder: Shape
     masks: tuple[float, ...]
     layers: tuple[ConvLayer, ...]
+    norms: tuple[tuple[int, int], ...]  # channels, cells per patch side
     seeds: int
     images: int
     workers: int
@@ -66,6 +67,7 @@ FULL = Scale(
         # of ConvNeXt-S
         *(ConvLayer(7, 1, 96 * 8 // b, b, depthwise=True) for b in (8, 4, 2, 1)),
     ),
+    norms=((64, 16), (256, 8), (512, 4), (1024, 2), (2048, 1), (64, 8), (128, 4), (256, 2), (512, 1)),  # of ResNet-50
     seeds=9,
     images=1024,
     workers=16,
@@ -79,6 +81,7 @@ TINY = Scale(
     encoder=Shape("resnet10t", 64, 0.5, 4, 32),
     masks=(0.0, 0.5),
     layers=(ConvLayer(3, 1, 8, 4), ConvLayer(7, 1, 8, 2, depthwise=True)),
+    norms=((8, 4), (8, 2)),
     seeds=3,
     images=16,
     workers=1,

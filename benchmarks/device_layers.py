@@ -1,7 +1,8 @@
 """Choices of the program that a GPU has not decided yet: each measured both ways, layer by layer.
 
-The algorithm of a convolution, the first two layers of a decoder block as one or apart, and the projection into the
-decoder from all cells or the visible ones. Forward and backward, in bf16 by autocast, at the batch of the first step.
+The algorithm of a convolution, batch norms by the kernels or by PyTorch, the first two layers of a decoder block as one
+or apart, and the projection into the decoder from all cells or the visible ones. Forward and backward, in bf16 by
+autocast, at the batch of the first step.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from spark_fast.encoder import VisiblePatches
 from spark_fast.encoder.context import EncoderContext
 from spark_fast.encoder.conv.kernels import use_kernels
 from spark_fast.encoder.convert_network import PACKED, convert_layers
+from spark_fast.encoder.layers.batch_norm import normalize
 from spark_fast.encoder.layers.halo import HaloConv
 from spark_fast.masking import num_visible, sample_visible
 
@@ -51,6 +53,7 @@ def layer_jobs(scale: Scale, device: torch.device) -> Iterator[Job]:
         if layer.depthwise and layer.b in (8, 2):
             name = f"ConvNeXt block, C {layer.channels}, b {layer.b}"
             yield Job(name, partial(_convnext_block, layer, shape, scale.repeats, device), 2)
+    yield Job("batch norms", partial(_norms, scale, device), 4)
     for i in range(BLOCKS):
         yield Job(f"decoder block {i}", partial(_merge, i, shape, scale.repeats, device, found), 2)
     for i in range(1, 4):
@@ -81,6 +84,36 @@ def _algorithms(layer: ConvLayer, shape: Shape, repeats: int, device: torch.devi
         conv.algorithm = lambda b, keep, forced=algorithm: forced  # type: ignore[method-assign, misc]
         row[f"{algorithm} ms"] = _both_passes(conv, [x], conv.parameters(), device, repeats)
     return row
+
+
+def _norms(scale: Scale, device: torch.device) -> dict[str, Any]:
+    """Milliseconds of a norm, the sum with a shortcut and a ReLU, by the kernels and by PyTorch, over all sizes.
+
+    `LEAST_ELEMENTS` is the constant of `spark_fast.encoder.layers.batch_norm` that fits them.
+    """
+    shape = scale.step_shapes[0]
+    visible, sizes = _visible(shape, device), {}
+    ways = {"pytorch": False}
+    for channels, b in scale.norms:
+        norm, relu = nn.BatchNorm2d(channels).to(device), nn.ReLU(inplace=True)
+        x, shortcut = (_cells(visible.count, channels, b, device) for _ in range(2))
+        if use_kernels(None, x):
+            ways["kernels"] = True
+        size: dict[str, float] = {"elements": x.numel()}
+        for way, wanted in ways.items():
+            run = partial(normalize, norm, relu, kernels=wanted)
+            size[way] = _both_passes(run, [x, shortcut], norm.parameters(), device, scale.repeats)
+        sizes[f"C {channels}, b {b}"] = size
+    totals = {f"{way} ms": sum(size[way] for size in sizes.values()) for way in ways}
+    fits = {"LEAST_ELEMENTS": least_elements(sizes.values())} if "kernels" in ways else {}
+    return {"batch": shape.batch, "chosen": list(ways)[-1], **totals, **fits, "sizes": sizes}
+
+
+def least_elements(sizes: Iterable[dict[str, float]]) -> int | None:
+    """From how many elements on the kernels are no slower, at all sizes that were measured; None: at none."""
+    sizes = list(sizes)
+    lost = max((size["elements"] for size in sizes if size["kernels"] > size["pytorch"]), default=0)
+    return min((int(size["elements"]) for size in sizes if size["elements"] > lost), default=None)
 
 
 def _convnext_block(layer: ConvLayer, shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:

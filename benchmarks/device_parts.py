@@ -40,6 +40,7 @@ GPU_TESTS = (
     "tests/reporting/test_step_timer.py",
     "tests/encoder/conv/kernel_cases.py",
     "tests/encoder/conv/fused_cases.py",
+    "tests/encoder/conv/batch_norm_cases.py",
 )
 
 

@@ -39,7 +39,7 @@ limited imports 20 "$python" -c 'import torch, torchvision, timm' # from a cold 
 step 20 ceilings                                                # and machine and versions
 step 60 'step resnet*'                                          # packed, published, packed as a graph, masked
 step 25 profile
-step 50 layers
+step 50 layers # convolutions, batch norms, the decoder: each choice both ways
 step 75 'GPU tests'
 step 100 'compiled step resnet*'
 step 60 'step convnext*' # ConvNeXt-S by SparK, V2-T by FCMAE

@@ -21,6 +21,7 @@ from spark_fast.decoder import Decoder, UNetBlock
 from spark_fast.decoder.densify import densify
 from spark_fast.encoder import Encoder, VisiblePatches
 from spark_fast.encoder.convert_network import convert_layers
+from spark_fast.encoder.layers.batch_norm import normalize
 from spark_fast.encoder.layers.layer_norm import ChannelNorm
 from spark_fast.method import Method
 
@@ -80,11 +81,12 @@ class SparK(Method):
 
     def decode(self, features: list[Tensor], visible: VisiblePatches, on: VisiblePatches) -> Tensor:
         """Densify every level, decode the whole image: see `Method.decode`."""
-        levels = []
+        levels, kernels = [], self.encoder.context.kernels
         layers = zip(self.densify_norms, self.mask_tokens, self.densify_projs, strict=True)
         for level, (norm, token, project) in zip(reversed(features), layers, strict=True):
-            levels.append(densify(norm(level), token.flatten(), project, visible, self.sparse_projections))
-        return on.pack(self.decoder(levels))
+            level = normalize(norm, None, level, None, kernels)
+            levels.append(densify(level, token.flatten(), project, visible, self.sparse_projections))
+        return on.pack(self.decoder(levels, kernels))
 
 
 def build_spark(

@@ -5,13 +5,14 @@ Structure and initialisation are those of the published code (pretrain/decoder.p
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import torch
 from torch import Tensor, nn
 
 from spark_fast.autograd import AutogradContext
 from spark_fast.decoder.upsample import merging_pays, upsample, upsample_and_convolve
+from spark_fast.encoder.layers.batch_norm import by_kernels
 
 
 class ReLU6(nn.ReLU6):
@@ -57,9 +58,12 @@ class UNetBlock(nn.Module):
             nn.BatchNorm2d(cout),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, cin, h, w) -> (B, cout, 2h, 2w)."""
-        up, convolve = self.up_sample, self.conv[0]
+    def forward(self, x: Tensor, level: Tensor | None = None, kernels: bool | None = None) -> Tensor:
+        """(B, cin, h, w) -> (B, cout, 2h, 2w), plus `level`, of that shape.
+
+        `kernels` as `spark_fast.encoder.conv.kernels.use_kernels` takes it: whether they compute the norms.
+        """
+        up, (convolve, norm, activation, narrow, last) = self.up_sample, self.conv
         assert isinstance(convolve, nn.Conv2d)
         assert up.bias is not None
         if self.merge is False:
@@ -68,7 +72,12 @@ class UNetBlock(nn.Module):
             x = upsample_and_convolve(x, up.weight, up.bias, convolve.weight)
         else:
             x = convolve(upsample(x, up.weight, up.bias))
-        return self.conv[1:](x)
+        hidden = by_kernels(norm, x, "relu6", None, kernels)
+        x = narrow(activation(norm(x)) if hidden is None else hidden)
+        y = by_kernels(last, x, "", level, kernels)
+        if y is not None:
+            return y
+        return last(x) if level is None else last(x) + level
 
 
 class Decoder(nn.Module):
@@ -97,13 +106,11 @@ class Decoder(nn.Module):
         self.proj = nn.Conv2d(widths[-1], out_chans, kernel_size=1)
         self.apply(_initialize)
 
-    def forward(self, levels: list[Tensor]) -> Tensor:
-        """Levels coarsest first, (B, width // 2^i, h * 2^i, w * 2^i) -> (B, C, H, W)."""
-        x = levels[0]
-        for i, block in enumerate(self.dec):
-            if 0 < i < len(levels):
-                x = x + levels[i]
-            x = block(x)
+    def forward(self, levels: list[Tensor], kernels: bool | None = None) -> Tensor:
+        """Levels coarsest first, (B, width // 2^i, h * 2^i, w * 2^i) -> (B, C, H, W); `kernels` as in `UNetBlock`."""
+        x, added = levels[0], levels[1 : len(self.dec)]
+        for block, level in zip_longest(self.dec, added):
+            x = block(x, level, kernels)
         return self.proj(x)
 
 

@@ -19,14 +19,16 @@ class EncoderContext:
         dense: the layers run on dense maps with holes (the masked encoder), not on packed patches.
 
     Attributes:
-        kernels: whether layers that look across patches run by the GPU kernels; None: wherever those can run
-            (`spark_fast.encoder.conv.kernels.use_kernels`). Tests and benchmarks force it.
+        kernels: whether layers that look across patches and batch norms run by the GPU kernels; None: wherever those
+            can run (`spark_fast.encoder.conv.kernels.use_kernels`). Tests and benchmarks force it.
+        activated: what a norm has just computed together with the activation behind it, until that is called.
     """
 
     def __init__(self, dense: bool) -> None:
         self.dense = dense
         self.kernels: bool | None = None
         self.visible: VisiblePatches | None = None
+        self.activated: Tensor | None = None
 
     def image_mean(self, x: Tensor) -> Tensor:
         """The mean over the visible cells of each image, in a shape that broadcasts against `x`.

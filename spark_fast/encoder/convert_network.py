@@ -5,16 +5,19 @@ A converted layer keeps its parameters, their names and its place, so the state 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 
+from timm.models._features import FeatureDictNet, FeatureListNet
 from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 
 from spark_fast.encoder.context import EncoderContext
 from spark_fast.encoder.conv.geometry import layer_axes
 from spark_fast.encoder.layer_registry import BLOCKS, UnsupportedLayerError, layer_kind, refusal_reason
+from spark_fast.encoder.layers.batch_norm import ACTIVATIONS, Activated, PackedBatchNorm
 from spark_fast.encoder.layers.converted import ConvertedLayer, FoldedPadding, PaddedLayer
 from spark_fast.encoder.layers.halo import DenseFallback, HaloConv, HaloPool
 from spark_fast.encoder.layers.layer_norm import ChannelNorm
@@ -25,8 +28,11 @@ from spark_fast.encoder.layers.response_norm import ResponseNorm
 LayerTable = dict[str, type[ConvertedLayer]]
 Sides = tuple[int, int, int, int]
 UNKNOWN = "of no known kind (see spark_fast.encoder.register)"
+IN_ORDER = (nn.Sequential, FeatureDictNet, FeatureListNet)  # their forward runs their children one after another
 PACKED: LayerTable = {
     "layer_norm": ChannelNorm,
+    "norm": PackedBatchNorm,
+    "activation": Activated,
     "conv": HaloConv,
     "pool": HaloPool,
     "local": DenseFallback,
@@ -60,10 +66,11 @@ def convert_layers(
     """
     check_layers(network)
     (pads, folded_padding), rounded = _padding(network), _before_products(network)
+    activations, followed = _activations(network)
     made: dict[int, ConvertedLayer] = {}  # a layer used in two places stays one
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
     for path, module in list(_layers(network)):
-        kind = "pad" if id(module) in pads else layer_kind(module)
+        kind = "pad" if id(module) in pads else "activation" if id(module) in activations else layer_kind(module)
         mixin = BLOCKS[type(module)] if kind == "block" else table.get(kind or "")
         if mixin is None:
             continue
@@ -82,6 +89,10 @@ def convert_layers(
         norm = made[number]
         if isinstance(norm, ChannelNorm):
             norm.rounded = True
+    for number in followed.keys() & made.keys():
+        norm = made[number]
+        if isinstance(norm, PackedBatchNorm):
+            norm.followed_by = followed[number]
 
     def undo() -> None:
         for parent, name, module in reversed(replaced):
@@ -174,6 +185,25 @@ def _before_products(network: nn.Module) -> set[int]:
         if isinstance(parent, ConvNeXtBlock):
             found.add(id(parent.norm))
     return found
+
+
+def _activations(network: nn.Module) -> tuple[set[int], dict[int, str]]:
+    """Activations that the batch norm before them can compute, in containers that run their children in order.
+
+    Returns:
+        these activations, by id; and the norms, by id: the activation by its name in `ACTIVATIONS`.
+    """
+    places = Counter(id(child) for parent in network.modules() for _, child in _children(parent))
+    found, followed = set(), {}
+    for parent in network.modules():
+        if type(parent) not in IN_ORDER:
+            continue
+        for (name, norm), (_, activation) in pairwise(_children(parent)):
+            shown = name in getattr(parent, "return_layers", ()) or places[id(norm)] > 1
+            if type(norm) is nn.BatchNorm2d and ACTIVATIONS.get(type(activation)) and not shown:
+                found.add(id(activation))
+                followed[id(norm)] = ACTIVATIONS[type(activation)]
+    return found, followed
 
 
 def _misfit(module: nn.Module, sides: Sides, value: float) -> str | None:

@@ -79,7 +79,7 @@ class Encoder(nn.Module):
             features = [features[i] for i in self.levels]
             return features if visible is None else self._leave(features, visible)
         finally:
-            self.context.visible = None
+            self.context.visible = self.context.activated = None
 
     def _enter(self, images: Tensor, visible: VisiblePatches) -> Tensor:
         """Images -> what the converted network runs on."""

@@ -9,7 +9,8 @@ global_reduction  reduces over an image and returns the map: over the image's vi
 response_norm     one of them, timm's GlobalResponseNorm: in fewer passes than its own
 image_pool        reduces an image to one cell: over the image's visible cells
 per_image         draws a random number per image
-block             its own `forward` mixes positions, or runs in fewer passes: reimplemented in `layers/`
+block             its own `forward` mixes positions (`layers/timm_blocks.py`), or runs in fewer passes with the norms'
+                  kernels (`layers/residual_blocks.py`, `layers/convnext_block.py`): reimplemented
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from timm.models import (
     metaformer,
     mlp_mixer,
     nfnet,
+    resnet,
     selecsls,
     senet,
     swiftformer,
@@ -37,6 +39,7 @@ from timm.models import (
 from torch import nn
 from torch.nn.modules import activation as torch_activations
 
+from spark_fast.encoder.layers import residual_blocks
 from spark_fast.encoder.layers import timm_blocks as blocks
 from spark_fast.encoder.layers.convnext_block import FusedConvNeXtBlock
 
@@ -131,6 +134,8 @@ BLOCKS: dict[type[nn.Module], type[blocks.Block]] = {
     tl.CondConv2d: blocks.ConditionalConv,
     convnext.ConvNeXtBlock: FusedConvNeXtBlock,
     **dict.fromkeys(_timm(hgnet, "StemV2"), blocks.PaddedStem),
+    resnet.BasicBlock: residual_blocks.BasicBlock,
+    resnet.Bottleneck: residual_blocks.Bottleneck,
 }
 ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spark_fast.autograd import AutogradContext
+from spark_fast.encoder.layers.batch_norm import PackedBatchNorm
 
 
 class HostSyncBatchNorm(nn.BatchNorm2d):
@@ -40,9 +41,10 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
 
     @classmethod
     def replace_in(cls, module: nn.Module) -> None:
-        """Turn every plain BatchNorm2d below `module` into one of these, parameters shared."""
+        """Turn every plain BatchNorm2d below `module` into one of these, packed ones too, parameters shared."""
         for name, child in module.named_children():
-            if type(child) is nn.BatchNorm2d:
+            packed = isinstance(child, PackedBatchNorm) and child.original_type() is nn.BatchNorm2d
+            if isinstance(child, nn.BatchNorm2d) and (packed or type(child) is nn.BatchNorm2d):
                 synced = cls(child.num_features, child.eps, child.momentum)
                 synced.__dict__.update(child.__dict__)
                 setattr(module, name, synced)

@@ -206,3 +206,21 @@ def test_wrong_flags_are_named(measured, capsys, words, message):
         code = left.code
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+def test_batch_norms_are_measured_at_every_size_and_the_constant_that_fits_is_printed(measured):
+    import device_layers
+    from device_jobs import TINY
+
+    row = device_layers._norms(TINY, torch.device("cpu"))
+    assert row["chosen"] == "pytorch"
+    assert len(row["sizes"]) == len(TINY.norms)
+    assert row["pytorch ms"] == sum(size["pytorch"] for size in row["sizes"].values())
+    faster, slower = {"kernels": 1.0, "pytorch": 2.0}, {"kernels": 2.0, "pytorch": 1.0}
+
+    def fitted(*sizes):
+        return device_layers.least_elements({"elements": elements, **ms} for elements, ms in sizes)
+
+    assert fitted((200, slower), (100, faster), (400, faster), (300, faster)) == 300
+    assert fitted((100, faster), (200, faster)) == 100
+    assert fitted((200, slower), (200, faster), (100, faster)) is None

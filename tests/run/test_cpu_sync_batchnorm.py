@@ -7,6 +7,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import tests.processes  # noqa: F401
+from spark_fast.encoder.context import EncoderContext
+from spark_fast.encoder.convert_network import PACKED, convert_layers
 from spark_fast.run.cpu_sync_batchnorm import HostSyncBatchNorm
 
 START = "forkserver"  # which has imported torch already: tests/processes.py
@@ -56,3 +58,11 @@ def test_two_ranks_compute_what_one_does(tmp_path, shape, dtype, atol):
         torch.testing.assert_close(one[i], expected[i], rtol=1e-2 if dtype == torch.bfloat16 else 1e-12, atol=0)
     for a, b, c in zip(one_own, two_own, sums, strict=True):
         torch.testing.assert_close(a + b, c, rtol=0, atol=20 * atol)
+
+
+def test_norms_of_a_packed_encoder_are_replaced_too():
+    packed, _ = convert_layers(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), PACKED, EncoderContext(dense=False))
+    weight = packed[0].weight
+    HostSyncBatchNorm.replace_in(packed)
+    assert type(packed[0]) is HostSyncBatchNorm
+    assert packed[0].weight is weight

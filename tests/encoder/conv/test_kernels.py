@@ -16,15 +16,16 @@ from spark_fast.encoder.conv import kernels as gpu
 triton = pytest.importorskip("triton", reason="triton has no build for this platform")
 
 ROOT = Path(__file__).parents[3]
-CASES = ("tests/encoder/conv/kernel_cases.py", "tests/encoder/conv/fused_cases.py")
+CASES = tuple(f"tests/encoder/conv/{name}_cases.py" for name in ("kernel", "fused", "batch_norm"))
+DRAWN = ("tests/encoder/conv/fused_properties.py", "tests/encoder/conv/batch_norm_drawn.py")  # by hypothesis
 
 
-def run_cases(*more, **environment):
+def run_cases(*files, **environment):
     """The cases in a process of their own, for Triton reads TRITON_INTERPRET when it is imported."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"]
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
     done = subprocess.run(
-        [*command, *CASES, *more],
+        [*command, *files],
         cwd=ROOT,
         env=kept | environment,
         capture_output=True,
@@ -36,12 +37,12 @@ def run_cases(*more, **environment):
 
 @pytest.mark.slow
 def test_kernels_interpreted_on_the_cpu_equal_pytorch():
-    run_cases("tests/encoder/conv/fused_properties.py", TRITON_INTERPRET="1")
+    run_cases(*CASES, *DRAWN, TRITON_INTERPRET="1")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
 def test_kernels_on_the_gpu_equal_pytorch():
-    run_cases()
+    run_cases(*CASES)
 
 
 class Recorder:
@@ -58,7 +59,8 @@ class Recorder:
         ((_, values, options),) = self.launches
         arguments = dict(zip(self.kernel.arg_names, values, strict=True))
         constants = {p.name: arguments[p.name] for p in self.kernel.params if p.is_constexpr}
-        kinds = {float: "fp32", int: "i32", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+        kinds = {float: "fp32", int: "i32", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+        kinds |= {torch.int32: "*i32", torch.int64: "*i64"}
         signature = {
             name: "constexpr" if name in constants else kinds[getattr(v, "dtype", type(v))]
             for name, v in arguments.items()

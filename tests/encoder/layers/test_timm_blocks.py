@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm.layers as tl
 import torch
-from timm.models import _efficientnet_blocks, convnext, focalnet, hgnet
+from timm.models import _efficientnet_blocks, convnext, focalnet, hgnet, resnet
 from torch import nn
 
 from spark_fast.encoder.context import EncoderContext
@@ -22,6 +22,8 @@ CASES = {  # block, channels of its input, cells per patch
     "StemV2": (hgnet.StemV2(3, 8, 8), 3, 16),
     "ConvNeXtBlock": (convnext.ConvNeXtBlock(8, ls_init_value=0.5), 8, 4),
     "ConvNeXtBlock, GRN": (convnext.ConvNeXtBlock(8, ls_init_value=None, use_grn=True, conv_mlp=True), 8, 2),
+    "BasicBlock": (resnet.BasicBlock(8, 8), 8, 4),
+    "Bottleneck": (resnet.Bottleneck(8, 4, stride=2, downsample=resnet.downsample_conv(8, 16, 1, 2)), 8, 4),
 }
 BUILT = {name: torch.manual_seed(0) and case for name, case in CASES.items()}
 

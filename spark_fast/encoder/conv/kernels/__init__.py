@@ -25,6 +25,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 if INSTALLED:
+    from spark_fast.encoder.conv.kernels.batch_norm_operators import batch_norm_apply, batch_norm_statistics
     from spark_fast.encoder.conv.kernels.depthwise_triton import depthwise_convolution
     from spark_fast.encoder.conv.kernels.halo_triton import gather_windows, sum_windows
     from spark_fast.encoder.conv.kernels.implicit_gemm_triton import implicit_gemm
@@ -33,6 +34,8 @@ if INSTALLED:
     from spark_fast.encoder.conv.kernels.response_norm_triton import response_norm
 
 __all__ = [
+    "batch_norm_apply",
+    "batch_norm_statistics",
     "depthwise_convolution",
     "gather_windows",
     "gelu_of_sum",

@@ -1,0 +1,226 @@
+"""Batch norms as operators of `torch.library`, with their gradient: which kernels run, over which tiles.
+
+The mathematics, and what each kernel reads and writes: `batch_norm_triton`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from spark_fast.autograd import AutogradContext
+from spark_fast.encoder.conv.kernels.batch_norm_triton import (
+    apply_kernel,
+    input_gradient_kernel,
+    merge_kernel,
+    statistics_kernel,
+    sums_kernel,
+)
+from spark_fast.encoder.conv.kernels.tile import PROCESSORS, channel_tile, on_device, rows_of
+
+WARPS = 4
+TILE = 4096  # elements of a program's tile: 32 a thread
+MERGED = 16  # channels of a program that merges statistics: so that there is more than one
+
+
+@torch.library.custom_op(
+    "spark_fast::batch_norm_statistics",
+    mutates_args=("running_mean", "running_var", "batches"),
+    schema="(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, float momentum, "
+    "float eps) -> (Tensor, Tensor)",
+)
+def batch_norm_statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Mean and 1 / sqrt(var + eps) of each channel, (C,) fp32, without a gradient.
+
+    Args:
+        x: (N, C, H, W), fp32, bf16 or fp16, of more than one row.
+        running_mean, running_var: (C,), become momentum * new + (1 - momentum) * old, the variance unbiased.
+        batches: () int64, counts this batch. All three, or none of them.
+
+    Raises:
+        ValueError: too many rows.
+    """
+    x, (mean, inverse) = _rows(x), _channels_like(x, running_mean, running_var, batches, momentum, eps)
+    channels, rows = x.shape[1], x.numel() // x.shape[1]
+    tile_rows, tile, tiles, runs = _runs(rows, channels, 4)
+    partial = mean.new_empty(runs, 2, channels)
+    tracked = running_mean is not None
+    with on_device(x):
+        statistics_kernel[(runs * -(-channels // tile),)](
+            x, partial, rows, tiles, *_units(channels), tile_rows, tile, num_warps=WARPS
+        )
+        merge_kernel[(-(-channels // MERGED),)](
+            x, partial, mean, inverse, *((running_mean, running_var, batches) if tracked else (mean,) * 3), rows, runs,
+            tiles * tile_rows, momentum, eps, *_units(channels), tracked, 64, MERGED, num_warps=WARPS,
+        )  # fmt: skip
+    return mean, inverse
+
+
+@torch.library.custom_op(
+    "spark_fast::batch_norm_apply",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? residual, Tensor mean, Tensor inverse, Tensor? weight, Tensor? bias, str activation) "
+    "-> Tensor",
+)
+def batch_norm_apply(
+    x: Tensor, residual: Tensor | None, mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None,
+    activation: str,
+) -> Tensor:  # fmt: skip
+    """activation((x - mean) * inverse * weight + bias + residual); its gradient counts that the statistics are x's.
+
+    Args:
+        x, residual: (N, C, H, W), of one dtype, in which the output is rounded once.
+        mean, inverse: what `batch_norm_statistics` gives for this x.
+        weight, bias: (C,), or neither.
+        activation: "relu", "relu6", or "": none.
+    """
+    x, out = _rows(x), _map_like(x)
+    channels, rows = x.shape[1], x.numel() // x.shape[1]
+    tile_rows, tile, programs = _tiles(rows, channels)
+    with on_device(x):
+        apply_kernel[(programs,)](
+            x, x if residual is None else _rows(residual), *_affine(mean, inverse, weight, bias), out, rows,
+            *_units(channels), weight is not None, residual is not None, activation, tile_rows, tile, num_warps=WARPS,
+        )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op(
+    "spark_fast::batch_norm_sums",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor? y, Tensor mean, Tensor inverse, Tensor? weight, Tensor? bias, "
+    "str activation) -> (Tensor, Tensor)",
+)
+def batch_norm_sums(
+    grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, inverse: Tensor, weight: Tensor | None,
+    bias: Tensor | None, activation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of bias and weight, (2, C) fp32, and the gradient before the activation.
+
+    Args:
+        y: the output, where there was a residual; None: what passed the activation is computed again from x, and the
+            gradient before it is not written: the second is empty.
+    """
+    grad, x = _rows(grad), _rows(x)
+    passed = _map_like(x) if y is not None else x.new_empty(0)
+    channels, rows = x.shape[1], x.numel() // x.shape[1]
+    tile_rows, tile, tiles, runs = _runs(rows, channels, 3)
+    partial = mean.new_empty(runs, 2, channels)
+    with on_device(x):
+        sums_kernel[(runs * -(-channels // tile),)](
+            grad, x, x if y is None else _rows(y), *_affine(mean, inverse, weight, bias), passed, partial, rows, tiles,
+            *_units(channels), weight is not None, y is not None, activation, tile_rows, tile, num_warps=WARPS,
+        )  # fmt: skip
+    return partial.sum(0), passed
+
+
+@torch.library.custom_op(
+    "spark_fast::batch_norm_input_gradient",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor mean, Tensor inverse, Tensor? weight, Tensor? bias, Tensor sums, "
+    "str activation) -> Tensor",
+)
+def batch_norm_input_gradient(
+    grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None, sums: Tensor,
+    activation: str,
+) -> Tensor:  # fmt: skip
+    """The gradient of `batch_norm_apply` with respect to x, `sums` being what `batch_norm_sums` gives.
+
+    Args:
+        activation: "" if `grad` is the gradient before the activation already.
+    """
+    grad, x, out = _rows(grad), _rows(x), _map_like(x)
+    channels, rows = x.shape[1], x.numel() // x.shape[1]
+    tile_rows, tile, programs = _tiles(rows, channels)
+    with on_device(x):
+        input_gradient_kernel[(programs,)](
+            grad, x, *_affine(mean, inverse, weight, bias), sums, out, rows, *_units(channels), weight is not None,
+            activation, tile_rows, tile, num_warps=WARPS,
+        )  # fmt: skip
+    return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The map in channels_last, its rows few enough to be numbered."""
+    rows_of(x[:, 0].unsqueeze(-1))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _affine(mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """The arguments of the kernels; without weight and bias something that is not read."""
+    return mean, inverse, *(mean if of_channel is None else of_channel.contiguous() for of_channel in (weight, bias))
+
+
+def _units(channels: int) -> tuple[int, int]:
+    """Channels as a product of a number given when the kernel runs and one, at most 8, that it is compiled for."""
+    unit = min(channels & -channels, 8)
+    return channels // unit, unit
+
+
+def _tiles(rows: int, channels: int) -> tuple[int, int, int]:
+    """Rows and channels of a tile, and how many there are."""
+    tile = channel_tile(channels)
+    tile_rows = TILE // tile
+    return tile_rows, tile, -(-rows // tile_rows) * -(-channels // tile)
+
+
+def _runs(rows: int, channels: int, resident: int) -> tuple[int, int, int, int]:
+    """Rows and channels of a tile, tiles of a run, and runs: none is empty.
+
+    All run at once, `resident` programs on each processor, as their registers allow: none waits for another to end.
+    """
+    tile_rows, tile, _ = _tiles(rows, channels)
+    all_tiles = -(-rows // tile_rows)
+    tiles = -(-all_tiles // min(all_tiles, max(1, resident * PROCESSORS // -(-channels // tile))))
+    return tile_rows, tile, tiles, -(-all_tiles // tiles)
+
+
+@batch_norm_statistics.register_fake
+def _channels_like(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return x.new_empty(x.shape[1], dtype=torch.float32), x.new_empty(x.shape[1], dtype=torch.float32)
+
+
+def _map_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+batch_norm_apply.register_fake(lambda x, *rest: _map_like(x))
+batch_norm_input_gradient.register_fake(lambda grad, x, *rest: _map_like(x))
+
+
+@batch_norm_sums.register_fake
+def _sums_like(grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return mean.new_empty(2, x.shape[1]), _map_like(x) if y is not None else x.new_empty(0)
+
+
+class _Context(AutogradContext, Protocol):
+    activation: str
+    residual: bool
+
+
+def _keep(ctx: _Context, inputs: tuple, output: Tensor) -> None:
+    x, residual, mean, inverse, weight, bias, ctx.activation = inputs
+    ctx.residual = residual is not None
+    y = output if ctx.residual and ctx.activation else None
+    ctx.save_for_backward(x, mean, inverse, weight, bias, y)
+
+
+def _gradients(ctx: _Context, grad: Tensor) -> tuple:
+    x, mean, inverse, weight, bias, y = ctx.saved_tensors
+    sums, passed = batch_norm_sums(grad, x, y, mean, inverse, weight, bias, ctx.activation)
+    through, activation = (grad, ctx.activation) if y is None else (passed, "")
+    grad_x = batch_norm_input_gradient(through, x, mean, inverse, weight, bias, sums, activation)
+    of_weight = None if weight is None else sums[1].to(weight.dtype)
+    of_bias = None if bias is None else sums[0].to(bias.dtype)
+    return grad_x, through if ctx.residual else None, None, None, of_weight, of_bias, None
+
+
+batch_norm_apply.register_autograd(_gradients, setup_context=_keep)

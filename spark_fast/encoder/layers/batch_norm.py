@@ -1,0 +1,112 @@
+"""Batch norms by the GPU kernels, together with the sum and the activation after them.
+
+In training, on CUDA, one operator computes activation(norm(x) + residual): fewer times the map is written and read than
+by PyTorch, in eager code as the compiler does it in compiled code. What it does not take, PyTorch computes: evaluation,
+other devices and float64, statistics over all ranks (SyncBatchNorm), cumulative running statistics (momentum=None).
+"""
+
+from __future__ import annotations
+
+import timm.layers as tl
+import torch
+from torch import Tensor, nn
+
+from spark_fast.encoder.conv import kernels as gpu
+from spark_fast.encoder.layers.converted import ConvertedLayer
+
+TAKEN = (nn.BatchNorm2d, tl.BatchNormAct2d)  # subclasses compute something else
+ACTIVATIONS: dict[type[nn.Module], str] = {nn.Identity: "", nn.ReLU: "relu", nn.ReLU6: "relu6"}
+
+LEAST_ELEMENTS = 0
+"""Of a map, from which the kernels are taken, unless they are forced. `benchmarks/device_report.py --only layers`
+measures both ways and prints what fits. No GPU has been met yet: by bytes and launches the kernels always win."""
+IN_COMPILED_CODE = False
+"""Whether compiled code takes them too, instead of what its compiler makes of PyTorch's."""
+
+
+def normalize(
+    norm: nn.Module, activation: nn.Module | None, x: Tensor, residual: Tensor | None = None,
+    kernels: bool | None = None,
+) -> Tensor:  # fmt: skip
+    """activation(norm(x) + residual), by the kernels or layer by layer.
+
+    Args:
+        norm, activation: the layers; None: no activation.
+        x, residual: (N, C, H, W).
+        kernels: as `use_kernels` takes it.
+    """
+    name = "" if activation is None else ACTIVATIONS.get(type(activation))
+    fused = None if name is None else by_kernels(norm, x, name, residual, kernels)
+    if fused is not None:
+        return fused
+    x = norm(x)
+    if residual is not None:
+        x += residual
+    return x if activation is None else activation(x)
+
+
+def by_kernels(
+    norm: nn.Module, x: Tensor, activation: str = "", residual: Tensor | None = None, kernels: bool | None = None
+) -> Tensor | None:
+    """As `normalize`, for an activation of `ACTIVATIONS` by name; None where PyTorch has to compute it."""
+    if not (isinstance(norm, nn.BatchNorm2d) and norm.training and _fits(norm, x, residual)):
+        return None
+    if (kernels is None and x.numel() < LEAST_ELEMENTS) or (torch.compiler.is_compiling() and not IN_COMPILED_CODE):
+        return None
+    if not gpu.use_kernels(kernels, x):
+        return None
+    running = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    tracked = running if norm.track_running_stats else (None,) * 3
+    mean, inverse = gpu.batch_norm_statistics(x.detach(), *tracked, norm.momentum or 0.0, norm.eps)
+    return gpu.batch_norm_apply(x, residual, mean, inverse, norm.weight, norm.bias, activation)
+
+
+def _fits(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None) -> bool:
+    """Whether the kernels compute what this norm does."""
+    own_type = norm.original_type() if isinstance(norm, ConvertedLayer) else type(norm)
+    tracked = [t is not None for t in (norm.running_mean, norm.running_var, norm.num_batches_tracked)]
+    return (
+        own_type in TAKEN
+        and (all(tracked) and norm.momentum is not None if norm.track_running_stats else True)
+        and (norm.weight is None) == (norm.bias is None)
+        and x.dim() == 4
+        and x.numel() > x.shape[1] > 0  # more than one value of each channel
+        and (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype))
+    )
+
+
+class PackedBatchNorm(ConvertedLayer):
+    """Mixin: a norm over the batch of packed patches, whose statistics are those of the visible cells.
+
+    Attributes:
+        followed_by: the activation that comes next, where nothing else sees the norm's output: the norm computes it,
+            and `Activated` leaves it out. BatchNormAct2d has its own.
+    """
+
+    followed_by = ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(V, C, b, b), the same shape comes back."""
+        if self.context.visible is None:
+            return super().forward(x)
+        act, drop = getattr(self, "act", None), getattr(self, "drop", None)
+        within = "" if act is None or type(drop) is not nn.Identity else ACTIVATIONS.get(type(act), "")
+        y = by_kernels(self, x, within or self.followed_by, None, self.context.kernels)
+        if y is None:
+            return super().forward(x)
+        if self.followed_by:
+            self.context.activated = y
+        if act is None or within:
+            return y
+        return act(y if drop is None else drop(y))
+
+
+class Activated(ConvertedLayer):
+    """Mixin: an activation behind a norm, which may have computed it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape, the same comes back."""
+        if self.context.activated is not x:
+            return super().forward(x)
+        self.context.activated = None
+        return x
