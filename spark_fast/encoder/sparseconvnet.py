@@ -141,7 +141,12 @@ class SparseEncoder(PackedEncoder):
     table = SPARSE
 
     def __init__(
-        self, network: nn.Module, input_size: tuple[int, int], stages: int | None = None, keep: float = 0.4
+        self,
+        network: nn.Module,
+        input_size: tuple[int, int],
+        stages: int | None = None,
+        keep: float = 0.4,
+        in_chans: int = 3,
     ) -> None:
         require()
-        super().__init__(network, input_size, stages, keep)
+        super().__init__(network, input_size, stages, keep, in_chans)
