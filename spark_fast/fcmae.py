@@ -66,7 +66,7 @@ class FCMAE(Method):
         self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(1, decoder_width, 1, 1), std=0.02))
         blocks = [ConvNeXtBlock(decoder_width, use_grn=True, ls_init_value=None) for _ in range(decoder_depth)]
         self.decoder = nn.Sequential(*blocks)
-        self.pred = nn.Conv2d(decoder_width, 3 * self.patch**2, kernel_size=1)
+        self.pred = nn.Conv2d(decoder_width, self.in_chans * self.patch**2, kernel_size=1)
         for module in (self.proj, self.decoder, self.pred):
             module.apply(_initialize)
 
@@ -74,8 +74,8 @@ class FCMAE(Method):
         """Decode the grid, predict pixels in the order (row, column, channel): see `Method.decode`."""
         cells = self.proj(features[-1])  # (V, width, 1, 1)
         grid = self.decoder(visible.unpack(cells, fill=self.mask_token.flatten()))  # (B*K, width, h, w)
-        pixels = self.pred(on.pack(grid))  # (M, p*p*3, 1, 1)
-        return pixels.view(-1, self.patch, self.patch, 3).permute(0, 3, 1, 2)
+        pixels = self.pred(on.pack(grid))  # (M, p*p*C, 1, 1)
+        return pixels.view(-1, self.patch, self.patch, self.in_chans).permute(0, 3, 1, 2)
 
 
 def build_fcmae(
@@ -88,6 +88,7 @@ def build_fcmae(
     encoder: str = "packed",
     model_kwargs: dict | None = None,
     stages: int | None = None,
+    in_chans: int = 3,
     sync_batchnorm: bool = False,
     check: bool | None = None,
 ) -> FCMAE:
@@ -105,6 +106,7 @@ def build_fcmae(
         encoder=encoder,
         model_kwargs=model_kwargs,
         stages=stages,
+        in_chans=in_chans,
         sync_batchnorm=sync_batchnorm,
         check=check,
         decoder_width=decoder_width,

@@ -4,7 +4,8 @@ A method is one class in one file (`spark.py`, `fcmae.py`): it makes its decoder
 masked patches, and names its defaults in a `Recipe`. The trainer, checkpoints, pictures and the dry run know no more
 of a method than this file; `docs/methods.md` shows how to write one.
 
-Names: B images of H x W, K masks per image, patch p px, grid (h, w) = (H/p, W/p), L visible patches per mask.
+Names: B images of H x W and C channels, K masks per image, patch p px, grid (h, w) = (H/p, W/p), L visible patches
+per mask.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class Method(nn.Module):
         options: the class's further arguments; each is a setting of the command, of the same name.
         recipe: how the method is trained by default.
         rounds_down: the number of visible patches; else it is rounded.
+        in_chans: channels of the images, C.
         patch: pixels per patch side.
         grid: (h, w), patches per image.
         num_visible: visible patches per mask, L.
@@ -95,7 +97,7 @@ class Method(nn.Module):
 
     def __init__(self, encoder: Encoder, input_size: tuple[int, int], mask_ratio: float) -> None:
         super().__init__()
-        self.input_size, self.patch = input_size, encoder.patch
+        self.input_size, self.patch, self.in_chans = input_size, encoder.patch, encoder.in_chans
         self.grid = (input_size[0] // self.patch, input_size[1] // self.patch)
         self.num_visible = self.visible_at(mask_ratio)
         self.encoder = encoder
@@ -108,7 +110,7 @@ class Method(nn.Module):
             visible, on: of B*K masks, those of one image next to one another.
 
         Returns:
-            (M, 3, p, p) for the M patches of `on`, each less its mean and in units of its deviation.
+            (M, C, p, p) for the M patches of `on`, each less its mean and in units of its deviation.
         """
         raise NotImplementedError
 
@@ -126,7 +128,7 @@ class Method(nn.Module):
         It is the `loss` on the masked patches.
 
         Args:
-            images: (B, 3, H, W).
+            images: (B, C, H, W).
             visible: bool (B*K, h, w), True where visible; or int64 (B*K, L), the visible patches of each mask as
                 y*w + x ascending, which needs no look at the data; one mask an image is drawn when None.
 
@@ -143,6 +145,10 @@ class Method(nn.Module):
         predicted = self.decode(self.encoder(images, visible), visible, on)
         wide = torch.float64 if images.dtype == torch.float64 else torch.float32
         target = on.pack(images).to(wide)
+        if predicted.shape != target.shape:  # a prediction of one channel would be compared with each of many
+            raise ValueError(
+                f"decode must return {tuple(target.shape)}, the pixels of the patches, got {tuple(predicted.shape)}"
+            )
         mean, std = _patch_statistics(target)
         return (predicted.to(wide) - (target - mean) / std).square().mean()
 
@@ -153,11 +159,11 @@ class Method(nn.Module):
         Patches are predicted less their mean and in units of their deviation, which are taken from `images`.
 
         Args:
-            images: (B, 3, H, W).
+            images: (B, C, H, W).
             visible: as for `forward`.
 
         Returns:
-            (B*K, 3, H, W) at the scale of `images`.
+            (B*K, C, H, W) at the scale of `images`.
 
         Raises:
             ValueError: images of another size, or a mask that keeps unequal numbers of patches.
@@ -173,7 +179,7 @@ class Method(nn.Module):
         """The features of the visible patches, as dense maps.
 
         Args:
-            images: (B, 3, H, W).
+            images: (B, C, H, W).
             visible: as for `forward`.
 
         Returns:
@@ -208,10 +214,8 @@ class Method(nn.Module):
         Raises:
             ValueError: images of another size than the model's, or a mask of another shape.
         """
-        if tuple(images.shape[1:]) != (3, *self.input_size):
-            raise ValueError(
-                f"images must be (B, 3, {self.input_size[0]}, {self.input_size[1]}), got {tuple(images.shape)}"
-            )
+        if tuple(images.shape[1:]) != (expected := (self.in_chans, *self.input_size)):
+            raise ValueError(f"images must be (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
         if visible is None:
             keys = torch.rand(len(images), self.grid[0] * self.grid[1], device=images.device)
             visible = keys.argsort(dim=1)[:, : self.num_visible].sort(dim=1).values
@@ -258,6 +262,7 @@ def build(
     encoder: str = "packed",
     model_kwargs: dict | None = None,
     stages: int | None = None,
+    in_chans: int = 3,
     sync_batchnorm: bool = False,
     check: bool | None = None,
     **options: object,
@@ -274,6 +279,7 @@ def build(
         model_kwargs: passed to `timm.create_model`, e.g. {"drop_path_rate": 0.05}.
         stages: keep the first so many levels of the pyramid (stride 4, 8, 16, ...): 3 gives patches of 16 px, 2 of
             8 px. By default all, 32 px for most networks.
+        in_chans: channels of the images; timm builds its network for them, one of your own must take as many.
         sync_batchnorm: batch statistics over all ranks (`torch.nn.SyncBatchNorm`).
         check: run `verify`; None: unless the table of verified networks has this one.
         options: further arguments of the class.
@@ -285,16 +291,17 @@ def build(
     if encoder not in ENCODERS:
         raise ValueError(f"unknown encoder {encoder!r}; there are {', '.join(ENCODERS)}")
     size = as_size(input_size)
-    network = build_network(model, model_kwargs, stages) if isinstance(model, str) else model
+    network = build_network(model, model_kwargs, stages, in_chans) if isinstance(model, str) else model
     if check is None:
-        check = not (isinstance(model, str) and is_verified(model, model_kwargs, stages))
+        check = not (isinstance(model, str) and is_verified(model, model_kwargs, stages, in_chans))
     if check:
         log.info("checking that the packed encoder computes what the network computes")
-        found = verify(network, stages=stages)
+        found = verify(network, stages=stages, in_chans=in_chans)
         log.info("it does: largest relative difference %.0e, leak %.0e", found.identity, found.leak)
     if sync_batchnorm:
         network = convert_sync_batchnorm(network)
-    made = kind(ENCODERS[encoder](network, size, stages, keep=1 - mask_ratio), size, mask_ratio, **options)
+    encoding = ENCODERS[encoder](network, size, stages, 1 - mask_ratio, in_chans)
+    made = kind(encoding, size, mask_ratio, **options)
     if sync_batchnorm:  # what the method adds; the encoder's layers are converted already
         for name, module in list(made.named_children()):
             if module is not made.encoder:
@@ -303,6 +310,6 @@ def build(
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of every patch, (M, 3, p, p) -> two (M, 1, 1, 1); unbiased variance plus 1e-6."""
+    """Mean and deviation of every patch, (M, C, p, p) -> two (M, 1, 1, 1); unbiased variance plus 1e-6."""
     var, mean = torch.var_mean(patches, dim=(1, 2, 3), keepdim=True)
     return mean, (var + 1e-6).sqrt()

@@ -37,13 +37,14 @@ def parse_input_size(text: str) -> tuple[int, int]:
     return size
 
 
-def build_network(model: str, kwargs: dict | None = None, stages: int | None = None) -> nn.Module:
+def build_network(model: str, kwargs: dict | None = None, stages: int | None = None, in_chans: int = 3) -> nn.Module:
     """Build the network that `model` names; it returns a list of feature maps.
 
     Args:
         model: a timm name, or `package.module:function`, a function that returns an nn.Module.
         kwargs: for `timm.create_model` or the function.
         stages: of a timm network, only the part that makes the first so many levels from stride 4 upwards.
+        in_chans: channels of the images, of a timm network; a function of yours decides by itself.
 
     Raises:
         ValueError: an unknown name (the nearest are given), a function that cannot be imported or returns no module,
@@ -60,21 +61,27 @@ def build_network(model: str, kwargs: dict | None = None, stages: int | None = N
         near = get_close_matches(model, timm.list_models(), n=3, cutoff=0.5)
         hint = f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models()"
         raise ValueError(f"unknown model {model!r}{hint}, or give your own as package.module:function")
+    kwargs = {**(kwargs or {}), **timm_channels(in_chans)}
     if stages is None:
-        return _features(model, kwargs or {})
+        return _features(model, kwargs)
     with torch.device("meta"):
-        info = _features(model, kwargs or {}).feature_info
+        info = _features(model, kwargs).feature_info
     assert isinstance(info, FeatureInfo)
     levels = [i for i, stride in zip(info.out_indices, info.reduction(), strict=True) if stride >= MIN_STRIDE]
     if not 1 <= stages <= len(levels):
         raise ValueError(f"stages must be from 1 to {len(levels)}, the levels of {model}, got {stages}")
-    network = _features(model, {**(kwargs or {}), "out_indices": levels[:stages]})
+    network = _features(model, {**kwargs, "out_indices": levels[:stages]})
     wanted = getattr(network, "_stage_out_idx", None)  # timm's EfficientNets build all their stages in any case
     if wanted is not None:
         blocks = network.get_submodule("blocks")
         assert isinstance(blocks, nn.Sequential)
         network.blocks = blocks[: max(wanted)]
     return network
+
+
+def timm_channels(in_chans: int) -> dict[str, int]:
+    """What `timm.create_model` is told of the images' channels: nothing of three, which every network takes."""
+    return {} if in_chans == 3 else {"in_chans": in_chans}
 
 
 def import_from_current_folder(model: str) -> None:

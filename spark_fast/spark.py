@@ -47,7 +47,7 @@ class SparK(Method):
         self, encoder: Encoder, input_size: tuple[int, int], mask_ratio: float = 0.6, decoder_width: int = 768
     ) -> None:
         super().__init__(encoder, input_size, mask_ratio)
-        self.decoder = Decoder(self.patch, decoder_width)
+        self.decoder = Decoder(self.patch, decoder_width, self.in_chans)
         norm = _densify_norm(encoder)
         self.densify_norms, self.densify_projs = nn.ModuleList(), nn.ModuleList()
         self.mask_tokens = nn.ParameterList()
@@ -90,6 +90,7 @@ def build_spark(
     encoder: str = "packed",
     model_kwargs: dict | None = None,
     stages: int | None = None,
+    in_chans: int = 3,
     sync_batchnorm: bool = False,
     check: bool | None = None,
 ) -> SparK:
@@ -104,6 +105,7 @@ def build_spark(
         model_kwargs: passed to `timm.create_model`, e.g. {"drop_path_rate": 0.05}.
         stages: keep the first so many levels of the pyramid (stride 4, 8, 16, ...): 3 gives patches of 16 px, 2 of
             8 px. By default all, 32 px for most networks.
+        in_chans: channels of the images; timm builds its network for them, one of your own must take as many.
         sync_batchnorm: batch statistics over all ranks (`torch.nn.SyncBatchNorm`).
         check: run `verify`; None: unless the table of verified networks has this one.
 
@@ -119,6 +121,7 @@ def build_spark(
         encoder=encoder,
         model_kwargs=model_kwargs,
         stages=stages,
+        in_chans=in_chans,
         sync_batchnorm=sync_batchnorm,
         check=check,
         decoder_width=decoder_width,

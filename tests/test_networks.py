@@ -15,6 +15,13 @@ def test_stages_of_an_efficientnet_leave_the_later_blocks_out():
     assert [m.shape[2] for m in maps] == [16, 8]
 
 
+@pytest.mark.parametrize("stages", [None, 2])
+def test_a_network_of_timm_is_built_for_the_channels_of_the_images(stages):
+    network = build_network("test_efficientnet", stages=stages, in_chans=5)
+    assert network.conv_stem.in_channels == 5
+    assert build_network("test_efficientnet", stages=stages).conv_stem.in_channels == 3
+
+
 @pytest.mark.parametrize(
     ("name", "stages", "message"),
     [

@@ -77,12 +77,13 @@ class Decoder(nn.Module):
     Args:
         patch: the total stride, a power of two; log2(patch) blocks.
         width: channels of the coarsest level; block i has width // 2^i, rounded down as in the published code.
+        out_chans: of the pixels, as many as the images'.
 
     Raises:
         ValueError: `patch` is no power of two, or `width` is less than `patch`, so that a block would have no channel.
     """
 
-    def __init__(self, patch: int, width: int = 768) -> None:
+    def __init__(self, patch: int, width: int = 768, out_chans: int = 3) -> None:
         super().__init__()
         blocks = patch.bit_length() - 1
         if patch != 2**blocks:
@@ -93,11 +94,11 @@ class Decoder(nn.Module):
             )
         widths = [width // 2**i for i in range(blocks + 1)]
         self.dec = nn.ModuleList(UNetBlock(cin, cout) for cin, cout in pairwise(widths))
-        self.proj = nn.Conv2d(widths[-1], 3, kernel_size=1)
+        self.proj = nn.Conv2d(widths[-1], out_chans, kernel_size=1)
         self.apply(_initialize)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
-        """Levels coarsest first, (B, width // 2^i, h * 2^i, w * 2^i) -> (B, 3, H, W)."""
+        """Levels coarsest first, (B, width // 2^i, h * 2^i, w * 2^i) -> (B, C, H, W)."""
         x = levels[0]
         for i, block in enumerate(self.dec):
             if 0 < i < len(levels):

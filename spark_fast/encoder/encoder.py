@@ -25,6 +25,7 @@ class Encoder(nn.Module):
         stages: keep the first so many levels of the pyramid (maps finer than stride 4 are never used), all by
             default. The last one kept sets the patch, so the network must not go on beyond it.
         keep: the visible share of the patches, for the printed plan.
+        in_chans: channels of the images, as many as the network's first layer takes.
 
     Attributes:
         channels, strides: of the levels kept, finest first.
@@ -37,12 +38,18 @@ class Encoder(nn.Module):
     table: LayerTable
 
     def __init__(
-        self, network: nn.Module, input_size: tuple[int, int], stages: int | None = None, keep: float = 0.4
+        self,
+        network: nn.Module,
+        input_size: tuple[int, int],
+        stages: int | None = None,
+        keep: float = 0.4,
+        in_chans: int = 3,
     ) -> None:
         super().__init__()
         check_layers(network)
+        self.in_chans = in_chans
         self.context = EncoderContext(dense=self.table is MASKED)
-        self.levels, self.channels, self.strides = find_pyramid(network, input_size, stages)
+        self.levels, self.channels, self.strides = find_pyramid(network, input_size, stages, in_chans)
         self.network, undo = convert_layers(network, self.table, self.context)
         try:
             self._trace(input_size, keep)
@@ -59,7 +66,7 @@ class Encoder(nn.Module):
         """Encode the visible patches of a batch, or whole images.
 
         Args:
-            images: (B, 3, H, W).
+            images: (B, C, H, W).
             visible: the patches to encode, of K masks of each image next to one another; None: the whole images.
 
         Returns:
@@ -96,7 +103,9 @@ class Encoder(nn.Module):
             hooks.enter_context(module.register_forward_pre_hook(note))
         try:
             index = torch.arange(max(1, round(keep * grid[0] * grid[1])), device="meta").repeat(2, 1)
-            maps = run_on_meta(self, meta_images(self.network, 2, input_size), VisiblePatches(index, grid))
+            maps = run_on_meta(
+                self, meta_images(self.network, 2, input_size, self.in_chans), VisiblePatches(index, grid)
+            )
             for features, stride in zip(maps, self.strides, strict=True):
                 if features.shape[2] != self.patch // stride:
                     raise ValueError(
@@ -105,7 +114,7 @@ class Encoder(nn.Module):
         except Exception as error:
             path, module = running.stack[-1][:2] if running.stack else ("", self.network)
             own = isinstance(module, ConvertedLayer) or not module._modules
-            patch = f"(V, 3, {self.patch}, {self.patch})"
+            patch = f"(V, {self.in_chans}, {self.patch}, {self.patch})"
             why = "" if own else f", in its own forward, which is given patches {patch} in place of images"
             place = f"{path or 'network'} ({_own_type(module)})"
             raise UnsupportedLayerError(f"cannot be packed: {place}: {error}{why}") from error
@@ -119,7 +128,7 @@ class PackedEncoder(Encoder):
     table = PACKED
 
     def _enter(self, images: Tensor, visible: VisiblePatches) -> Tensor:
-        return visible.pack(images)  # (V, 3, patch, patch)
+        return visible.pack(images)  # (V, C, patch, patch)
 
     def _leave(self, features: list[Tensor], visible: VisiblePatches) -> list[Tensor]:
         return features
@@ -131,13 +140,15 @@ class MaskedEncoder(Encoder):
     table = MASKED
 
     def _enter(self, images: Tensor, visible: VisiblePatches) -> Tensor:
-        return visible.repeat_images(images).masked_fill(~visible.cells(images.shape[2]), 0.0)  # (B*K, 3, H, W)
+        return visible.repeat_images(images).masked_fill(~visible.cells(images.shape[2]), 0.0)  # (B*K, C, H, W)
 
     def _leave(self, features: list[Tensor], visible: VisiblePatches) -> list[Tensor]:
         return [visible.pack(f) for f in features]
 
 
-def pack(network: nn.Module, input_size: int | tuple[int, int] = 224, stages: int | None = None) -> PackedEncoder:
+def pack(
+    network: nn.Module, input_size: int | tuple[int, int] = 224, stages: int | None = None, in_chans: int = 3
+) -> PackedEncoder:
     """Convert a network that returns a list of feature maps into a packed encoder, in place.
 
     Printed, the encoder shows how each layer that looks across patches is computed, with 40 % of them visible.
@@ -146,12 +157,13 @@ def pack(network: nn.Module, input_size: int | tuple[int, int] = 224, stages: in
         network: returns a list of feature maps of falling resolution.
         input_size: pixels, one number or (H, W); a multiple of the network's total stride.
         stages: keep the first so many levels of the pyramid, all by default.
+        in_chans: channels of the images.
 
     Raises:
         UnsupportedLayerError: a layer that cannot be packed, by name.
         ValueError: levels that are not a pyramid of factors of two, or an input size off the patch grid.
     """
-    return PackedEncoder(network, as_size(input_size), stages)
+    return PackedEncoder(network, as_size(input_size), stages, in_chans=in_chans)
 
 
 def _own_type(module: nn.Module) -> str:

@@ -75,19 +75,22 @@ def _described(output: object) -> str:
     return f"{name} whose item {number} is a {type(item).__name__}{shape}. Return nothing but maps, the finest first"
 
 
-def find_pyramid(network: nn.Module, input_size: tuple[int, int], stages: int | None = None) -> Pyramid:
+def find_pyramid(
+    network: nn.Module, input_size: tuple[int, int], stages: int | None = None, in_chans: int = 3
+) -> Pyramid:
     """Find the levels of a network, on the meta device.
 
     Args:
         network: returns a list of feature maps.
         input_size: (H, W) in pixels.
         stages: keep the first so many levels, all by default.
+        in_chans: channels of the images.
 
     Raises:
-        ValueError: the network does not take that size, returns no pyramid of factors of two or fewer levels than
+        ValueError: the network does not take such images, returns no pyramid of factors of two or fewer levels than
             asked for, or the size is off the patch grid.
     """
-    shapes, odd = _shapes(network, input_size)
+    shapes, odd = _shapes(network, input_size, in_chans)
     strides = [2 ** round(math.log2(input_size[0] / s[2])) for s in shapes]
     levels = [i for i, stride in enumerate(strides) if stride >= MIN_STRIDE]
     if stages is not None and not 1 <= stages <= len(levels):
@@ -111,10 +114,10 @@ def run_on_meta(module: nn.Module, *args: object) -> list[Tensor]:
             m.training = mode
 
 
-def meta_images(network: nn.Module, count: int, input_size: tuple[int, int]) -> Tensor:
-    """(count, 3, H, W) of the network's dtype, without content."""
+def meta_images(network: nn.Module, count: int, input_size: tuple[int, int], in_chans: int = 3) -> Tensor:
+    """(count, C, H, W) of the network's dtype, without content."""
     dtype = next((p.dtype for p in network.parameters()), torch.float32)
-    return torch.empty(count, 3, *input_size, dtype=dtype, device="meta")
+    return torch.empty(count, in_chans, *input_size, dtype=dtype, device="meta")
 
 
 class Running:
@@ -154,7 +157,7 @@ class Running:
             takes = f"takes {wanted} channel{'s' * (wanted != 1)}"
             return NetworkFormError(
                 f"{fails}: its first layer, {place}, {takes}, and images have {got}. Build the network for {got} "
-                f"(of timm: in_chans={got})"
+                f"(of timm: in_chans={got}), or give in_chans {wanted}, as many as it takes"
                 if module is self.first and got == self.stack[0][2][0].shape[1]
                 else f"{fails}: {place} {takes} and is given {got}"
             )
@@ -166,9 +169,9 @@ class Running:
         return ValueError(f"{fails}: in the code of {place}: {error or type(error).__name__}")
 
 
-def _shapes(network: nn.Module, input_size: tuple[int, int]) -> tuple[list[tuple[int, ...]], str]:
+def _shapes(network: nn.Module, input_size: tuple[int, int], in_chans: int) -> tuple[list[tuple[int, ...]], str]:
     """Of the maps, and what may be wrong with them."""
-    images = meta_images(network, 1, input_size)
+    images = meta_images(network, 1, input_size, in_chans)
     _check_arguments(network, images)
     with Running(network) as running:
         try:

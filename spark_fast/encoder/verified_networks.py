@@ -22,6 +22,7 @@ def sweep_results(version: str = timm.__version__) -> dict[str, dict[str, float 
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"verified": {}, "refused": {}}
 
 
-def is_verified(model: str, kwargs: dict | None = None, stages: int | None = None) -> bool:
-    """Has the sweep verified just this network, with the timm that is installed?"""
-    return model in sweep_results()["verified"] and stages is None and not set(kwargs or {}) - UNVERIFIED_KWARGS
+def is_verified(model: str, kwargs: dict | None = None, stages: int | None = None, in_chans: int = 3) -> bool:
+    """Has the sweep verified just this network, with the timm that is installed? It was of images of three channels."""
+    others = set(kwargs or {}) - UNVERIFIED_KWARGS
+    return model in sweep_results()["verified"] and stages is None and in_chans == 3 and not others

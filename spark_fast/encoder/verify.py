@@ -47,7 +47,11 @@ class VerificationError(ValueError):
 
 
 def verify(
-    network: nn.Module, input_size: int | tuple[int, int] | None = None, batch: int = 2, stages: int | None = None
+    network: nn.Module,
+    input_size: int | tuple[int, int] | None = None,
+    batch: int = 2,
+    stages: int | None = None,
+    in_chans: int = 3,
 ) -> Verified:
     """Run both checks on a copy of `network`.
 
@@ -55,7 +59,7 @@ def verify(
         network: returns a list of feature maps, as for `pack`.
         input_size: pixels, one number or (H, W), by default 2 x 3 patches.
         batch: images.
-        stages: as for `pack`.
+        stages, in_chans: as for `pack`.
 
     Raises:
         VerificationError: a check failed; the message names the first layer that differs.
@@ -63,11 +67,11 @@ def verify(
     """
     original = copy.deepcopy(network).double()
     _randomise_constants(original)
-    size = _checked_size(original, input_size, stages)
+    size = _checked_size(original, input_size, stages, in_chans)
     shared = {id(p): p for p in original.parameters()}
-    encoder = PackedEncoder(copy.deepcopy(original, shared), size, stages=stages)
+    encoder = PackedEncoder(copy.deepcopy(original, shared), size, stages=stages, in_chans=in_chans)
     grid = (size[0] // encoder.patch, size[1] // encoder.patch)
-    images = torch.randn(batch, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(batch, in_chans, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with FastGroups():
         _check_batch(original, images)
         identity = max(_identity(original, encoder, images, grid, training) for training in (False, True))
@@ -213,11 +217,13 @@ def _differs(a: Tensor, b: Tensor) -> bool:
     return not _difference(a, b) < TOLERANCE
 
 
-def _checked_size(network: nn.Module, input_size: int | tuple[int, int] | None, stages: int | None) -> tuple[int, int]:
+def _checked_size(
+    network: nn.Module, input_size: int | tuple[int, int] | None, stages: int | None, in_chans: int
+) -> tuple[int, int]:
     """(H, W), as asked or small, after a look at what the network takes and returns, and at its layers."""
     try:
-        size = _few_patches(network, stages) if input_size is None else as_size(input_size)
-        find_pyramid(network, size, stages)
+        size = _few_patches(network, stages, in_chans) if input_size is None else as_size(input_size)
+        find_pyramid(network, size, stages, in_chans)
     except NetworkFormError as error:
         raise VerificationError(f"{error}{_layers_too(network)}") from error
     except ValueError:
@@ -235,11 +241,11 @@ def _layers_too(network: nn.Module) -> str:
     return ""
 
 
-def _few_patches(network: nn.Module, stages: int | None) -> tuple[int, int]:
+def _few_patches(network: nn.Module, stages: int | None, in_chans: int) -> tuple[int, int]:
     reasons = {}
     for patch in (32, 64, 16, 8, 128):
         try:
-            stride = find_pyramid(network, (patch * 3, patch * 3), stages).patch
+            stride = find_pyramid(network, (patch * 3, patch * 3), stages, in_chans).patch
         except NetworkFormError:
             raise
         except ValueError as error:

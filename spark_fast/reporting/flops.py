@@ -39,7 +39,7 @@ class Cost:
 def count(model: Method, masks: int = 1) -> Cost:
     """The cost of an image with so many masks; the model is not changed."""
     encoder, (h, w) = model.encoder, model.grid
-    images = meta_images(encoder, 1, model.input_size)
+    images = meta_images(encoder, 1, model.input_size, model.in_chans)
     whole = _multiply_adds(encoder, images)
     features = [
         torch.empty(model.num_visible, channels, b, b, dtype=images.dtype, device="meta")

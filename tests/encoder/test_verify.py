@@ -108,7 +108,7 @@ FORM = r"^the network must return a list of feature maps \(B, C, H, W\), got "
         ({"middle": lambda x: F.batch_norm(x, None, None, training=True)}, rf"{MIDDLE}mixes the images of a batch"),
         ({"middle": attend}, rf"{MIDDLE}mixes positions .* Attention cannot be packed: leave it out$"),
         ({"end": lambda maps: [maps[0], maps[1].roll(1, 3)]}, r"after its last layer, `down` \(Conv2d\), mixes"),
-        ({"channels": 1}, r"first layer, stem.0 \(Conv2d\), takes 1 channel, and images have 3. Build"),
+        ({"channels": 1}, r"first layer, stem.0 \(Conv2d\), takes 1 channel, and images have 3. .* give in_chans 1,"),
         ({"channels": 3, "image": lambda x: x[:, :1]}, r"stem.0 \(Conv2d\) takes 3 channels and is given 1$"),
         ({"end": lambda maps: maps[1]}, rf"{FORM}Tensor of shape \(1, 8, 12, 12\), a single one. Return"),
         ({"end": lambda maps: {"fine": maps[0], "coarse": maps[1]}}, rf"{FORM}dict with the keys fine, coarse. Return"),
