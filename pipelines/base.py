@@ -13,11 +13,13 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from spark_fast.pipelines.transforms.bands.statistics import Statistics
+
 
 class Batch(NamedTuple):
     """One rank's share of one step."""
 
-    images: Tensor  # (B, 3, H, W) on the device, channels_last, normalised, dtype as asked
+    images: Tensor  # (B, C, H, W) on the device, channels_last, normalised, dtype as asked
     labels: Tensor | None  # (B,) int64 on the device; None for unlabelled data
     ids: Tensor  # (B,) int64 on the host: the samples that the order asked for
 
@@ -41,6 +43,7 @@ class Pipeline(Protocol):
     classes: list[str]  # name of each label, empty when not known
     empty_classes: set[str]  # of these, the ones without an image
     bad_images: BadImageCounts
+    statistics: Statistics | None  # by which the images are normalised; None: ImageNet's, as of photographs
 
     def __len__(self) -> int:
         """Steps per epoch; an incomplete last batch is dropped, unless the samples are read in order."""

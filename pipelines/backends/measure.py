@@ -46,11 +46,9 @@ def measure(
     expected: Expected,
     scale: str,
     *,
-    mean: tuple[float, ...] = (),
-    std: tuple[float, ...] = (),
     workers: int = 2,
 ) -> Statistics:
-    """The statistics of a source; `mean` and `std`, where given, take the place of those measured.
+    """The statistics of a source; `scale`: dtype, percentile or none.
 
     Raises DataError when no image of the sample can be read, with the first one's reason.
     """
@@ -85,7 +83,7 @@ def measure(
         raise DataError(f"the images changed while they were measured; {min(reasons)}")
     found = replace(statistics, mean=tuple((moments.mean / unit).tolist()), std=tuple((moments.std / unit).tolist()))
     _tell(found, len(sample), len(set(reasons)))
-    return replace(found, mean=mean or found.mean, std=std or found.std)
+    return found
 
 
 def _tell(found: Statistics, images: int, unreadable: int) -> None:

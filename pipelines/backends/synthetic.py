@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate
 
 from spark_fast.pipelines.base import BadImageCounts, Batch
 from spark_fast.pipelines.sampler import Sampler
+from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.pipelines.transforms.resize import Normalise
 
 IMAGES = 16  # different ones; sample i shows image i % IMAGES
@@ -31,6 +32,7 @@ class SyntheticPipeline:
         self.classes: list[str] = []
         self.empty_classes: set[str] = set()
         self.bad_images = BadImageCounts()
+        self.statistics: Statistics | None = None
         self.device = torch.device(device)
         self._sampler = sampler
         coarse = torch.rand(IMAGES, 3, 8, 8, generator=torch.Generator().manual_seed(sampler.seed))
