@@ -59,7 +59,7 @@ class LoaderOptions:
     mean: tuple[float, ...] = ()  # a number a channel, of the scaled images, in place of the measured ones
     std: tuple[float, ...] = ()
     channels_first: bool = False  # .npy and .npz hold (C, H, W)
-    array_key: str = ""  # the array of an .npz; "": the only one
+    npz_key: str = ""  # the array of an .npz; "": the only one
     seed: int = 0
     rank: int = 0
     world_size: int = 1
@@ -124,7 +124,7 @@ class LoaderOptions:
     @property
     def expected(self) -> Expected:
         """What each file must be where they are no photographs."""
-        return Expected(self.in_chans, self.max_pixels * MEGAPIXEL, self.channels_first, self.array_key)
+        return Expected(self.in_chans, self.max_pixels * MEGAPIXEL, self.channels_first, self.npz_key)
 
     @property
     def size(self) -> tuple[int, int]:

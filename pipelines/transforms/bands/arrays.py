@@ -34,9 +34,9 @@ def read_npz(data: bytes | memoryview, expected: Expected) -> Stored:
     """The array of the key asked for, or the only one."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
-        key = expected.array_key or (names[0] if len(names) == 1 else "")
+        key = expected.npz_key or (names[0] if len(names) == 1 else "")
         if key not in names:
-            what = f"no array {key!r}" if key else f"{len(names)} arrays, and --array_key names none"
+            what = f"no array {key!r}" if key else f"{len(names)} arrays, and --npz_key names none"
             raise ImageError(f"an .npz with {what}; there are: {', '.join(sorted(names)[:8])}")
         with archive.open(archive.namelist()[names.index(key)]) as file:
             header = _checked(file, expected)

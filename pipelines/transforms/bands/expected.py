@@ -23,12 +23,12 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Expected:
-    """What every image must be. `channels_first` and `array_key` are for arrays alone."""
+    """What every image must be. `channels_first` and `npz_key` are for arrays alone."""
 
     in_chans: int
     max_pixels: int = MAX_PIXELS
     channels_first: bool = False  # .npy and .npz hold (C, H, W), not (H, W, C)
-    array_key: str = ""  # the array of an .npz; "": the only one
+    npz_key: str = ""  # the array of an .npz; "": the only one
 
     def check(self, height: int, width: int, channels: int, dtype: np.dtype | str, *, alpha: bool = False) -> None:
         """Raise ImageError for a header that announces an image of other channels or numbers, or too large a one."""

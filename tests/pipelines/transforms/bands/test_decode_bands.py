@@ -44,7 +44,7 @@ def test_arrays_are_read_as_they_were_written(channels, dtype):
     first = np.ascontiguousarray(pixels.transpose(2, 0, 1))
     assert same(decoded(npy_of(first), channels, channels_first=True), pixels)
     assert same(decoded(npz_of(image=pixels), channels), pixels)
-    assert same(decoded(npz_of(a=pixels, b=first), channels, array_key="a"), pixels)
+    assert same(decoded(npz_of(a=pixels, b=first), channels, npz_key="a"), pixels)
 
 
 def test_an_array_of_two_axes_is_one_channel():
@@ -271,7 +271,7 @@ PICKLED = npy_of(np.array([[{}]], dtype=object))
         (npy_of(np.zeros((2, 3, 4, 5))), r"an array of shape \(2, 3, 4, 5\)"),
         (npy_of(np.zeros((0, 3, 5))), "3 x 0 pixels are no image"),
         (PICKLED, "pickled Python objects, which are never loaded"),
-        (npz_of(a=bands(1), b=bands(2)), "an .npz with 2 arrays, and --array_key names none; there are: a, b"),
+        (npz_of(a=bands(1), b=bands(2)), "an .npz with 2 arrays, and --npz_key names none; there are: a, b"),
         (tiff_of(bands(1), planarconfig="contig")[:-100], "the file is cut short"),
         (tiff_of(bands(1), planarconfig="contig", compression="zlib")[:3000], "the file is cut short|a TIFF"),
         (png_of(bands(1, channels=3))[:2000], "it has 3 channels where --in_chans is 5"),
@@ -286,7 +286,7 @@ def test_what_cannot_be_read_is_named(data, message):
 
 def test_the_array_asked_for_must_be_there():
     with pytest.raises(ImageError, match=r"an .npz with no array 'c'; there are: a"):
-        decoded(npz_of(a=bands(1)), 5, array_key="c")
+        decoded(npz_of(a=bands(1)), 5, npz_key="c")
 
 
 @pytest.mark.parametrize("cut", [40, 400, 2000])
