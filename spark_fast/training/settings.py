@@ -57,7 +57,7 @@ class Data:
     crop_scale: tuple[float, ...] = ()
     """smallest and largest share, LOW HIGH; default: --min_crop and 1"""
     hflip: bool = True
-    """mirror half of the crops"""
+    """mirror half of the crops; `--no_hflip` never does"""
     vflip: bool = False
     """turn half of them upside down, for images that have no up (--pipeline torch)"""
     rot90: bool = False
