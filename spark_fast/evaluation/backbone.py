@@ -54,7 +54,7 @@ def build_backbone(name: str, stages: int, weights: Weights | None, in_chans: in
     """
     network = _features(name, stages, in_chans)
     if weights is not None:
-        load_into_network(weights, network, new=set())
+        load_into_network(weights, network, set(), in_chans)
     return Backbone(network).eval().requires_grad_(False)
 
 
@@ -87,7 +87,7 @@ def build_classifier(
         network.train()
         model: nn.Module = PooledClassifier(network, channels, classes)
         if weights is not None:
-            load_into_network(weights, network, new=set())
+            load_into_network(weights, network, set(), in_chans)
         return model
     with torch.device("meta"):
         encoder = timm_names(list(_features(name, stages, in_chans).state_dict()), name)
@@ -96,7 +96,7 @@ def build_classifier(
     except TypeError as error:
         raise SettingsError(f"timm cannot build {name} with {kwargs}: {error}; try --drop_path 0") from error
     if weights is not None:
-        load_into_network(weights, model, new=set(model.state_dict()) - set(encoder.values()))
+        load_into_network(weights, model, set(model.state_dict()) - set(encoder.values()), in_chans)
     return model
 
 

@@ -42,8 +42,7 @@ def load_into_spark(weights: Weights, model: Method) -> None:
 
     Where the weights are of three channels and the model of another number, the encoder's first layer is adapted as
     timm does it, and the decoder begins anew. What a plain network has beyond the encoder (timm's classifier) is left
-    out. That, how many tensors were loaded of
-    encoder and decoder, and that the decoder is new, is logged.
+    out. That, how many tensors were loaded of encoder and decoder, and that the decoder is new, is logged.
 
     Raises:
         MisfitError: a tensor is missing, unknown, of another shape or not finite, by name, or several models in the
@@ -81,11 +80,12 @@ def load_spark_state_dict(model: Method, state: Mapping) -> None:
     _load_whole(read_state(state), model)
 
 
-def load_into_network(weights: Weights, network: nn.Module, new: set[str]) -> None:
+def load_into_network(weights: Weights, network: nn.Module, new: set[str], in_chans: int = 3) -> None:
     """Load a plain network, whole but for the tensors that may begin anew where they are missing or of another shape.
 
     Args:
         new: their names: a classifier, levels that were not pre-trained.
+        in_chans: channels of the network's images; a first layer of three is adapted to others, as timm does it.
 
     Raises:
         MisfitError: a tensor is missing, of another shape or not finite, by name, or several networks in the file
@@ -99,7 +99,7 @@ def load_into_network(weights: Weights, network: nn.Module, new: set[str]) -> No
     kept = {n: tensors[k] for n, k in found.items() if n not in new or same_shape(tensors[k].shape, own[n].shape)}
     fresh = sorted(new - set(kept))
     try:
-        _load(network, {name: own[name] for name in fresh} | kept)
+        _load(network, {name: own[name] for name in fresh} | kept, in_chans=in_chans)
     except ValueError as error:
         raise _misfit(weights, state, wanted, error) from None
     anew = ", ".join(fresh[:5]) + (f" and {len(fresh) - 5} more" if len(fresh) > 5 else "")
@@ -125,11 +125,11 @@ def _load_encoder(state: State, model: Method) -> tuple[list[str], list[str]]:
     whole = all(name in found or name.endswith(COUNTER) for name in encoder)
     strangers = [name for key, name in state.names.items() if key.startswith(ENCODER) and key not in found.values()]
     misfit = (strangers if state.has_decoder else []) if whole else left  # of another network, then: they tell which
-    _load(model, kept | {name: state.tensors[key] for name, key in found.items()}, misfit)
+    _load(model, kept | {name: state.tensors[key] for name, key in found.items()}, misfit, model.in_chans)
     return list(found), left
 
 
-def _load(model: nn.Module, tensors: Mapping[str, Tensor], unknown: list[str] | None = None) -> None:
+def _load(model: nn.Module, tensors: Mapping[str, Tensor], unknown: list[str] | None = None, in_chans: int = 3) -> None:
     """`load_strictly`, but a counter of batches may be missing, and no tensor may be what a network cannot have.
 
     Raises:
@@ -137,9 +137,11 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor], unknown: list[str] | 
     """
     own = model.state_dict()
     tensors = {
-        name: value.reshape(own[name].shape) if _is_squeezed(value, own.get(name)) else _adapted(name, value, own)
+        name: value.reshape(own[name].shape) if _is_squeezed(value, own.get(name)) else value
         for name, value in tensors.items()
     }
+    if in_chans != 3:
+        tensors = {name: _adapted(name, value, own.get(name), in_chans) for name, value in tensors.items()}
     for name, value in tensors.items():
         if name not in own or value is own[name] or value.shape != own[name].shape:
             continue
@@ -159,11 +161,12 @@ def _is_squeezed(value: Tensor, own: Tensor | None) -> bool:
     return own is not None and value.shape != own.shape and same_shape(value.shape, own.shape)
 
 
-def _adapted(name: str, value: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+def _adapted(name: str, value: Tensor, own: Tensor | None, in_chans: int) -> Tensor:
     """The weights of a first layer of three channels for another number of them, as timm adapts them; said."""
-    if name not in own or value.shape[1:2] != (3,) or not other_channels(value.shape, own[name].shape):
+    if own is None or not other_channels(value.shape, own.shape) or (value.shape[1], own.shape[1]) != (3, in_chans):
         return value
-    in_chans = own[name].shape[1]
+    if value.layout != torch.strided or value.is_meta or not value.is_floating_point():
+        return value  # it is refused, by its shape
     how = "summed" if in_chans == 1 else f"repeated, and scaled by 3 / {in_chans}"
     log.info("%s is of three channels and was adapted to %d: %s", name.removeprefix(OURS), in_chans, how)
     return adapt_input_conv(in_chans, value)

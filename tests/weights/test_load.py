@@ -274,7 +274,9 @@ def test_a_first_layer_of_three_channels_is_adapted_as_timm_does_it_and_that_is_
     assert not torch.equal(ours["conv1.0.weight"][:, :1], state["conv1.0.weight"][:, :1])
     assert f"conv1.0.weight is of three channels and was adapted to {channels}: " in caplog.text
     network = timm.create_model("test_resnet", features_only=True, in_chans=channels)
-    load_into_network(read_weights(path), network, new=set())
+    with pytest.raises(CheckpointError, match=r"These are for images of 3 channels \(--in_chans 3\)"):
+        load_into_network(read_weights(path), network, set())
+    load_into_network(read_weights(path), network, set(), in_chans=channels)
     assert torch.equal(network.state_dict()["conv1.0.weight"], ours["conv1.0.weight"])
 
 
@@ -305,3 +307,12 @@ def test_weights_for_other_than_three_channels_are_refused_with_their_number(tmp
     with pytest.raises(CheckpointError, match=message):
         load_weights(tmp_path / "a.pth", model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("spoilt", [torch.Tensor.to_sparse, torch.Tensor.int])
+def test_a_first_layer_of_three_channels_that_is_no_dense_tensor_of_fractions_is_refused(tmp_path, spoilt):
+    state = timm.create_model("test_resnet").state_dict()
+    torch.save({**state, "conv1.0.weight": spoilt(state["conv1.0.weight"])}, tmp_path / "a.pth")
+    model = build_spark("test_resnet", input_size=64, decoder_width=32, in_chans=4, check=False)
+    with pytest.raises(CheckpointError, match=r"wrong shape: .*conv1\.0\.weight is \(16, 3, 3, 3\)"):
+        load_weights(tmp_path / "a.pth", model)
