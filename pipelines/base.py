@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spark_fast.pipelines.transforms.bands.statistics import Statistics
+
 
 class Batch(NamedTuple):
     """One rank's share of one step."""
@@ -44,6 +46,7 @@ class Pipeline(Protocol):
     classes: list[str]  # name of each label, empty when not known
     empty_classes: set[str]  # of these, the ones without an image
     bad_images: BadImageCounts
+    statistics: Statistics | None  # by which the images are normalised; None: ImageNet's, as of photographs
 
     def __len__(self) -> int:
         """Steps per epoch; an incomplete last batch is dropped, unless the samples are read in order."""

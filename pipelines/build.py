@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from spark_fast.errors import DataError, SettingsError
 from spark_fast.pipelines.backends.backend import Backend
 from spark_fast.pipelines.backends.dali import DaliPipeline
 from spark_fast.pipelines.backends.ffcv import FfcvPipeline
+from spark_fast.pipelines.backends.measure import measure
 from spark_fast.pipelines.backends.nvjpeg import DeviceDecodePipeline
 from spark_fast.pipelines.backends.synthetic import SyntheticPipeline
 from spark_fast.pipelines.backends.torch_threads import TorchPipeline
@@ -19,7 +21,9 @@ from spark_fast.pipelines.sampler import Sampler
 from spark_fast.pipelines.sources.beton import RAW, BetonSource, find_beton
 from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.folder import FileSource
+from spark_fast.pipelines.sources.listing.image_names import BAND_EXTENSIONS, IMAGE_EXTENSIONS
 from spark_fast.pipelines.sources.source import Source
+from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.pipelines.transforms.decode import MEGAPIXEL
 
 logger = logging.getLogger("spark_fast.pipelines")
@@ -34,16 +38,38 @@ def build_pipeline(data_path: str | Path | None, options: LoaderOptions) -> Pipe
     if options.pipeline == "synthetic":
         sampler = _sampler(options, options.synthetic_samples, "synthetic_samples")
         return SyntheticPipeline(sampler, options.size, options.device, options.dtype, options.in_chans)
-    if options.in_chans != 3:
-        raise SettingsError(
-            f"in_chans {options.in_chans}: images are read with three channels; only pipeline synthetic has others"
-        )
     source = _source(data_path, options)
     try:
+        options = _with_statistics(source, options)
         return _backend(source, options)(source, _sampler(options, len(source), str(data_path)), options)
     except BaseException:
         source.close()
         raise
+
+
+def measure_statistics(data_path: str | Path | None, options: LoaderOptions) -> Statistics | None:
+    """By what `build_pipeline` would normalise these images: for all ranks to use what one of them measures."""
+    if options.photographs or options.pipeline == "synthetic":
+        return None
+    source = _source(data_path, options)
+    try:
+        return _with_statistics(source, options).statistics
+    finally:
+        source.close()
+
+
+def _with_statistics(source: Source, options: LoaderOptions) -> LoaderOptions:
+    """The options with statistics, measured if they have none, and none for photographs."""
+    if options.photographs:
+        return replace(options, statistics=None)
+    statistics = options.statistics
+    if statistics is None:
+        scale = "dtype" if options.scaling == "auto" else options.scaling
+        statistics = measure(source, options.expected, scale, workers=options.workers)
+    if len(statistics.mean) != options.in_chans:
+        raise SettingsError(f"statistics of {len(statistics.mean)} channels do not fit in_chans {options.in_chans}")
+    statistics = replace(statistics, mean=options.mean or statistics.mean, std=options.std or statistics.std)
+    return replace(options, statistics=statistics)
 
 
 def choose_pipeline(source: Source) -> tuple[str, str]:
@@ -62,20 +88,30 @@ def _source(data_path: str | Path | None, options: LoaderOptions) -> Source:
         raise SettingsError("no data_path: name a folder of images, of class folders or of shards, or a file list")
     if options.pipeline == "ffcv":
         return BetonSource(find_beton(data_path, options.view.split))
-    source = detect_source(data_path, options.view.split)
+    endings = IMAGE_EXTENSIONS if options.photographs else BAND_EXTENSIONS
+    source = detect_source(data_path, options.view.split, endings)
     if isinstance(source, FileSource):
-        source.allow_pixels(options.max_pixels * MEGAPIXEL)
+        source.allow_pixels(options.max_pixels * MEGAPIXEL * (1 if options.photographs else options.in_chans))
     return source
 
 
 def _backend(source: Source, options: LoaderOptions) -> type[Backend]:
     pipeline = options.pipeline
     if pipeline == "auto":
-        pipeline, why = ("torch", "it leaves work to the device") if options.on_device else choose_pipeline(source)
+        pipeline, why = _only_pipeline(options) or choose_pipeline(source)
         logger.info("pipeline %s: %s", pipeline, why)
     if pipeline == "torch":
         return DeviceDecodePipeline if options.decode_on == "device" else TorchPipeline
     return FfcvPipeline if pipeline == "ffcv" else DaliPipeline
+
+
+def _only_pipeline(options: LoaderOptions) -> tuple[str, str] | None:
+    """The pipeline that can do alone what is asked for, and why; None: the data decide."""
+    if options.on_device:
+        return "torch", "it leaves work to the device"
+    if not options.photographs:
+        return "torch", "it reads any number of channels and any depth"
+    return ("torch", "it turns images") if options.view.vflip or options.view.rot90 else None
 
 
 def _sampler(options: LoaderOptions, num_samples: int, where: str) -> Sampler:

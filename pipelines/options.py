@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from spark_fast.errors import SettingsError
+from spark_fast.pipelines.transforms.bands.expected import Expected
+from spark_fast.pipelines.transforms.bands.scaling import SCALES
+from spark_fast.pipelines.transforms.bands.statistics import Statistics
+from spark_fast.pipelines.transforms.decode import MEGAPIXEL
 
 PIPELINES = ("auto", "torch", "dali", "ffcv", "synthetic")
 PLACES = ("host", "device")
@@ -27,6 +31,8 @@ class View:
     scale: tuple[float, float] = (0.67, 1.0)  # of the random crop: share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # of the random crop: width / height
     flip: bool = True  # with probability 1/2
+    vflip: bool = False  # upside down, with probability 1/2 ("torch" alone)
+    rot90: bool = False  # by 0 to 3 quarter turns ("torch" alone)
     centre: float = 1.0  # of the central crop; timm's crop_pct
 
     def __post_init__(self) -> None:
@@ -48,6 +54,12 @@ class LoaderOptions:
     pipeline: str = "auto"  # one of PIPELINES
     input_size: int | tuple[int, int] = 224  # a side, or (height, width)
     in_chans: int = 3  # channels of the images
+    scaling: str = "auto"  # one of SCALES, --scale; "auto": photographs where there are three channels, else "dtype"
+    statistics: Statistics | None = None  # by which images that are no photographs are normalised; None: measured
+    mean: tuple[float, ...] = ()  # a number a channel, of the scaled images, in place of the measured ones
+    std: tuple[float, ...] = ()
+    channels_first: bool = False  # .npy and .npz hold (C, H, W)
+    npz_key: str = ""  # the array of an .npz; "": the only one
     seed: int = 0
     rank: int = 0
     world_size: int = 1
@@ -70,6 +82,8 @@ class LoaderOptions:
         _check_choice("ffcv_resize", self.ffcv_resize, RESIZES)
         if self.in_chans < 1:
             raise SettingsError(f"in_chans must be 1 or more, got {self.in_chans}")
+        _check_choice("scale", self.scaling, SCALES)
+        self._check_bands()
         if self.max_pixels < 1:
             raise SettingsError(f"max_pixels must be 1 (million) or more, got {self.max_pixels}")
         if self.on_device and self.pipeline not in ("auto", "torch", "synthetic"):
@@ -82,6 +96,35 @@ class LoaderOptions:
                 f"a global batch of {self.batch_size} cannot be shared equally by {self.world_size} processes:"
                 f" take a multiple of {self.world_size}, such as {lower or self.world_size}"
             )
+
+    def _check_bands(self) -> None:
+        """Raise SettingsError for what does not go together with the channels and the turns asked for."""
+        for name, given in (("mean", self.mean), ("std", self.std)):
+            if given and len(given) != self.in_chans:
+                raise SettingsError(f"{name} takes a number a channel, {self.in_chans} of them; got {len(given)}")
+            if given and self.photographs:
+                raise SettingsError(f"{name} goes with --scale or --in_chans: photographs are normalised by ImageNet's")
+        if any(value <= 0 for value in self.std):
+            raise SettingsError(f"std must be positive, got {' '.join(map(str, self.std))}")
+        able = self.pipeline in ("auto", "torch", "synthetic") and self.decode_on == "host"
+        where = f"pipeline {self.pipeline}" if self.decode_on == "host" else "decoding on the device"
+        if not able and not self.photographs:
+            raise SettingsError(
+                f"{where} reads photographs, three channels of 8 bits, and no more: take pipeline torch for --in_chans"
+                f" {self.in_chans} and --scale {self.scaling}"
+            )
+        if not able and (self.view.vflip or self.view.rot90):
+            raise SettingsError(f"{where} knows neither --vflip nor --rot90: take pipeline torch")
+
+    @property
+    def photographs(self) -> bool:
+        """Whether images are RGB of 8 bits, normalised by ImageNet's mean and deviation, whatever their files hold."""
+        return self.in_chans == 3 and self.scaling == "auto"
+
+    @property
+    def expected(self) -> Expected:
+        """What each file must be where they are no photographs."""
+        return Expected(self.in_chans, self.max_pixels * MEGAPIXEL, self.channels_first, self.npz_key)
 
     @property
     def size(self) -> tuple[int, int]:

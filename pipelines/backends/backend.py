@@ -20,6 +20,7 @@ from spark_fast.pipelines.options import LoaderOptions
 from spark_fast.pipelines.sampler import Sampler, Share
 from spark_fast.pipelines.sources.bad_images import BadImages
 from spark_fast.pipelines.sources.source import Source, empty_classes, num_classes
+from spark_fast.pipelines.transforms.bands.scaling import BandNormalise
 from spark_fast.pipelines.transforms.crops import Augmentation
 from spark_fast.pipelines.transforms.decode import MEGAPIXEL
 from spark_fast.pipelines.transforms.resize import Normalise
@@ -41,15 +42,25 @@ class Backend(ABC):
         self._dtype = options.dtype
         self._size, view = options.size, options.view
         self._augmentation = Augmentation(
-            self._size, view.scale, view.ratio, view.flip, random=view.augment, centre=view.centre
+            self._size,
+            view.scale,
+            view.ratio,
+            view.flip,
+            view.vflip,
+            view.rot90,
+            random=view.augment,
+            centre=view.centre,
         )
         self._sampler = sampler
         self._workers, self._prefetch = max(options.workers, 1), max(options.prefetch, 1)
         self._share = sampler.batch_size // sampler.world_size  # samples of this rank in a step
-        self._shape = (self._share, *self._size, 3)  # of a batch's pixels
+        self._shape = (self._share, *self._size, options.in_chans)  # of a batch's pixels
         self._on_cuda = self.device.type == "cuda"  # there the device normalises, else the host
         where = self.device if self._on_cuda else torch.device("cpu")
-        self._normalise = Normalise(self._size[1], where, self._dtype)
+        self.statistics = options.statistics
+        self._normalise: Normalise | BandNormalise = Normalise(self._size[1], where, self._dtype)
+        if options.statistics:
+            self._normalise = BandNormalise(options.statistics, self._size[1], where, self._dtype)
         self._buffers = Buffers(self._shape, self._dtype, kept=self._prefetch + 2)
         self._closed = threading.Event()
 
@@ -117,7 +128,7 @@ class Backend(ABC):
         return self._from_host(batch)
 
     def _from_host(self, batch: Tensor) -> Tensor:
-        """A normalised batch of the host's, (B, H, W, 3) -> (B, 3, H, W) on the device, channels_last."""
+        """A normalised batch of the host's, (B, H, W, C) -> (B, C, H, W) on the device, channels_last."""
         return batch.to(self.device).permute(0, 3, 1, 2)
 
     @abstractmethod

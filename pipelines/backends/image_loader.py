@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +19,19 @@ from spark_fast.pipelines.sources.bad_images import Loaded, candidates, none_rea
 from spark_fast.pipelines.sources.beton import BetonSource
 from spark_fast.pipelines.sources.shards import ShardSource
 from spark_fast.pipelines.sources.source import Source, read_patiently
-from spark_fast.pipelines.transforms.crops import Augmentation
+from spark_fast.pipelines.transforms.crops import Augmentation, Box
 from spark_fast.pipelines.transforms.decode import MAX_PIXELS, decode_image
 from spark_fast.pipelines.transforms.device_augment import DeviceAugment
+from spark_fast.pipelines.transforms.pillow_pixels import Loss
 from spark_fast.pipelines.transforms.resize import Normalise, cut, resized_crop
+
+
+class Read(NamedTuple):
+    """A decoded image, and what `Loaded` says of it."""
+
+    pixels: NDArray  # (h, w, C)
+    converted: bool
+    losses: tuple[Loss, ...]
 
 
 @dataclass(frozen=True)
@@ -47,9 +57,9 @@ class ImageLoader:
         """Bring a sample's image, or the one that stands in for it, to its place `out`.
 
         Args:
-            draws: the sample's DRAWS numbers in [0, 1), which decide crop and flip.
+            draws: the sample's DRAWS or ALL_DRAWS numbers in [0, 1), which decide crop and turn.
             out: (H, W, 3) uint8, or of the dtype of `normalise`; with `device_augment` a cell, larger than the input.
-            crop: (3,) int64, where height, width and flip of what is in the cell go; only with `device_augment`.
+            crop: (3,) int64, where height, width and turn of what is in the cell go; only with `device_augment`.
 
         Raises:
             DataError: neither the sample nor any image that may stand in can be read.
@@ -57,19 +67,34 @@ class ImageLoader:
         reason: str | None = None  # why the sample's own image cannot be read
         for i in candidates(self.source, sample):
             try:
-                data = read_patiently(self.source, i)
-                image, what, losses = decode_image(data, self.max_pixels, judged=bool(self.judged[i]))
+                image, converted, losses = self.read(i)
             except (ImageError, OSError) as error:
                 reason = reason or str(error)
                 continue
             self.judged[i] = True
             height, width, _ = image.shape
-            box, flip = self.augmentation.box(draws, height, width), self.augmentation.flips(draws)
+            box, turn = self.augmentation.box(draws, height, width), self.augmentation.turn(draws)
             if self.device_augment and crop is not None:
-                crop.copy_(torch.tensor(self.device_augment.put(image, box, flip, out)))
-            elif self.normalise:
-                self.normalise.into(out, resized_crop(image, box, flip, self.augmentation.input_size))
+                crop.copy_(torch.tensor(self.place_cell(image, box, turn, out)))
             else:
-                cut(image, box, flip, out)
-            return Loaded(what is not None, reason, losses)
+                self.place(image, box, turn, out)
+            return Loaded(converted, reason, losses)
         raise none_readable(self.source, sample, reason)
+
+    def read(self, i: int) -> Read:
+        """Image i itself. Raises ImageError or OSError when it cannot be read."""
+        data = read_patiently(self.source, i)
+        image, what, losses = decode_image(data, self.max_pixels, judged=bool(self.judged[i]))
+        return Read(image, what is not None, losses)
+
+    def place(self, image: NDArray, box: Box, turn: int, out: Tensor) -> None:
+        """Bring the crop of an image to its place."""
+        if self.normalise:
+            self.normalise.into(out, resized_crop(image, box, turn, self.augmentation.input_size))
+        else:
+            cut(image, box, turn, out)
+
+    def place_cell(self, image: NDArray, box: Box, turn: int, cell: Tensor) -> tuple[int, int, int]:
+        """Bring it to its cell, for the device to resize; returns height, width and turn of what is there."""
+        assert self.device_augment is not None
+        return self.device_augment.put(image, box, turn, cell)

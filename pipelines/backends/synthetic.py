@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate
 
 from spark_fast.pipelines.base import BadImageCounts, Batch
 from spark_fast.pipelines.sampler import Sampler
+from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.pipelines.transforms.resize import MEAN, STD, Normalise
 
 IMAGES = 16  # different ones; sample i shows image i % IMAGES
@@ -36,6 +37,7 @@ class SyntheticPipeline:
         self.classes: list[str] = []
         self.empty_classes: set[str] = set()
         self.bad_images = BadImageCounts()
+        self.statistics: Statistics | None = None
         self.device = torch.device(device)
         self._sampler = sampler
         coarse = torch.rand(IMAGES, in_chans, 8, 8, generator=torch.Generator().manual_seed(sampler.seed))

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spark_fast.pipelines.backends.backend import Backend
+from spark_fast.pipelines.backends.band_loader import BandLoader
 from spark_fast.pipelines.backends.buffers import Buffers
 from spark_fast.pipelines.backends.image_loader import ImageLoader
 from spark_fast.pipelines.base import Batch
@@ -31,15 +33,18 @@ from spark_fast.pipelines.options import LoaderOptions
 from spark_fast.pipelines.sampler import Sampler, Share, uniform
 from spark_fast.pipelines.sources.bad_images import Loaded
 from spark_fast.pipelines.sources.source import Source
-from spark_fast.pipelines.transforms.crops import DRAWS
+from spark_fast.pipelines.transforms.bands.band_augment import BandAugment
+from spark_fast.pipelines.transforms.bands.scaling import BandNormalise
+from spark_fast.pipelines.transforms.crops import ALL_DRAWS
 from spark_fast.pipelines.transforms.device_augment import DeviceAugment
+from spark_fast.pipelines.transforms.resize import Normalise
 
 
 class _Slot:
     """Pinned bytes of one batch, refilled once their copy to the CUDA device is done."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # (B, H, W, 3)
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.pixels = torch.empty(shape, dtype=dtype, pin_memory=True)  # (B, H, W, C)
         self.crops = torch.empty(shape[0], 3, dtype=torch.int64, pin_memory=True)
         self.copied = torch.cuda.Event()
 
@@ -49,7 +54,7 @@ class _Pending:
     """A batch in preparation."""
 
     ids: NDArray[np.int64]
-    pixels: Tensor  # (B, H, W, 3), of `dtype` and normalised, or bytes for the device: images, or cells with crops
+    pixels: Tensor  # (B, H, W, C), of `dtype` and normalised, or numbers for the device: images, or cells with crops
     crops: Tensor  # (B, 3) int64, see `DeviceAugment.put`
     slot: _Slot | None
     chunks: list[Future[list[Loaded]]] = field(default_factory=list)
@@ -61,16 +66,35 @@ class TorchPipeline(Backend):
     def __init__(self, source: Source, sampler: Sampler, options: LoaderOptions) -> None:
         super().__init__(source, sampler, options)
         self._on_device: DeviceAugment | None = None
+        self._stored = torch.uint8  # numbers of the pixels that the device normalises
+        if options.statistics:
+            self._stored = getattr(torch, options.statistics.dtype)
         if options.augment_on == "device":
-            self._on_device = DeviceAugment(self._size, self.device, self._dtype)
-            self._shape = (self._share, *self._on_device.cell, 3)
-            self._buffers = Buffers(self._shape, torch.uint8, kept=self._prefetch + 2)
-        normalise = None if self._on_device or self._on_cuda else self._normalise
-        self._images = ImageLoader(source, self._augmentation, normalise, self._on_device, self._max_pixels)
+            self._on_device = self._device_augment()
+            self._shape = (self._share, *self._on_device.cell, options.in_chans)
+            self._buffers = Buffers(self._shape, self._stored, kept=self._prefetch + 2)
+        self._images = self._loader(options)
         self._stream = torch.cuda.Stream(self.device) if self._on_cuda else None
         self._slots: list[_Slot] = []  # idle ones
         self._pool = _decoder_threads(self._workers)
         self._starting = threading.Lock()  # batches are started one after the other
+
+    def _device_augment(self) -> DeviceAugment:
+        if isinstance(self._normalise, BandNormalise):
+            return BandAugment(self._size, self.device, self._dtype, self._normalise)
+        return DeviceAugment(self._size, self.device, self._dtype)
+
+    def _loader(self, options: LoaderOptions) -> ImageLoader:
+        """What the threads do with an image; on the host they normalise it, too."""
+        asked: dict[str, Any] = {"device_augment": self._on_device, "max_pixels": self._max_pixels}
+        on_host = self._on_device is None and not self._on_cuda
+        if options.statistics:
+            assert isinstance(self._normalise, BandNormalise)
+            asked |= {"expected": options.expected, "statistics": options.statistics}
+            normalise = self._normalise if on_host else None
+            return BandLoader(self._source, self._augmentation, band_normalise=normalise, **asked)
+        assert isinstance(self._normalise, Normalise)
+        return ImageLoader(self._source, self._augmentation, self._normalise if on_host else None, **asked)
 
     def close(self) -> None:
         """Stop the decoder threads and close the source."""
@@ -109,7 +133,7 @@ class TorchPipeline(Backend):
     def _start_batch(self, share: Share, left: threading.Event) -> _Pending:
         """In a decoder thread: let the threads fill a slot, or the first part of it, with these samples."""
         ids = share.ids
-        draws = uniform(self._sampler.seed, share.draw_ids, ids, DRAWS)
+        draws = uniform(self._sampler.seed, share.draw_ids, ids, ALL_DRAWS)
         with self._starting:
             slot = self._idle_slot() if self._stream is not None else None
             pixels = (slot.pixels if slot else self._buffers.take())[: len(ids)]
@@ -121,12 +145,12 @@ class TorchPipeline(Backend):
 
     def _idle_slot(self) -> _Slot:
         """The longest idle slot; not the one just delivered, so that its copy has time to finish."""
-        slot = self._slots.pop(0) if len(self._slots) > 1 else _Slot(self._shape)
+        slot = self._slots.pop(0) if len(self._slots) > 1 else _Slot(self._shape, self._stored)
         slot.copied.synchronize()
         return slot
 
     def _load(self, batch: _Pending, part: slice, draws: NDArray[np.float64], left: threading.Event) -> list[Loaded]:
-        """In a decoder thread: fill a part of the batch, given its samples' numbers, (n, DRAWS)."""
+        """In a decoder thread: fill a part of the batch, given its samples' numbers, (n, ALL_DRAWS)."""
         out, crops, loaded = batch.pixels[part], batch.crops[part], []
         for place, (sample, numbers) in enumerate(zip(batch.ids[part].tolist(), draws.tolist(), strict=True)):
             self._stop_unless_wanted(left)
@@ -147,7 +171,7 @@ class TorchPipeline(Backend):
         return batch
 
     def _upload(self, batch: _Pending) -> Tensor:
-        """A batch's images, normalised, on the device: (B, 3, H, W)."""
+        """A batch's images, normalised, on the device: (B, C, H, W)."""
         slot = batch.slot
         if slot is None or self._stream is None:
             return self._on_device(batch.pixels, batch.crops) if self._on_device else self._from_host(batch.pixels)

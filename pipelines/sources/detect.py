@@ -13,6 +13,7 @@ from spark_fast.pipelines.sources.file_list import list_source
 from spark_fast.pipelines.sources.folder import FileSource, folder_source
 from spark_fast.pipelines.sources.listing.compressed import how_to_unpack, is_compressed
 from spark_fast.pipelines.sources.listing.folder_tree import holds_images
+from spark_fast.pipelines.sources.listing.image_names import IMAGE_EXTENSIONS
 from spark_fast.pipelines.sources.listing.splits import split_of_file, train_folder
 from spark_fast.pipelines.sources.shard_format import MANIFEST, read_manifest
 from spark_fast.pipelines.sources.shards import ShardSource
@@ -28,8 +29,8 @@ TARS = {  # as downloaded from image-net.org
 _SHARD = re.compile(r"shard-\d{6}\.tar")  # of a conversion
 
 
-def detect_source(data_path: str | Path, split: str = "train") -> Source:
-    """The images of a split at `data_path`.
+def detect_source(data_path: str | Path, split: str = "train", endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> Source:
+    """The images of a split at `data_path`; files with these endings are images.
 
     They are in the folder of the split's name, as in the published code. Without such a folder, the path itself holds
     the training images, or tars whose names tell splits apart; other splits need one or the other. The split "all" is
@@ -52,7 +53,7 @@ def detect_source(data_path: str | Path, split: str = "train") -> Source:
         if not has_split(path, split):
             raise _no_split(path, split)
     elif split != "all" and not (path / MANIFEST).exists():
-        path = train_folder(path) if split == "train" else path / split
+        path = train_folder(path, endings) if split == "train" else path / split
     if (path / MANIFEST).exists():
         beton = read_manifest(path).beton
         if beton is not None and beton.alone:
@@ -61,7 +62,7 @@ def detect_source(data_path: str | Path, split: str = "train") -> Source:
     _refuse_unfinished(path, PARTIAL)
     if (tars := tars_in(path)) and not any(map(looks_like_webdataset, tars[:4])):
         raise _no_tars(path, [tar.name for tar in tars])
-    return images_to_convert(path, split)
+    return images_to_convert(path, split, endings)
 
 
 def has_split(path: Path, split: str) -> bool:
@@ -71,7 +72,7 @@ def has_split(path: Path, split: str) -> bool:
     return (path / split).is_dir() or split in [split_of_file(tar.stem) for tar in tars_in(path)]
 
 
-def images_to_convert(path: Path, split: str = "train") -> FileSource:
+def images_to_convert(path: Path, split: str = "train", endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> FileSource:
     """The images of a file list, of a tar, or of a folder of images, of class folders, or of tars of WebDataset.
 
     Raises DataError when there are none, saying what was looked for.
@@ -85,7 +86,7 @@ def images_to_convert(path: Path, split: str = "train") -> FileSource:
         if holds_images(path):
             raise DataError(f"{path} holds tars of images, such as {tars[0].name}, and images: move either elsewhere")
         return webdataset_source(path, split)
-    return folder_source(path, mixed=split == "all")
+    return folder_source(path, mixed=split == "all", endings=endings)
 
 
 def _no_split(path: Path, split: str) -> DataError:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from spark_fast.errors import DataError
 from spark_fast.pipelines.sources.folder import FileSource
 from spark_fast.pipelines.sources.listing.class_labels import class_numbers
-from spark_fast.pipelines.sources.listing.image_names import IMAGE_EXTENSIONS, listed
+from spark_fast.pipelines.sources.listing.image_names import BAND_EXTENSIONS, listed
 
 logger = logging.getLogger("spark_fast.pipelines")
 
@@ -31,7 +31,7 @@ _PATHS += " image_name image_id img img_path"
 _LABELS = "label labels label_id class classes class_id class_name classname category category_id target targets y"
 _LABELS += " cls species"
 _PATH_COLUMNS, _LABEL_COLUMNS = set(_PATHS.split()), set(_LABELS.split())
-_ENDING = rb"\.(?:" + "|".join(e[1:] for e in IMAGE_EXTENSIONS).encode() + rb")"
+_ENDING = rb"\.(?:" + "|".join(e[1:] for e in BAND_EXTENSIONS).encode() + rb")"
 _SEPARATED = re.compile(
     rb"(?P<path>.*?" + _ENDING + rb")(?P<between>[ ]*[\t,;][ \t]*|[ ]+)"
     rb"(?P<label>(?![^\t]*" + _ENDING + rb"(?:[ \t,;]|$))[^/\\\t,;]*)",

@@ -88,14 +88,14 @@ class FileSource:
         """Nothing is held open."""
 
 
-def folder_source(root: Path, *, mixed: bool = False) -> FileSource:
+def folder_source(root: Path, *, mixed: bool = False, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> FileSource:
     """A folder of class folders (labelled, as torchvision's ImageFolder numbers them) or of images.
 
     A class folder without images keeps its number. With `mixed` folders that look like several splits are accepted.
 
     Raises DataError when it cannot be listed, holds no image, or several splits.
     """
-    tree = read_tree(root)
+    tree = read_tree(root, endings)
     if not tree.images:
         raise _no_images(tree)
     if not mixed:
@@ -122,7 +122,7 @@ def _no_images(tree: FolderTree) -> DataError:
     packed = [path for path in files if is_compressed(path.name)]
     return DataError(
         f"no images in {root}: it holds {len(tree.folders)} folders and {len(files)} other"
-        f" entries, but no file ending in {', '.join(IMAGE_EXTENSIONS)}, neither directly nor in class"
+        f" entries, but no file ending in {', '.join(tree.endings)}, neither directly nor in class"
         " folders. Point data_path at a folder of images, of class folders, or one that holds train/."
         f"{kinds}{links}{' ' + how_to_unpack(packed) if packed else ''} See {PAGE}."
     )

@@ -1,4 +1,4 @@
-"""Where an image is cropped and whether it is flipped: SparK's augmentation as pure arithmetic.
+"""Where an image is cropped and how it is flipped and turned: SparK's augmentation, and more, as pure arithmetic.
 
 The semantics are torchvision's `RandomResizedCrop.get_params` and `RandomHorizontalFlip`
 (torchvision/transforms/transforms.py), with the random numbers handed in: the crop of a sample is a
@@ -11,10 +11,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntFlag
 from typing import NamedTuple
 
 ATTEMPTS = 10  # torchvision's number, before it falls back to a central crop
 DRAWS = 2 * ATTEMPTS + 3  # (area, aspect) of every attempt, then top, left, flip
+ALL_DRAWS = DRAWS + 2  # then what not every backend can do: upside down, quarter turns
+
+
+class Turn(IntFlag):
+    """How a crop is turned before it is an input: transposed first, then flipped either way. True is MIRRORED."""
+
+    MIRRORED = 1  # left and right change places
+    UPSIDE_DOWN = 2  # top and bottom do
+    TRANSPOSED = 4  # rows become columns
+
+
+_QUARTERS = (  # numpy.rot90 of 0 to 3 times
+    Turn(0),
+    Turn.TRANSPOSED | Turn.UPSIDE_DOWN,
+    Turn.MIRRORED | Turn.UPSIDE_DOWN,
+    Turn.TRANSPOSED | Turn.MIRRORED,
+)
 
 
 class Box(NamedTuple):
@@ -34,6 +52,8 @@ class Augmentation:
     scale: tuple[float, float] = (0.67, 1.0)  # share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, drawn uniformly in its logarithm
     flip: bool = True  # with probability 1/2
+    vflip: bool = False  # upside down, with probability 1/2
+    rot90: bool = False  # by 0 to 3 quarter turns, before any flip
     random: bool = True
     centre: float = 1.0  # side of the central crop, of the largest one's; timm's crop_pct
 
@@ -44,8 +64,15 @@ class Augmentation:
         return random_box(draws, height, width, self.scale, self.ratio)
 
     def flips(self, draws: Sequence[float]) -> bool:
-        """Whether the sample is mirrored."""
-        return self.random and self.flip and draws[-1] < 0.5
+        """Whether the sample is mirrored; of an augmentation without `vflip` and `rot90` that is all."""
+        return self.random and self.flip and draws[DRAWS - 1] < 0.5
+
+    def turn(self, draws: Sequence[float]) -> int:
+        """How the sample is turned, a `Turn`; `vflip` and `rot90` take ALL_DRAWS numbers."""
+        if not self.random or not (self.vflip or self.rot90):
+            return self.flips(draws)
+        turn = _QUARTERS[int(4 * draws[DRAWS + 1])] if self.rot90 else Turn(0)
+        return turn ^ self.flips(draws) ^ (Turn.UPSIDE_DOWN * (self.vflip and draws[DRAWS] < 0.5))
 
 
 def random_box(

@@ -68,8 +68,8 @@ def decode_image(
         raise ImageError("the file has zero bytes")
     try:
         if bytes(data[:2]) == b"\xff\xd8":
-            check_size = partial(_check_size, max_pixels=max_pixels)
-            return Decoded(*decode_jpeg(data, check_size, fast_chroma=fast_chroma, judged=judged))
+            limit = partial(check_size, max_pixels=max_pixels)
+            return Decoded(*decode_jpeg(data, limit, fast_chroma=fast_chroma, judged=judged))
         pixels, losses = _decode_with_pillow(data, max_pixels)
     except ImageError:
         raise
@@ -82,14 +82,20 @@ def decode_image(
 
 
 def _decode_with_pillow(data: bytes | memoryview, max_pixels: int) -> tuple[NDArray[np.uint8], tuple[Loss, ...]]:
-    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit; from there on it warns, from twice that it refuses
+    allow_pixels(max_pixels)
     with Image.open(io.BytesIO(without_text(data)), formats=_PILLOW_FORMATS) as image:
-        _check_size(image.height, image.width, max_pixels)
+        check_size(image.height, image.width, max_pixels)
         return to_rgb(image)
 
 
-def _check_size(height: int, width: int, max_pixels: int) -> None:
+def allow_pixels(max_pixels: int) -> None:
+    """Let Pillow open images of so many pixels: from its own limit on it warns, from twice that it refuses."""
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+
+
+def check_size(height: int, width: int, max_pixels: int) -> None:
+    """Raise ImageError for an image without pixels, or with too many."""
     if not height * width:
         raise ImageError(f"{width} x {height} pixels are no image")
     if height * width > max_pixels:

@@ -9,13 +9,12 @@ while the model may be compiling, and before torch 2.14 one compilation breaks a
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spark_fast.pipelines.transforms.crops import Box
-from spark_fast.pipelines.transforms.resize import MEAN, STD, crop, cut
+from spark_fast.pipelines.transforms.crops import Box, Turn
+from spark_fast.pipelines.transforms.resize import MEAN, STD, crop, cut, transposed
 
 CELL = 2  # sides of a cell, in input sizes
 
@@ -35,31 +34,44 @@ class DeviceAugment:
         """Whether a crop of this size fits into a cell."""
         return height <= self.cell[0] and width <= self.cell[1]
 
-    def put(self, image: NDArray[np.uint8], box: Box, flip: bool, cell: Tensor) -> tuple[int, int, int]:
-        """On the host: copy the crop `box` of `image` (h, w, 3) into the corner of `cell`, uint8 of size `cell`.
+    def put(self, image: NDArray, box: Box, turn: int, cell: Tensor) -> tuple[int, int, int]:
+        """On the host: copy the crop `box` of `image` (h, w, C) into the corner of `cell`, of size `cell`.
 
-        Returns (height, width, flip) of what is there. A crop that does not fit is resized here, to the input's size.
+        A `turn` that transposes does so here. Returns (height, width, turn) of what is there; of the turn its flips
+        are left to do. A crop that does not fit is resized here, to the input's size.
         """
-        height, width = box.height, box.width
+        height, width = (box.width, box.height) if turn & Turn.TRANSPOSED else (box.height, box.width)
         if self.holds(height, width):
-            cell.numpy()[:height, :width] = crop(image, box)
-            return height, width, flip
-        height, width = self.input_size
-        cut(image, box, False, cell[:height, :width])
-        return height, width, flip
+            cell.numpy()[:height, :width] = transposed(crop(image, box), turn)
+        else:
+            height, width = self.input_size
+            self._cut(image, box, turn & Turn.TRANSPOSED, cell[:height, :width])
+        return height, width, turn & ~Turn.TRANSPOSED
+
+    def _cut(self, image: NDArray, box: Box, turn: int, out: Tensor) -> None:
+        cut(image, box, turn, out)
 
     def __call__(self, cells: Tensor, crops: Tensor) -> Tensor:
         """(B, *cell, 3) uint8 and (B, 3) int64 as `put` returned them, both on the device."""
-        count, rows, columns, _ = cells.shape
-        height, width = self.input_size
-        across = bicubic_weights(crops[:, 1], columns, width)  # (B, W, columns)
-        across = torch.where(crops[:, 2, None, None] != 0, across.flip(1), across).to(self._compute)
-        down = bicubic_weights(crops[:, 0], rows, height).to(self._compute)  # (B, H, rows)
-        pixels = torch.bmm(down, cells.to(self._compute).view(count, rows, columns * 3))  # (B, H, columns * 3)
-        planes = pixels.view(count, height, columns, 3).permute(0, 3, 1, 2).reshape(count, 3 * height, columns)
-        images = torch.bmm(planes, across.mT).view(count, 3, height, width).float().clamp(0, 255)
-        images = (images - self._mean) / self._std
+        images = (self._resized(cells, crops).clamp(0, 255) - self._mean) / self._std
         return images.to(self._dtype, memory_format=torch.channels_last)
+
+    def _resized(self, cells: Tensor, crops: Tensor) -> Tensor:
+        """(B, *cell, C) of any numbers -> (B, C, H, W) fp32, in their units."""
+        count, rows, columns, channels = cells.shape
+        height, width = self.input_size
+        across = _flipped(bicubic_weights(crops[:, 1], columns, width), crops, Turn.MIRRORED)  # (B, W, columns)
+        down = _flipped(bicubic_weights(crops[:, 0], rows, height), crops, Turn.UPSIDE_DOWN)  # (B, H, rows)
+        flat = cells.to(self._compute).view(count, rows, columns * channels)
+        pixels = torch.bmm(down.to(self._compute), flat)  # (B, H, columns * C)
+        planes = pixels.view(count, height, columns, channels).permute(0, 3, 1, 2)
+        planes = planes.reshape(count, channels * height, columns)
+        return torch.bmm(planes, across.to(self._compute).mT).view(count, channels, height, width).float()
+
+
+def _flipped(weights: Tensor, crops: Tensor, flip: Turn) -> Tensor:
+    """The weights, (B, out, in), in reverse order where the crop's turn has this flip."""
+    return torch.where((crops[:, 2, None, None] & int(flip)) != 0, weights.flip(1), weights)
 
 
 def bicubic_weights(sizes: Tensor, longest: int, out: int) -> Tensor:

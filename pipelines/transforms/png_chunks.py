@@ -6,13 +6,13 @@ a megabyte. So they are taken out before Pillow sees them, and a bomb in a comme
 
 from __future__ import annotations
 
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 
 def without_text(data: bytes | memoryview) -> bytes | memoryview:
     """The same PNG without these chunks; any other file as it is."""
-    if bytes(data[:8]) != _SIGNATURE:
+    if bytes(data[:8]) != SIGNATURE:
         return data
     kept, start, at = [], 0, 8  # start: of what is kept next
     while at + 12 <= len(data):  # a chunk is length (4 bytes), kind (4), content, checksum (4)

@@ -16,28 +16,38 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from spark_fast.pipelines.transforms.crops import Box
+from spark_fast.pipelines.transforms.crops import Box, Turn
 
 # ImageNet's, of pixels in [0, 1] (timm.data.constants)
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
-def cut(image: NDArray[np.uint8], box: Box, flip: bool, out: Tensor) -> None:
-    """Crop `image` (h, w, 3) to `box`, resize it to the size of `out` (H, W, 3) uint8, flip, store there."""
+def cut(image: NDArray[np.uint8], box: Box, turn: int, out: Tensor) -> None:
+    """Crop `image` (h, w, 3) to `box`, resize it to the size of `out` (H, W, 3) uint8, turn it, store it there."""
     height, width, _ = out.shape
-    out.copy_(resized_crop(image, box, flip, (height, width)))
+    out.copy_(resized_crop(image, box, turn, (height, width)))
 
 
-def resized_crop(image: NDArray[np.uint8], box: Box, flip: bool, size: tuple[int, int]) -> Tensor:
-    """What `cut` stores: (*size, 3) uint8."""
-    resized = torch.from_numpy(resize(crop(image, box), size))
-    return resized.flip(1) if flip else resized
+def resized_crop(image: NDArray[np.uint8], box: Box, turn: int, size: tuple[int, int]) -> Tensor:
+    """What `cut` stores: (*size, 3) uint8; `turn`: a `Turn`."""
+    return flipped(torch.from_numpy(resize(transposed(crop(image, box), turn), size)), turn)
 
 
-def crop(image: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
-    """What of an image, (h, w, 3), lies in a box: a view."""
+def crop(image: NDArray, box: Box) -> NDArray:
+    """What of an image, (h, w, C), lies in a box: a view."""
     return image[box.top : box.top + box.height, box.left : box.left + box.width]
+
+
+def transposed(pixels: NDArray, turn: int) -> NDArray:
+    """The first half of a `Turn`, before the resize: (h, w, C) -> (w, h, C) if it is transposed."""
+    return np.ascontiguousarray(pixels.swapaxes(0, 1)) if turn & Turn.TRANSPOSED else pixels
+
+
+def flipped(pixels: Tensor, turn: int) -> Tensor:
+    """The second half, after it: (H, W, C), flipped as the `Turn` says."""
+    sides = [side for side, bit in ((0, Turn.UPSIDE_DOWN), (1, Turn.MIRRORED)) if turn & bit]
+    return pixels.flip(sides) if sides else pixels
 
 
 def resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:

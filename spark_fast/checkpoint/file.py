@@ -46,6 +46,7 @@ class RunContent(TypedDict):
     scaler: Content
     listing: NotRequired[str]  # of the data; older versions did not keep it
     versions: NotRequired[dict[str, str]]
+    statistics: NotRequired[Content]  # by which the images are normalised, if not by ImageNet's
     ema: NotRequired[dict[str, Tensor]]
     best: NotRequired[Content]
 

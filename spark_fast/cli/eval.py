@@ -29,6 +29,7 @@ from spark_fast.evaluation.knn import classify_by_neighbours
 from spark_fast.evaluation.linear_probe import LinearProbe, shuffled, train_probe
 from spark_fast.evaluation.report import Report
 from spark_fast.pipelines import Pipeline, View
+from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.run.command import code_when_stopped, open_checkpoints, open_folder, run_command, running
 from spark_fast.run.distributed import Ranks
 from spark_fast.run.lock import RunLock
@@ -61,7 +62,8 @@ def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLo
     backbone = build_backbone(settings.network, settings.model.stages, weights, settings.in_chans)
     features = frozen(backbone, ranks.device, DTYPES[resolve_precision(settings.run.precision, ranks.device)])
     fresh = isinstance(settings, Linear) and settings.probe.augment
-    train = open_train(settings, ranks, View(scale=(0.08, 1.0)) if fresh else central(settings))
+    statistics = weights.statistics if weights else None
+    train = open_train(settings, ranks, View(scale=(0.08, 1.0)) if fresh else central(settings), statistics)
     learned = Labelled(train, train.num_classes, None, lambda step: watchdog.at(step, "reading the training images"))
     closing.callback(learned.close)
     val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "reading the validation images"))
@@ -135,7 +137,9 @@ def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, c
     network, stages, in_chans = _resumed(asked, *before) if before else _network(asked, weights)
     settings = asked.resolved(network, stages, in_chans)
     recipe = settings.whole_recipe
-    train = open_train(settings, ranks, View(scale=(recipe.min_scale, 1.0), repeats=recipe.repeats))
+    statistics = _statistics(before[1]) if before else weights.statistics if weights else None
+    view = View(scale=(recipe.min_scale, 1.0), repeats=recipe.repeats)
+    train = open_train(settings, ranks, view, statistics)
     closing.callback(train.close)
     val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "judging"))
     closing.callback(val.close)
@@ -179,6 +183,11 @@ def _resumed(settings: Finetune, path: Path, state: RunContent) -> tuple[str, in
         return settings.network or before["model"], stages, settings.data.in_chans or in_chans
     except (KeyError, TypeError):
         raise CheckpointError(f"{path} is no checkpoint of a fine-tuning run") from None
+
+
+def _statistics(before: RunContent) -> Statistics | None:
+    """Those that the fine-tuning run before was normalised by."""
+    return Statistics.from_dict(before["statistics"]) if before.get("statistics") else None
 
 
 def _check_sizes(settings: Evaluation, train: Pipeline) -> None:

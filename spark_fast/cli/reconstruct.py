@@ -106,10 +106,10 @@ def _with_decoder(pretrained: Pretrained, channels: tuple[int, ...]) -> Pretrain
             f"{pretrained.path} holds an encoder alone, nothing can be reconstructed without the decoder: give the "
             f"run folder, its checkpoint, or the published file *_withdecoder_1kpretrained_spark_style.pth"
         )
-    if pretrained.spec.in_chans != 3:
+    if pretrained.spec.in_chans != 3 or pretrained.weights.statistics:
         raise SettingsError(
             f"{pretrained.path} is for images of in_chans {pretrained.spec.in_chans}, and images are read with three "
-            f"channels: the run folder has pictures in reconstruction/"
+            f"channels of 8 bits: the run folder has pictures in reconstruction/"
         )
     check_picture_channels(channels, pretrained.spec.in_chans)
     return pretrained

@@ -11,6 +11,7 @@ from torch import Tensor
 from spark_fast.errors import DataError
 from spark_fast.evaluation.eval_settings import Evaluation
 from spark_fast.pipelines import LoaderOptions, Pipeline, View
+from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.run.command import open_pipeline
 from spark_fast.run.distributed import Ranks
 
@@ -59,13 +60,13 @@ def central(settings: Evaluation, split: str = "train") -> View:
     return View(split, augment=False, in_order=True, centre=settings.data.crop_pct)
 
 
-def open_train(settings: Evaluation, ranks: Ranks, view: View) -> Pipeline:
-    """The training images of this rank.
+def open_train(settings: Evaluation, ranks: Ranks, view: View, statistics: Statistics | None = None) -> Pipeline:
+    """The training images of this rank, normalised by these statistics, those of the run of the weights.
 
     Raises:
         DataError: they cannot be used, or have no labels.
     """
-    pipeline = _open(settings, ranks, settings.data.data_path, view)
+    pipeline = _open(settings, ranks, settings.data.data_path, view, statistics)
     if pipeline.num_classes == 0:
         pipeline.close()
         raise DataError(f"{settings.data.data_path} {NO_LABELS}")
@@ -81,7 +82,7 @@ def open_val(settings: Evaluation, ranks: Ranks, train: Pipeline, alive: Callabl
     path = settings.data.val_path or settings.data.data_path
     split = "all" if settings.data.val_path else "val"
     try:
-        pipeline = _open(settings, ranks, path, central(settings, split))
+        pipeline = _open(settings, ranks, path, central(settings, split), train.statistics)
     except DataError as error:
         more = "" if settings.data.val_path else ". (--val_path names the validation images, if they lie elsewhere)"
         raise DataError(f"{error}{more}") from error
@@ -93,8 +94,8 @@ def open_val(settings: Evaluation, ranks: Ranks, train: Pipeline, alive: Callabl
         raise
 
 
-def _open(settings: Evaluation, ranks: Ranks, path: str, view: View) -> Pipeline:
-    options = LoaderOptions(settings.batch_size, synthetic_samples=SYNTHETIC_IMAGES, view=view)
+def _open(settings: Evaluation, ranks: Ranks, path: str, view: View, statistics: Statistics | None) -> Pipeline:
+    options = LoaderOptions(settings.batch_size, synthetic_samples=SYNTHETIC_IMAGES, view=view, statistics=statistics)
     return open_pipeline(settings, ranks, path, options)
 
 

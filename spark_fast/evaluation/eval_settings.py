@@ -46,6 +46,16 @@ class Data:
     """stop when more than this share of the images is unreadable (judged after 1000)"""
     max_pixels: int = 64
     """million (2**20) pixels of an image; a larger one counts as unreadable, as it may be made to fill the memory"""
+    scale: Literal["auto", "dtype", "percentile", "none"] = "auto"
+    """stored numbers to [0, 1]: dtype, percentile (0.1 to 99.9), none; auto: as the weights' run had it"""
+    mean: tuple[float, ...] = ()
+    """of the scaled images, a number a channel; default: those of the weights' run, or measured on up to 1000 files"""
+    std: tuple[float, ...] = ()
+    """their deviation, likewise"""
+    channels_first: bool = False
+    """.npy and .npz hold (C, H, W), not (H, W, C)"""
+    npz_key: str = ""
+    """the array of an .npz to read, where it holds several"""
 
 
 @dataclass
@@ -246,7 +256,7 @@ class Finetune(Evaluation):
 
 
 MODES: dict[str, type[Evaluation]] = {"knn": Knn, "linear": Linear, "finetune": Finetune}
-SWITCHES = switches_of("augment", "sync_batchnorm", "sbn")
+SWITCHES = switches_of("augment", "sync_batchnorm", "sbn", "channels_first")
 
 
 def parse(argv: list[str]) -> Evaluation:

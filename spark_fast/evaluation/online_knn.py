@@ -26,6 +26,7 @@ from spark_fast.evaluation.knn import classify_by_neighbours
 from spark_fast.pipelines.sampler import Sampler
 from spark_fast.pipelines.sources.detect import has_split
 from spark_fast.pipelines.sources.listing.image_names import listed
+from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.run.distributed import Ranks
 from spark_fast.training.settings import Settings
 
@@ -41,6 +42,7 @@ class OnlineKnn:
     Args:
         settings: of the run.
         dtype: what the network computes in.
+        statistics: of the images that the run sees, by which these are scaled too.
         alive: called before each batch, equally often on all ranks; what it raises ends a measurement.
 
     Raises:
@@ -48,8 +50,15 @@ class OnlineKnn:
         SettingsError: the network cannot be built.
     """
 
-    def __init__(self, settings: Settings, ranks: Ranks, dtype: torch.dtype, alive: Callable[[int], None]) -> None:
-        asked = as_evaluation(settings, ranks)
+    def __init__(
+        self,
+        settings: Settings,
+        ranks: Ranks,
+        dtype: torch.dtype,
+        alive: Callable[[int], None],
+        statistics: Statistics | None = None,
+    ) -> None:
+        asked, self._statistics = as_evaluation(settings, ranks), statistics
         self._ranks, self._alive, self._settings = ranks, alive, asked.knn
         self._val: Labelled | None = None
         with ExitStack() as closing:
@@ -65,7 +74,7 @@ class OnlineKnn:
     def _open(self, asked: Knn, closing: ExitStack) -> None:
         """Open the images, and refuse those that k-NN can say nothing of."""
         ranks, path = self._ranks, asked.data.data_path
-        train = open_train(asked, ranks, central(asked))
+        train = open_train(asked, ranks, central(asked), self._statistics)
         closing.callback(train.close)
         self._train = Labelled(train, train.num_classes, None, self._alive)
         _check_classes(path, train.num_classes, train.empty_classes)
@@ -126,6 +135,11 @@ def as_evaluation(settings: Settings, ranks: Ranks) -> Knn:
             prefetch=data.prefetch,
             max_bad_fraction=data.max_bad_fraction,
             max_pixels=data.max_pixels,
+            scale=data.scale,
+            mean=data.mean,
+            std=data.std,
+            channels_first=data.channels_first,
+            npz_key=data.npz_key,
         ),
         run=eval_settings.Run(seed=run.seed),
     ).resolved(settings.network, settings.model.stages, settings.in_chans)

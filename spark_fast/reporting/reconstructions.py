@@ -120,7 +120,7 @@ def open_image(path: Path, size: tuple[int, int]) -> Tensor:
     except (OSError, ImageError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     pixels = torch.empty(1, *size, 3, dtype=torch.uint8)
-    cut(image, centre_box(image.shape[0], image.shape[1], size), flip=False, out=pixels[0])
+    cut(image, centre_box(image.shape[0], image.shape[1], size), turn=0, out=pixels[0])
     return Normalise(size[1], torch.device("cpu"), torch.float32)(pixels)[0]
 
 

@@ -22,6 +22,8 @@ from spark_fast.checkpoint.manager import CheckpointManager, check_space
 from spark_fast.errors import INTERRUPTED, LostRankError, SparkFastError, StorageError
 from spark_fast.networks import import_from_current_folder
 from spark_fast.pipelines import LoaderOptions, Pipeline, build_pipeline
+from spark_fast.pipelines.build import measure_statistics
+from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.run.config import Tree
 from spark_fast.run.distributed import Ranks, join
 from spark_fast.run.lock import RunLock
@@ -105,8 +107,23 @@ def running(settings: Tree, ranks: Ranks, watchdog: Watchdog) -> Iterator[tuple[
             raise
 
 
-def open_pipeline(settings: Tree, ranks: Ranks, path: str, options: LoaderOptions) -> Pipeline:
-    """The images of this rank at a path: `options`, with what every command's settings say about loading."""
+def open_pipeline(
+    settings: Tree,
+    ranks: Ranks,
+    path: str,
+    options: LoaderOptions,
+    kept: Callable[[], Statistics | None] = lambda: None,
+) -> Pipeline:
+    """The images of this rank at a path: `options`, with what every command's settings say about loading.
+
+    Args:
+        options: with `statistics`, images are scaled as for these unless the settings say otherwise.
+        kept: the statistics to go on with, None without any; asked where images are no photographs. The first rank
+            measures them where there are none.
+    """
+    statistics, scaling = options.statistics, settings.data.scale
+    if statistics and scaling == "auto":
+        scaling = statistics.scale
     asked = replace(
         options,
         pipeline=settings.data.pipeline,
@@ -120,8 +137,37 @@ def open_pipeline(settings: Tree, ranks: Ranks, path: str, options: LoaderOption
         prefetch=settings.data.prefetch,
         max_bad_fraction=settings.data.max_bad_fraction,
         max_pixels=settings.data.max_pixels,
+        scaling=scaling,
+        mean=settings.data.mean,
+        std=settings.data.std,
+        channels_first=settings.data.channels_first,
+        npz_key=settings.data.npz_key,
     )
-    return build_pipeline(path or None, asked)
+    if statistics is None and not asked.photographs:
+        statistics = kept()
+    if statistics and (statistics.scale != _scale(asked) or len(statistics.mean) != asked.in_chans):
+        statistics = None  # of a run on other images
+    if statistics is None and not asked.photographs:
+        statistics = _measured(ranks, path or None, asked)
+    return build_pipeline(path or None, replace(asked, statistics=statistics))
+
+
+def _scale(options: LoaderOptions) -> str:
+    return "dtype" if options.scaling == "auto" else options.scaling
+
+
+def _measured(ranks: Ranks, path: str | None, options: LoaderOptions) -> Statistics | None:
+    """What the first rank measures, on every rank; what it raises, too."""
+    found: Statistics | SparkFastError | None = None
+    if ranks.main:
+        try:
+            found = measure_statistics(path, options)
+        except SparkFastError as error:
+            found = error
+    found = ranks.gather(found)[0]
+    if isinstance(found, SparkFastError):
+        raise found
+    return found
 
 
 def open_folder(settings: Tree, lock: RunLock, pictures: str = "") -> Path:

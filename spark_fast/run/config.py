@@ -41,6 +41,11 @@ class DataGroup(Protocol):
     prefetch: int
     max_bad_fraction: float
     max_pixels: int
+    scale: Any
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    channels_first: bool
+    npz_key: str
 
     @property
     def in_chans(self) -> int | None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from spark_fast.checkpoint.manager import newest_readable
 from spark_fast.errors import SettingsError
 from spark_fast.masking import check_masks
 from spark_fast.method import Method, build
 from spark_fast.pipelines import LoaderOptions, Pipeline, View
+from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.reporting.loggers import require_wandb
 from spark_fast.reporting.run_summary import nothing_learned
 from spark_fast.run.command import open_checkpoints, open_pipeline, running
@@ -23,6 +26,7 @@ from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
 from spark_fast.training.dry_run import print_plan
 from spark_fast.training.pretrain_run import OpenEvaluator, PretrainRun
+from spark_fast.training.published_run import read_resumable
 from spark_fast.training.resume import checkpoints_to_resume
 from spark_fast.training.settings import Settings, method_of
 from spark_fast.weights.load import load_weights
@@ -58,10 +62,12 @@ def pretrain_from_settings(
     if settings.run.wandb:
         require_wandb()
     with running(settings, ranks, watchdog) as (lock, closing):
-        pipeline = open_images(settings, ranks, batch_size=settings.data.batch_size)
+        resume = checkpoints_to_resume(settings.run.resume, settings.folder)
+        pipeline = open_images(
+            settings, ranks, batch_size=settings.data.batch_size, kept=lambda: kept_statistics(resume)
+        )
         closing.callback(pipeline.close)
         model = open_model(settings, ranks)
-        resume = checkpoints_to_resume(settings.run.resume, settings.folder)
         interrupt = Interrupt()
         closing.callback(interrupt.release)
         run = PretrainRun(settings, ranks, pipeline, model)
@@ -80,7 +86,7 @@ def pretrain_from_settings(
             return PretrainResult(settings.folder, {}, finished=True)
         pictured = manager = None
         if ranks.main:
-            pictured = pictured_images(settings, ranks)
+            pictured = pictured_images(settings, ranks, pipeline.statistics)
             manager = open_checkpoints(
                 settings,
                 lock,
@@ -113,26 +119,49 @@ def _tell(run: PretrainRun) -> None:
         log.warning(doubt)
 
 
-def open_images(settings: Settings, ranks: Ranks, *, batch_size: int, augment: bool = True) -> Pipeline:
-    """The images of this rank."""
+def kept_statistics(checkpoints: list[Path]) -> Statistics | None:
+    """The statistics in the first of these checkpoints that can be read; None without one."""
+    found = newest_readable(checkpoints, read_resumable)[1].get("statistics") if checkpoints else None
+    return Statistics.from_dict(found) if found else None
+
+
+def open_images(
+    settings: Settings,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    augment: bool = True,
+    kept: Callable[[], Statistics | None] = lambda: None,
+) -> Pipeline:
+    """The images of this rank; `kept`: see `open_pipeline`."""
     options = LoaderOptions(
         batch_size,
         ffcv_resize=settings.data.ffcv_resize,
         augment_on=settings.data.augment,
         decode_on=settings.data.decode,
-        view=View(augment=augment, scale=(settings.data.min_crop, 1.0)),
+        view=View(
+            augment=augment,
+            scale=settings.crop_scale,
+            flip=settings.data.hflip,
+            vflip=settings.data.vflip,
+            rot90=settings.data.rot90,
+        ),
     )
-    return open_pipeline(settings, ranks, settings.data.data_path, options)
+    return open_pipeline(settings, ranks, settings.data.data_path, options, kept)
 
 
-def pictured_images(settings: Settings, ranks: Ranks) -> Tensor | None:
-    """A few images for the reconstruction pictures, the same ones all through the run, centrally cropped."""
+def pictured_images(settings: Settings, ranks: Ranks, statistics: Statistics | None = None) -> Tensor | None:
+    """A few images for the reconstruction pictures, the same ones all through the run, centrally cropped.
+
+    `statistics`: of the run's images.
+    """
     if not settings.run.picture_every:
         return None
     alone = replace(ranks, rank=0, world_size=1)
     if settings.data.pipeline != "synthetic":  # the one that reads anything and starts at once
         settings = replace(settings, data=replace(settings.data, pipeline="torch", decode="host", augment="host"))
-    pipeline = open_images(settings, alone, batch_size=min(PICTURED, settings.data.batch_size), augment=False)
+    batch_size = min(PICTURED, settings.data.batch_size)
+    pipeline = open_images(settings, alone, batch_size=batch_size, augment=False, kept=lambda: statistics)
     try:
         return next(iter(pipeline.epoch(0))).images
     finally:

@@ -42,7 +42,7 @@ from spark_fast.training.trainer import Trainer
 from spark_fast.weights.timm_keys import encoder_names, renamed, write_encoder
 
 # settings, ranks, what the model computes in, what to call before each batch -> an evaluator
-OpenEvaluator = Callable[[Settings, Ranks, torch.dtype, Callable[[int], None]], Evaluator]
+OpenEvaluator = Callable[[Settings, Ranks, torch.dtype, Callable[[int], None], Statistics | None], Evaluator]
 
 MOMENTS = {"lamb": 2, "adamw": 2, "sgd": 1}  # tensors that an optimiser keeps for each parameter
 
@@ -123,7 +123,7 @@ class PretrainRun:
     def open_evaluator(self, opened: OpenEvaluator, watchdog: Watchdog, interrupt: Interrupt) -> Evaluator:
         """Open what the loop evaluates with. Raises what `opened` does: DataError, SettingsError."""
         alive = stoppable(self.position, self.ranks, watchdog, interrupt)
-        self.evaluator = opened(self.settings, self.ranks, self.advance.dtype, alive)
+        self.evaluator = opened(self.settings, self.ranks, self.advance.dtype, alive, self.pipeline.statistics)
         return self.evaluator
 
     def restore(self, paths: list[Path]) -> None:

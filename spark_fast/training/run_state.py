@@ -80,6 +80,7 @@ class RunState:
         gather_state(self.optimizer)
         if not keep:
             return {}
+        measured = {"statistics": self.data.statistics.to_dict()} if self.data.statistics else {}
         return checkpoint.run_state(
             self.model,
             self.optimizer,
@@ -92,6 +93,7 @@ class RunState:
             versions=versions(),
             random_state=checkpoint.random_state(),
             scaler=self.scaler.state_dict(),
+            **measured,
             **self.extra(),
         )
 

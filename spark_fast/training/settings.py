@@ -56,6 +56,24 @@ class Data:
     """channels of the images"""
     min_crop: float = 0.67
     """smallest share of an image's area that a random crop takes; the largest is the whole"""
+    crop_scale: tuple[float, ...] = ()
+    """smallest and largest share, LOW HIGH; default: --min_crop and 1"""
+    hflip: bool = True
+    """mirror half of the crops; `--no_hflip` never does"""
+    vflip: bool = False
+    """turn half of them upside down, for images that have no up (--pipeline torch)"""
+    rot90: bool = False
+    """turn them by 0 to 3 quarters, likewise"""
+    scale: Literal["auto", "dtype", "percentile", "none"] = "auto"
+    """stored numbers to [0, 1]: dtype, percentile (0.1 to 99.9), none; auto: dtype, three channels as 8-bit RGB"""
+    mean: tuple[float, ...] = ()
+    """of the scaled images, a number a channel; default: measured on up to 1000 files"""
+    std: tuple[float, ...] = ()
+    """their deviation, likewise"""
+    channels_first: bool = False
+    """.npy and .npz hold (C, H, W), not (H, W, C)"""
+    npz_key: str = ""
+    """the array of an .npz to read, where it holds several"""
     batch_size: Annotated[int, arg(aliases=["--bs"])] = 4096
     """images per step over all ranks"""
     workers: Annotated[int, arg(aliases=["--dataloader_workers"])] = 8
@@ -216,6 +234,12 @@ class Settings(Tree):
         return self.optim.beta2 or (0.95 if "resnet" in self.network else 0.999)
 
     @property
+    def crop_scale(self) -> tuple[float, float]:
+        """Smallest and largest share of an image's area that a random crop takes."""
+        low, high = self.data.crop_scale or (self.data.min_crop, 1.0)
+        return low, high
+
+    @property
     def peak_lr(self) -> float:
         """Base rate times batch / 256 (published rule)."""
         return self.optim.base_lr * self.data.batch_size / 256
@@ -255,12 +279,15 @@ class Settings(Tree):
             raise SettingsError(f"--eval_every {self.run.eval_every} needs --val_path: labelled images to evaluate on")
         if self.data.val_path and not self.run.eval_every:
             raise SettingsError(f"--val_path {self.data.val_path} is for --eval_every, which says how often: give both")
+        if (crop := self.data.crop_scale) and not (len(crop) == 2 and 0 < crop[0] <= crop[1] <= 1):
+            raise SettingsError(f"--crop_scale takes two numbers, 0 < LOW <= HIGH <= 1, got {' '.join(map(str, crop))}")
         check_picture_channels(self.run.picture_channels, self.in_chans)
 
     def meaning(self) -> dict:
         """The same as `to_dict`, each value spelled in one way: two settings that mean one run are equal here."""
         tree = self.to_dict()
-        tree["data"]["input_size"] = "{}x{}".format(*self.size)
+        low, high = self.crop_scale
+        tree["data"] |= {"input_size": "{}x{}".format(*self.size), "min_crop": low, "crop_scale": (low, high)}
         tree["model"] |= {"model": self.network, "encoder": self.encoder, "drop_path": self.drop_path}
         tree["optim"] |= {"beta2": self.beta2, "warmup_epochs": self.warmup_epochs}
         tree["optim"]["weight_decay_end"] = self.optim.weight_decay_end or self.optim.weight_decay
@@ -307,6 +334,7 @@ class Settings(Tree):
 
 
 SWITCHES = switches_of("sparse_conv", "zero", "cuda_graph", "sync_batchnorm", "sbn", "dry_run", "profile")
+SWITCHES |= switches_of("hflip", "vflip", "rot90", "channels_first")
 # was a switch once, and names a mode now
 SWITCHES["--compile"] = switch("--compile=default", "--compile=off") | {m: f"--compile={m}" for m in get_args(Compile)}
 SWITCHES["--no_compile"] = {None: "--compile=off"}

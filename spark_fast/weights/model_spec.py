@@ -18,6 +18,7 @@ KNOWN = {
     "data": {
         *("data_path", "pipeline", "ffcv_resize", "decode", "augment", "input_size", "in_chans", "batch_size"),
         *("workers", "prefetch", "max_bad_fraction", "max_pixels", "min_crop"),
+        *("crop_scale", "hflip", "vflip", "rot90", "scale", "mean", "std", "channels_first", "npz_key"),
     },
     "model": {
         *("model", "stages", "mask_ratio", "drop_path", "decoder_width", "encoder", "verify", "sparse_conv"),

@@ -13,7 +13,8 @@ from torch import Tensor
 from spark_fast.checkpoint.file import check_format, read
 from spark_fast.checkpoint.manager import candidates, newest_readable
 from spark_fast.checkpoint.state_dict import tensors_of
-from spark_fast.errors import CheckpointError, SettingsError
+from spark_fast.errors import CheckpointError, DataError, SettingsError
+from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.weights.hub import HUB, read_from_hub
 from spark_fast.weights.identify import (
     RECOGNISED,
@@ -60,6 +61,7 @@ class Weights:
         record: of a checkpoint of ours.
         input_size: (H, W) that a published file names.
         mask_ratio: that a published file names.
+        statistics: by which a run of ours normalised its images; None: ImageNet's, or not known.
         tensors: all in a file of a plain network, see `named_tensors.flatten`: a network may lie beneath a prefix.
     """
 
@@ -70,6 +72,7 @@ class Weights:
     record: RunRecord | None
     input_size: tuple[int, int] | None
     mask_ratio: float | None = None
+    statistics: Statistics | None = None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -185,6 +188,7 @@ def read_weights(source: Path) -> Weights:
         _record(content) if ours else None,
         _input_size(content.get("input_size")),
         _mask_ratio(tensors_of(content).get("config")),
+        _statistics(path, content) if ours else None,
         tensors,
     )
 
@@ -217,6 +221,13 @@ def _record(content: Mapping) -> RunRecord | None:
     if not (isinstance(step, int) and isinstance(epoch, int) and isinstance(loss, float)):
         return None
     return RunRecord(step, epoch, loss, versions if isinstance(versions, Mapping) else {})
+
+
+def _statistics(path: Path, content: Mapping) -> Statistics | None:
+    try:
+        return Statistics.from_dict(content["statistics"]) if content.get("statistics") else None
+    except DataError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def _input_size(value: object) -> tuple[int, int] | None:

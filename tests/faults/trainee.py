@@ -30,7 +30,7 @@ class Watched:
     def __init__(self, pipeline: Pipeline, rank: int, ledger: Path, plan: dict[tuple[int, int], str]) -> None:
         self._pipeline, self._rank, self._ledger, self._plan = pipeline, rank, ledger, plan
         self.num_samples, self.listing = pipeline.num_samples, pipeline.listing
-        self.bad_images = pipeline.bad_images
+        self.bad_images, self.statistics = pipeline.bad_images, pipeline.statistics
 
     def __len__(self) -> int:
         return len(self._pipeline)

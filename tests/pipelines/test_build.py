@@ -35,12 +35,6 @@ def test_no_data_path_is_refused():
         build(None, batch_size=4)
 
 
-@pytest.mark.parametrize("pipeline", ["auto", "torch", "dali", "ffcv"])
-def test_images_of_other_than_three_channels_are_made_and_not_read(image_folder, pipeline):
-    with pytest.raises(SettingsError, match="in_chans 4: images are read with three channels; only pipeline synthetic"):
-        build(image_folder(), batch_size=4, pipeline=pipeline, in_chans=4)
-
-
 def test_auto_takes_the_default_for_jpegs_and_says_so(image_folder, caplog):
     with caplog.at_level("INFO", "spark_fast.pipelines"):
         pipeline = build(image_folder(), batch_size=4, input_size=32)

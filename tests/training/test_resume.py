@@ -86,6 +86,7 @@ def test_the_same_settings_are_the_same_run():
 OTHER = {
     "input_size": "64", "model": "resnet18", "encoder": "masked", "optimizer": "sgd", "pipeline": "dali",
     "verify": "never", "ffcv_resize": "area", "device": "cpu", "precision": "bf16",
+    "crop_scale": (0.3, 1.0), "scale": "none", "mean": (1.0, 2.0, 3.0), "std": (1.0, 2.0, 3.0),
     "picture_channels": (0,), "mask_ratio": 0.7, "drop_path": 0.3, "beta2": 0.5, "warmup_epochs": 7,
 }  # fmt: skip
 
@@ -135,6 +136,7 @@ def test_other_versions_are_told_and_go_on(caplog):
 
 
 MATTERS = {
+    "crop_scale", "hflip", "vflip", "rot90", "scale", "mean", "std", "channels_first", "npz_key",
     "ffcv_resize", "input_size", "in_chans", "min_crop", "batch_size", "method", "masks_per_image", "decoder_depth",
     "model", "stages", "mask_ratio", "drop_path", "decoder_width", "epochs",
     "warmup_epochs", "base_lr", "optimizer", "beta2", "weight_decay", "weight_decay_end", "clip", "seed",

@@ -14,7 +14,9 @@ NAMED = ["name", "--data_path=images"]
 FLAGS = """
 config print_config help
 data_path val_path eval_every pipeline ffcv_resize decode augment input_size in_chans batch_size bs
-workers dataloader_workers prefetch max_bad_fraction max_pixels min_crop method masks_per_image decoder_depth
+workers dataloader_workers prefetch max_bad_fraction max_pixels min_crop crop_scale
+hflip no_hflip vflip no_vflip rot90 no_rot90
+scale mean std channels_first no_channels_first npz_key method masks_per_image decoder_depth
 model stages mask_ratio mask drop_path dp decoder_width encoder verify sparse_conv no_sparse_conv init_weight
 epochs ep warmup_epochs wp_ep base_lr optimizer opt beta2 ada weight_decay wd weight_decay_end wde clip accumulate
 allreduce zero no_zero max_bad_steps timeout
@@ -448,6 +450,26 @@ def test_a_method_brings_its_own_defaults_and_flags_change_them(tmp_path):
 def test_a_method_that_is_none_is_refused(name, said):
     with pytest.raises(SettingsError, match=said):
         parse([*NAMED, "--method", name])
+
+
+def test_the_share_of_a_crop_is_the_smallest_alone_or_both():
+    assert parse(NAMED).crop_scale == (0.67, 1.0)
+    assert parse([*NAMED, "--min_crop=0.3"]).crop_scale == (0.3, 1.0)
+    assert parse([*NAMED, "--crop_scale", "0.2", "0.9"]).crop_scale == (0.2, 0.9)
+    assert parse([*NAMED, "--method=fcmae"]).crop_scale == (0.2, 1.0)
+    for wrong in (["0.2"], ["0.9", "0.2"], ["0", "1"], ["0.2", "1.1"]):
+        with pytest.raises(SettingsError, match="--crop_scale takes two numbers, 0 < LOW <= HIGH <= 1, got"):
+            parse([*NAMED, "--crop_scale", *wrong])
+
+
+def test_both_spellings_of_the_same_crops_have_one_meaning():
+    one, other = parse([*NAMED, "--min_crop=0.2"]), parse([*NAMED, "--crop_scale", "0.2", "1"])
+    assert one.meaning() == other.meaning() != parse(NAMED).meaning()
+
+
+def test_how_images_are_scaled_and_turned_is_a_setting():
+    data = parse([*NAMED, "--scale=percentile", "--mean", "0.5", "-1.5", "--no_hflip", "--rot90", "--vflip=1"]).data
+    assert (data.scale, data.mean, data.hflip, data.rot90, data.vflip) == ("percentile", (0.5, -1.5), False, True, True)
 
 
 def test_channels_are_given_by_flags_and_by_a_file(tmp_path):

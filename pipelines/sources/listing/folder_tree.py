@@ -14,7 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from spark_fast.errors import DataError
-from spark_fast.pipelines.sources.listing.image_names import LeftOut, is_image, is_machine_made, listed
+from spark_fast.pipelines.sources.listing.image_names import (
+    IMAGE_EXTENSIONS,
+    LeftOut,
+    is_image,
+    is_machine_made,
+    listed,
+)
 
 logger = logging.getLogger("spark_fast.pipelines")
 
@@ -24,6 +30,7 @@ class FolderTree:
     """What `read_tree` found. Folders are paths below the root, the root itself is ""."""
 
     root: Path
+    endings: tuple[str, ...] = IMAGE_EXTENSIONS  # of what is taken for an image
     images: dict[str, list[bytes]] = field(default_factory=dict)  # folder -> paths below the root, in order
     folders: list[str] = field(default_factory=list)  # directly in the root, in order
     left_out: LeftOut = field(default_factory=LeftOut)
@@ -39,9 +46,9 @@ class FolderTree:
             logger.warning("%s: %d links are not followed: %s", self.root, len(self.links), listed(self.links))
 
 
-def read_tree(root: Path) -> FolderTree:
+def read_tree(root: Path, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> FolderTree:
     """List the images below `root`, folder by folder; DataError when one cannot be listed."""
-    tree = FolderTree(root)
+    tree = FolderTree(root, endings)
     for where, names in _walk_or_fail(tree):
         if where and "/" not in where:
             tree.folders.append(where)
@@ -53,9 +60,9 @@ def read_tree(root: Path) -> FolderTree:
     return tree
 
 
-def holds_images(root: Path) -> bool:
+def holds_images(root: Path, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> bool:
     """Whether there is an image anywhere below `root`: the search ends at the first."""
-    return any(names for _, names in _walk_or_fail(FolderTree(root)))
+    return any(names for _, names in _walk_or_fail(FolderTree(root, endings)))
 
 
 def files_in(root: Path) -> list[Path]:
@@ -117,7 +124,7 @@ def _walk_real(
                 name = entry.name
                 path = f"{where}/{name}" if where else name
                 if not _is_folder(entry):
-                    if is_image(name):
+                    if is_image(name, tree.endings):
                         images.append(name)
                     elif entry.is_symlink() and not is_machine_made(name) and not os.path.exists(entry):  # noqa: PTH110
                         tree.links.append(f"{path} (leads nowhere)")

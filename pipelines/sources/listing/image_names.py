@@ -12,6 +12,7 @@ logger = logging.getLogger("spark_fast.pipelines")
 IMAGE_EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp", ".jpe", ".jfif",
 )  # fmt: skip
+BAND_EXTENSIONS = (*IMAGE_EXTENSIONS, ".npy", ".npz", ".dcm", ".dicom")  # where any number of channels is read
 MACHINE_MADE = {  # besides all that is hidden: names in lower case
     "__macosx", "__pycache__", "@eadir", "@recycle", "@__thumb", "#recycle", "#snapshot", "lost+found",
     "$recycle.bin", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
@@ -19,9 +20,9 @@ MACHINE_MADE = {  # besides all that is hidden: names in lower case
 NAMED = 8  # things that a message lists
 
 
-def is_image(name: str) -> bool:
+def is_image(name: str, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> bool:
     """Whether a file of this name is taken for an image."""
-    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
+    return name.lower().endswith(endings) and not name.startswith(".")
 
 
 def is_machine_made(name: str) -> bool:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from spark_fast.errors import DataError
 from spark_fast.pipelines.sources.listing.folder_tree import files_in, folders_in, holds_images, read_tree
-from spark_fast.pipelines.sources.listing.image_names import NAMED, is_image, listed
+from spark_fast.pipelines.sources.listing.image_names import IMAGE_EXTENSIONS, NAMED, is_image, listed
 from spark_fast.pipelines.sources.shard_format import MANIFEST
 
 logger = logging.getLogger("spark_fast.pipelines")
@@ -57,17 +57,19 @@ class Splits(NamedTuple):
 
     taken: dict[str, Path]  # by their names in SPLITS; empty when the folder itself is the images
     others: list[Path]  # beside them, with images
+    endings: tuple[str, ...] = IMAGE_EXTENSIONS  # of what is taken for an image
 
     def log_left_out(self, root: Path, used: Iterable[str]) -> None:
         """Say where images are that are not used, if any split is."""
         if not self.taken:
             return
-        left = [path for name, path in self.taken.items() if name not in used and _holds(path)] + self.others
-        counts = {path.name: len(read_tree(path)) for path in left if not (path / MANIFEST).exists()}
+        left = [path for name, path in self.taken.items() if name not in used and _holds(path, self.endings)]
+        left += self.others
+        counts = {path.name: len(read_tree(path, self.endings)) for path in left if not (path / MANIFEST).exists()}
         counted = [f"{name}/ ({f'{count} images' if count else 'tars'})" for name, count in [*counts.items()][:NAMED]]
         if more := list(counts.values())[NAMED:]:
             counted.append(f"{len(more)} more folders ({sum(more)} images)")
-        if loose := sum(is_image(path.name) for path in files_in(root)):
+        if loose := sum(is_image(path.name, self.endings) for path in files_in(root)):
             counted.append(f"{loose} images in no folder")
         if counted:
             level = logging.WARNING if self.others or loose else logging.INFO
@@ -75,7 +77,7 @@ class Splits(NamedTuple):
             logger.log(level, "%s: taken: %s; left out: %s", root, taken, ", ".join(counted))
 
 
-def find_splits(root: Path) -> Splits:
+def find_splits(root: Path, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> Splits:
     """The splits of a folder; see above.
 
     Raises DataError when it is not clear which folder is meant, with the paths to give.
@@ -83,27 +85,27 @@ def find_splits(root: Path) -> Splits:
     folders = folders_in(root)
     exact = {name: root / name for name in SPLITS if root / name in folders}
     if not any(split_of(path.name) for path in folders):
-        return Splits({}, [])
-    held = [path for path in folders if _holds(path)]
+        return Splits({}, [], endings)
+    held = [path for path in folders if _holds(path, endings)]
     splits = [path for path in held if split_of(path.name)]
     others = [path for path in held if not split_of(path.name)]
     kinds = {split_of(path.name) for path in splits}
     if len(kinds) <= 1 and others:
-        return _as_classes(root, exact, splits, others)
+        return _as_classes(root, Splits(exact, others, endings), splits)
     named_otherwise = [path for path in splits if path.name not in exact and split_of(path.name) == "train"]
     if "train" in exact or (exact and not named_otherwise):
-        return Splits(exact, [path for path in held if path.name not in exact])
+        return Splits(exact, [path for path in held if path.name not in exact], endings)
     if len(kinds) > 1:
         raise _several(root, splits)
-    return Splits({"train": splits[0]} if len(named_otherwise) == 1 else {}, [])
+    return Splits({"train": splits[0]} if len(named_otherwise) == 1 else {}, [], endings)
 
 
-def train_folder(root: Path) -> Path:
+def train_folder(root: Path, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> Path:
     """The folder with the training images of `root`, maybe itself; the log says what is left out.
 
     Raises DataError when `root` holds splits but none is clearly the one to train on.
     """
-    taken, others = found = find_splits(root)
+    taken, others, _ = found = find_splits(root, endings)
     if "train" in taken:
         found.log_left_out(root, ["train"])
         return taken["train"]
@@ -140,12 +142,13 @@ def refuse_mixed_splits(root: Path, folders: Iterable[str]) -> None:
     )
 
 
-def _as_classes(root: Path, exact: dict[str, Path], splits: list[Path], others: list[Path]) -> Splits:
+def _as_classes(root: Path, found: Splits, splits: list[Path]) -> Splits:
     """Splits of one kind beside folders with other names: classes like these, or a split with something beside it."""
+    exact, others, endings = found
     for path in splits:
         if path.name in exact and ((path / MANIFEST).exists() or any(_tars(path))):
-            return Splits(exact, others)
-        if _is_flat(path) not in map(_is_flat, others):
+            return found
+        if _is_flat(path, endings) not in [_is_flat(other, endings) for other in others]:
             raise DataError(
                 f"{root} holds {path.name}/ and other folders with images ({listed([p.name for p in others])}): is"
                 f" {path.name} a split or a class? For the split give {path}; for classes, a file list of all images."
@@ -155,7 +158,7 @@ def _as_classes(root: Path, exact: dict[str, Path], splits: list[Path], others: 
             "%s: %s is taken for a class, as %s hold images, too. For that folder alone give %s",
             root, listed([p.name for p in splits]), listed([p.name for p in others]), splits[0],
         )  # fmt: skip
-    return Splits({}, [])
+    return Splits({}, [], endings)
 
 
 def _several(root: Path, splits: list[Path]) -> DataError:
@@ -175,14 +178,14 @@ def _preference(name: str) -> tuple[bool, str]:
     return split_of(name) != "train", name.lower()
 
 
-def _holds(folder: Path) -> bool:
+def _holds(folder: Path, endings: tuple[str, ...]) -> bool:
     """Whether there are images in a folder, in whatever form."""
-    return (folder / MANIFEST).exists() or any(_tars(folder)) or holds_images(folder)
+    return (folder / MANIFEST).exists() or any(_tars(folder)) or holds_images(folder, endings)
 
 
 def _tars(folder: Path) -> list[Path]:
     return [path for path in files_in(folder) if path.suffix == ".tar"]
 
 
-def _is_flat(folder: Path) -> bool:
-    return any(is_image(path.name) for path in files_in(folder))
+def _is_flat(folder: Path, endings: tuple[str, ...]) -> bool:
+    return any(is_image(path.name, endings) for path in files_in(folder))

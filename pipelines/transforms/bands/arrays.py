@@ -1,0 +1,78 @@
+"""NumPy's .npy and .npz: the header is read first, and nothing that is pickled is ever loaded."""
+
+from __future__ import annotations
+
+import io
+import math
+import threading
+import zipfile
+from typing import IO, NamedTuple
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from spark_fast.errors import ImageError
+from spark_fast.pipelines.transforms.bands.expected import Expected, Stored
+
+_PARSING = threading.Lock()  # NumPy parses a header by `ast`, whose count of its depth several threads would share
+
+NPY, NPZ = npy.MAGIC_PREFIX, b"PK\x03\x04"  # how the files begin
+
+
+class _Header(NamedTuple):
+    shape: tuple[int, ...]
+    by_columns: bool  # Fortran order
+    dtype: np.dtype
+
+
+def read_npy(data: bytes | memoryview, expected: Expected) -> Stored:
+    """A view of the file's bytes: nothing is copied."""
+    file = io.BytesIO(data)
+    header = _checked(file, expected)
+    return _stored(np.frombuffer(data, np.uint8, offset=file.tell()), header, expected)
+
+
+def read_npz(data: bytes | memoryview, expected: Expected) -> Stored:
+    """The array of the key asked for, or the only one."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        key = expected.npz_key or (names[0] if len(names) == 1 else "")
+        if key not in names:
+            what = f"no array {key!r}" if key else f"{len(names)} arrays, and --npz_key names none"
+            raise ImageError(f"an .npz with {what}; there are: {', '.join(sorted(names)[:8])}")
+        with archive.open(archive.namelist()[names.index(key)]) as file:
+            header = _checked(file, expected)
+            size = math.prod(header.shape) * header.dtype.itemsize
+            return _stored(np.frombuffer(file.read(size), np.uint8), header, expected)
+
+
+def _checked(file: IO[bytes], expected: Expected) -> _Header:
+    """The header of an array that is as expected; the file is left where the numbers begin."""
+    version = npy.read_magic(file)
+    with _PARSING:
+        header = _Header(*(npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(file))
+    if header.dtype.hasobject:
+        raise ImageError("an array of pickled Python objects, which are never loaded")
+    if len(header.shape) not in (2, 3):
+        raise ImageError(f"an array of shape {header.shape}; an image is (H, W), (H, W, C) or, asked for, (C, H, W)")
+    height, width, channels = _image_shape(header.shape, expected)
+    expected.check(height, width, channels, header.dtype)
+    return header
+
+
+def _image_shape(shape: tuple[int, ...], expected: Expected) -> tuple[int, int, int]:
+    if len(shape) == 2:
+        return (*shape, 1)
+    return (shape[1], shape[2], shape[0]) if expected.channels_first else (shape[0], shape[1], shape[2])
+
+
+def _stored(content: NDArray[np.uint8], header: _Header, expected: Expected) -> Stored:
+    size = math.prod(header.shape) * header.dtype.itemsize
+    if len(content) < size:
+        raise ImageError(f"the file is cut short: {len(content)} bytes of numbers where {size} were written")
+    numbers = content[:size].view(header.dtype)
+    pixels = numbers.reshape(header.shape, order="F" if header.by_columns else "C")
+    if pixels.ndim == 2:
+        return Stored(pixels[:, :, None])
+    return Stored(pixels.transpose(1, 2, 0) if expected.channels_first else pixels)  # (C, H, W) -> (H, W, C)

@@ -1,0 +1,62 @@
+"""Crop, resize and turn of images of any channels and numbers, on the host or on the device, in float32."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from spark_fast.pipelines.transforms.bands.scaling import BandNormalise
+from spark_fast.pipelines.transforms.crops import Box
+from spark_fast.pipelines.transforms.device_augment import DeviceAugment
+from spark_fast.pipelines.transforms.resize import crop, flipped, transposed
+
+
+def resized_bands(image: NDArray, box: Box, turn: int, size: tuple[int, int]) -> Tensor:
+    """The crop `box` of `image` (h, w, C), antialiased bicubic, turned: (*size, C).
+
+    float32, not cut off where a bicubic curve overshoots; the image's own numbers where nothing is to be resized.
+    """
+    pixels = transposed(crop(image, box), turn)
+    if pixels.shape[:2] == size:
+        return flipped(torch.from_numpy(np.array(pixels)), turn)
+    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)  # (h, w, C) -> (C, h, w)
+    resized = interpolate(torch.from_numpy(planes)[None], size=size, mode="bicubic", antialias=True)
+    return flipped(resized[0].permute(1, 2, 0), turn)  # (1, C, H, W) -> (H, W, C)
+
+
+def store_numbers(out: Tensor, pixels: Tensor) -> None:
+    """Put pixels into a batch that crosses the bus; its numbers are rounded to if they are integers."""
+    numbers = pixels.numpy()
+    dtype = out.numpy().dtype
+    if dtype.kind in "ui" and numbers.dtype != dtype:
+        limits = np.iinfo(dtype)
+        numbers = np.rint(numbers).clip(limits.min, limits.max)
+    out.numpy()[:] = numbers
+
+
+class BandAugment(DeviceAugment):
+    """Crops in cells to normalised images, as `DeviceAugment`, for any channels and numbers."""
+
+    def __init__(
+        self, input_size: tuple[int, int], device: torch.device, dtype: torch.dtype, normalise: BandNormalise
+    ) -> None:
+        super().__init__(input_size, device, dtype)
+        self._compute = torch.float32  # fp16 would hold no more than 11 bits
+        self._normalise = normalise
+
+    def __call__(self, cells: Tensor, crops: Tensor) -> Tensor:
+        """(B, *cell, C) of the batch's numbers and (B, 3) int64 as `put` returned them, both on the device."""
+        if cells.is_floating_point():  # beside a crop lies what was in the memory before: 0 * NaN is NaN
+            down, across = (
+                torch.arange(side, device=cells.device) < crops[:, i, None]  # (B, rows), (B, columns)
+                for i, side in enumerate(cells.shape[1:3])
+            )
+            cells = torch.where((down[:, :, None] & across[:, None])[..., None], cells, 0.0)
+        return self._normalise(self._resized(cells, crops).permute(0, 2, 3, 1))  # (B, C, H, W) -> (B, H, W, C)
+
+    def _cut(self, image: NDArray, box: Box, turn: int, out: Tensor) -> None:
+        height, width, _ = out.shape
+        store_numbers(out, resized_bands(image, box, turn, (height, width)))

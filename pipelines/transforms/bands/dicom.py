@@ -1,0 +1,42 @@
+"""DICOM, single frames: float32, the stored number times the file's rescale slope plus its intercept, by pydicom."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+
+from spark_fast.errors import ImageError
+from spark_fast.pipelines.transforms.bands.expected import Expected, Stored
+from spark_fast.pipelines.transforms.bands.scientific import scientific
+
+_DEFLATED = b"1.2.840.10008.1.2.1.99"  # a whole file packed: it may unpack to any size
+
+
+def is_dicom(data: bytes | memoryview) -> bool:
+    """Whether a file begins as DICOM does."""
+    return bytes(data[128:132]) == b"DICM"
+
+
+def read_dicom(data: bytes | memoryview, expected: Expected) -> Stored:
+    """One frame, rescaled. "White is zero" (MONOCHROME1) is not turned.
+
+    Raises ImageError for several frames, and for a compression that pydicom cannot undo here, with its name.
+    """
+    pydicom = scientific("pydicom", "DICOM files")
+    if _DEFLATED in bytes(data[:4096]):
+        raise ImageError("a DICOM file that is deflated as a whole, which is not read")
+    file = pydicom.dcmread(io.BytesIO(data))
+    if "PixelData" not in file and "FloatPixelData" not in file and "DoubleFloatPixelData" not in file:
+        raise ImageError("a DICOM file without pixels")
+    if (frames := int(file.get("NumberOfFrames") or 1)) != 1:
+        raise ImageError(f"a DICOM file of {frames} frames; single frames are read")
+    height, width, channels = int(file.Rows), int(file.Columns), int(file.get("SamplesPerPixel", 1))
+    expected.check(height, width, channels, "float32")
+    try:
+        pixels = file.pixel_array.reshape(height, width, channels)
+    except (RuntimeError, NotImplementedError) as error:
+        syntax = file.file_meta.TransferSyntaxUID.name
+        raise ImageError(f"a DICOM file whose pixels pydicom cannot read ({syntax}): {error}") from error
+    slope, intercept = float(file.get("RescaleSlope", 1)), float(file.get("RescaleIntercept", 0))
+    return Stored((pixels * np.float64(slope) + intercept).astype(np.float32))
