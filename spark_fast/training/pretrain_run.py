@@ -15,6 +15,7 @@ from spark_fast.checkpoint.manager import CheckpointManager, newest_readable
 from spark_fast.errors import SettingsError
 from spark_fast.method import Method
 from spark_fast.pipelines import Batch, Pipeline
+from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.reporting.flops import count
 from spark_fast.reporting.loggers import open_loggers
 from spark_fast.reporting.loss_spikes import Spikes
