@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spark_fast.checkpoint.manager import newest_readable
 from spark_fast.errors import SettingsError
 from spark_fast.masking import check_masks
 from spark_fast.method import Method, build
@@ -25,8 +24,7 @@ from spark_fast.run.run_folder import refuse_another_run
 from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
 from spark_fast.training.dry_run import print_plan
-from spark_fast.training.pretrain_run import OpenEvaluator, PretrainRun
-from spark_fast.training.published_run import read_resumable
+from spark_fast.training.pretrain_run import OpenEvaluator, PretrainRun, kept_statistics
 from spark_fast.training.resume import checkpoints_to_resume
 from spark_fast.training.settings import Settings, method_of
 from spark_fast.weights.load import load_weights
@@ -117,12 +115,6 @@ def _tell(run: PretrainRun) -> None:
     print(summary.text(), flush=True)
     for doubt in summary.doubts():
         log.warning(doubt)
-
-
-def kept_statistics(checkpoints: list[Path]) -> Statistics | None:
-    """The statistics in the first of these checkpoints that can be read; None without one."""
-    found = newest_readable(checkpoints, read_resumable)[1].get("statistics") if checkpoints else None
-    return Statistics.from_dict(found) if found else None
 
 
 def open_images(

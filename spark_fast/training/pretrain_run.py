@@ -270,3 +270,9 @@ class EndOfEpoch:
             grid = titled(grid, heading)
             save_png(grid, self.folder / "reconstruction" / f"epoch_{at.epoch:04d}.png")
             self.logger.picture(grid, at.step)
+
+
+def kept_statistics(checkpoints: list[Path]) -> Statistics | None:
+    """The statistics in the first of these checkpoints that can be read; None without one."""
+    found = newest_readable(checkpoints, read_resumable)[1].get("statistics") if checkpoints else None
+    return Statistics.from_dict(found) if found else None
