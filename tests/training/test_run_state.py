@@ -8,7 +8,7 @@ import torch
 from spark_fast.checkpoint.file import read_run, write
 from spark_fast.errors import CheckpointError
 from spark_fast.pipelines.transforms.bands.statistics import Statistics
-from spark_fast.training.pretrain import kept_statistics
+from spark_fast.training.pretrain_run import kept_statistics
 from spark_fast.training.run_state import Position
 
 
