@@ -84,8 +84,8 @@ def upsample_and_convolve(x: Tensor, transposed: Tensor, bias: Tensor, weight: T
     x, transposed, bias, weight = cast_for_autocast(x, transposed, bias, weight)
     kernel = _Merge.apply(transposed, weight)
     inside = torch.einsum("nmrs,m->n", weight, bias)  # what the bias adds where all nine taps are inside
-    z = F.conv_transpose2d(x, kernel, inside.detach(), stride=2, padding=2)
-    return _TakeOffEdges.apply(z, inside, *_ring(x, transposed, bias, weight))
+    z, *lines = _Widen.apply(x, kernel, inside.detach())
+    return _TakeOffEdges.apply(z, inside, *_ring(lines, transposed, bias, weight))
 
 
 class _Merge(torch.autograd.Function):
@@ -109,12 +109,14 @@ class _Merge(torch.autograd.Function):
         return F.conv2d(grad, flipped), grad_weight.view(3, 3, n, m).flip(0, 1).permute(2, 3, 0, 1)
 
 
-def _ring(x: Tensor, transposed: Tensor, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _ring(
+    lines: list[Tensor], transposed: Tensor, bias: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the continued y adds to the first and last row, (B, N, 2w), and column, (B, N, 2h), of the output.
 
-    The rows have the corners of the ring, the columns do not.
+    `lines` are those of the input. The rows have the corners of the ring, the columns do not.
     """
-    row0, row1, column0, column1 = _Edges.apply(x)
+    row0, row1, column0, column1 = lines
     top, bottom = (
         F.conv1d(F.conv_transpose1d(line, transposed[:, :, i], bias, stride=2), weight[:, :, j])
         for line, i, j in ((row0, 0, 0), (row1, 3, 2))
@@ -126,24 +128,32 @@ def _ring(x: Tensor, transposed: Tensor, bias: Tensor, weight: Tensor) -> tuple[
     return top, bottom, left, right
 
 
-class _Edges(torch.autograd.Function):
-    """First and last row, first and last column of (B, C, h, w).
+class _Widen(torch.autograd.Function):
+    """The 6x6 transposed convolution of (B, C, h, w), and the input's first and last row, first and last column.
 
-    Its own function because autograd makes a gradient of full size for each slice, and then adds them up.
+    One function, because autograd makes a gradient of full size for each slice, and then adds them up.
     """
 
     @staticmethod
-    def forward(ctx: AutogradContext, x: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x)
-        return x[:, :, 0].clone(), x[:, :, -1].clone(), x[..., 0].clone(), x[..., -1].clone()
+    def forward(ctx: AutogradContext, x: Tensor, kernel: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, kernel)
+        z = F.conv_transpose2d(x, kernel, bias, stride=2, padding=2)
+        return z, *(line.clone() for line in _lines(x))
 
     @staticmethod
-    def backward(ctx: AutogradContext, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        g = torch.zeros_like(x)
-        for edge, grad in zip((g[:, :, 0], g[:, :, -1], g[..., 0], g[..., -1]), grads, strict=True):
-            edge += grad
-        return g
+    def backward(ctx: AutogradContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x, kernel), (grad, *edges) = ctx.saved_tensors, grads
+        grad_x, grad_kernel, _ = torch.ops.aten.convolution_backward(
+            grad, x, kernel, None, [2, 2], [2, 2], [1, 1], True, [0, 0], 1, [True, True, False]
+        )
+        for line, edge in zip(_lines(grad_x), edges, strict=True):
+            line += edge
+        return grad_x, grad_kernel, None
+
+
+def _lines(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """First and last row, first and last column of (B, C, h, w)."""
+    return x[:, :, 0], x[:, :, -1], x[..., 0], x[..., -1]
 
 
 class _TakeOffEdges(torch.autograd.Function):
@@ -155,7 +165,7 @@ class _TakeOffEdges(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: AutogradContext, z: Tensor, inside: Tensor, *edges: Tensor) -> Tensor:
-        for line, edge in zip((z[:, :, 0], z[:, :, -1], z[..., 0], z[..., -1]), edges, strict=True):
+        for line, edge in zip(_lines(z), edges, strict=True):
             line -= edge
         ctx.mark_dirty(z)
         return z
@@ -163,4 +173,4 @@ class _TakeOffEdges(torch.autograd.Function):
     @staticmethod
     def backward(ctx: AutogradContext, *grads: Tensor) -> tuple[Tensor, ...]:
         (g,) = grads
-        return g, g.sum(dim=(0, 2, 3)), -g[:, :, 0], -g[:, :, -1], -g[..., 0], -g[..., -1]
+        return g, g.sum(dim=(0, 2, 3)), *(-line for line in _lines(g))
