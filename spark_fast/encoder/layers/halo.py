@@ -55,6 +55,8 @@ class HaloConv(HaloLayer):
     """Mixin: a convolution of packed patches."""
 
     groups: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
     weight: Tensor
     bias: Tensor | None
 
@@ -72,6 +74,16 @@ class HaloConv(HaloLayer):
         kernels = use_kernels(self.context.kernels, self.weight)
         axes, algorithm = self.checked_axes(b), self.algorithm(b, visible.keep)
         return convolve(x, self.kernel(), self.bias, axes, self.groups, visible, algorithm, kernels)
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the layer is a matrix product over the cells, and nothing else: 1x1, without stride or bias."""
+        return (
+            self.kernel_size == self.stride == (1, 1)
+            and self.groups == 1
+            and self.bias is None
+            and not any(self.folded_padding)
+        )
 
     def kernel(self) -> Tensor:
         """The weight (O, C/groups, ky, kx) that the layer convolves with: standardised where the layer does that."""

@@ -6,10 +6,15 @@ for packed patches and where the kernels of batch norms run. Everywhere else tim
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from spark_fast.autograd import AutogradContext, cast_for_autocast
 from spark_fast.encoder.conv.kernels import use_kernels
 from spark_fast.encoder.layers.batch_norm import normalize
+from spark_fast.encoder.layers.halo import HaloConv
 from spark_fast.encoder.layers.timm_blocks import Block
 
 
@@ -73,6 +78,40 @@ class Bottleneck(ResidualBlock):
     act3: nn.Module
 
     def _fused(self, x: Tensor) -> Tensor:
-        hidden = normalize(self.bn1, self.act1, self.conv1(x), None, self.context.kernels)
+        x, hidden = self._fork(x)
+        hidden = normalize(self.bn1, self.act1, hidden, None, self.context.kernels)
         hidden = self.aa(self._dropped(self.bn2, self.act2, self.conv2(hidden)))
         return self._last(self.bn3, self.act3, self.conv3(hidden), x)
+
+    def _fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The shortcut and what the first convolution gives."""
+        conv = self.conv1
+        if self.downsample is not None or not (isinstance(conv, HaloConv) and conv.is_product):
+            return x, conv(x)
+        cells, weight = cast_for_autocast(x.permute(0, 2, 3, 1), conv.kernel().flatten(1))  # (V, b, b, C), (O, C)
+        if cells.dtype != x.dtype:  # the shortcut keeps its own
+            return x, conv(x)
+        shortcut, out = _ProductBesideInput.apply(cells.reshape(-1, cells.shape[3]), weight)
+        return tuple(rows.view(*cells.shape[:3], -1).permute(0, 3, 1, 2) for rows in (shortcut, out))
+
+
+class _ProductBesideInput(torch.autograd.Function):
+    """(N, C) and a weight (O, C) -> the input and its product with the weight, (N, O).
+
+    The two gradients of the input are added up by the product that makes one of them: a pass over the map instead of
+    three.
+    """
+
+    @staticmethod
+    def forward(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return rows.view_as(rows), F.linear(rows, weight)
+
+    @staticmethod
+    def setup_context(ctx: AutogradContext, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: AutogradContext, beside: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        rows, weight = ctx.saved_tensors
+        return torch.addmm(beside, grad, weight), grad.t() @ rows
