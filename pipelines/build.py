@@ -38,7 +38,7 @@ def build_pipeline(data_path: str | Path | None, options: LoaderOptions) -> Pipe
     """
     if options.pipeline == "synthetic":
         sampler = _sampler(options, options.synthetic_samples, "synthetic_samples")
-        return SyntheticPipeline(sampler, options.size, options.device, options.dtype)
+        return SyntheticPipeline(sampler, options.size, options.device, options.dtype, options.in_chans)
     source = _source(data_path, options)
     try:
         options = _with_statistics(source, options)

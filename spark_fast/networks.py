@@ -7,6 +7,7 @@ import re
 import sys
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -79,7 +80,7 @@ def build_network(model: str, kwargs: dict | None = None, stages: int | None = N
     return network
 
 
-def timm_channels(in_chans: int) -> dict[str, int]:
+def timm_channels(in_chans: int) -> dict[str, Any]:
     """What `timm.create_model` is told of the images' channels: nothing of three, which every network takes."""
     return {} if in_chans == 3 else {"in_chans": in_chans}
 

@@ -12,13 +12,16 @@ from torch.nn.functional import interpolate
 from spark_fast.pipelines.base import BadImageCounts, Batch
 from spark_fast.pipelines.sampler import Sampler
 from spark_fast.pipelines.transforms.bands.statistics import Statistics
-from spark_fast.pipelines.transforms.resize import Normalise
+from spark_fast.pipelines.transforms.resize import MEAN, STD, Normalise
 
 IMAGES = 16  # different ones; sample i shows image i % IMAGES
 
 
 class SyntheticPipeline:
-    """Random smooth colour fields on the device, in batches as any other pipeline's."""
+    """Random smooth fields of any number of channels on the device, in batches as any other pipeline's.
+
+    Three channels are normalised as photographs are, others by about the mean and the deviation that they have.
+    """
 
     def __init__(
         self,
@@ -26,6 +29,7 @@ class SyntheticPipeline:
         input_size: tuple[int, int],
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        in_chans: int = 3,
     ) -> None:
         self.num_samples, self.num_classes = sampler.num_samples, IMAGES
         self.listing = "generated"
@@ -35,11 +39,12 @@ class SyntheticPipeline:
         self.statistics: Statistics | None = None
         self.device = torch.device(device)
         self._sampler = sampler
-        coarse = torch.rand(IMAGES, 3, 8, 8, generator=torch.Generator().manual_seed(sampler.seed))
+        coarse = torch.rand(IMAGES, in_chans, 8, 8, generator=torch.Generator().manual_seed(sampler.seed))
         images = interpolate(coarse, size=input_size, mode="bicubic").clamp(0, 1)
-        pixels = (255 * images).byte().permute(0, 2, 3, 1).contiguous()  # -> (IMAGES, H, W, 3)
-        # (IMAGES, H, W, 3), so that picking images keeps them channels_last
-        normalise = Normalise(input_size[1], self.device, dtype)
+        pixels = (255 * images).byte().permute(0, 2, 3, 1).contiguous()  # -> (IMAGES, H, W, C)
+        mean, std = (MEAN, STD) if in_chans == 3 else ((0.5,) * in_chans, (0.25,) * in_chans)
+        # (IMAGES, H, W, C), so that picking images keeps them channels_last
+        normalise = Normalise(input_size[1], self.device, dtype, mean, std)
         self._images = normalise(pixels.to(self.device)).permute(0, 2, 3, 1)
 
     def __len__(self) -> int:

@@ -71,7 +71,8 @@ _FORMATS = {2: "signed", 3: "floating point", 4: "of no format", 5: "complex", 6
 
 def not_read(what: str) -> str:
     """The words for a file of another kind."""
-    return f"not a readable image but {what}, {IS_NOT_READ}; read are {READ} of 8 or 16 bits: see {PAGE}"
+    more = "with --in_chans or --scale arrays, DICOM and every TIFF are, too"
+    return f"not a readable image but {what}, {IS_NOT_READ}; read are {READ} of 8 or 16 bits; {more}: see {PAGE}"
 
 
 def other_kind(data: bytes | memoryview) -> str | None:

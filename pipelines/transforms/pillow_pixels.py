@@ -27,8 +27,11 @@ _UPPER = "only their upper 8 bits are read"
 _CUT_OFF = "values below 0 become 0, those above 65535 that, and of 16 bits only the upper 8 are read"
 _DROPPED = "it is dropped as transparency"
 _DIVIDED = "the colours are divided by it, as it is said to be transparency, and it is dropped"
-_RESCALE = "rescale them first"
-_CHOOSE = "if it holds data, such as near infrared, choose three bands first"
+_RESCALE = "rescale them first, or train with --in_chans 1, which reads them whole"
+_RESCALE_COLOUR = "rescale them first, or train with --scale dtype, which reads them whole"
+_CHOOSE = (
+    "if it holds data, such as near infrared, choose three bands first, or train with as many --in_chans as there are"
+)
 
 
 class Loss(NamedTuple):
@@ -80,7 +83,7 @@ def _depth(image: Image.Image) -> Loss | None:
         deep = max(_tag(image, _BITS, 1)) > 8
     else:
         deep = (image.format == "PNG" and ";16" in raw) or (codec.startswith("ppm") and int(raw.split()[-1]) > 255)
-    return Loss(f"16-bit colour ({image.mode};16)", _UPPER, _RESCALE) if deep else None
+    return Loss(f"16-bit colour ({image.mode};16)", _UPPER, _RESCALE_COLOUR) if deep else None
 
 
 def _coding(image: Image.Image) -> tuple[str, str]:

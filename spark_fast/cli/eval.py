@@ -60,7 +60,7 @@ def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLo
     weights = _weights(asked)
     settings = asked.resolved(*_network(asked, weights))
     assert settings.data.crop_pct is not None  # resolved
-    backbone = build_backbone(settings.network, settings.model.stages, weights)
+    backbone = build_backbone(settings.network, settings.model.stages, weights, settings.in_chans)
     features = frozen(backbone, ranks.device, resolve_precision(settings.run.precision, ranks.device))
     fresh = isinstance(settings, Linear) and settings.probe.augment
     central = View(augment=False, in_order=True, centre=settings.data.crop_pct)
@@ -135,8 +135,8 @@ def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, c
     checkpoints = checkpoints_to_resume(asked.run.resume, asked.folder)
     before = read_newest(checkpoints) if checkpoints else None
     weights = None if before else _weights(asked)
-    network, stages = _resumed(asked, *before) if before else _network(asked, weights)
-    settings = asked.resolved(network, stages)
+    network, stages, in_chans = _resumed(asked, *before) if before else _network(asked, weights)
+    settings = asked.resolved(network, stages, in_chans)
     recipe = settings.whole_recipe
     statistics = _statistics(before[1]) if before else weights.statistics if weights else None
     view = View(scale=(recipe.min_scale, 1.0), repeats=recipe.repeats)
@@ -144,7 +144,7 @@ def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, c
     closing.callback(train.close)
     val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "judging"))
     closing.callback(val.close)
-    model = build_classifier(network, stages, weights, train.num_classes, recipe.drop_path, settings.size)
+    model = build_classifier(network, stages, weights, train.num_classes, recipe.drop_path, settings.size, in_chans)
     interrupt = Interrupt()
     closing.callback(interrupt.release)
     run = FinetuneRun(settings, ranks, train, val, model)
@@ -166,19 +166,22 @@ def _weights(settings: Evaluation) -> Weights | None:
     return None if settings.model.weights == "none" else read_weights(Path(settings.model.weights))
 
 
-def _network(settings: Evaluation, weights: Weights | None) -> tuple[str, int]:
-    """Name and stages: as asked, or as the weights say."""
+def _network(settings: Evaluation, weights: Weights | None) -> tuple[str, int, int]:
+    """Name, stages and channels of the images: as asked, or as the weights say."""
     name = weights.choose_network(settings.network) if weights else settings.network
     if not name:
         raise SettingsError(f"--model is missing: {weights.unknown() if weights else 'with --weights none'}")
-    return name, settings.model.stages or (weights.stages if weights else 0)
+    if weights is None:
+        return name, settings.model.stages, settings.in_chans
+    return name, settings.model.stages or weights.stages, settings.data.in_chans or weights.in_chans(name)
 
 
-def _resumed(settings: Finetune, path: Path, state: RunContent) -> tuple[str, int]:
-    """Name and stages: as asked, or as the checkpoint says, so that --weights need not be there any more."""
+def _resumed(settings: Finetune, path: Path, state: RunContent) -> tuple[str, int, int]:
+    """Name, stages and channels: as asked, or as the checkpoint says, so that --weights need not be there any more."""
     try:
-        before = state["settings"]["model"]
-        return settings.network or before["model"], settings.model.stages or before["stages"]
+        before, in_chans = state["settings"]["model"], state["settings"]["data"].get("in_chans", 3)
+        stages = settings.model.stages or before["stages"]
+        return settings.network or before["model"], stages, settings.data.in_chans or in_chans
     except (KeyError, TypeError):
         raise CheckpointError(f"{path} is no checkpoint of a fine-tuning run") from None
 

@@ -24,7 +24,15 @@ from spark_fast.cli.tool import run_tool
 from spark_fast.errors import CheckpointError, DataError, SettingsError
 from spark_fast.networks import import_from_current_folder
 from spark_fast.pipelines.sources.listing.image_names import is_image
-from spark_fast.reporting.reconstructions import PAD, TITLES, filled_grid, open_image, save_png, titled
+from spark_fast.reporting.reconstructions import (
+    PAD,
+    TITLES,
+    check_picture_channels,
+    filled_grid,
+    open_image,
+    save_png,
+    titled,
+)
 from spark_fast.weights.load_pretrained import Pretrained, load_pretrained
 
 AT_ONCE = 16  # images that the network is given together
@@ -46,6 +54,7 @@ def reconstruct(
     mask: tuple[str, ...] = (),
     model: str = "",
     input_size: str = "",
+    picture_channels: tuple[int, ...] = (),
 ) -> int:
     """Draw what a pre-trained model makes of images.
 
@@ -61,6 +70,7 @@ def reconstruct(
             such rows; or a picture, bright where visible.
         model: The network, where the file does not tell (timm name), or if it is your own (package.module:function).
         input_size: Pixels, N or HxW; by default as in training.
+        picture_channels: Shown as red, green and blue, or one as grey; by default the first three.
     """
     one = out.suffix == ".png" and not out.is_dir()
     if out.suffix and not one and not out.is_dir():
@@ -74,15 +84,10 @@ def reconstruct(
     paths = [path for given in images for path in (_of_folder(given, count) if given.is_dir() else [given])]
     pictures = _pictures(paths, out, one, overwrite)
     import_from_current_folder(model)
-    pretrained = load_pretrained(source, model, input_size)
-    if not pretrained.weights.state.has_decoder:
-        raise CheckpointError(
-            f"{pretrained.path} holds an encoder alone, nothing can be reconstructed without the decoder: give the "
-            f"run folder, its checkpoint, or the published file *_withdecoder_1kpretrained_spark_style.pth"
-        )
+    pretrained = _with_decoder(load_pretrained(source, model, input_size), picture_channels)
     visible = _visible(pretrained, len(paths), mask, mask_ratio, seed)
     opened = _opened(paths, set(images), pretrained.spec.input_size)
-    rows = _rows(pretrained, opened, visible)
+    rows = _rows(pretrained, opened, visible, picture_channels)
     heading = _heading(pretrained)
     if one:
         whole = [row[:, PAD * (at > 0) :] for at, row in enumerate(rows.values())]  # two rows share a margin
@@ -92,6 +97,22 @@ def reconstruct(
     drawn = f"{len(rows)} image{'s' * (len(rows) != 1)}"
     print(f"{out if one else f'{out}/'}: {drawn}, {_about(pretrained)}")
     return 0
+
+
+def _with_decoder(pretrained: Pretrained, channels: tuple[int, ...]) -> Pretrained:
+    """The same, or why nothing can be reconstructed with it, or shown by these channels."""
+    if not pretrained.weights.state.has_decoder:
+        raise CheckpointError(
+            f"{pretrained.path} holds an encoder alone, nothing can be reconstructed without the decoder: give the "
+            f"run folder, its checkpoint, or the published file *_withdecoder_1kpretrained_spark_style.pth"
+        )
+    if pretrained.spec.in_chans != 3 or pretrained.weights.statistics:
+        raise SettingsError(
+            f"{pretrained.path} is for images of in_chans {pretrained.spec.in_chans}, and images are read with three "
+            f"channels of 8 bits: the run folder has pictures in reconstruction/"
+        )
+    check_picture_channels(channels, pretrained.spec.in_chans)
+    return pretrained
 
 
 def _of_folder(folder: Path, count: int) -> list[Path]:
@@ -155,13 +176,15 @@ def _visible(pretrained: Pretrained, count: int, mask: tuple[str, ...], ratio: f
     return model.sample_masks(seed, 0, torch.arange(count), keep=keep)
 
 
-def _rows(pretrained: Pretrained, opened: dict[int, Tensor], visible: Tensor) -> dict[int, Tensor]:
+def _rows(
+    pretrained: Pretrained, opened: dict[int, Tensor], visible: Tensor, channels: tuple[int, ...]
+) -> dict[int, Tensor]:
     """Number -> its row of pictures, (3, PAD + H + PAD, W) uint8."""
     rows: dict[int, Tensor] = {}
     numbers, height = list(opened), PAD + pretrained.spec.input_size[0]
     for first in range(0, len(numbers), AT_ONCE):
         chosen = numbers[first : first + AT_ONCE]
-        grid = filled_grid(pretrained.model, torch.stack([opened[i] for i in chosen]), visible[chosen])
+        grid = filled_grid(pretrained.model, torch.stack([opened[i] for i in chosen]), visible[chosen], channels)
         rows |= {i: grid[:, at * height : (at + 1) * height + PAD] for at, i in enumerate(chosen)}
     return rows
 

@@ -85,7 +85,7 @@ class Scores:
 
 @torch.no_grad()
 def judge(classify: Callable[[Tensor], Tensor], data: Labelled, ranks: Ranks) -> Scores:
-    """Scores of a classifier, images (B, 3, H, W) -> (B, classes), over the images of all ranks, each once."""
+    """Scores of a classifier, images (B, C, H, W) -> (B, classes), over the images of all ranks, each once."""
     scores = Scores(data.num_classes, ranks.device)
     for images, labels in data.epoch():
         scores.add(classify(images).float(), labels)

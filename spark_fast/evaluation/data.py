@@ -34,7 +34,7 @@ class Labelled:
         self.pipeline, self.num_classes, self._numbers, self._alive = pipeline, num_classes, numbers, alive
 
     def epoch(self, epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """(B, 3, H, W) and (B,) int64, on the device."""
+        """(B, C, H, W) and (B,) int64, on the device."""
         with closing(self.pipeline.epoch(epoch)) as batches:
             for step, batch in enumerate(batches):
                 self._alive(step)

@@ -32,6 +32,8 @@ class Data:
     """auto (the fastest for the data), torch, dali, ffcv (both extras), or synthetic (generated: no data's speed)"""
     input_size: str = "224"
     """pixels, N or HxW"""
+    in_chans: int | None = None
+    """channels of the images; default: as the weights say, or 3"""
     batch_size: Annotated[int | None, arg(aliases=["--bs"])] = None
     """images per step over all ranks; default: 256, or the recipe's"""
     crop_pct: float | None = None
@@ -148,10 +150,10 @@ class Evaluation(Tree):
     def __init_subclass__(cls) -> None:
         cls.prog, cls.suffix = f"spark-fast-eval {cls.mode}", f"_{cls.mode}"
 
-    def resolved(self: E, network: str, stages: int) -> E:
+    def resolved(self: E, network: str, stages: int, in_chans: int | None = 3) -> E:
         """With every value that was left open, now that the network is known."""
         whole = deepcopy(self)
-        whole.model.model, whole.model.stages = network, stages
+        whole.model.model, whole.model.stages, whole.data.in_chans = network, stages, in_chans
         if whole.data.batch_size is None:
             whole.data.batch_size = 256
         if whole.data.crop_pct is None:
@@ -166,7 +168,8 @@ class Evaluation(Tree):
 
     def shown(self) -> str:
         """The recipe with it, where the network is named."""
-        return (self.resolved(self.network, self.model.stages) if self.network else self).to_toml()
+        known = self.resolved(self.network, self.model.stages, self.data.in_chans) if self.network else self
+        return known.to_toml()
 
     def check(self) -> None:
         """Also what concerns weights."""
@@ -177,6 +180,7 @@ class Evaluation(Tree):
             raise SettingsError("--model is missing: with --weights none nothing else names the network")
         positive = {
             "batch_size",
+            "in_chans",
             "workers",
             "prefetch",
             "max_pixels",
@@ -224,14 +228,19 @@ class Finetune(Evaluation):
         "recipe": {"accumulate"},
     }
 
-    def resolved(self, network: str, stages: int) -> Finetune:
+    def resolved(self, network: str, stages: int, in_chans: int | None = 3) -> Finetune:
         """With the recipe of the network."""
-        whole = super().resolved(network, stages)
-        batch_size, crop_pct, recipe = recipe_for(network, self.size)
+        whole = super().resolved(network, stages, in_chans)
+        batch_size, crop_pct, recipe = recipe_for(network, self.size, whole.in_chans)
         whole.data.batch_size = self.data.batch_size or batch_size
         whole.data.crop_pct = self.data.crop_pct or crop_pct
         given = {k: v for k, v in dataclasses.asdict(self.recipe).items() if v is not None}
         whole.recipe = dataclasses.replace(recipe, **given)
+        if whole.in_chans != 3 and whole.recipe.augment != "none":
+            raise SettingsError(
+                f"--augment {whole.recipe.augment} is for photographs, and the images have {whole.in_chans} "
+                f"channel{'s' * (whole.in_chans != 1)}: take --augment none"
+            )
         return whole
 
     @property

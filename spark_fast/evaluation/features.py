@@ -11,11 +11,11 @@ from spark_fast.evaluation.backbone import Backbone
 from spark_fast.evaluation.data import Labelled
 from spark_fast.training.step import DTYPES
 
-Features = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> (B, C) fp32
+Features = Callable[[Tensor], Tensor]  # images (B, C, H, W) -> (B, F) fp32
 
 
 def frozen(backbone: Backbone, device: torch.device, precision: str) -> Features:
-    """The backbone on its device, (B, 3, H, W) -> (B, C) fp32, computing in `precision`."""
+    """The backbone on its device, (B, C, H, W) -> (B, F) fp32, computing in `precision`."""
     backbone = backbone.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     dtype = DTYPES[precision]
 

@@ -55,7 +55,7 @@ class Objective(nn.Module):
         self.network, self.criterion = network, criterion
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """The loss in fp32 of (B, 3, H, W) against (B, classes)."""
+        """The loss in fp32 of (B, C, H, W) against (B, classes)."""
         return self.criterion(self.network(images).float(), targets)
 
 
@@ -96,7 +96,7 @@ class FinetuneRun:
 
     Args:
         settings: resolved.
-        network: (B, 3, H, W) -> (B, classes).
+        network: (B, C, H, W) -> (B, classes).
     """
 
     def __init__(self, settings: Finetune, ranks: Ranks, train: Pipeline, val: Labelled, network: nn.Module) -> None:
@@ -133,7 +133,8 @@ class FinetuneRun:
         Raises:
             CheckpointError: it is of another run.
         """
-        differences = differing(state["settings"], self.settings.meaning(), self.settings.HARMLESS)
+        before = {**state["settings"], "data": {"in_chans": 3, **state["settings"]["data"]}}  # as older versions had it
+        differences = differing(before, self.settings.meaning(), self.settings.HARMLESS)
         refuse_differences(path, state, differences, self.train_images, "another <name> to begin a new run")
         self.state.restore(path, state, self.ranks)
         if self.ema is not None:

@@ -25,7 +25,10 @@ POLICIES = {
 
 
 class Augment:
-    """A policy of pixel operations, drawn for each image, then random erasing; (B, 3, H, W) normalised, in and out."""
+    """A policy of pixel operations, drawn for each photograph, then random erasing.
+
+    (B, C, H, W) normalised, in and out; a policy is for three channels alone.
+    """
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         kind = POLICIES.get(str(recipe.augment))
@@ -56,7 +59,7 @@ class Mix:
         )
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) and (B,) -> the same images, perhaps mixed, and (B, classes)."""
+        """(B, C, H, W) and (B,) -> the same images, perhaps mixed, and (B, classes)."""
         if self.mixes:
             return self._mixup(images, labels)
         return images, mixup_target(labels, self._classes, smoothing=self._smoothing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from spark_fast.encoder import VisiblePatches
-from spark_fast.errors import DataError, ImageError
+from spark_fast.errors import DataError, ImageError, SettingsError
 from spark_fast.files import atomic_write
 from spark_fast.method import Method
 from spark_fast.pipelines.transforms.crops import centre_box
@@ -28,28 +29,41 @@ FONT = 13  # its height in pixels
 LINE = FONT + 4
 
 
-def reconstruction_grid(model: Method, images: Tensor, seed: int, keep: int | None = None) -> Tensor:
+def reconstruction_grid(
+    model: Method, images: Tensor, seed: int, keep: int | None = None, channels: tuple[int, ...] = ()
+) -> Tensor:
     """One row per image: input, what the network sees, prediction. The masks depend on `seed` alone.
 
     Args:
-        images: (N, 3, H, W) normalised.
+        images: (N, C, H, W) normalised.
         keep: visible patches per image, None for as many as in training.
+        channels: see `filled_grid`.
 
     Returns:
         (3, H', W') uint8 on the host.
     """
     positions = torch.arange(len(images), device=images.device)
-    return filled_grid(model, images, model.sample_masks(seed, 0, positions, keep=keep))
+    return filled_grid(model, images, model.sample_masks(seed, 0, positions, keep=keep), channels)
 
 
-def filled_grid(model: Method, images: Tensor, visible: Tensor) -> Tensor:
-    """The same with masks of your choice: (N, L) int64, the visible patches of each image, ascending."""
+def filled_grid(model: Method, images: Tensor, visible: Tensor, channels: tuple[int, ...] = ()) -> Tensor:
+    """The same with masks of your choice: (N, L) int64, the visible patches of each image, ascending.
+
+    Args:
+        channels: shown as red, green and blue, or one as grey; (): the first three, of fewer the first as grey.
+
+    Images of three channels are photographs and shown as such. Of others, which may use any part of their range, each
+    channel is shown from the image's own 1st to its 99th percentile.
+    """
+    shown = list(channels or (range(3) if model.in_chans >= 3 else (0,)))
     training = model.training
     model.eval()  # running statistics, and they are not changed
     filled = model.reconstruct(images, visible)
     model.train(training)
     seen = VisiblePatches(visible, model.grid).cells(images.shape[2])
-    columns = [_pixels(images), torch.where(seen, _pixels(images), 0.5), _pixels(filled)]
+    pixels = _photographs if model.in_chans == 3 else _stretched(images)
+    image, prediction = (pixels(x)[:, shown].expand(-1, 3, -1, -1) for x in (images, filled))  # one channel is grey
+    columns = [image, torch.where(seen, image, 0.5), prediction]
     rows = torch.stack(columns, dim=1).flatten(0, 1)  # (N, 3 columns, 3, H, W) -> (N*3, 3, H, W)
     return (make_grid(rows, nrow=3, padding=PAD, pad_value=1.0) * 255).round().to(torch.uint8).cpu()
 
@@ -117,7 +131,24 @@ def save_png(grid: Tensor, path: Path) -> None:
         image.save(file, format="PNG")
 
 
-def _pixels(images: Tensor) -> Tensor:
+def check_picture_channels(channels: tuple[int, ...], in_chans: int) -> None:
+    """Raise SettingsError for --picture_channels that images of so many channels cannot be shown by."""
+    if channels and (len(channels) not in (1, 3) or not all(0 <= c < in_chans for c in channels)):
+        raise SettingsError(
+            f"--picture_channels must be one or three of the channels 0 to {in_chans - 1}, "
+            f"got {' '.join(map(str, channels))}"
+        )
+
+
+def _stretched(images: Tensor) -> Callable[[Tensor], Tensor]:
+    """What takes pixels to [0, 1] from the 1st to the 99th percentile of each channel of these images (N, C, H, W)."""
+    flat = images.float().flatten(2)  # (N, C, H*W)
+    below = flat.shape[2] // 100  # pixels under the 1st percentile; torch.quantile takes no large images
+    low, high = (flat.kthvalue(k, dim=2).values[..., None, None] for k in (1 + below, flat.shape[2] - below))
+    return lambda x: ((x.float() - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+
+
+def _photographs(images: Tensor) -> Tensor:
     """Undo the normalisation, to [0, 1]."""
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (MEAN, STD))
     return (images.float() * std + mean).clamp(0, 1)

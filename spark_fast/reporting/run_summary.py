@@ -20,7 +20,7 @@ class RunSummary:
         grid: patches, (rows, columns); patch: (height, width) in pixels; masked: patches of an image.
         step: where this process begins.
         warmup_is_chosen: by a setting; else it follows from the epochs.
-        masks: of each image.
+        masks: of each image; in_chans: its channels.
     """
 
     device: str
@@ -42,6 +42,7 @@ class RunSummary:
     peak_lr: float
     method: str
     masks: int
+    in_chans: int = 3
 
     @property
     def total_steps(self) -> int:
@@ -63,6 +64,7 @@ class RunSummary:
         encoder, decoder = (f"{n / 1e6:.1f} M" for n in self.parameters)
         ranks = f", {self.ranks} ranks" if self.ranks > 1 else ""
         tenth = "" if self.warmup_is_chosen else f", {self.warmup_epochs:g} epochs by default; --warmup_epochs sets it"
+        channels = f", of {self.in_chans} channel{'s' * (self.in_chans != 1)}" if self.in_chans != 3 else ""
         begun = f", of which {self.step} are done" if self.step else ""
         rows = {
             "device": f"{self.device}, {self.precision}{ranks}",
@@ -71,7 +73,7 @@ class RunSummary:
             f"stochastic depth {self.drop_path:g}",
             "patches": f"{self.grid[0]}x{self.grid[1]} of {self.patch[0]}x{self.patch[1]} px, "
             f"{self.masked} of {self.patches} masked",
-            "images": f"{self.images}, {self.batch_size} a step",
+            "images": f"{self.images}, {self.batch_size} a step{channels}",
             "steps": f"{self.total_steps} ({self.epochs} epochs of {self.steps_per_epoch}){begun}",
             "warm-up": f"{self.warmup_steps} steps{tenth}",
             "peak rate": f"{self.peak_lr:.3g}",

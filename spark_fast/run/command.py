@@ -128,6 +128,7 @@ def open_pipeline(
         options,
         pipeline=settings.data.pipeline,
         input_size=settings.size,
+        in_chans=settings.in_chans,
         seed=settings.run.seed,
         rank=ranks.rank,
         world_size=ranks.world_size,

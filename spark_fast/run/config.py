@@ -47,6 +47,11 @@ class DataGroup(Protocol):
     channels_first: bool
     npz_key: str
 
+    @property
+    def in_chans(self) -> int | None:
+        """Channels of the images, None for as many as the weights say."""
+        ...
+
 
 class ModelGroup(Protocol):
     """What every command's `model` has."""
@@ -89,6 +94,11 @@ class Tree:
     def size(self) -> tuple[int, int]:
         """(H, W) of the input in pixels."""
         return parse_input_size(self.data.input_size)
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images; three where nothing else is said."""
+        return 3 if self.data.in_chans is None else self.data.in_chans
 
     @property
     def network(self) -> str:

@@ -191,6 +191,7 @@ def open_model(settings: Settings, ranks: Ranks) -> Method:
             encoder=settings.encoder,
             model_kwargs={"drop_path_rate": settings.drop_path} if settings.drop_path else None,
             stages=settings.model.stages or None,
+            in_chans=settings.in_chans,
             check={"auto": None, "always": True, "never": False}[settings.model.verify],
             sync_batchnorm=synced and ranks.device.type == "cuda",
             **{name: getattr(settings.model, name) for name in kind.options},

@@ -109,6 +109,7 @@ class PretrainRun:
             peak_lr=settings.peak_lr,
             method=settings.model.method,
             masks=settings.model.masks_per_image,
+            in_chans=model.in_chans,
         )
 
     def restore(self, paths: list[Path]) -> None:
@@ -152,7 +153,7 @@ class PretrainRun:
 
         Args:
             manager: of the run folder, None on ranks that do not write.
-            pictured: images (N, 3, H, W) for the reconstruction pictures, None for no pictures.
+            pictured: images (N, C, H, W) for the reconstruction pictures, None for no pictures.
         """
         run, folder = self.settings.run, None if manager is None else manager.folder
         logger = self.logger(folder)
@@ -244,6 +245,7 @@ class EndOfEpoch:
         save()
         if self.folder is not None and self.pictured is not None and at.epoch % settings.picture_every == 0:
             heading = f"epoch {at.epoch}, step {at.step}, loss {at.loss:.4f}"
-            grid = titled(reconstruction_grid(self.run.model, self.pictured, settings.seed), heading)
+            grid = reconstruction_grid(self.run.model, self.pictured, settings.seed, channels=settings.picture_channels)
+            grid = titled(grid, heading)
             save_png(grid, self.folder / "reconstruction" / f"epoch_{at.epoch:04d}.png")
             self.logger.picture(grid, at.step)

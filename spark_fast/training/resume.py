@@ -25,7 +25,7 @@ HARMLESS = {
     "run": {
         *("exp_name", "exp_dir", "resume", "device", "precision", "compile", "cuda_graph", "sync_batchnorm", "threads"),
         *("log_every", "save_every", "keep_last", "keep_every", "picture_every", "max_steps", "timeout"),
-        *("wandb", "dry_run", "profile"),
+        *("picture_channels", "wandb", "dry_run", "profile"),
     },
 }
 

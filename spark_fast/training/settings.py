@@ -16,6 +16,7 @@ from tyro.conf import OmitArgPrefixes, arg
 from spark_fast.errors import SettingsError
 from spark_fast.method import Method, method_class
 from spark_fast.networks import import_from_current_folder
+from spark_fast.reporting.reconstructions import check_picture_channels
 from spark_fast.run.config import Tree, last_value, read, set_by_name, switch, switches_of
 
 PUBLISHED_DROP_PATH = {
@@ -49,12 +50,14 @@ class Data:
     """where crops are resized, flipped and normalised; device spares the host's cores (--pipeline torch)"""
     input_size: str = "224"
     """pixels, N or HxW; a multiple of the network's total stride"""
+    in_chans: int = 3
+    """channels of the images"""
     min_crop: float = 0.67
     """smallest share of an image's area that a random crop takes; the largest is the whole"""
     crop_scale: tuple[float, ...] = ()
     """smallest and largest share, LOW HIGH; default: --min_crop and 1"""
     hflip: bool = True
-    """mirror half of the crops"""
+    """mirror half of the crops; `--no_hflip` never does"""
     vflip: bool = False
     """turn half of them upside down, for images that have no up (--pipeline torch)"""
     rot90: bool = False
@@ -175,6 +178,8 @@ class Run:
     """keep every Nth epoch's checkpoint for good; 0: none"""
     picture_every: int = 1
     """epochs between reconstruction pictures; 0: none"""
+    picture_channels: tuple[int, ...] = ()
+    """channels shown as red, green and blue, or one as grey; default: the first three, of fewer the first as grey"""
     timeout: float = 600.0
     """seconds without a step after which the run ends, saying where it stands and for which rank it waits"""
     max_steps: int = 0
@@ -264,9 +269,11 @@ class Settings(Tree):
         _ = method_of(self.model.method)
         positive = {"batch_size", "workers", "prefetch", "max_pixels", "decoder_width", "epochs", "base_lr", "min_crop"}
         positive |= {"accumulate", "log_every", "max_bad_steps", "timeout", "decoder_depth", "masks_per_image"}
+        positive |= {"in_chans"}
         self.check_numbers(positive, up_to_one={"min_crop"})
         if (crop := self.data.crop_scale) and not (len(crop) == 2 and 0 < crop[0] <= crop[1] <= 1):
             raise SettingsError(f"--crop_scale takes two numbers, 0 < LOW <= HIGH <= 1, got {' '.join(map(str, crop))}")
+        check_picture_channels(self.run.picture_channels, self.in_chans)
 
     def meaning(self) -> dict:
         """The same as `to_dict`, each value spelled in one way: two settings that mean one run are equal here."""

@@ -93,7 +93,7 @@ class TrainStep:
 
         Args:
             step: of the run, from 0; decides the rates.
-            images: (B, 3, H, W) channels_last; visible: (B, L) int64, see `masking.sample_visible`.
+            images: (B, C, H, W) channels_last; visible: (B, L) int64, see `masking.sample_visible`.
 
         Returns:
             the loss and the norm of the gradient before clipping, scalars on the device. Where one of them is not

@@ -23,8 +23,7 @@ from spark_fast.checkpoint.file import read
 from spark_fast.checkpoint.state_dict import load_strictly
 from spark_fast.errors import CheckpointError, SettingsError
 from spark_fast.files import atomic_write, sync_folder
-from spark_fast.networks import PUBLISHED_MODELS, build_network
-from spark_fast.pipelines.transforms.resize import MEAN, STD
+from spark_fast.networks import PUBLISHED_MODELS, build_network, timm_channels
 from spark_fast.spark import SparK
 from spark_fast.weights.load import load_into_spark, load_spark_state_dict
 from spark_fast.weights.load_pretrained import Pretrained
@@ -131,12 +130,14 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 def _timm(source: Pretrained) -> ExportFormat:
     name = _of_timm(source, "timm")
-    state, new = _completed(encoder_state_dict(source.model, name), lambda: timm.create_model(name, num_classes=0))
+    kwargs = {**timm_channels(source.spec.in_chans), "num_classes": 0}
+    state, new = _completed(encoder_state_dict(source.model, name), lambda: timm.create_model(name, **kwargs))
 
     def load(path: Path) -> StateDict:
-        return timm.create_model(name, num_classes=0, checkpoint_path=str(path)).state_dict()
+        return timm.create_model(name, **kwargs, checkpoint_path=str(path)).state_dict()
 
-    usage = f'import timm\n\nnetwork = timm.create_model("{name}", num_classes=0, checkpoint_path="PATH")'
+    given = ", ".join(f"{k}={v}" for k, v in kwargs.items())
+    usage = f'import timm\n\nnetwork = timm.create_model("{name}", {given}, checkpoint_path="PATH")'
     return ExportFormat(state, new, (".safetensors", ".pth"), load, usage)
 
 
@@ -155,6 +156,11 @@ def _hf_folder(source: Pretrained) -> ExportFormat:
 def _torchvision(source: Pretrained) -> ExportFormat:
     name = _of_timm(source, "torchvision")
     torchvision_names(name, [])  # refused early where torchvision has none
+    if source.spec.in_chans != 3:
+        raise ValueError(
+            f"torchvision's networks take images of 3 channels, and these weights are for {source.spec.in_chans}: "
+            f"choose --to timm, safetensors or hf_folder"
+        )
     network = torchvision.models.get_model(name, weights=None)
     shapes = {k: v.shape for k, v in network.state_dict().items()}
     encoder = encoder_state_dict(source.model, name)
@@ -178,7 +184,7 @@ def _safetensors(source: Pretrained) -> ExportFormat:
     state = encoder_state_dict(source.model, name)
 
     def load(path: Path) -> StateDict:
-        network = build_network(name, stages=stages)
+        network = build_network(name, stages=stages, in_chans=source.spec.in_chans)
         keys = list(network.state_dict())
         names = dict(zip(keys, keys, strict=True)) if ":" in name else timm_names(keys, name)
         found = read(path)
@@ -207,9 +213,9 @@ def _spark(source: Pretrained) -> ExportFormat:
     height, width = spec.input_size
     size = height if height == width else [height, width]
     unused = {
-        "imn_m": torch.zeros(1, 3, 1, 1),
-        "imn_s": torch.zeros(1, 3, 1, 1),
-        "norm_black": torch.zeros(1, 3, height, width),
+        "imn_m": torch.zeros(1, spec.in_chans, 1, 1),
+        "imn_s": torch.zeros(1, spec.in_chans, 1, 1),
+        "norm_black": torch.zeros(1, spec.in_chans, height, width),
     }
     state = spark_state_dict(model) | unused
     config = {
@@ -258,6 +264,8 @@ def _beyond_published(spec: ModelSpec, *, decoder: bool) -> str:
         lacks.append(f"no decoder {spec.decoder_width} wide, only {ModelSpec.decoder_width}")
     if decoder and spec.input_size[0] != spec.input_size[1]:
         lacks.append("no input that is not square")
+    if spec.in_chans != 3:
+        lacks.append(f"no images of {spec.in_chans} channel{'s' * (spec.in_chans != 1)}")
     return (
         f"\n# the published code has {', '.join(lacks)}: this file is for other readers of its names" if lacks else ""
     )
@@ -290,15 +298,21 @@ def _completed(trained: StateDict, build: Callable[[], nn.Module]) -> tuple[Stat
 
 
 def _timm_config(source: Pretrained) -> dict[str, object]:
-    """What timm reads of a model folder: the network, and how its input was prepared."""
-    name = source.spec.network
+    """What timm reads of a model folder: the network, and how its input was prepared.
+
+    Of other than three channels `first_conv` is left out: timm before 1.0.31 would begin that layer anew.
+    """
+    spec, channels = source.spec, timm_channels(source.spec.in_chans)
     with torch.device("meta"):
-        network: Any = timm.create_model(name, num_classes=0)
-    known = {k: network.pretrained_cfg.get(k) for k in ("first_conv", "classifier")}
-    prepared = {"input_size": (3, *source.spec.input_size), "crop_pct": 1.0, "interpolation": "bicubic"}
+        network: Any = timm.create_model(spec.network, num_classes=0, **channels)
+    known = {k: network.pretrained_cfg.get(k) for k in ("classifier", *(() if channels else ("first_conv",)))}
+    prepared = {"input_size": (spec.in_chans, *spec.input_size), "crop_pct": 1.0, "interpolation": "bicubic"}
+    mean, std = spec.mean_and_std
+    statistics = {"mean": mean, "std": std} if mean else {}
     return {
-        "architecture": name,
+        "architecture": spec.network,
         "num_classes": 0,
         "num_features": network.num_features,
-        "pretrained_cfg": {**known, **prepared, "mean": MEAN, "std": STD, "num_classes": 0},
+        "pretrained_cfg": {**known, **prepared, **statistics, "num_classes": 0},
+        **({"model_args": channels} if channels else {}),
     }

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from spark_fast.networks import PUBLISHED_MODELS, build_network
-from spark_fast.weights.named_tensors import COUNTER, Shapes, State, holds, places_of, which_of
+from spark_fast.weights.named_tensors import COUNTER, Shapes, State, channels_of, holds, places_of, which_of
 from spark_fast.weights.spark_keys import ENCODER, network_name
 
 # the networks that were published pre-trained, and their small relatives
@@ -91,6 +91,21 @@ def lookalike(state: State, tensors: Mapping[str, Tensor], named: str) -> str:
         if found:
             return max(found, key=lambda name: len(_whole(name)))
     return ""
+
+
+def image_channels(network: str, state: State, tensors: Mapping[str, Tensor]) -> int:
+    """Channels of the images that weights of this network are for; 3 where it is your own, or the tensors do not tell.
+
+    Args:
+        state, tensors: as for `lookalike`.
+    """
+    if not timm.is_model(network):
+        return 3
+    shapes = _shapes(network)
+    for place in (state.tensors, *(place.tensors for place in places_of(shapes, tensors))):
+        if len(found := channels_of(place, shapes)) == 1:
+            return found.pop()[0]
+    return 3
 
 
 def _largest_first() -> list[str]:

@@ -7,12 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from spark_fast.checkpoint.state_dict import MISFIT, load_strictly
 from spark_fast.errors import MisfitError
 from spark_fast.method import Method
-from spark_fast.weights.named_tensors import COUNTER, State, holds, matches, read_state, same_shape
+from spark_fast.weights.named_tensors import (
+    COUNTER,
+    Shapes,
+    State,
+    channels_of,
+    holds,
+    matches,
+    other_channels,
+    read_state,
+    same_shape,
+)
 from spark_fast.weights.read import Weights, read_weights
 from spark_fast.weights.spark_keys import ENCODER, canonical_name, network_name
 
@@ -29,8 +40,9 @@ def load_weights(path: Path, model: Method) -> None:
 def load_into_spark(weights: Weights, model: Method) -> None:
     """Load a model from `build_spark`: the whole of it, or its encoder where the weights are of a plain network.
 
-    What a plain network has beyond the encoder (timm's classifier) is left out. That, how many tensors were loaded of
-    encoder and decoder, and that the decoder is new, is logged.
+    Where the weights are of three channels and the model of another number, the encoder's first layer is adapted as
+    timm does it, and the decoder begins anew. What a plain network has beyond the encoder (timm's classifier) is left
+    out. That, how many tensors were loaded of encoder and decoder, and that the decoder is new, is logged.
 
     Raises:
         MisfitError: a tensor is missing, unknown, of another shape or not finite, by name, or several models in the
@@ -40,13 +52,12 @@ def load_into_spark(weights: Weights, model: Method) -> None:
     encoder = {canonical_name(name): value.shape for name, value in own.items() if name.startswith(OURS)}
     state = weights.state if weights.state.has_decoder else weights.holding(encoder)
     try:
-        if state.has_decoder:
+        if state.has_decoder and not channels_of(state.tensors, encoder):
             loaded = _load_whole(state, model)
-        else:
+        else:  # a decoder predicts the channels that it was trained with
             loaded, left = _load_encoder(state, model)
     except ValueError as error:
-        looks = "" if holds(state.tensors, encoder) else weights.looks_like()
-        raise _misfit(weights.path, error, looks) from None
+        raise _misfit(weights, state, encoder, error) from None
     of_encoder = sum(name.startswith(OURS) for name in loaded)
     uncounted = sum(name.startswith(OURS) and name.endswith(COUNTER) and name not in loaded for name in own)
     counts = (of_encoder, len(encoder) - uncounted, len(loaded) - of_encoder, len(own) - len(encoder))
@@ -69,11 +80,12 @@ def load_spark_state_dict(model: Method, state: Mapping) -> None:
     _load_whole(read_state(state), model)
 
 
-def load_into_network(weights: Weights, network: nn.Module, new: set[str]) -> None:
+def load_into_network(weights: Weights, network: nn.Module, new: set[str], in_chans: int = 3) -> None:
     """Load a plain network, whole but for the tensors that may begin anew where they are missing or of another shape.
 
     Args:
         new: their names: a classifier, levels that were not pre-trained.
+        in_chans: channels of the network's images; a first layer of three is adapted to others, as timm does it.
 
     Raises:
         MisfitError: a tensor is missing, of another shape or not finite, by name, or several networks in the file
@@ -82,14 +94,14 @@ def load_into_network(weights: Weights, network: nn.Module, new: set[str]) -> No
     own = network.state_dict()
     canonical = {name: ENCODER + network_name(name) for name in own}
     wanted = {canonical[name]: value.shape for name, value in own.items() if name not in new}
-    tensors = weights.holding(wanted).tensors
+    tensors = (state := weights.holding(wanted)).tensors
     found = _found(canonical, tensors)
     kept = {n: tensors[k] for n, k in found.items() if n not in new or same_shape(tensors[k].shape, own[n].shape)}
     fresh = sorted(new - set(kept))
     try:
-        _load(network, {name: own[name] for name in fresh} | kept)
+        _load(network, {name: own[name] for name in fresh} | kept, in_chans=in_chans)
     except ValueError as error:
-        raise _misfit(weights.path, error, "" if holds(tensors, wanted) else weights.looks_like()) from None
+        raise _misfit(weights, state, wanted, error) from None
     anew = ", ".join(fresh[:5]) + (f" and {len(fresh) - 5} more" if len(fresh) > 5 else "")
     total = sum(name in kept or name in fresh or not name.endswith(COUNTER) for name in own)
     log.info("%s: %d of %d tensors loaded; these begin anew: %s", weights.path, len(kept), total, anew or "none")
@@ -111,12 +123,13 @@ def _load_encoder(state: State, model: Method) -> tuple[list[str], list[str]]:
     left = sorted(_file_names(state, set(found.values())))
     kept = {name: value for name, value in own.items() if name not in encoder}
     whole = all(name in found or name.endswith(COUNTER) for name in encoder)
-    misfit = [] if whole else left  # another network's, then: they tell which
-    _load(model, kept | {name: state.tensors[key] for name, key in found.items()}, misfit)
+    strangers = [name for key, name in state.names.items() if key.startswith(ENCODER) and key not in found.values()]
+    misfit = (strangers if state.has_decoder else []) if whole else left  # of another network, then: they tell which
+    _load(model, kept | {name: state.tensors[key] for name, key in found.items()}, misfit, model.in_chans)
     return list(found), left
 
 
-def _load(model: nn.Module, tensors: Mapping[str, Tensor], unknown: list[str] | None = None) -> None:
+def _load(model: nn.Module, tensors: Mapping[str, Tensor], unknown: list[str] | None = None, in_chans: int = 3) -> None:
     """`load_strictly`, but a counter of batches may be missing, and no tensor may be what a network cannot have.
 
     Raises:
@@ -127,6 +140,8 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor], unknown: list[str] | 
         name: value.reshape(own[name].shape) if _is_squeezed(value, own.get(name)) else value
         for name, value in tensors.items()
     }
+    if in_chans != 3:
+        tensors = {name: _adapted(name, value, own.get(name), in_chans) for name, value in tensors.items()}
     for name, value in tensors.items():
         if name not in own or value is own[name] or value.shape != own[name].shape:
             continue
@@ -146,6 +161,17 @@ def _is_squeezed(value: Tensor, own: Tensor | None) -> bool:
     return own is not None and value.shape != own.shape and same_shape(value.shape, own.shape)
 
 
+def _adapted(name: str, value: Tensor, own: Tensor | None, in_chans: int) -> Tensor:
+    """The weights of a first layer of three channels for another number of them, as timm adapts them; said."""
+    if own is None or not other_channels(value.shape, own.shape) or (value.shape[1], own.shape[1]) != (3, in_chans):
+        return value
+    if value.layout != torch.strided or value.is_meta or not value.is_floating_point():
+        return value  # it is refused, by its shape
+    how = "summed" if in_chans == 1 else f"repeated, and scaled by 3 / {in_chans}"
+    log.info("%s is of three channels and was adapted to %d: %s", name.removeprefix(OURS), in_chans, how)
+    return adapt_input_conv(in_chans, value)
+
+
 def _found(canonical: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """A model's names -> the canonical names of their tensors in a file; what has none is left out.
 
@@ -161,7 +187,11 @@ def _file_names(state: State, used: set[str]) -> list[str]:
     return [name for key, name in state.names.items() if key not in used] + state.others
 
 
-def _misfit(path: Path, error: ValueError, looks: str) -> MisfitError:
+def _misfit(weights: Weights, state: State, wanted: Shapes, error: ValueError) -> MisfitError:
     """A message that says first what the weights are of, where that is the reason."""
-    hint = f"These look like {looks}'s (--model {looks}). " if looks else ""
-    return MisfitError(f"{path}: {str(error).replace(MISFIT, MISFIT + hint, 1)}")
+    hint = ""
+    if not holds(state.tensors, wanted):
+        hint = f"These look like {looks}'s (--model {looks}). " if (looks := weights.looks_like()) else ""
+    elif channels := channels_of(state.tensors, wanted):
+        hint = f"These are for images of {(n := channels.pop()[0])} channel{'s' * (n != 1)} (--in_chans {n}). "
+    return MisfitError(f"{weights.path}: {str(error).replace(MISFIT, MISFIT + hint, 1)}")

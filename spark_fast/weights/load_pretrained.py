@@ -64,6 +64,8 @@ def _spec(weights: Weights, asked: str) -> ModelSpec:
             spec = ModelSpec.from_settings(weights.settings)
         except (TypeError, ValueError, SettingsError) as error:
             raise CheckpointError(f"{weights.path} has settings that this version cannot read ({error})") from None
+        if known := weights.statistics:
+            spec = replace(spec, mean=known.mean, std=known.std)
         return replace(spec, network=weights.choose_network(asked) or spec.network)
     network = weights.choose_network(asked)
     if not network:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import tomli_w
 
+from spark_fast.pipelines.transforms.resize import MEAN, STD
 from spark_fast.versions import versions
 from spark_fast.weights.load_pretrained import Pretrained
 
@@ -42,11 +43,21 @@ def _task(source: Pretrained) -> str:
     """What was learned, where it is known."""
     if source.weights.record is None:
         return f"patches of {source.model.patch} px."
-    height, width = source.spec.input_size
+    (height, width), channels = source.spec.input_size, source.spec.in_chans
     return (
         f"patches of {source.model.patch} px, {source.spec.mask_ratio:.0%} of them hidden, input "
-        f"{height}x{width} px, normalised by ImageNet's mean and deviation."
+        f"{height}x{width} px{f' of {channels} channel' + 's' * (channels != 1) if channels != 3 else ''}, "
+        f"normalised by {_statistics(source)}."
     )
+
+
+def _statistics(source: Pretrained) -> str:
+    """The mean and the deviation of the images, in words."""
+    mean, std = source.spec.mean_and_std
+    if (mean, std) == (MEAN, STD):
+        return "ImageNet's mean and deviation"
+    listed = [", ".join(f"{value:.4g}" for value in values) for values in (mean, std)]
+    return f"the mean {listed[0]} and the deviation {listed[1]}" if mean else "a mean and a deviation not known here"
 
 
 def _new_tensors(new: list[str]) -> str:

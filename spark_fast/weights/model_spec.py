@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from spark_fast.method import METHODS, Method, build, method_class
 from spark_fast.networks import PUBLISHED_MODELS, parse_input_size
+from spark_fast.pipelines.transforms.resize import MEAN, STD
 from spark_fast.weights.read import Weights
 
 UNUSED_WIDTH = 128  # of the decoder that a model gets where the file has none
@@ -15,8 +16,8 @@ UNUSED_WIDTH = 128  # of the decoder that a model gets where the file has none
 # in the other groups says how the model was trained.
 KNOWN = {
     "data": {
-        *("data_path", "pipeline", "ffcv_resize", "decode", "augment", "input_size", "batch_size", "workers"),
-        *("prefetch", "max_bad_fraction", "max_pixels", "min_crop"),
+        *("data_path", "pipeline", "ffcv_resize", "decode", "augment", "input_size", "in_chans", "batch_size"),
+        *("workers", "prefetch", "max_bad_fraction", "max_pixels", "min_crop"),
         *("crop_scale", "hflip", "vflip", "rot90", "scale", "mean", "std", "channels_first", "npz_key"),
     },
     "model": {
@@ -39,6 +40,8 @@ class ModelSpec:
         encoder: by which of the encoders it computes; the weights are the same for all.
         method: its name, see `spark_fast.method`.
         decoder_depth: blocks of the decoder, where the method lets it be chosen.
+        in_chans: channels of the images.
+        mean, std: by which they are normalised, a number a channel; () for ImageNet's, or where they are not known.
     """
 
     network: str = "resnet50"
@@ -49,6 +52,9 @@ class ModelSpec:
     encoder: str = "packed"
     method: str = "spark"
     decoder_depth: int = 1
+    in_chans: int = 3
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, object]) -> ModelSpec:
@@ -71,6 +77,7 @@ class ModelSpec:
             int(model.get("stages", cls.stages)),
             method=method,
             decoder_depth=int(model.get("decoder_depth", cls.decoder_depth)),
+            in_chans=int(data.get("in_chans", cls.in_chans)),
         )
 
     @classmethod
@@ -80,7 +87,14 @@ class ModelSpec:
         if token is not None:
             depth = sum(name.endswith("conv_dw_weight") for name in weights.state.tensors if name.startswith("decoder"))
             size = weights.input_size or cls.input_size
-            return cls(network, size, decoder_width=token.numel(), method="fcmae", decoder_depth=depth)
+            return cls(
+                network,
+                size,
+                decoder_width=token.numel(),
+                method="fcmae",
+                decoder_depth=depth,
+                in_chans=weights.in_chans(network),
+            )
         first = weights.state.tensors.get("decoder_dec_0_up_sample_weight")  # (width, width, 4, 4)
         width = UNUSED_WIDTH if first is None else len(first)
         return cls(
@@ -88,7 +102,13 @@ class ModelSpec:
             weights.input_size or cls.input_size,
             weights.mask_ratio or cls.mask_ratio,
             decoder_width=width,
+            in_chans=weights.in_chans(network),
         )
+
+    @property
+    def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """By which images are normalised, a number a channel each; (), () where it is not known."""
+        return (MEAN, STD) if self.in_chans == 3 and not self.mean else (self.mean, self.std)
 
     def build(self) -> Method:
         """The model, on the host, as it is initialised. Raises ValueError as `spark_fast.method.build`."""
@@ -100,6 +120,7 @@ class ModelSpec:
             mask_ratio=self.mask_ratio,
             encoder=self.encoder,
             stages=self.stages or None,
+            in_chans=self.in_chans,
             check=False,  # it was, before the training
             **{name: getattr(self, name) for name in kind.options},
         )

@@ -120,13 +120,31 @@ def places_of(shapes: Shapes, tensors: Mapping[str, Tensor]) -> list[State]:
 
 
 def holds(tensors: Mapping[str, Tensor], shapes: Shapes) -> bool:
-    """Whether every tensor of a model is among these, with its shape (see `same_shape`)."""
+    """Whether every tensor of a model is among these, with its shape (see `same_shape`).
+
+    The images may have another number of channels: it shows in the first layer alone.
+    """
     found = matches(shapes, tensors)
-    return all(
-        name in found and same_shape(tensors[found[name]].shape, shape)
+    whole = all(
+        name in found and (same_shape(now := tensors[found[name]].shape, shape) or other_channels(now, shape))
         for name, shape in shapes.items()
         if not name.endswith(COUNTER)
     )
+    return whole and len(channels_of(tensors, shapes)) < 2
+
+
+def other_channels(found: torch.Size, wanted: torch.Size) -> bool:
+    """Whether two convolutions differ in the channels of their input alone."""
+    return len(found) == len(wanted) == 4 and found[1] != wanted[1] and (found[0], found[2:]) == (wanted[0], wanted[2:])
+
+
+def channels_of(tensors: Mapping[str, Tensor], shapes: Shapes) -> set[tuple[int, int]]:
+    """The numbers of channels, (in the tensors, in the model), of convolutions that differ in these alone.
+
+    Of one network they are those of its images, or there are none.
+    """
+    pairs = ((tensors[key].shape, shapes[name]) for name, key in matches(shapes, tensors).items())
+    return {(found[1], wanted[1]) for found, wanted in pairs if other_channels(found, wanted)}
 
 
 def same_shape(found: torch.Size, wanted: torch.Size) -> bool:

@@ -16,7 +16,14 @@ from spark_fast.checkpoint.state_dict import tensors_of
 from spark_fast.errors import CheckpointError, DataError, SettingsError
 from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.weights.hub import HUB, read_from_hub
-from spark_fast.weights.identify import RECOGNISED, lookalike, named_network, recognise, recognise_beneath
+from spark_fast.weights.identify import (
+    RECOGNISED,
+    image_channels,
+    lookalike,
+    named_network,
+    recognise,
+    recognise_beneath,
+)
 from spark_fast.weights.named_tensors import (
     Shapes,
     State,
@@ -121,6 +128,16 @@ class Weights:
         if not isinstance(stages, int):
             raise CheckpointError(f"{self.path} has settings that this version cannot read (stages is {stages!r})")
         return stages
+
+    def in_chans(self, network: str) -> int:
+        """Channels of the images: as the run's settings say, or the first layer of the network."""
+        data = self.settings.get("data")
+        if not isinstance(data, Mapping):
+            return image_channels(network, self.state, self.tensors)
+        in_chans = data.get("in_chans", 3)
+        if not isinstance(in_chans, int):
+            raise CheckpointError(f"{self.path} has settings that this version cannot read (in_chans is {in_chans!r})")
+        return in_chans
 
     @property
     def run_folder(self) -> Path | None:

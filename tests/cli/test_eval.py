@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 
 from spark_fast import build_spark
 from spark_fast.cli.eval import main
+from spark_fast.errors import INTERRUPTED
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import Reencode
+from spark_fast.training.settings import Settings
 from spark_fast.weights.spark_keys import spark_state_dict
 from tests.cli.conftest import CLASSES, TINY, write_pictures
 from tests.commands import HANG_SECONDS, as_it_was
@@ -249,3 +251,35 @@ def test_images_may_be_shards(run, pictures, tmp_path):
         assert run("knn", FRESH, f"--data_path={path}", f"--exp_dir={tmp_path / 'of' / name}", "--k=5") == 0
         assert result(tmp_path / "of" / name)["settings"]["data"]["data_path"] == str(path)
     assert measured(tmp_path / "of" / "shards") == measured(tmp_path / "of" / "folder")
+
+
+@pytest.fixture
+def many_channels(tmp_path):
+    """Words that evaluate a checkpoint for images of 12 channels, on generated ones."""
+    settings = Settings()
+    settings.model.model, settings.data.input_size, settings.model.decoder_width = "test_resnet", "32", 32
+    settings.data.in_chans = 12
+    model = build_spark("test_resnet", input_size=64, decoder_width=32, in_chans=12, check=False)
+    torch.save({"model": model.state_dict(), "settings": settings.to_dict()}, tmp_path / "ckpt.pth")
+    return ["--pipeline=synthetic", "--input_size=32", "--bs=512", "--threads=1", f"--weights={tmp_path / 'ckpt.pth'}"]
+
+
+def test_the_images_have_the_channels_of_the_checkpoint(many_channels, tmp_path):
+    with as_it_was():
+        assert main(["knn", *many_channels, f"--exp_dir={tmp_path / 'knn'}"]) == 0
+    assert result(tmp_path / "knn")["settings"]["data"]["in_chans"] == 12
+    assert result(tmp_path / "knn")["top1"] > 90, "each of the sixteen images is seen many times"
+
+
+@pytest.mark.slow
+def test_fine_tuning_for_many_channels_goes_on_with_them_alone_and_without_what_is_for_photographs(
+    many_channels, tmp_path, capsys
+):
+    tune = ["finetune", *many_channels, f"--exp_dir={tmp_path / 'tuned'}", "--resume=auto", "--ep=2", "--wp_ep=1"]
+    with as_it_was():
+        assert main([*tune, "--max_steps=3"]) == INTERRUPTED
+        assert main([*tune, "--in_chans=3"]) == 2
+        assert "in_chans was 12, is 3" in capsys.readouterr().err
+        assert main(tune) == 0
+    assert result(tmp_path / "tuned")["settings"]["data"]["in_chans"] == 12
+    assert result(tmp_path / "tuned")["settings"]["recipe"]["augment"] == "none"

@@ -192,3 +192,23 @@ def test_wrong_input_is_named_and_leaves_nothing(folder, tmp_path, capsys, monke
     draw(folder, *([] if "--out" in words else ["--out", "grid.png"]), *words, code=code)
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_channels_that_are_drawn_may_be_chosen(folder, tmp_path, capsys):
+    images = [folder / "ckpt.pth", folder / "a.png"]
+    draw(folder, *images, "--out", tmp_path / "rgb.png")
+    draw(folder, *images, "--out", tmp_path / "grey.png", "--picture_channels", "1")
+    rgb, grey = (np.asarray(Image.open(tmp_path / name)) for name in ("rgb.png", "grey.png"))
+    assert np.array_equal(grey, np.repeat(rgb[..., 1:2], 3, 2))
+    draw(folder, *images, "--out", tmp_path / "x.png", "--picture_channels", "3", code=2)
+    assert "--picture_channels must be one or three of the channels 0 to 2, got 3" in capsys.readouterr().err
+
+
+def test_a_model_of_other_than_three_channels_is_refused_while_images_are_read_with_three(folder, tmp_path, capsys):
+    settings = Settings()
+    settings.model.model, settings.data.input_size, settings.data.in_chans = "test_resnet", "64", 4
+    settings.model.decoder_width = 32
+    model = build_spark("test_resnet", input_size=64, decoder_width=32, in_chans=4, check=False)
+    torch.save({"model": model.state_dict(), "settings": settings.to_dict()}, tmp_path / "four.pth")
+    draw(folder, tmp_path / "four.pth", folder / "a.png", "--out", tmp_path / "x.png", code=2)
+    assert "is for images of in_chans 4, and images are read with three" in capsys.readouterr().err

@@ -66,3 +66,22 @@ def test_a_run_of_fewer_stages_leaves_the_later_levels_to_fine_tuning_and_featur
     assert torch.equal(classifier.layer2[0].conv1.weight, model.state_dict()["encoder.network.layer2.0.conv1.weight"])
     with pytest.raises(CheckpointError, match=r"missing: layer3"):
         build_classifier("resnet10t", 0, weights, 3, 0.0, (64, 64))
+
+
+def test_for_other_channels_weights_of_as_many_are_taken_and_of_three_adapted(tmp_path):
+    first = {}
+    for channels in (3, 4):
+        torch.manual_seed(0)
+        model = build_spark("test_resnet", input_size=64, decoder_width=32, in_chans=channels, check=False)
+        (tmp_path / str(channels)).mkdir()
+        path = write_encoder(encoder_state_dict(model, "test_resnet"), "test_resnet", tmp_path / str(channels))
+        weights = read_weights(path)
+        assert weights.in_chans("test_resnet") == channels
+        backbone = build_backbone("test_resnet", 0, weights, in_chans=4)
+        classifier = build_classifier("test_resnet", 0, weights, 5, 0.0, (64, 64), in_chans=4)
+        assert backbone(torch.zeros(2, 4, 64, 64)).shape[0] == 2
+        assert classifier(torch.zeros(2, 4, 64, 64)).shape == (2, 5)
+        first[channels] = backbone.network.state_dict()["conv1.0.weight"]
+        assert torch.equal(classifier.state_dict()["conv1.0.weight"], first[channels])
+        trained = model.encoder.network.state_dict()["conv1.0.weight"]
+        assert torch.equal(first[channels], trained if channels == 4 else trained[:, [0, 1, 2, 0]] * 0.75)

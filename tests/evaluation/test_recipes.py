@@ -1,5 +1,8 @@
 """Fine-tuning recipes against the published tables."""
 
+import pytest
+
+from spark_fast.errors import SettingsError
 from spark_fast.evaluation.eval_settings import parse
 from spark_fast.evaluation.recipes import RECIPES, recipe_for
 
@@ -28,6 +31,16 @@ def test_the_recipes_are_the_published_ones():
 def test_a_recipe_is_the_callers_own():
     recipe_for("resnet50", (224, 224))[2].mixup = 9.0
     assert as_published("resnet50", 224) == PUBLISHED["resnet50"]
+
+
+def test_what_is_no_photograph_is_not_augmented_as_one():
+    assert recipe_for("resnet50", (224, 224), in_chans=4)[2].augment == "none"
+    assert recipe_for("convnext_base", (384, 384), in_chans=1)[2].augment == "none"
+    words = ["finetune", "a", "--data_path=x", "--weights=none", "--model=resnet50"]
+    asked = parse([*words, "--in_chans=4"])
+    assert asked.resolved("resnet50", 0, 4).recipe == recipe_for("resnet50", (224, 224), 4)[2]
+    with pytest.raises(SettingsError, match="--augment rand is for photographs, and the images have 1 channel: take"):
+        parse([*words, "--augment=rand"]).resolved("resnet50", 0, 1)
 
 
 def test_every_field_of_a_recipe_is_set_and_the_config_of_a_run_repeats_it(tmp_path):

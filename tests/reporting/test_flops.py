@@ -70,3 +70,13 @@ def test_counting_leaves_the_model_as_it_was():
     assert all(m.training for m in model.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_more_channels_cost_what_the_first_layer_and_the_last_take_more_for_them():
+    options = {"input_size": 64, "decoder_width": 32, "check": False}
+    three, twelve = (build_spark("test_resnet", in_chans=n, **options) for n in (3, 12))
+    first = twelve.encoder.network.conv1[0]
+    side = 64 // first.stride[0]
+    more = 9 * first.out_channels * first.kernel_size[0] ** 2 * side**2
+    assert count(twelve).whole - count(three).whole == more
+    assert count(twelve).decoder - count(three).decoder == 9 * twelve.decoder.proj.in_channels * 64**2

@@ -6,7 +6,18 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from spark_fast import build_spark
-from spark_fast.reporting.reconstructions import LINE, MEAN, NOTE, STD, TITLES, reconstruction_grid, save_png, titled
+from spark_fast.errors import SettingsError
+from spark_fast.reporting.reconstructions import (
+    LINE,
+    MEAN,
+    NOTE,
+    STD,
+    TITLES,
+    check_picture_channels,
+    reconstruction_grid,
+    save_png,
+    titled,
+)
 
 PAD = 4
 
@@ -58,6 +69,43 @@ def test_the_masks_depend_on_the_seed_alone(model, pixels):
     torch.rand(5)
     assert torch.equal(first, reconstruction_grid(model, images, seed=3))
     assert not torch.equal(first, reconstruction_grid(model, images, seed=4))
+
+
+def test_other_channels_are_shown_where_asked_for_and_one_as_grey(model, pixels):
+    images = normalised(pixels)
+    whole = reconstruction_grid(model, images, seed=3)
+    assert torch.equal(reconstruction_grid(model, images, seed=3, channels=(2, 1, 0)), whole.flip(0))
+    assert torch.equal(reconstruction_grid(model, images, seed=3, channels=(1,)), whole[1:2].expand(3, -1, -1))
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, [0, 0, 0]), (2, [0, 0, 0]), (5, [0, 1, 2])])
+def test_images_of_other_than_three_channels_are_shown_in_the_range_that_they_use(channels, shown):
+    torch.manual_seed(0)
+    model = build_spark(
+        "test_resnet", input_size=(64, 96), mask_ratio=0.5, decoder_width=32, in_chans=channels, check=False
+    )
+    image = torch.rand(2, channels, 64, 96, generator=torch.Generator().manual_seed(0))
+    dark = image * 1e-3 - 7
+    grid = reconstruction_grid(model, dark, seed=3)
+    expected = ((image[1] - 0.01) / 0.98).clamp(0, 1)[shown]
+    torch.testing.assert_close(cut(grid, 1, 0) / 255, expected, atol=0.01, rtol=0)
+    last = reconstruction_grid(model, dark, seed=3, channels=(channels - 1,))
+    assert torch.equal(last, grid) == (channels == 1)
+
+
+@pytest.mark.parametrize(
+    ("channels", "in_chans", "message"),
+    [
+        ((0, 1), 3, "--picture_channels must be one or three of the channels 0 to 2, got 0 1$"),
+        ((0, 1, 4), 4, "channels 0 to 3, got 0 1 4"),
+        ((-1,), 4, "channels 0 to 3, got -1"),
+    ],
+)
+def test_channels_that_cannot_be_shown_are_refused(channels, in_chans, message):
+    with pytest.raises(SettingsError, match=message):
+        check_picture_channels(channels, in_chans)
+    for good in ((), (0,), (2, 1, 0), (0, 0, 0)):
+        check_picture_channels(good, 3)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -11,6 +11,7 @@ from torch import nn
 
 from spark_fast.pipelines import Batch
 from spark_fast.pipelines.base import BadImageCounts
+from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.run.distributed import Ranks
 from spark_fast.training.run_state import Position, RunState
 
@@ -25,6 +26,7 @@ class Numbers:
     num_classes: int = 0
     classes: list[str] = field(default_factory=list)
     bad_images: BadImageCounts = field(default_factory=BadImageCounts)
+    statistics: Statistics | None = None
     opened: list[tuple[int, int]] = field(default_factory=list)
 
     def __len__(self) -> int:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import spark_fast
-from spark_fast.errors import DataError, SettingsError
+from spark_fast.checkpoint.file import read
+from spark_fast.errors import DataError, MisfitError, SettingsError
 from tests.commands import as_it_was
 
 TINY = {"model": "resnet10t", "input_size": 64, "mask_ratio": 0.5, "decoder_width": 32, "pipeline": "synthetic",
@@ -107,3 +108,38 @@ def test_the_result_of_a_step_depends_on_seed_step_and_rank_alone(few, tmp_path)
     torch.manual_seed(456)
     b = spark_fast.pretrain(**few, exp_dir=tmp_path / "b")
     assert a.metrics["loss"] == b.metrics["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [1, 12])
+def test_images_of_any_number_of_channels_are_trained_on_and_resumed_with_the_same_bits(few, tmp_path, channels):
+    settings = {
+        **few,
+        "model": "test_resnet",
+        "in_chans": channels,
+        "verify": "never",
+        "picture_every": 1,
+        "log_every": 1,
+    }
+    whole = spark_fast.pretrain(**settings | {"max_steps": 4}, exp_dir=tmp_path / "whole")
+    for _ in range(2):
+        parts = spark_fast.pretrain(**settings | {"max_steps": 2}, exp_dir=tmp_path / "parts", resume="auto")
+    assert parts.metrics["step"] == whole.metrics["step"] == 4
+    a, b = (read(tmp_path / name / "ckpt-last.pth")["model"] for name in ("whole", "parts"))
+    assert a["encoder.network.conv1.0.weight"].shape[1] == channels
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    with pytest.raises(MisfitError, match=f"in_chans was {channels}, is 3"):
+        spark_fast.pretrain(**settings | {"in_chans": 3}, exp_dir=tmp_path / "parts", resume="auto")
+
+    again = settings | {"in_chans": 5, "init_weight": str(tmp_path / "whole"), "max_steps": 1}
+    with pytest.raises(MisfitError, match=rf"These are for images of {channels} channels? \(--in_chans {channels}\)"):
+        spark_fast.pretrain(**again, exp_dir=tmp_path / "again")
+
+
+def test_a_dry_run_tells_the_channels(few, tmp_path, capsys):
+    spark_fast.pretrain(
+        **{**few, "model": "test_resnet"}, in_chans=12, verify="never", dry_run=True, exp_dir=tmp_path / "a"
+    )
+    told = capsys.readouterr().out
+    assert "4 a step, of 12 channels" in told
+    assert "dry run: nothing was written" in told

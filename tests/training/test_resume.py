@@ -87,7 +87,7 @@ OTHER = {
     "input_size": "64", "model": "resnet18", "encoder": "masked", "optimizer": "sgd", "pipeline": "dali",
     "verify": "never", "ffcv_resize": "area", "device": "cpu", "precision": "bf16",
     "crop_scale": (0.3, 1.0), "scale": "none", "mean": (1.0, 2.0, 3.0), "std": (1.0, 2.0, 3.0),
-    "mask_ratio": 0.7, "drop_path": 0.3, "beta2": 0.5, "warmup_epochs": 7,
+    "picture_channels": (0,), "mask_ratio": 0.7, "drop_path": 0.3, "beta2": 0.5, "warmup_epochs": 7,
 }  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def test_other_versions_are_told_and_go_on(caplog):
 
 MATTERS = {
     "crop_scale", "hflip", "vflip", "rot90", "scale", "mean", "std", "channels_first", "npz_key",
-    "ffcv_resize", "input_size", "min_crop", "batch_size", "method", "masks_per_image", "decoder_depth",
+    "ffcv_resize", "input_size", "in_chans", "min_crop", "batch_size", "method", "masks_per_image", "decoder_depth",
     "model", "stages", "mask_ratio", "drop_path", "decoder_width", "epochs",
     "warmup_epochs", "base_lr", "optimizer", "beta2", "weight_decay", "weight_decay_end", "clip", "seed",
 }  # fmt: skip
@@ -169,3 +169,11 @@ def test_as_many_other_images_are_another_run_where_it_is_known():
     before = saved()
     del before["listing"]  # a checkpoint written before it was kept
     check_same_run(Path("x.pth"), before, settings(), DATA)
+
+
+def test_images_of_another_number_of_channels_are_named_and_what_older_versions_wrote_had_three():
+    state = saved()
+    del state["settings"]["data"]["in_chans"]
+    check_same_run(Path("x.pth"), state, settings(), DATA)
+    with pytest.raises(CheckpointError, match=r"in_chans was 3, is 4\. Give"):
+        check_same_run(Path("x.pth"), state, settings("--in_chans=4"), DATA)

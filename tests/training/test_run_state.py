@@ -7,6 +7,8 @@ import torch
 
 from spark_fast.checkpoint.file import read_run, write
 from spark_fast.errors import CheckpointError
+from spark_fast.pipelines.transforms.bands.statistics import Statistics
+from spark_fast.training.pretrain import kept_statistics
 from spark_fast.training.run_state import Position
 
 
@@ -35,6 +37,17 @@ def test_gathered_written_read_and_restored_a_run_goes_on_to_the_same_bits(make_
     assert (second.position.step, second.position.begun, second.position.loss) == (2, 2, 0.5)
     advance(second, 3)
     assert torch.equal(second.model.weight, unbroken.model.weight)
+
+
+def test_the_statistics_of_the_images_go_into_the_checkpoint_and_out_of_the_newest_whole_one(make_state, tmp_path):
+    known = Statistics("percentile", "uint16", (0.5,), (0.25,), (3.0,), (60000.0,))
+    state = make_state()
+    assert "statistics" not in state.gather(keep=True)  # photographs have none
+    state.data.statistics = known
+    write(tmp_path / "c.pth", state.gather(keep=True))
+    (tmp_path / "newer.pth").write_bytes(b"broken")
+    assert kept_statistics([tmp_path / "newer.pth", tmp_path / "c.pth"]) == known
+    assert kept_statistics([]) is None
 
 
 def test_what_is_gathered_does_not_change_with_the_next_step(make_state):

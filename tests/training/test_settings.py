@@ -13,7 +13,7 @@ NAMED = ["name", "--data_path=images"]
 # The whole surface. A new option belongs here, in the README and in the CHANGELOG.
 FLAGS = """
 config print_config help
-data_path pipeline ffcv_resize decode augment input_size batch_size bs
+data_path pipeline ffcv_resize decode augment input_size in_chans batch_size bs
 workers dataloader_workers prefetch max_bad_fraction max_pixels min_crop crop_scale
 hflip no_hflip vflip no_vflip rot90 no_rot90
 scale mean std channels_first no_channels_first npz_key method masks_per_image decoder_depth
@@ -22,7 +22,7 @@ epochs ep warmup_epochs wp_ep base_lr optimizer opt beta2 ada weight_decay wd we
 allreduce zero no_zero max_bad_steps timeout
 exp_name experiment_name exp_dir resume resume_from seed device precision compile cuda_graph no_cuda_graph
 sync_batchnorm no_sync_batchnorm sbn no_sbn threads log_every save_every keep_last keep_every picture_every max_steps
-wandb dry_run no_dry_run profile no_profile
+picture_channels wandb dry_run no_dry_run profile no_profile
 """
 
 
@@ -458,3 +458,27 @@ def test_both_spellings_of_the_same_crops_have_one_meaning():
 def test_how_images_are_scaled_and_turned_is_a_setting():
     data = parse([*NAMED, "--scale=percentile", "--mean", "0.5", "-1.5", "--no_hflip", "--rot90", "--vflip=1"]).data
     assert (data.scale, data.mean, data.hflip, data.rot90, data.vflip) == ("percentile", (0.5, -1.5), False, True, True)
+
+
+def test_channels_are_given_by_flags_and_by_a_file(tmp_path):
+    found = parse([*NAMED, "--in_chans", "12", "--picture_channels", "3", "2", "1", "--ep=3"])
+    assert (found.in_chans, found.run.picture_channels, found.optim.epochs) == (12, (3, 2, 1), 3)
+    (tmp_path / "a.toml").write_text(found.to_toml())
+    assert parse([f"--config={tmp_path / 'a.toml'}"]) == found
+    assert (parse(NAMED).in_chans, parse(NAMED).run.picture_channels) == (3, ())
+    assert Settings.from_names(in_chans=5, picture_channels=[4], exp_name="a", data_path="b").run.picture_channels == (
+        4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--in_chans=0"], "--in_chans must be positive, got 0"),
+        (["--picture_channels", "0", "1"], "--picture_channels must be one or three of the channels 0 to 2, got 0 1"),
+        (["--in_chans=2", "--picture_channels", "2"], "of the channels 0 to 1, got 2"),
+    ],
+)
+def test_channels_that_there_are_not_are_refused(words, message):
+    with pytest.raises(SettingsError, match=message):
+        parse([*NAMED, *words])

@@ -1,5 +1,8 @@
 """Nothing is written that would not load as it should; networks that are unusual, or only in part, are exported too."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -14,12 +17,13 @@ from spark_fast.weights.load_pretrained import load_pretrained
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def saved(folder, network, *, stages=None, change=None):
+def saved(folder, network, *, stages=None, change=None, in_chans=3):
     """A checkpoint of ours."""
     settings = Settings()
     settings.data.input_size, settings.model.decoder_width = "64", 32
-    settings.model.model, settings.model.stages = network, stages or 0
-    model = build_spark(network, input_size=64, mask_ratio=0.6, decoder_width=32, stages=stages, check=False)
+    settings.model.model, settings.model.stages, settings.data.in_chans = network, stages or 0, in_chans
+    options = {"input_size": 64, "mask_ratio": 0.6, "decoder_width": 32}
+    model = build_spark(network, **options, stages=stages, in_chans=in_chans, check=False)
     state = model.state_dict()
     if change:
         state[change].view(-1)[0] = torch.nan
@@ -103,3 +107,50 @@ def test_what_loads_as_something_else_is_refused(tmp_path, loaded):
     made = ExportFormat({"a": torch.zeros(2)}, [], (".pth",), lambda path: loaded, "")
     with pytest.raises(CheckpointError, match="would load with other values, so it is not written"):
         _check_loads(made, tmp_path / "a.pth", tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("channels", [12, pytest.param(1, marks=pytest.mark.slow)])
+def test_weights_for_other_channels_leave_for_them_and_come_back(tmp_path, channels):
+    path, state = saved(tmp_path, "test_resnet", in_chans=channels)
+    source = load_pretrained(path)
+    first = state["encoder.network.conv1.0.weight"]
+    usage = export(source, "timm", tmp_path / "a.safetensors").usage
+    assert f'timm.create_model("test_resnet", in_chans={channels}, num_classes=0, ' in usage
+    network = timm.create_model("test_resnet", in_chans=channels, num_classes=0)
+    network.load_state_dict(load_file(tmp_path / "a.safetensors"), strict=True)
+    assert torch.equal(network.conv1[0].weight, first)
+    again = load_pretrained(tmp_path / "a.safetensors")
+    assert again.spec.in_chans == channels
+    assert torch.equal(again.model.encoder.network.conv1[0].weight, first)
+
+    export(source, "hf_folder", tmp_path / "folder")
+    network = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True)
+    assert torch.equal(network.conv1[0].weight, first)
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert config["pretrained_cfg"]["input_size"] == [channels, 64, 64]
+    assert config["model_args"] == {"in_chans": channels}
+    assert "mean" not in config["pretrained_cfg"]
+
+    usage = export(source, "spark", tmp_path / "spark.pth").usage
+    assert f"no images of {channels} channel" in usage
+    again = load_pretrained(tmp_path / "spark.pth", "test_resnet")
+    assert again.spec.in_chans == channels
+    assert all(torch.equal(v, state[k]) for k, v in again.model.state_dict().items())
+
+    export(source, "safetensors", tmp_path / "b.safetensors")
+    assert torch.equal(load_file(tmp_path / "b.safetensors")["conv1.0.weight"], first)
+
+
+def test_torchvision_has_networks_for_three_channels_alone(tmp_path):
+    path, _ = saved(tmp_path, "resnet18", in_chans=4)
+    with pytest.raises(SettingsError, match="images of 3 channels, and these weights are for 4: choose --to timm"):
+        export(load_pretrained(path), "torchvision", tmp_path / "a.pth")
+
+
+def test_the_statistics_of_the_images_are_exported_where_they_are_known(tmp_path):
+    path, _ = saved(tmp_path, "test_resnet", in_chans=2)
+    source = load_pretrained(path)
+    source = replace(source, spec=replace(source.spec, mean=(0.1, 0.2), std=(0.3, 0.4)))
+    export(source, "hf_folder", tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert (config["pretrained_cfg"]["mean"], config["pretrained_cfg"]["std"]) == ([0.1, 0.2], [0.3, 0.4])

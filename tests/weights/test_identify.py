@@ -5,7 +5,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from spark_fast.weights.identify import RECOGNISED, named_network, recognise
+from spark_fast.weights.identify import RECOGNISED, image_channels, named_network, recognise, recognise_beneath
+from spark_fast.weights.named_tensors import flatten, read_state
 
 
 @pytest.mark.parametrize("name", RECOGNISED)
@@ -46,3 +47,15 @@ def test_a_checkpoint_names_its_network(tmp_path, content, expected):
 def test_safetensors_name_theirs_in_the_metadata(tmp_path, name):
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", {"architecture": name})
     assert named_network(tmp_path / "a.safetensors", {}, {}) == (name if name == "resnet18" else "")
+
+
+@pytest.mark.parametrize("channels", [1, 3, 12])
+def test_a_network_is_recognised_and_its_channels_told_by_its_tensors(channels):
+    with torch.device("meta"):
+        state = timm.create_model("resnet18", in_chans=channels).state_dict()
+    assert recognise(state) == "resnet18"
+    assert image_channels("resnet18", read_state(state), {}) == channels
+    assert image_channels("mine:build", read_state(state), {}) == 3
+    beneath = flatten({"a": {"model": state}, "b": {"other": torch.zeros(1)}})
+    assert recognise_beneath(beneath) == "resnet18"
+    assert image_channels("resnet18", read_state({"x": torch.zeros(1)}), beneath) == channels

@@ -250,3 +250,69 @@ def test_only_what_may_begin_anew_may_be_missing_or_of_another_shape(tmp_path, c
     assert torch.equal(target.fc.weight, before)
     assert torch.equal(target.layer4[0].conv1.weight, source.layer4[0].conv1.weight)
     assert "these begin anew: fc.bias, fc.weight" in caplog.text
+
+
+def three_channels(folder, name="test_resnet"):
+    """A file of timm's network, whole, and its state."""
+    torch.manual_seed(0)
+    state = timm.create_model(name).state_dict()
+    safetensors.torch.save_file(state, folder / f"{name}.safetensors", {"format": "pt"})
+    return folder / f"{name}.safetensors", state
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 12])
+def test_a_first_layer_of_three_channels_is_adapted_as_timm_does_it_and_that_is_said(tmp_path, caplog, channels):
+    path, state = three_channels(tmp_path)
+    overlay = {"file": str(path)}
+    theirs = timm.create_model("test_resnet", pretrained=True, pretrained_cfg_overlay=overlay, in_chans=channels)
+    model = build_spark("test_resnet", input_size=64, decoder_width=32, in_chans=channels, check=False)
+    with caplog.at_level("INFO", "spark_fast"):
+        load_weights(path, model)
+    ours = model.encoder.network.state_dict()
+    assert ours.keys() <= theirs.state_dict().keys()
+    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.items())
+    assert not torch.equal(ours["conv1.0.weight"][:, :1], state["conv1.0.weight"][:, :1])
+    assert f"conv1.0.weight is of three channels and was adapted to {channels}: " in caplog.text
+    network = timm.create_model("test_resnet", features_only=True, in_chans=channels)
+    with pytest.raises(CheckpointError, match=r"These are for images of 3 channels \(--in_chans 3\)"):
+        load_into_network(read_weights(path), network, set())
+    load_into_network(read_weights(path), network, set(), in_chans=channels)
+    assert torch.equal(network.state_dict()["conv1.0.weight"], ours["conv1.0.weight"])
+
+
+def test_of_a_model_with_a_decoder_for_three_channels_the_encoder_alone_is_taken(tmp_path, caplog):
+    options = {"input_size": 64, "decoder_width": 32, "check": False}
+    source, target = (build_spark("test_resnet", **options, in_chans=n) for n in (3, 4))
+    torch.save({"model": source.state_dict()}, tmp_path / "a.pth")
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with caplog.at_level("INFO", "spark_fast"):
+        load_weights(tmp_path / "a.pth", target)
+    for name, value in target.state_dict().items():
+        if name != "encoder.network.conv1.0.weight":
+            assert torch.equal(value, (source.state_dict() if name.startswith("encoder.") else before)[name]), name
+    assert "conv1.0.weight is of three channels and was adapted to 4: repeated, and scaled by 3 / 4" in caplog.text
+    assert "the encoder is loaded, the decoder begins anew" in caplog.text
+    torch.save({"model": {**source.state_dict(), "encoder.network.layer9.weight": torch.zeros(2)}}, tmp_path / "b.pth")
+    with pytest.raises(CheckpointError, match=r"not in this model: encoder\.network\.layer9\.weight"):
+        load_weights(tmp_path / "b.pth", target)
+
+
+@pytest.mark.parametrize(("there", "here"), [(12, 3), (4, 12), (1, 3)])
+def test_weights_for_other_than_three_channels_are_refused_with_their_number(tmp_path, there, here):
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet", in_chans=there).state_dict(), tmp_path / "a.pth")
+    model = build_spark("test_resnet", input_size=64, decoder_width=32, in_chans=here, check=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    message = rf"These are for images of {there} channels? \(--in_chans {there}\)\. wrong shape: .*conv1\.0\.weight is"
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(tmp_path / "a.pth", model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("spoilt", [torch.Tensor.to_sparse, torch.Tensor.int])
+def test_a_first_layer_of_three_channels_that_is_no_dense_tensor_of_fractions_is_refused(tmp_path, spoilt):
+    state = timm.create_model("test_resnet").state_dict()
+    torch.save({**state, "conv1.0.weight": spoilt(state["conv1.0.weight"])}, tmp_path / "a.pth")
+    model = build_spark("test_resnet", input_size=64, decoder_width=32, in_chans=4, check=False)
+    with pytest.raises(CheckpointError, match=r"wrong shape: .*conv1\.0\.weight is \(16, 3, 3, 3\)"):
+        load_weights(tmp_path / "a.pth", model)

@@ -1,6 +1,7 @@
 """The card says what is known, and only that."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -49,3 +50,22 @@ def test_the_curve_ends_where_the_weights_are_from_and_leaves_out_what_is_no_num
     kept = ["| step, epoch | 61, 30 of 1600 |", "| loss | 0.2500 |", "| commit | abc |", "| command | `train a` |"]
     assert [part for part in (*kept, "| trained with | torch 2.15 |", "50% of them hidden") if part not in card] == []
     assert card.startswith("---\nlibrary_name: timm")
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (ModelSpec("resnet18", (64, 64), 0.5), "input 64x64 px, normalised by ImageNet's mean and deviation."),
+        (
+            ModelSpec("resnet18", (64, 64), 0.5, in_chans=1),
+            "64x64 px of 1 channel, normalised by a mean and a deviation",
+        ),
+        (
+            ModelSpec("resnet18", (64, 64), 0.5, in_chans=2, mean=(0.1, 0.25), std=(0.5, 1.0)),
+            "input 64x64 px of 2 channels, normalised by the mean 0.1, 0.25 and the deviation 0.5, 1.",
+        ),
+    ],
+)
+def test_the_channels_of_the_images_and_their_normalisation_are_told(model, tmp_path, spec, said):
+    source = replace(pretrained(model, tmp_path, RunRecord(1, 1, 0.5, {})), spec=spec)
+    assert said in model_card(source, "timm", [], "import timm")

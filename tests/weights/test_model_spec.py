@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from spark_fast.errors import CheckpointError
+from spark_fast.pipelines.transforms.resize import MEAN, STD
 from spark_fast.training.settings import Settings
 from spark_fast.weights.load_pretrained import load_pretrained
 from spark_fast.weights.model_spec import KNOWN, ModelSpec
@@ -55,3 +56,15 @@ def test_the_model_is_built_as_it_is_specified():
     assert (model.input_size, model.patch, model.grid, model.num_visible) == ((64, 128), 8, (8, 16), 64)
     assert type(model.encoder).__name__ == "MaskedEncoder"
     assert model.densify_projs[0].weight.shape[0] == 32
+
+
+@pytest.mark.parametrize("method", ["spark", "fcmae"])
+def test_the_channels_of_the_images_are_those_of_the_run(method):
+    settings = Settings.of_method(method)
+    settings.model.model, settings.data.in_chans, settings.data.input_size = "test_resnet", 12, "64"
+    spec = ModelSpec.from_settings(settings.to_dict())
+    assert spec.in_chans == 12
+    model = spec.build()
+    assert model.in_chans == 12
+    assert spec.mean_and_std == ((), ())
+    assert dataclasses.replace(spec, in_chans=3).mean_and_std == (MEAN, STD)

@@ -49,8 +49,12 @@ class BandAugment(DeviceAugment):
 
     def __call__(self, cells: Tensor, crops: Tensor) -> Tensor:
         """(B, *cell, C) of the batch's numbers and (B, 3) int64 as `put` returned them, both on the device."""
-        if cells.is_floating_point():  # beside a crop lies what was in the memory before, and 0 * NaN is NaN
-            cells = cells.nan_to_num(0, 0, 0)
+        if cells.is_floating_point():  # beside a crop lies what was in the memory before: 0 * NaN is NaN
+            down, across = (
+                torch.arange(side, device=cells.device) < crops[:, i, None]  # (B, rows), (B, columns)
+                for i, side in enumerate(cells.shape[1:3])
+            )
+            cells = torch.where((down[:, :, None] & across[:, None])[..., None], cells, 0.0)
         return self._normalise(self._resized(cells, crops).permute(0, 2, 3, 1))  # (B, C, H, W) -> (B, H, W, C)
 
     def _cut(self, image: NDArray, box: Box, turn: int, out: Tensor) -> None:

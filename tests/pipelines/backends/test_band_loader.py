@@ -18,9 +18,10 @@ from spark_fast.pipelines.build import measure_statistics
 from spark_fast.pipelines.sampler import uniform
 from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.listing.image_names import BAND_EXTENSIONS
-from spark_fast.pipelines.transforms.bands.scaling import scaled
+from spark_fast.pipelines.transforms.bands.band_augment import BandAugment
+from spark_fast.pipelines.transforms.bands.scaling import BandNormalise, scaled
 from spark_fast.pipelines.transforms.bands.statistics import Statistics
-from spark_fast.pipelines.transforms.crops import ALL_DRAWS, DRAWS, Augmentation, Turn
+from spark_fast.pipelines.transforms.crops import ALL_DRAWS, DRAWS, Augmentation, Box, Turn
 from tests.pipelines.bands import bands, dicom_of, npy_of, npz_of, png_of, tiff_of
 from tests.pipelines.building import build
 from tests.pipelines.pictures import jpeg
@@ -144,6 +145,20 @@ def test_workers_ranks_and_a_resume_change_nothing(tmp_path, kind):
     ]
     assert same(both, whole)
     assert not same(batches(root, kind, epoch=2, **turns), whole)
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 3e38])
+def test_what_was_in_the_memory_beside_a_crop_is_not_seen(garbage):
+    known = Statistics("none", "float32", (0.0, 0.0), (1.0, 1.0), (0.0, 0.0), (1.0, 1.0))
+    normalise = BandNormalise(known, 8, torch.device("cpu"), torch.float32)
+    augment = BandAugment((8, 8), torch.device("cpu"), torch.float32, normalise)
+    images = []
+    for value in (garbage, 0.0):
+        cells = torch.full((1, *augment.cell, 2), value)
+        crop = augment.put(bands(1, 12, 10, 2, "float32"), Box(0, 0, 12, 10), 0, cells[0])
+        images.append(augment(cells, torch.tensor([crop])))
+    assert images[0].isfinite().all()
+    assert torch.equal(*images)
 
 
 def test_every_turn_is_drawn_and_the_draws_of_crops_and_flips_stay_where_they_were():

@@ -31,6 +31,16 @@ def test_the_synthetic_pipeline_keeps_the_contract():
         pipeline.epoch(0, 7)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 12])
+def test_synthetic_images_have_as_many_channels_as_asked_each_its_own(channels):
+    images = synthetic(in_chans=channels)[0].images
+    assert images.shape == (8, channels, 32, 64)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert images.mean().abs() < 0.2
+    assert 0.7 < images.std() < 1.3
+    assert len(images.mean((0, 2, 3)).unique()) == channels
+
+
 def test_synthetic_ranks_share_the_batches_of_one():
     whole = synthetic()
     ranks = [synthetic(rank=rank, world_size=2) for rank in range(2)]

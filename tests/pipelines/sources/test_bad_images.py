@@ -96,9 +96,11 @@ def test_what_the_images_lose_is_told_once_at_the_end_of_the_first_epoch(tmp_pat
         so_far = "of the 60 images read so far are"
         assert told(caplog) == [
             f"{deep} {so_far} 16-bit grey (I;16); only their upper 8 bits are read, {dark} of them"
-            " are darker than level 16 of 255: rescale them first, see docs/your_own_data.md",
+            " are darker than level 16 of 255: rescale them first, or train with --in_chans 1, which reads them whole,"
+            " see docs/your_own_data.md",
             f"{bands} {so_far} RGB with a fourth band (RGBA); it is dropped as transparency: if it"
-            " holds data, such as near infrared, choose three bands first, see docs/your_own_data.md",
+            " holds data, such as near infrared, choose three bands first, or train with as many --in_chans as there"
+            " are, see docs/your_own_data.md",
         ]
         list(pipeline.epoch(1))
     assert len(told(caplog)) == 2

@@ -24,7 +24,8 @@ SIZE = (9, 12)
 GREY16 = np.random.default_rng(0).integers(0, 2**16, SIZE).astype(np.uint16)
 BANDS = np.random.default_rng(1).integers(0, 256, (*SIZE, 7)).astype(np.uint8)
 BANDS16 = np.random.default_rng(2).integers(0, 2**16, (*SIZE, 7)).astype(np.uint16)
-GREY = ("16-bit grey (I;16)", "only their upper 8 bits are read", "rescale them first")
+WHOLE = "rescale them first, or train with --in_chans 1, which reads them whole"
+GREY = ("16-bit grey (I;16)", "only their upper 8 bits are read", WHOLE)
 
 
 def grey(values: np.ndarray) -> np.ndarray:

@@ -66,3 +66,11 @@ def test_normalise_agrees_with_torchvision(dtype):
     assert images.is_contiguous(memory_format=torch.channels_last)
     rounding = {torch.bfloat16: 0.01, torch.float16: 0.002}.get(dtype, 1e-6)
     torch.testing.assert_close(images.float(), expected, atol=rounding, rtol=0)
+
+
+def test_normalise_takes_a_mean_and_a_deviation_for_each_of_any_number_of_channels():
+    pixels = torch.randint(0, 256, (2, 8, 6, 4), dtype=torch.uint8)
+    mean, std = (0.1, 0.2, 0.3, 0.4), (0.5, 0.25, 0.125, 1.0)
+    images = Normalise(6, torch.device("cpu"), torch.float32, mean, std)(pixels)
+    expected = torch.stack([normalize(to_tensor(p.numpy()), mean, std) for p in pixels])
+    torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)
