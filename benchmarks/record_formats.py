@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-KINDS = ((1, "uint8"), (4, "uint8"), (12, "uint8"), (1, "uint16"), (4, "uint16"), (12, "uint16"))
-KINDS += ((1, "float32"), (4, "float32"), (12, "float32"))
+KINDS = [(1, "uint8"), (4, "uint8"), (12, "uint8"), (1, "uint16"), (4, "uint16"), (12, "uint16")]
+KINDS += [(1, "float32"), (4, "float32"), (12, "float32")]
 
 
 @dataclass

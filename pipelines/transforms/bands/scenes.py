@@ -54,7 +54,7 @@ def open_scene(path: Path, expected: Expected) -> Iterator[Scene]:
     Raises ImageError where it is damaged, of other channels, or of a kind of which no window can be read; OSError;
     SettingsError where the library that reads it is not installed.
     """
-    with open(path, "rb", opener=_at_once) as opened:  # noqa: PTH123  # pathlib's takes no opener
+    with open(path, "rb", opener=_at_once) as opened:  # pathlib's takes no opener
         if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
             raise ImageError("it is a pipe or device, no plain file")
         try:

@@ -255,7 +255,7 @@ def test_bad_files_are_named_and_left_out_and_the_rest_keeps_its_place(tmp_path)
 
 
 def test_a_folder_of_nothing_readable_is_no_conversion(tmp_path):
-    with pytest.raises(DataError, match="none of the 13 images of .* is readable; the first: .*5 channels"):
+    with pytest.raises(DataError, match=r"none of the 13 images of .* is readable; the first: .*5 channels"):
         convert(tiffs(tmp_path / "src"), tmp_path / "out", settings(4))
 
 
@@ -280,7 +280,7 @@ def test_verify_and_training_find_damage_in_a_record(tmp_path, what):
     assert faults
     assert all("shard-000001" in fault for fault in faults)
     if what != "image":
-        with pytest.raises(DataError, match="shard-000001.tar"):
+        with pytest.raises(DataError, match=r"shard-000001.tar"):
             build_pipeline(tmp_path / "out", LoaderOptions(4, input_size=32, in_chans=5))
         return
     pipeline = build_pipeline(

@@ -15,7 +15,7 @@ from spark_fast.errors import DataError, ImageError, SettingsError
 from spark_fast.pipelines import LoaderOptions, build_pipeline
 from spark_fast.pipelines.convert.band_records import BandRecords
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
-from spark_fast.pipelines.convert.tiles import Tiling, TileSource
+from spark_fast.pipelines.convert.tiles import TileSource, Tiling
 from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.detect import detect_source, images_to_convert
 from spark_fast.pipelines.sources.folder import folder_source
@@ -144,7 +144,7 @@ def test_bad_scenes_and_bad_tiles_are_named_and_left_out(tmp_path):
 
 def test_scenes_of_which_none_is_readable_are_no_conversion(tmp_path):
     scenes(tmp_path / "src")
-    with pytest.raises(DataError, match="none of the 3 images of .* is readable"):
+    with pytest.raises(DataError, match=r"none of the 3 images of .* is readable"):
         convert(tmp_path / "src", tmp_path / "out", settings(4))
 
 
