@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import threading
 import zipfile
 from typing import IO, NamedTuple
 
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 
 from spark_fast.errors import ImageError
 from spark_fast.pipelines.transforms.bands.expected import Expected, Stored
+
+_PARSING = threading.Lock()  # NumPy parses a header by `ast`, whose count of its depth several threads would share
 
 NPY, NPZ = npy.MAGIC_PREFIX, b"PK\x03\x04"  # how the files begin
 
@@ -56,7 +59,8 @@ def npy_of(pixels: NDArray) -> bytes:
 def checked_header(file: IO[bytes], expected: Expected) -> Header:
     """The header of an array that is as expected; the file is left where the numbers begin."""
     version = npy.read_magic(file)
-    header = Header(*(npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(file))
+    with _PARSING:
+        header = Header(*(npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(file))
     if header.dtype.hasobject:
         raise ImageError("an array of pickled Python objects, which are never loaded")
     if len(header.shape) not in (2, 3):

@@ -16,6 +16,7 @@ import simplejpeg
 from PIL import Image
 
 from spark_fast.errors import ImageError, SettingsError
+from spark_fast.pipelines.transforms.bands import arrays
 from spark_fast.pipelines.transforms.bands.decode_bands import decode_bands
 from spark_fast.pipelines.transforms.bands.expected import Expected
 from spark_fast.pipelines.transforms.pillow_pixels import Loss
@@ -45,6 +46,20 @@ def test_arrays_are_read_as_they_were_written(channels, dtype):
     assert same(decoded(npy_of(first), channels, channels_first=True), pixels)
     assert same(decoded(npz_of(image=pixels), channels), pixels)
     assert same(decoded(npz_of(a=pixels, b=first), channels, npz_key="a"), pixels)
+
+
+def test_one_thread_at_a_time_parses_an_arrays_header(monkeypatch):
+    """Else a sound file is now and then refused (CPython 3.11): "AST constructor recursion depth mismatch"."""
+    held, parse = [], arrays.npy.read_array_header_1_0
+
+    def watched(file):
+        held.append(arrays._PARSING.locked())
+        return parse(file)
+
+    monkeypatch.setattr(arrays.npy, "read_array_header_1_0", watched)
+    decoded(npy_of(bands(1)), 5)
+    decoded(npz_of(a=bands(1)), 5)
+    assert held == [True, True]
 
 
 def test_an_array_of_two_axes_is_one_channel():
