@@ -158,13 +158,16 @@ def test_training_on_shards_is_training_on_the_folder(tmp_path):
         assert torch.equal(a, b)
 
 
-def test_the_trainer_normalises_by_the_manifests_statistics_unless_told_otherwise(tmp_path):
-    root = tiffs(tmp_path / "src")
+def test_the_trainer_normalises_by_the_manifests_statistics_unless_told_otherwise(tmp_path, caplog):
+    caplog.set_level("INFO")
+    root = tiffs(tmp_path / "src", 6)
     ((_, manifest),) = convert(root, tmp_path / "out", settings())
     for scale in ("dtype", "percentile", "none"):
         pipeline = build_pipeline(tmp_path / "out", LoaderOptions(4, input_size=32, in_chans=5, scaling=scale))
         assert pipeline.statistics.to_dict() == manifest.statistics[scale]
         pipeline.close()
+        assert f"the statistics are those of the conversion, --scale {scale}" in caplog.text
+    assert "measured on" not in caplog.text
     asked = LoaderOptions(4, input_size=32, in_chans=5, scaling="none", std=(1.0,) * 5)
     pipeline = build_pipeline(tmp_path / "out", asked)
     assert pipeline.statistics.std == asked.std
