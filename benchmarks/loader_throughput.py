@@ -1,7 +1,9 @@
 """Images per second of every way to feed a ConvNet from ImageNet's files, on one core and on all.
 
     python benchmarks/loader_throughput.py --data_path ../shared/data/imagenet_sample
+    python benchmarks/loader_throughput.py --data_path ../shared/data/imagenet_sample --bands --name loader_bands
 
+With `--bands`, images of 1 and 12 channels of 16 bits take their place, as many as the photographs: see `band_loaders`.
 Every candidate turns the same images into normalised fp32 batches, 224 px, from a warm cache, in a process of its own
 that is pinned to the cores it may use before anything is imported. They take turns; a figure is the median. The images
 are listed `--copies` times, so that starting an epoch counts for little. What is not installed is left out, and said.
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import band_loaders
 import torch
 import tyro
 from measuring import machine, medians, repeated, save, versions
@@ -47,6 +50,7 @@ LIBRARIES = (
     "nvidia-dali-cuda130",
     "spdl_io",
     "webdataset",
+    "tifffile",
 )  # that decode
 SIZE = 224
 SCALE = (0.67, 1.0)
@@ -64,6 +68,8 @@ class Options:
     repeats: int = 5
     """measurements of each figure"""
     cores: tuple[int, ...] = (1, 2)
+    bands: bool = False
+    """images of 1 and 12 channels of 16 bits, in place of photographs"""
     only: tuple[str, ...] = ()
     """candidates to measure; none: all"""
     work: Path | None = None
@@ -240,6 +246,12 @@ CANDIDATES = {
     "SPDL": Candidate(spdl, (*STORES, ORIGINALS), "spdl.io"),
     "webdataset, PIL": Candidate(webdataset, tuple(STORES), "webdataset"),
 }
+for _store, _channels in band_loaders.CHANNELS.items():
+    _both = (_store, f"{_store}, shards")
+    CANDIDATES[f"torch (ours), {_store}"] = Candidate(band_loaders.ours(_channels, SIZE, SCALE), _both, "tifffile")
+    CANDIDATES[f"DataLoader, tifffile, v2, {_store}"] = Candidate(
+        band_loaders.plain(_channels, SIZE, SCALE), (_store,), "tifffile"
+    )
 
 
 def exhaust(batches: Iterable[Any]) -> None:
@@ -296,19 +308,29 @@ class Pinned:
 
 
 def make_stores(options: Options, work: Path) -> dict[str, Path]:
-    """A folder with every original `copies` times, and its conversions."""
-    originals = work / "originals"
+    """A folder with every original `copies` times, and its conversions; or the same of images of 16 bits."""
+    originals, stores = work / "originals", {}
+    if options.bands:
+        images = options.copies * len(detect_source(options.data_path))
+        for name, channels in band_loaders.CHANNELS.items():
+            stores[name] = work / f"{channels}_channels"
+            band_loaders.write_files(stores[name], channels, images)
+            flags = ("--in_chans", str(channels), "--short_side", "0")
+            stores[f"{name}, shards"] = convert(stores[name], work / f"{channels}_channels_shards", flags)
+        return stores
     repeated(options.data_path, options.copies, originals)
-    stores = {ORIGINALS: originals}
+    what = ("--format", "both" if installed("ffcv") else "shards")
+    converted = {name: convert(originals, work / name.replace(" ", "_"), (*f, *what)) for name, f in STORES.items()}
+    return {**converted, ORIGINALS: originals}
+
+
+def convert(src: Path, dst: Path, flags: tuple[str, ...]) -> Path:
+    """Convert a folder, as a person does; returns the new one."""
     tool = Path(__file__).parents[1] / "tools" / "convert_imagenet.py"
-    for name, flags in STORES.items():
-        stores[name] = work / name.replace(" ", "_")
-        what = "both" if installed("ffcv") else "shards"
-        command = [sys.executable, str(tool), str(originals), str(stores[name]), *flags, "--format", what]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"converting to {name} failed:\n{done.stderr}")
-    return stores
+    done = subprocess.run([sys.executable, str(tool), str(src), str(dst), *flags], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"converting to {dst} failed:\n{done.stderr}")
+    return dst
 
 
 def measure(options: Options, stores: dict[str, Path], images: int) -> list[dict]:
@@ -317,7 +339,7 @@ def measure(options: Options, stores: dict[str, Path], images: int) -> list[dict
     chosen = {name: c for name, c in CANDIDATES.items() if not options.only or name in options.only}
     for name in [name for name, c in chosen.items() if not installed(c.needs)]:
         print(f"{name} is left out: {chosen.pop(name).needs} is not installed")
-    pairs = [(store, cores) for store in (*STORES, ORIGINALS) for cores in options.cores]
+    pairs = [(store, cores) for store in stores for cores in options.cores]
     for store, cores in track(pairs, "measuring"):
         taking_part = [name for name, c in chosen.items() if store in c.stores]
         running = {name: Pinned(name, stores[store], options.batch, cores) for name in taking_part}
@@ -359,7 +381,7 @@ def main(options: Options) -> None:
     """Make the stores, measure every candidate, print the table and keep the result."""
     with tempfile.TemporaryDirectory() as temporary:
         stores = make_stores(options, options.work or Path(temporary))
-        images = len(detect_source(stores[ORIGINALS]))
+        images = options.copies * len(detect_source(options.data_path))
         rows = measure(options, stores, images)
     show(rows)
     settings = {"images": images, "batch": options.batch, "repeats": options.repeats, "size": SIZE}

@@ -22,6 +22,7 @@ from spark_fast.pipelines.sources.beton import RAW, BetonSource, find_beton
 from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.folder import FileSource
 from spark_fast.pipelines.sources.listing.image_names import BAND_EXTENSIONS, IMAGE_EXTENSIONS
+from spark_fast.pipelines.sources.shards import ShardSource
 from spark_fast.pipelines.sources.source import Source
 from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.pipelines.transforms.decode import MEGAPIXEL
@@ -62,9 +63,15 @@ def _with_statistics(source: Source, options: LoaderOptions) -> LoaderOptions:
     """The options with statistics, measured if they have none, and none for photographs."""
     if options.photographs:
         return replace(options, statistics=None)
+    scale = "dtype" if options.scaling == "auto" else options.scaling
     statistics = options.statistics
+    if isinstance(source, ShardSource) and source.in_chans:
+        options = replace(
+            options, channels_first=False, npz_key=""
+        )  # a record is one (H, W, C), whatever the files were
+        if statistics is None and (statistics := source.statistics.get(scale)):
+            logger.info("%s: the statistics are those of the conversion, --scale %s", source.folder, scale)
     if statistics is None:
-        scale = "dtype" if options.scaling == "auto" else options.scaling
         statistics = measure(source, options.expected, scale, workers=options.workers)
     if len(statistics.mean) != options.in_chans:
         raise SettingsError(f"statistics of {len(statistics.mean)} channels do not fit in_chans {options.in_chans}")
@@ -90,9 +97,22 @@ def _source(data_path: str | Path | None, options: LoaderOptions) -> Source:
         return BetonSource(find_beton(data_path, options.view.split))
     endings = IMAGE_EXTENSIONS if options.photographs else BAND_EXTENSIONS
     source = detect_source(data_path, options.view.split, endings)
+    if isinstance(source, ShardSource):
+        _check_channels(source, options)
     if isinstance(source, FileSource):
         source.allow_pixels(options.max_pixels * MEGAPIXEL * (1 if options.photographs else options.in_chans))
     return source
+
+
+def _check_channels(source: ShardSource, options: LoaderOptions) -> None:
+    """Raise SettingsError where images that were stored losslessly are asked for as others."""
+    if source.in_chans and (options.photographs or options.in_chans != source.in_chans):
+        flags = f"--in_chans {source.in_chans}" + (
+            " --scale dtype, or percentile or none" if source.in_chans == 3 else ""
+        )
+        raise SettingsError(
+            f"{source.folder} holds images of {source.in_chans} channels, stored losslessly: take {flags}"
+        )
 
 
 def _backend(source: Source, options: LoaderOptions) -> type[Backend]:

@@ -19,12 +19,14 @@ from typing import NamedTuple
 
 from spark_fast.errors import DataError, SettingsError
 from spark_fast.files import PARTIAL, file_sha256
+from spark_fast.pipelines.convert.band_records import BandRecords
 from spark_fast.pipelines.convert.beton_writer import BetonSettings, mark, with_beton
 from spark_fast.pipelines.convert.conversion_parts import Part, PartManifest, write_part
 from spark_fast.pipelines.convert.output_dir import locked, storage
 from spark_fast.pipelines.convert.process_pool import run_jobs
 from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.convert.shard_job import ShardJob, write_job
+from spark_fast.pipelines.convert.stored_statistics import statistics_by_scale
 from spark_fast.pipelines.sampler import order
 from spark_fast.pipelines.sources.detect import TARS, images_to_convert
 from spark_fast.pipelines.sources.folder import FileSource
@@ -59,7 +61,7 @@ _OURS = re.compile(
 class ConvertSettings:
     """Everything that decides the bytes written."""
 
-    images: Reencode = field(default_factory=Reencode)
+    images: Reencode | BandRecords = field(default_factory=Reencode)
     images_per_shard: int = 0  # 0: 4096 (100 to 150 MB at short side 256), fewer for small data sets
     seed: int = 0
 
@@ -97,7 +99,7 @@ def convert(
     with storage(dst):
         return [
             (folder, _convert_split(images, folder, settings, workers, overwrite, beton, on_progress))
-            for images, folder in _splits(src, dst)
+            for images, folder in _splits(src, dst, settings.images.endings)
         ]
 
 
@@ -115,7 +117,7 @@ def convert_part(
     Returns the folders and what this part put there. Raises as `convert` does, and is restartable like it.
     """
     with storage(dst):
-        splits = _splits(src, dst)
+        splits = _splits(src, dst, settings.images.endings)
         names = [folder.name for _, folder in splits] if splits[0][1] != dst else []
         return [
             (folder, _convert_part(images, folder, settings, part, names, workers, on_progress))
@@ -130,7 +132,7 @@ class _Images(NamedTuple):
     split: str  # in a folder of tars of several: those whose names say so
 
 
-def _splits(src: Path, dst: Path) -> list[tuple[_Images, Path]]:
+def _splits(src: Path, dst: Path, endings: tuple[str, ...]) -> list[tuple[_Images, Path]]:
     """Pairs of a source and the folder its shards go to, which holds nothing but a conversion."""
     if not src.exists():
         raise DataError(f"{src} does not exist: give the folder of images, or the file list, to convert")
@@ -140,7 +142,7 @@ def _splits(src: Path, dst: Path) -> list[tuple[_Images, Path]]:
     tars = {split: src / tar for split, tar in TARS.items() if (src / tar).is_file()}
     found = {split: _Images(path, split) for split, path in tars.items()}
     if src.is_dir():
-        folders = find_splits(src)
+        folders = find_splits(src, endings)
         folders.log_left_out(src, list(folders.taken))
         found |= {split: _Images(path, split) for split, path in folders.taken.items()}  # before a tar: may have labels
         found = found or {split: _Images(src, split) for split in splits_of_tars(src)}
@@ -169,7 +171,7 @@ def _convert_split(
     beton: BetonSettings | None,
     on_progress: Callable[[Progress], None],
 ) -> Manifest:
-    source = _source(images, settings.images.max_pixels)
+    source = _source(images, settings)
     made_from = _made_from(source, settings)
     with locked(dst):
         if overwrite:
@@ -223,7 +225,7 @@ def _convert_part(
     workers: int,
     on_progress: Callable[[Progress], None],
 ) -> PartManifest:
-    source = _source(images, settings.images.max_pixels)
+    source = _source(images, settings)
     made_from = _made_from(source, settings)
     jobs = part.share(list(_jobs(source, dst, settings, made_from)))
     paths = [job.path for job in jobs]
@@ -243,9 +245,8 @@ def _convert_part(
         return written
 
 
-def _source(images: _Images, max_pixels: int) -> FileSource:
-    source = images_to_convert(images.path, images.split)
-    source.allow_pixels(max_pixels)
+def _source(images: _Images, settings: ConvertSettings) -> FileSource:
+    source = settings.images.samples(images_to_convert(images.path, images.split, settings.images.endings))
     if source.labels is None:
         logger.warning(
             "%s names no classes: its images are converted without labels (pre-training needs none). For labels"
@@ -348,6 +349,7 @@ def finish(dst: Path, paths: list[Path], root: Path | str, labelled: bool, class
         repaired=sorted((entry for report in reports for entry in report["repaired"]), key=lambda e: e["name"]),
         refused=sorted((entry for report in reports for entry in report["refused"]), key=lambda e: e["name"]),
         losses=[kind._asdict() for kind in losses],
+        statistics=statistics_by_scale([report.get("measured") or {} for report in full]),
     )
     write_manifest(dst, manifest)
     remove_leftovers(dst, {shard.file for shard in manifest.shards}, done=True)

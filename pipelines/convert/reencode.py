@@ -7,10 +7,15 @@ byte for byte: no second generation of JPEG artefacts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import simplejpeg
+from numpy.typing import NDArray
 
 from spark_fast.errors import ImageError, SettingsError
+from spark_fast.pipelines.sources.folder import FileSource
+from spark_fast.pipelines.sources.listing.image_names import IMAGE_EXTENSIONS
+from spark_fast.pipelines.sources.shard_format import JPG
 from spark_fast.pipelines.transforms.decode import MAX_PIXELS, decode_image
 from spark_fast.pipelines.transforms.pillow_pixels import Loss
 from spark_fast.pipelines.transforms.resize import resize
@@ -18,14 +23,21 @@ from spark_fast.pipelines.transforms.resize import resize
 _MAX_JPEG_SIDE = 65500  # libjpeg's limit
 
 
+class Reencoded(NamedTuple):
+    """A record of a shard."""
+
+    content: bytes
+    repair: str | None  # what was repaired; None: nothing
+    losses: tuple[Loss, ...]  # what of the image was lost
+    pixels: NDArray | None = None  # as stored, (H, W, C), where they are to be measured
+
+
 @dataclass(frozen=True)
-class Reencode:
-    """Size and quality of the JPEGs. Images are never enlarged; 0 for both sides keeps their size."""
+class StoredSize:
+    """Size of what is stored. Images are never enlarged; 0 for both sides keeps their size."""
 
     short_side: int = 256
     max_side: int = 0
-    quality: int = 90
-    max_pixels: int = MAX_PIXELS  # of an image; a larger one is refused
 
     def __post_init__(self) -> None:
         if self.short_side and self.max_side:
@@ -34,10 +46,6 @@ class Reencode:
             )
         if self.short_side < 0 or self.max_side < 0:
             raise SettingsError("short_side and max_side are numbers of pixels, or 0 to keep the size")
-        if self.max_pixels < 1:
-            raise SettingsError("max_pixels is a number of (million) pixels, 1 or more")
-        if not 1 <= self.quality <= 100:
-            raise SettingsError(f"quality {self.quality} is no JPEG quality: take 1 to 100, 90 is usual")
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Stored height and width of an image."""
@@ -50,11 +58,33 @@ class Reencode:
             return height, width
         return max(round(height * factor), 1), max(round(width * factor), 1)
 
+
+@dataclass(frozen=True)
+class Reencode(StoredSize):
+    """Size and quality of the JPEGs."""
+
+    quality: int = 90
+    max_pixels: int = MAX_PIXELS  # of an image; a larger one is refused
+
+    endings: ClassVar[tuple[str, ...]] = IMAGE_EXTENSIONS
+    suffix: ClassVar[str] = JPG
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_max_pixels(self.max_pixels)
+        if not 1 <= self.quality <= 100:
+            raise SettingsError(f"quality {self.quality} is no JPEG quality: take 1 to 100, 90 is usual")
+
+    def samples(self, source: FileSource) -> FileSource:
+        """The source of the records: one a file."""
+        source.allow_pixels(self.max_pixels)
+        return source
+
     def encode(self, data: bytes | memoryview) -> tuple[bytes, str | None]:
         """The JPEG to store for an encoded image, and what was repaired (None: nothing); see `reencoded`."""
         return self.reencoded(data)[:2]
 
-    def reencoded(self, data: bytes | memoryview) -> tuple[bytes, str | None, tuple[Loss, ...]]:
+    def reencoded(self, data: bytes | memoryview) -> Reencoded:
         """The JPEG to store for an encoded image, what was repaired (None: nothing), and what of it was lost.
 
         Raises ImageError when the image cannot be read or stored.
@@ -64,14 +94,20 @@ class Reencode:
         height, width = image.shape[:2]
         size = self.size(height, width)
         if size == (height, width) and not repair and _is_plain(data):
-            return bytes(data), None, losses
+            return Reencoded(bytes(data), None, losses)
         if size != (height, width):
             fewer_rows = resize(image, (size[0], width))  # first: the pass along rows is the slower one
             image = resize(fewer_rows, size)
         if max(size) > _MAX_JPEG_SIDE:
             raise ImageError(f"{size[1]} x {size[0]} pixels: a JPEG cannot be longer than {_MAX_JPEG_SIDE}")
         jpeg = simplejpeg.encode_jpeg(image, self.quality, "RGB", "420")
-        return jpeg, repair, losses
+        return Reencoded(jpeg, repair, losses)
+
+
+def check_max_pixels(max_pixels: int) -> None:
+    """Raise SettingsError where no image can be so small."""
+    if max_pixels < 1:
+        raise SettingsError("max_pixels is a number of (million) pixels, 1 or more")
 
 
 def _is_plain(data: bytes | memoryview) -> bool:

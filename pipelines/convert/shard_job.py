@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from spark_fast.errors import DataError, ImageError
 from spark_fast.files import atomic_write
+from spark_fast.pipelines.convert.band_records import BandRecords
 from spark_fast.pipelines.convert.process_pool import Advance
 from spark_fast.pipelines.convert.reencode import Reencode
+from spark_fast.pipelines.convert.stored_statistics import Tally
 from spark_fast.pipelines.sources.folder import FileSource
 from spark_fast.pipelines.sources.shard_format import write_shard
 from spark_fast.pipelines.sources.source import read_patiently
@@ -32,7 +34,7 @@ class ShardJob:
     path: Path
     source: FileSource  # its images alone, in the order of the shard
     numbers: NDArray[np.int64]  # theirs in the whole listing
-    images: Reencode
+    images: Reencode | BandRecords
     made_from: dict[str, object]
 
     def describe(self, done: int) -> str:
@@ -46,6 +48,7 @@ def write_job(job: ShardJob, advance: Advance) -> None:
     repaired: list[dict[str, str]] = []
     refused: list[dict[str, str]] = []
     losses: Counter[Loss] = Counter()
+    tally = Tally()
 
     def samples() -> Iterator[tuple[int, str, int, bytes]]:
         for i, number in enumerate(job.numbers.tolist()):
@@ -53,20 +56,22 @@ def write_job(job: ShardJob, advance: Advance) -> None:
             data: bytes | memoryview = b""
             try:
                 data = read_patiently(job.source, i)
-                jpeg, repair, lost = job.images.reencoded(data)
+                content, repair, lost, pixels = job.images.reencoded(data)
             except (ImageError, OSError) as error:
                 _check_source_is_there(job.source.root)
                 refused.append({"name": name, "reason": str(error)})
             else:
                 losses.update(lost)
-                if repair:
-                    reasons = [repair, *(f"{loss.kind}; {loss.lost}" for loss in lost)]
+                if repair or lost:
+                    reasons = [*([repair] if repair else []), *(f"{loss.kind}; {loss.lost}" for loss in lost)]
                     repaired.append({"name": name, "reason": ": ".join(reasons)})
                 label = -1 if job.source.labels is None else int(job.source.labels[i])
-                yield number, name, label, jpeg
+                if pixels is not None:
+                    tally.add(pixels)
+                yield number, name, label, content
             advance(1, len(data))
 
-    shard, records = write_shard(job.path, samples())
+    shard, records = write_shard(job.path, samples(), job.images.suffix)
     report = {
         "made_from": job.made_from,
         "shard": asdict(shard),
@@ -74,6 +79,7 @@ def write_job(job: ShardJob, advance: Advance) -> None:
         "repaired": repaired,
         "refused": refused,
         "losses": [[*loss, count] for loss, count in losses.items()],
+        "measured": tally.report(),
     }
     with atomic_write(job.path.with_suffix(".json")) as file:
         file.write(json.dumps(report).encode())

@@ -15,6 +15,8 @@ from spark_fast.errors import DataError, ImageError
 from spark_fast.files import file_sha256
 from spark_fast.pipelines.sources.beton import BetonSource
 from spark_fast.pipelines.sources.shard_format import (
+    JPG,
+    NPY,
     BetonFiles,
     Manifest,
     Record,
@@ -23,6 +25,8 @@ from spark_fast.pipelines.sources.shard_format import (
     read_index,
     read_manifest,
 )
+from spark_fast.pipelines.transforms.bands.decode_bands import decode_bands
+from spark_fast.pipelines.transforms.bands.expected import Expected
 from spark_fast.pipelines.transforms.decode import decode
 
 
@@ -83,9 +87,9 @@ def _shard_faults(folder: Path, manifest: Manifest, number: int, index: NDArray[
         yield f"{shard.file}: cannot be read: {error}"
         return
     for row in rows:
-        if fault := _record_fault(data, row, manifest.max_pixels):
+        if fault := _record_fault(data, row, manifest):
             yield f"{shard.file}, record at byte {row['offset']} ({_member(data, row)}): {fault}"
-    yield from _tar_faults(folder, shard, rows)
+    yield from _tar_faults(folder, shard, rows, NPY if manifest.in_chans else JPG)
 
 
 def _member(data: bytes, row: np.void) -> str:
@@ -93,27 +97,30 @@ def _member(data: bytes, row: np.void) -> str:
     return data[start : start + 100].split(b"\0")[0].decode("ascii", "backslashreplace")
 
 
-def _record_fault(data: bytes, row: np.void, max_pixels: int) -> str | None:
-    jpeg = data[int(row["offset"]) : int(row["offset"]) + int(row["size"])]
-    if len(jpeg) != row["size"]:
+def _record_fault(data: bytes, row: np.void, manifest: Manifest) -> str | None:
+    image = data[int(row["offset"]) : int(row["offset"]) + int(row["size"])]
+    if len(image) != row["size"]:
         return "cut short"
-    if zlib.crc32(jpeg) != row["crc"]:
+    if zlib.crc32(image) != row["crc"]:
         return "checksum differs"
     try:
-        decode(jpeg, max_pixels)
+        if manifest.in_chans:
+            decode_bands(image, Expected(manifest.in_chans, manifest.max_pixels))
+        else:
+            decode(image, manifest.max_pixels)
     except ImageError as error:
         return str(error)
     return None
 
 
-def _tar_faults(folder: Path, shard: ShardFile, rows: NDArray[np.void]) -> Iterator[str]:
+def _tar_faults(folder: Path, shard: ShardFile, rows: NDArray[np.void], image: str) -> Iterator[str]:
     """Compare the tar's own directory, and the .idx, with our index."""
     records, labels = [], {}
     try:
         with tarfile.open(folder / shard.file) as tar:
             for member in tar:
                 key, _, suffix = member.name.partition(".")
-                if suffix == "jpg":
+                if suffix == image:
                     records.append((key, member.offset_data, member.size))
                 elif content := tar.extractfile(member):
                     labels[key] = int(content.read())
@@ -125,5 +132,5 @@ def _tar_faults(folder: Path, shard: ShardFile, rows: NDArray[np.void]) -> Itera
     if found != [(int(r["offset"]), int(r["size"]), int(r["label"])) for r in rows]:
         yield f"{shard.file}: members or labels differ from the index"
     expected = [Record(0, key, labels.get(key, -1), offset, size, 0) for key, offset, size in records]
-    if idx != dali_index(expected):
+    if idx != dali_index(expected, image):
         yield f"{Path(shard.file).with_suffix('.idx')}: does not fit its shard"

@@ -1,6 +1,7 @@
 """The format of converted data: tar shards, how they are written, and the manifest that makes them valid.
 
-    shard-000000.tar    members <key>.jpg and <key>.cls (no .cls for unlabelled data): WebDataset's layout
+    shard-000000.tar    members <key>.jpg and <key>.cls (no .cls for unlabelled data): WebDataset's layout;
+                        <key>.npy where images are stored losslessly, of any number of channels
     shard-000000.idx    offsets of the members: the index of DALI's webdataset reader (as by its wds2idx)
     index.npy           one INDEX row per image, for random access, in the order of the source's listing
     manifest.json       written last: a folder without it is an unfinished conversion; begins with its own checksum
@@ -38,7 +39,8 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 INDEX_FILE = "index.npy"
 BETON = "images.beton"
-# offset and size of the JPEG in its shard, label (-1: none), number of the shard, CRC-32 of the JPEG
+JPG, NPY = "jpg", "npy"  # of the records: photographs; images of any channels and depth
+# offset and size of the image in its shard, label (-1: none), number of the shard, CRC-32 of the image
 INDEX = np.dtype([("offset", "<u8"), ("size", "<u4"), ("label", "<i4"), ("shard", "<u4"), ("crc", "<u4")])
 
 _BLOCK = 512  # of tar: headers take one, contents are padded to whole ones
@@ -50,7 +52,7 @@ class Record(NamedTuple):
     number: int  # of the image in the source's listing
     key: str  # name in the tar, without the suffix
     label: int  # -1: none
-    offset: int  # of the JPEG's first byte
+    offset: int  # of the image's first byte
     size: int
     crc: int
 
@@ -89,6 +91,9 @@ class Manifest:
     refused: list[dict[str, str]] = field(default_factory=list)
     losses: list[dict[str, str | int]] = field(default_factory=list)  # `LossCount`s; left out of the file where none
     beton: BetonFiles | None = None
+    statistics: dict[str, dict] = field(
+        default_factory=dict
+    )  # of images stored losslessly, by `--scale`; else left out
     format: int = FORMAT
 
     @property
@@ -96,6 +101,12 @@ class Manifest:
         """How many pixels an image may have had."""
         images = self.made_from.get("images")
         return int(images.get("max_pixels", MAX_PIXELS)) if isinstance(images, dict) else MAX_PIXELS
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of images that are stored losslessly, in .npy records; 0: the records are JPEGs."""
+        images = self.made_from.get("images")
+        return int(images.get("in_chans", 0)) if isinstance(images, dict) else 0
 
     @property
     def listing(self) -> str:
@@ -109,12 +120,19 @@ def shard_name(number: int) -> str:
 
 
 def record_key(number: int, name: str) -> str:
-    """A key, unique by number, that any tar reader and WebDataset (where a dot ends it) accept."""
-    return f"{number:08d}-{re.sub(r'[^A-Za-z0-9_-]', '_', Path(name).stem)[:60]}"
+    """A key, unique by number, that any tar reader and WebDataset (where a dot ends it) accept.
+
+    Of a long name the beginning is kept, of a tile's its place as well.
+    """
+    stem = re.sub(r"[^A-Za-z0-9_-]", "_", Path(name).stem)
+    place = re.search(r"(-y\d+-x\d+)?$", stem)[0]  # type: ignore[index]  # it always matches
+    return f"{number:08d}-{stem[: len(stem) - len(place)][: 60 - len(place)]}{place}"
 
 
-def write_shard(path: Path, samples: Iterable[tuple[int, str, int, bytes]]) -> tuple[ShardFile, list[Record]]:
-    """Write (number, name, label, JPEG) samples to a tar and its .idx; raises OSError."""
+def write_shard(
+    path: Path, samples: Iterable[tuple[int, str, int, bytes]], suffix: str = JPG
+) -> tuple[ShardFile, list[Record]]:
+    """Write (number, name, label, image) samples to a tar and its .idx; `suffix` of the images. Raises OSError."""
     records = []
     sha256 = hashlib.sha256()
     size = 0
@@ -126,14 +144,14 @@ def write_shard(path: Path, samples: Iterable[tuple[int, str, int, bytes]]) -> t
             sha256.update(data)
             size += len(data)
 
-        for number, name, label, jpeg in samples:
+        for number, name, label, image in samples:
             key = record_key(number, name)
-            records.append(Record(number, key, label, size + _BLOCK, len(jpeg), zlib.crc32(jpeg)))
+            records.append(Record(number, key, label, size + _BLOCK, len(image), zlib.crc32(image)))
             of_label = _member(f"{key}.cls", str(label).encode()) if label >= 0 else b""
-            write(_member(f"{key}.jpg", jpeg) + of_label)
+            write(_member(f"{key}.{suffix}", image) + of_label)
         write(bytes(2 * _BLOCK + -(size + 2 * _BLOCK) % tarfile.RECORDSIZE))  # the end mark
     with atomic_write(path.with_suffix(".idx")) as file:
-        file.write(dali_index(records).encode())
+        file.write(dali_index(records, suffix).encode())
     return ShardFile(path.name, len(records), size, sha256.hexdigest()), records
 
 
@@ -151,13 +169,13 @@ def _member(name: str, content: bytes) -> bytes:
     return b"".join((header, content, bytes(-len(content) % _BLOCK)))
 
 
-def dali_index(records: Iterable[Record]) -> str:
+def dali_index(records: Iterable[Record], suffix: str = JPG) -> str:
     """The .idx of a shard: `v1.2 count`, then per sample `suffix offset size name` of each member."""
     lines = []
     for r in records:
-        line = f"jpg {r.offset} {r.size} {r.key}.jpg"
+        line = f"{suffix} {r.offset} {r.size} {r.key}.{suffix}"
         if r.label >= 0:
-            after = r.offset + -(-r.size // _BLOCK) * _BLOCK + _BLOCK  # the JPEG's padding, the next header
+            after = r.offset + -(-r.size // _BLOCK) * _BLOCK + _BLOCK  # the image's padding, the next header
             line += f" cls {after} {len(str(r.label))} {r.key}.cls"
         lines.append(line + "\n")
     return f"v1.2 {len(lines)}\n" + "".join(lines)
@@ -194,6 +212,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     content = asdict(manifest)
     if not manifest.losses:
         del content["losses"]  # versions before know of none
+    if not manifest.statistics:
+        del content["statistics"]
     with atomic_write(folder / MANIFEST) as file:
         file.write(sealed(json.dumps(content, indent=1).encode()))
 

@@ -2,7 +2,7 @@
 
 Read with `pread` rather than through a memory map: a shard that is cut short or lies on a failing disk
 then gives an error that names the record, where a memory map would kill the process with SIGBUS. The
-checksum of each JPEG is compared on reading, since zeroed bytes inside a scan decode without an error.
+checksum of each image is compared on reading, since zeroed bytes inside a JPEG's scan decode without an error.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from spark_fast.pipelines.sources.shard_format import (
     read_manifest,
     read_record,
 )
+from spark_fast.pipelines.transforms.bands.statistics import Statistics
 
 
 class ShardSource:
@@ -36,6 +37,8 @@ class ShardSource:
         self.classes = manifest.classes
         self._index = read_index(folder, manifest)
         self.max_pixels = manifest.max_pixels
+        self.in_chans = manifest.in_chans  # of images stored losslessly; 0: the records are JPEGs
+        self.statistics = {scale: Statistics.from_dict(found) for scale, found in manifest.statistics.items()}
         self._listing = manifest.listing
         self.labels: NDArray[np.int32] | None = self._index["label"].copy() if manifest.labelled else None
         self._names = [shard.file for shard in manifest.shards]
@@ -48,7 +51,7 @@ class ShardSource:
         return len(self._index)
 
     def sizes(self) -> NDArray[np.uint32]:
-        """Bytes of each JPEG, (n,)."""
+        """Bytes of each image, (n,)."""
         return self._index["size"]
 
     def disk_order(self) -> NDArray[np.int64]:
@@ -56,7 +59,7 @@ class ShardSource:
         return np.lexsort((self._index["offset"], self._index["shard"]))
 
     def read(self, i: int) -> bytes:
-        """The JPEG of sample i; ImageError when the shard was cut short or changed while in use."""
+        """The JPEG or .npy of sample i; ImageError when the shard was cut short or changed while in use."""
         row = self._index[i]
         return read_record(self._files[row["shard"]], self._names[row["shard"]], row, int(row["offset"]))
 

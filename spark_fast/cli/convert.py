@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,11 +26,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from spark_fast.cli.start import start
 from spark_fast.cli.tool import run_tool
 from spark_fast.errors import DataError, SettingsError
+from spark_fast.pipelines.convert.band_records import BandRecords
 from spark_fast.pipelines.convert.beton_writer import BetonSettings
 from spark_fast.pipelines.convert.conversion import ConvertSettings, Progress, convert, convert_part
 from spark_fast.pipelines.convert.conversion_parts import Part
 from spark_fast.pipelines.convert.merge import merge
 from spark_fast.pipelines.convert.reencode import Reencode
+from spark_fast.pipelines.convert.tiles import Tiling
 from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.ffcv_install import require_ffcv
 from spark_fast.pipelines.sources.shard_format import Manifest
@@ -37,6 +40,47 @@ from spark_fast.pipelines.transforms.decode import MEGAPIXEL
 from spark_fast.reporting.progress_bar import FittingProgress, is_live, text
 
 LINE_SECONDS = 10  # between progress lines when the output is no terminal
+
+
+@dataclass
+class Bands:
+    """Images that are no photographs: their numbers are stored as they are, in .npy records."""
+
+    in_chans: int = 3
+    """Channels of the images; other than 3: lossless."""
+    lossless: bool = False
+    """Store the numbers of three channels as they are, too, instead of JPEGs of 8 bits."""
+    channels_first: bool = False
+    """Arrays in .npy and .npz are (C, H, W), not (H, W, C)."""
+    npz_key: str = ""
+    """The array of an .npz to read, where it holds several."""
+    tile: int = 0
+    """Cut large scenes (TIFF, .npy) into tiles of this side, read one by one; lossless, short_side 0 by default."""
+    stride: int = 0
+    """Pixels from one tile to the next; 0: tiles side by side."""
+
+    def settings(self, size: Reencode) -> BandRecords | None:
+        """How they are stored; None: photographs are."""
+        if self.stride and not self.tile:
+            raise SettingsError("--stride goes with --tile")
+        if self.in_chans == 3 and not (self.lossless or self.tile):
+            if self.channels_first or self.npz_key:
+                raise SettingsError("--channels_first and --npz_key go with --lossless, --in_chans or --tile")
+            return None
+        if size.quality != Reencode.quality:
+            raise SettingsError("--quality is of JPEGs, and these images are stored losslessly")
+        return BandRecords(
+            size.short_side,
+            size.max_side,
+            size.max_pixels,
+            in_chans=self.in_chans,
+            channels_first=self.channels_first,
+            npz_key=self.npz_key,
+            tiling=Tiling(self.tile, self.stride or self.tile) if self.tile else None,
+        )
+
+
+PHOTOGRAPHS = Bands()
 
 
 def convert_images(
@@ -51,6 +95,7 @@ def convert_images(
     seed: int = 0,
     workers: int = 0,
     overwrite: bool = False,
+    bands: Annotated[Bands, tyro.conf.arg(name="")] = PHOTOGRAPHS,
     format: Literal["shards", "ffcv", "both"] = "shards",
     ffcv_raw: float = 0.0,
     part: str = "",
@@ -65,7 +110,7 @@ def convert_images(
         dst: Where the shards go: a new or empty folder, or an unfinished conversion.
         short_side: Reduce larger images to this shorter side; 0 keeps their size.
         max_side: Reduce larger images to this longer side, instead of short_side.
-        quality: JPEG quality.
+        quality: JPEG quality, of photographs.
         max_pixels: Million (2**20) pixels of an image; a larger one is left out, as it may be made to fill the memory.
         images_per_shard: 0 chooses: 4096 for ImageNet (about 120 MB), fewer for small data sets.
         seed: Of the order in which the shards hold the images.
@@ -77,13 +122,12 @@ def convert_images(
         merge_parts: Join the parts in a folder: writes the manifest that makes them one conversion.
         verify: Read everything again and compare: checksums, counts, indices, images.
     """
-    short_side = (0 if max_side else 256) if short_side is None else short_side
+    short_side = (0 if max_side or bands.tile else 256) if short_side is None else short_side
     if images_per_shard < 0 or workers < 0:
         raise SettingsError("images_per_shard and workers are counts, or 0 to let the program choose")
-    settings = ConvertSettings(Reencode(short_side, max_side, quality, max_pixels * MEGAPIXEL), images_per_shard, seed)
-    beton = None if format == "shards" else BetonSettings(ffcv_raw, alone=format == "ffcv")
-    if beton is not None:
-        require_ffcv(f"--format {format}")
+    images = Reencode(short_side, max_side, quality, max_pixels * MEGAPIXEL)
+    settings = ConvertSettings(bands.settings(images) or images, images_per_shard, seed)
+    beton = _beton(format, ffcv_raw, settings)
     workers = workers or len(os.sched_getaffinity(0))
     if merge_parts:
         if dst or part or overwrite:
@@ -99,6 +143,15 @@ def convert_images(
         show = display.show
         written = convert(src, dst, settings, workers=workers, overwrite=overwrite, beton=beton, on_progress=show)
     return _report(written, verify, workers)
+
+
+def _beton(format: str, raw: float, settings: ConvertSettings) -> BetonSettings | None:
+    if format == "shards":
+        return None
+    if isinstance(settings.images, BandRecords):
+        raise SettingsError(f"--format {format} stores three channels of 8 bits and no more: take shards")
+    require_ffcv(f"--format {format}")
+    return BetonSettings(raw, alone=format == "ffcv")
 
 
 def _convert_part(src: Path, dst: Path, settings: ConvertSettings, part: Part, workers: int) -> int:
@@ -126,8 +179,9 @@ def _summary(folder: Path, manifest: Manifest) -> str:
     if manifest.beton is not None:
         whole = f"{manifest.beton.data.file}, {manifest.beton.data.bytes / 1e6:.0f} MB"
         made = whole if manifest.beton.alone else f"{made}, and {whole}"
+    repaired = "stored with a loss" if manifest.in_chans else "converted to RGB JPEG"
     return (
-        f"{folder}: {manifest.count} images in {made}; {len(manifest.repaired)} converted to RGB JPEG,"
+        f"{folder}: {manifest.count} images in {made}; {len(manifest.repaired)} {repaired},"
         f" {len(manifest.refused)} left out as unreadable (listed in manifest.json)"
     )
 

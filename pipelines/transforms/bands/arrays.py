@@ -20,7 +20,9 @@ _PARSING = threading.Lock()  # NumPy parses a header by `ast`, whose count of it
 NPY, NPZ = npy.MAGIC_PREFIX, b"PK\x03\x04"  # how the files begin
 
 
-class _Header(NamedTuple):
+class Header(NamedTuple):
+    """Of a .npy file."""
+
     shape: tuple[int, ...]
     by_columns: bool  # Fortran order
     dtype: np.dtype
@@ -29,7 +31,7 @@ class _Header(NamedTuple):
 def read_npy(data: bytes | memoryview, expected: Expected) -> Stored:
     """A view of the file's bytes: nothing is copied."""
     file = io.BytesIO(data)
-    header = _checked(file, expected)
+    header = checked_header(file, expected)
     return _stored(np.frombuffer(data, np.uint8, offset=file.tell()), header, expected)
 
 
@@ -42,32 +44,40 @@ def read_npz(data: bytes | memoryview, expected: Expected) -> Stored:
             what = f"no array {key!r}" if key else f"{len(names)} arrays, and --npz_key names none"
             raise ImageError(f"an .npz with {what}; there are: {', '.join(sorted(names)[:8])}")
         with archive.open(archive.namelist()[names.index(key)]) as file:
-            header = _checked(file, expected)
+            header = checked_header(file, expected)
             size = math.prod(header.shape) * header.dtype.itemsize
             return _stored(np.frombuffer(file.read(size), np.uint8), header, expected)
 
 
-def _checked(file: IO[bytes], expected: Expected) -> _Header:
+def npy_of(pixels: NDArray) -> bytes:
+    """A .npy file: row by row, little-endian."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(pixels, pixels.dtype.newbyteorder("<")))
+    return buffer.getvalue()
+
+
+def checked_header(file: IO[bytes], expected: Expected) -> Header:
     """The header of an array that is as expected; the file is left where the numbers begin."""
     version = npy.read_magic(file)
     with _PARSING:
-        header = _Header(*(npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(file))
+        header = Header(*(npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(file))
     if header.dtype.hasobject:
         raise ImageError("an array of pickled Python objects, which are never loaded")
     if len(header.shape) not in (2, 3):
         raise ImageError(f"an array of shape {header.shape}; an image is (H, W), (H, W, C) or, asked for, (C, H, W)")
-    height, width, channels = _image_shape(header.shape, expected)
+    height, width, channels = image_shape(header.shape, expected)
     expected.check(height, width, channels, header.dtype)
     return header
 
 
-def _image_shape(shape: tuple[int, ...], expected: Expected) -> tuple[int, int, int]:
+def image_shape(shape: tuple[int, ...], expected: Expected) -> tuple[int, int, int]:
+    """Height, width and channels of an array of two or three axes."""
     if len(shape) == 2:
         return (*shape, 1)
     return (shape[1], shape[2], shape[0]) if expected.channels_first else (shape[0], shape[1], shape[2])
 
 
-def _stored(content: NDArray[np.uint8], header: _Header, expected: Expected) -> Stored:
+def _stored(content: NDArray[np.uint8], header: Header, expected: Expected) -> Stored:
     size = math.prod(header.shape) * header.dtype.itemsize
     if len(content) < size:
         raise ImageError(f"the file is cut short: {len(content)} bytes of numbers where {size} were written")

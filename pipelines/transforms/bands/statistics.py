@@ -117,10 +117,19 @@ class Counts:
         """Of one channel of an image, any shape."""
         if numbers.dtype.itemsize <= 2 and numbers.dtype.kind in "ui":
             lowest = np.iinfo(numbers.dtype).min
-            every = np.bincount(numbers.ravel().astype(np.int64) - lowest)
-            there = np.flatnonzero(every)
-            return cls(_keys((there + lowest).astype(np.float32)), every[there])
+            return cls.of_table(np.bincount(numbers.ravel().astype(np.int64) - lowest), lowest)
         return cls(*np.unique(_keys(numbers.ravel().astype(np.float32)), return_counts=True))
+
+    @classmethod
+    def of_table(cls, every: NDArray[np.int64], lowest: int) -> Counts:
+        """Of whole numbers from `lowest` up, how often each occurs."""
+        there = np.flatnonzero(every)
+        return cls(_keys((there + lowest).astype(np.float32)), every[there])
+
+    @property
+    def numbers(self) -> NDArray[np.float64]:
+        """Those that occur, ascending."""
+        return _numbers(self.keys)
 
     def __add__(self, other: Counts) -> Counts:
         keys, places = np.unique(np.concatenate((self.keys, other.keys)), return_inverse=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,18 +26,36 @@ _PLANES = 2  # a planar configuration: one band after the other
 
 def read_tiff(data: bytes | memoryview, expected: Expected) -> Stored:
     """The first page, or a page a channel. Raises ImageError for palettes and volumes, and where bytes are missing."""
+    with open_tiff(io.BytesIO(data)) as file:
+        pages = page_a_channel(file, expected)
+        if len(pages) > 1:
+            return Stored(np.concatenate([_pixels(page, len(data)) for page in pages], axis=2))
+        return Stored(_pixels(pages[0], len(data)), _has_alpha(pages[0]))
+
+
+def open_tiff(file: IO[bytes]) -> Any:
+    """A TiffFile. Raises SettingsError where tifffile or imagecodecs is not installed."""
     library = scientific("tifffile", "TIFF files")
     scientific("imagecodecs", "compressed TIFF files")
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it finds odd in a file that it reads
-    with library.TiffFile(io.BytesIO(data), is_ome=False) as file:  # an OME-TIFF may name other files
-        first = file.pages[0]
-        if _channels(first) == 1 < expected.in_chans and len(file.pages) == expected.in_chans:
-            if any(page.shape != first.shape or page.dtype != first.dtype for page in file.pages[1:]):
-                raise ImageError(f"a TIFF of {expected.in_chans} pages that differ in size or numbers")
-            _check(first, expected, pages=expected.in_chans)
-            return Stored(np.concatenate([_pixels(page, len(data)) for page in file.pages], axis=2))
+    return library.TiffFile(file, is_ome=False)  # an OME-TIFF may name other files
+
+
+def page_a_channel(file: Any, expected: Expected) -> list[Any]:
+    """The first page, or all where each holds one of the channels. Raises ImageError where they are not as expected."""
+    first = file.pages[0]
+    if not (_channels(first) == 1 < expected.in_chans and len(file.pages) == expected.in_chans):
         _check(first, expected)
-        return Stored(_pixels(first, len(data)), _has_alpha(first))
+        return [first]
+    if any(page.shape != first.shape or page.dtype != first.dtype for page in file.pages[1:]):
+        raise ImageError(f"a TIFF of {expected.in_chans} pages that differ in size or numbers")
+    _check(first, expected, pages=expected.in_chans)
+    return list(file.pages)
+
+
+def planes_apart(page: Any) -> bool:
+    """Whether a page's channels lie after each other, not beside each other."""
+    return _channels(page) > 1 and int(page.planarconfig) == _PLANES
 
 
 def _channels(page: Any) -> int:
@@ -70,4 +88,4 @@ def _pixels(page: Any, size: int) -> NDArray:
     pixels = page.asarray(maxworkers=1)  # the loader has its own threads
     if _channels(page) == 1:
         return pixels.reshape(page.imagelength, page.imagewidth, 1)
-    return np.moveaxis(pixels, 0, -1) if int(page.planarconfig) == _PLANES else pixels  # (S, H, W) -> (H, W, S)
+    return np.moveaxis(pixels, 0, -1) if planes_apart(page) else pixels  # (S, H, W) -> (H, W, S)
