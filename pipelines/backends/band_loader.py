@@ -15,6 +15,7 @@ from spark_fast.pipelines.transforms.bands.expected import Expected
 from spark_fast.pipelines.transforms.bands.scaling import BandNormalise, as_batch
 from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.pipelines.transforms.crops import Box
+from spark_fast.pipelines.transforms.resize import crop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class BandLoader(ImageLoader):
 
     def place(self, image: NDArray, box: Box, turn: int, out: Tensor) -> None:
         """Bring the crop of an image to its place: only what lies in it is converted."""
-        inside = as_batch(image[box.top : box.top + box.height, box.left : box.left + box.width], self.statistics)
+        inside = as_batch(crop(image, box), self.statistics)
         whole = Box(0, 0, box.height, box.width)
         pixels = resized_bands(inside, whole, turn, self.augmentation.input_size)
         if self.band_normalise:
@@ -45,5 +46,5 @@ class BandLoader(ImageLoader):
     def place_cell(self, image: NDArray, box: Box, turn: int, cell: Tensor) -> tuple[int, int, int]:
         """The same for the device to resize."""
         assert self.device_augment is not None
-        inside = as_batch(image[box.top : box.top + box.height, box.left : box.left + box.width], self.statistics)
+        inside = as_batch(crop(image, box), self.statistics)
         return self.device_augment.put(inside, Box(0, 0, box.height, box.width), turn, cell)

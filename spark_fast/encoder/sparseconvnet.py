@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spark_fast.autograd import AutogradContext
@@ -140,13 +140,6 @@ class SparseEncoder(PackedEncoder):
 
     table = SPARSE
 
-    def __init__(
-        self,
-        network: nn.Module,
-        input_size: tuple[int, int],
-        stages: int | None = None,
-        keep: float = 0.4,
-        in_chans: int = 3,
-    ) -> None:
+    def __init__(self, *args: Any, **options: Any) -> None:  # those of every encoder
         require()
-        super().__init__(network, input_size, stages, keep, in_chans)
+        super().__init__(*args, **options)
