@@ -63,8 +63,7 @@ def _with_statistics(source: Source, options: LoaderOptions) -> LoaderOptions:
     """The options with statistics, measured if they have none, and none for photographs."""
     if options.photographs:
         return replace(options, statistics=None)
-    scale = "dtype" if options.scaling == "auto" else options.scaling
-    statistics = options.statistics
+    scale, statistics = options.scale, options.statistics
     if isinstance(source, ShardSource) and source.in_chans:
         options = replace(
             options, channels_first=False, npz_key=""

@@ -122,6 +122,11 @@ class LoaderOptions:
         return self.in_chans == 3 and self.scaling == "auto"
 
     @property
+    def scale(self) -> str:
+        """How stored numbers are scaled where they are no photographs: dtype, percentile or none."""
+        return "dtype" if self.scaling == "auto" else self.scaling
+
+    @property
     def expected(self) -> Expected:
         """What each file must be where they are no photographs."""
         return Expected(self.in_chans, self.max_pixels * MEGAPIXEL, self.channels_first, self.npz_key)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spark_fast.pipelines.transforms.bands.scaling import batch_dtype, largest
-from spark_fast.pipelines.transforms.bands.statistics import HIGH, LOW, Counts, Measured, Moments, Statistics, total
+from spark_fast.pipelines.transforms.bands.statistics import HIGH, LOW, Counts, Measured, Moments, S, Statistics, total
 
 _WAITING = 16  # images whose counts are added at a time
 
@@ -63,9 +63,7 @@ class _Kind:
     def measured(self) -> Measured:
         if self._table is None:
             return _whole(self._measured)
-        moments = total(self._moments)
-        assert moments is not None  # there is no table without an image
-        return Measured(moments, [Counts.of_table(row, self._lowest) for row in self._table])
+        return Measured(_whole(self._moments), [Counts.of_table(row, self._lowest) for row in self._table])
 
 
 def statistics_by_scale(reports: list[dict[str, Any]]) -> dict[str, dict]:
@@ -76,7 +74,7 @@ def statistics_by_scale(reports: list[dict[str, Any]]) -> dict[str, dict]:
     whole = _whole(kinds.values())
     low, high = whole.percentile(LOW), whole.percentile(HIGH)
     scaled = {
-        "dtype": _moments(_divided(kind.moments, largest(name)) for name, kind in kinds.items()),
+        "dtype": _whole(_divided(kind.moments, largest(name)) for name, kind in kinds.items()),
         "percentile": _clipped(whole.counts, low, high),
         "none": whole.moments,
     }
@@ -93,15 +91,9 @@ def _by_kind(reports: list[dict[str, Any]]) -> dict[str, list[dict]]:
     return {name: [report[name] for report in reports if name in report] for name in names}
 
 
-def _whole(parts: Iterable[Measured]) -> Measured:
+def _whole(parts: Iterable[S]) -> S:
     whole = total(parts)
-    assert whole is not None  # a report names no type without an image
-    return whole
-
-
-def _moments(parts: Iterable[Moments]) -> Moments:
-    whole = total(parts)
-    assert whole is not None
+    assert whole is not None  # there is no table, and no type in a report, without an image
     return whole
 
 

@@ -145,15 +145,11 @@ def open_pipeline(
     )
     if statistics is None and not asked.photographs:
         statistics = kept()
-    if statistics and (statistics.scale != _scale(asked) or len(statistics.mean) != asked.in_chans):
+    if statistics and (statistics.scale != asked.scale or len(statistics.mean) != asked.in_chans):
         statistics = None  # of a run on other images
     if statistics is None and not asked.photographs:
         statistics = _measured(ranks, path or None, asked)
     return build_pipeline(path or None, replace(asked, statistics=statistics))
-
-
-def _scale(options: LoaderOptions) -> str:
-    return "dtype" if options.scaling == "auto" else options.scaling
 
 
 def _measured(ranks: Ranks, path: str | None, options: LoaderOptions) -> Statistics | None:
