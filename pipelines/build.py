@@ -39,7 +39,7 @@ def build_pipeline(data_path: str | Path | None, options: LoaderOptions) -> Pipe
     if options.pipeline == "synthetic":
         sampler = _sampler(options, options.synthetic_samples, "synthetic_samples")
         return SyntheticPipeline(sampler, options.size, options.device, options.dtype, options.in_chans)
-    source = _source(data_path, options)
+    source = open_source(data_path, options)
     try:
         options = _with_statistics(source, options)
         return _backend(source, options)(source, _sampler(options, len(source), str(data_path)), options)
@@ -52,7 +52,7 @@ def measure_statistics(data_path: str | Path | None, options: LoaderOptions) -> 
     """By what `build_pipeline` would normalise these images: for all ranks to use what one of them measures."""
     if options.photographs or options.pipeline == "synthetic":
         return None
-    source = _source(data_path, options)
+    source = open_source(data_path, options)
     try:
         return _with_statistics(source, options).statistics
     finally:
@@ -89,7 +89,8 @@ def choose_pipeline(source: Source) -> tuple[str, str]:
     return "torch", "it decodes JPEGs faster than the others on a CPU"
 
 
-def _source(data_path: str | Path | None, options: LoaderOptions) -> Source:
+def open_source(data_path: str | Path | None, options: LoaderOptions) -> Source:
+    """The encoded images of a pipeline, for the caller to close; raises as `build_pipeline` does."""
     if data_path is None:
         raise SettingsError("no data_path: name a folder of images, of class folders or of shards, or a file list")
     if options.pipeline == "ffcv":

@@ -2,6 +2,8 @@
 
     spark-fast-doctor [--data_path FOLDER] [--exp_dir FOLDER]
 
+With a data path it also says how many images a second these cores can load, what limits that, and what to do.
+
 Exit codes: 0 training can run, 1 something that it needs is missing.
 """
 
@@ -29,6 +31,7 @@ from rich.table import Table
 from spark_fast.cli.start import start
 from spark_fast.cli.tool import run_tool
 from spark_fast.commands import INSTALL_DALI, INSTALL_FFCV, command
+from spark_fast.errors import SparkFastError
 
 IMPORTED = {  # module that training cannot do without, each needed by the next: how to get one that loads
     "torch": "https://pytorch.org/get-started/locally",
@@ -57,17 +60,24 @@ class Finding:
     found: str
     advice: str = ""  # empty: nothing to do
     needed: bool = False  # training cannot run as it is
+    rate: float = 0.0  # bytes a second, where that was measured
 
 
 def doctor(
     data_path: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None,
     exp_dir: Annotated[Path, tyro.conf.arg(metavar="PATH")] = Path(),
+    in_chans: int = 3,
+    input_size: int = 224,
+    workers: int = 0,
 ) -> int:
     """Say what of this machine training can use, and what to install or set.
 
     Args:
-        data_path: Also measure how fast the images there are read.
+        data_path: Also measure how fast the images there are read, decoded and resized, and what limits that.
         exp_dir: Where runs will be written: free space and speed.
+        in_chans: Channels of the images at data_path.
+        input_size: Pixels of a side that they are resized to.
+        workers: Decoder threads to measure with; 0: as many as there are cores.
     """
     findings = [*packages()]
     broken = next((package for package in IMPORTED if _is_missing(_load(package))), "")
@@ -78,6 +88,8 @@ def doctor(
     findings += [*optional_parts(), *limits(), written_to(exp_dir)]
     if data_path is not None:
         findings.append(read_from(data_path))
+        if not broken and not findings[-1].needed:
+            findings += loaded_from(data_path, findings[-1].rate, in_chans, input_size, workers or _cores())
     table = Table(show_lines=False)
     for title in ("", "found"):
         table.add_column(title, overflow="fold")
@@ -230,7 +242,27 @@ def read_from(data_path: Path) -> Finding:
     seconds = time.perf_counter() - start
     small = read / count < 2**20
     advice = f"many small files: {command('convert')} makes shards of them" if small else ""
-    return Finding(what, f"{read / 2**20 / seconds:.0f} MB/s, {count / seconds:.0f} files/s", advice)
+    return Finding(
+        what, f"{read / 2**20 / seconds:.0f} MB/s, {count / seconds:.0f} files/s", advice, rate=read / seconds
+    )
+
+
+def loaded_from(data_path: Path, disk: float, in_chans: int, input_size: int, workers: int) -> Iterator[Finding]:
+    """How long an image takes one core, how many the loader gives, and what limits it; `disk`: bytes a second."""
+    from spark_fast.cli.loader_speed import loader_speed
+    from spark_fast.pipelines.options import LoaderOptions
+
+    options = LoaderOptions(32, in_chans=in_chans, input_size=input_size, workers=workers, max_bad_fraction=1.0)
+    try:
+        speed = loader_speed(data_path, options)
+    except SparkFastError as error:
+        yield Finding("loading them", str(error), "see the reason", needed=True)
+        return
+    parts = {"reading": speed.reading, "decoding": speed.decoding, "resizing": speed.resizing}
+    told = ", ".join(f"{name} {seconds * 1000:.2f} ms" for name, seconds in parts.items())
+    yield Finding("an image on one core", f"{told}: {speed.of_one_core:.0f} images/s")
+    limit, remedy = speed.limit(disk)
+    yield Finding(f"loader, {workers} threads", f"{speed.rate:.0f} images/s, limited by {limit}", remedy)
 
 
 def _files(data_path: Path) -> Iterator[Path]:
@@ -239,6 +271,10 @@ def _files(data_path: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(data_path):
         folders.sort()
         yield from (Path(folder, name) for name in sorted(names))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _numbers(text: str) -> tuple[int, ...]:

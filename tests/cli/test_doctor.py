@@ -17,6 +17,7 @@ import tyro
 from spark_fast.cli import doctor
 from spark_fast.errors import SparkFastError
 from spark_fast.pipelines.ffcv_install import require_ffcv
+from tests.pipelines.pictures import jpeg
 
 TOOL = Path(__file__).parents[2] / "tools" / "doctor.py"
 
@@ -28,10 +29,12 @@ def run(capsys, *flags):
 
 def test_a_machine_that_can_train(tmp_path, capsys):
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.jpg").write_bytes(bytes(1000))
-    code, told = run(capsys, "--data_path", tmp_path, "--exp_dir", tmp_path / "not" / "yet")
+    for i in range(4):
+        (tmp_path / "images" / f"{i}.jpg").write_bytes(jpeg(i))
+    code, told = run(capsys, "--data_path", tmp_path, "--exp_dir", tmp_path / "not" / "yet", "--workers", 1)
     assert code == 0
-    for expected in ("torch", "timm", "GPU", "open files", "GiB free", "many small files", "training can run here"):
+    expected_words = ("torch", "timm", "GPU", "open files", "GiB free", "many small files", "training can run here")
+    for expected in (*expected_words, "decoding", "resizing", "images/s, limited by"):
         assert expected in told
     assert [path.name for path in tmp_path.iterdir()] == ["images"], "the probe of the disk is gone"
 
@@ -126,6 +129,13 @@ def test_little_shared_memory_is_told(monkeypatch, tmp_path):
     assert (small.found, enough.found) == ("64 MiB", "1024 MiB")
     assert "--shm-size" in small.advice
     assert not enough.advice
+
+
+def test_images_of_which_none_can_be_read_are_a_fault(tmp_path, capsys):
+    (tmp_path / "a.jpg").write_bytes(bytes(1000))
+    code, told = run(capsys, "--data_path", tmp_path, "--exp_dir", tmp_path)
+    assert code == 1
+    assert "none of 1 images" in told
 
 
 @pytest.mark.parametrize("folder", ["nothing", "gone"])
