@@ -9,9 +9,9 @@ from torch import Tensor
 
 from spark_fast.pipelines.transforms.bands.blocked_resize import resized
 from spark_fast.pipelines.transforms.bands.scaling import BandNormalise
-from spark_fast.pipelines.transforms.crops import Box
+from spark_fast.pipelines.transforms.crops import Box, Turn
 from spark_fast.pipelines.transforms.device_augment import DeviceAugment
-from spark_fast.pipelines.transforms.resize import crop, flipped, transposed
+from spark_fast.pipelines.transforms.resize import crop
 
 
 def resized_bands(image: NDArray, box: Box, turn: int, size: tuple[int, int]) -> Tensor:
@@ -19,10 +19,14 @@ def resized_bands(image: NDArray, box: Box, turn: int, size: tuple[int, int]) ->
 
     float64, not cut off where a bicubic curve overshoots; the image's own numbers where nothing is to be resized.
     """
-    pixels = transposed(crop(image, box), turn)
-    if pixels.shape[:2] == size:
-        return flipped(torch.from_numpy(np.array(pixels)), turn)
-    return resized(pixels, size, turn)
+    pixels = turned(crop(image, box), turn)
+    return torch.from_numpy(np.array(pixels)) if pixels.shape[:2] == size else resized(pixels, size)
+
+
+def turned(pixels: NDArray, turn: int) -> NDArray:
+    """(h, w, C), transposed and then flipped as the `Turn` says: a view."""
+    pixels = pixels.swapaxes(0, 1) if turn & Turn.TRANSPOSED else pixels
+    return pixels[:: -1 if turn & Turn.UPSIDE_DOWN else 1, :: -1 if turn & Turn.MIRRORED else 1]
 
 
 def store_numbers(out: Tensor, pixels: Tensor) -> None:
