@@ -58,6 +58,11 @@ def test_a_run_is_resumed_and_evaluated_by_the_statistics_that_it_measured(tmp_p
     found = run_here(evaluation.main, "knn", "a", *words, f"--exp_dir={tmp_path / 'knn'}")
     assert "measured on" not in found.stderr
     assert json.loads((tmp_path / "knn" / "result.json").read_text())["images"] == 8
+    if channels == 3:  # which were no photographs to the run
+        words = [word for word in words if not word.startswith("--k=")] + ["--ep=1", "--wp_ep=0", "--ema=0"]
+        run_here(evaluation.main, "finetune", "a", *words, f"--exp_dir={tmp_path / 'tuned'}")
+        settings = json.loads((tmp_path / "tuned" / "result.json").read_text())["settings"]
+        assert settings["recipe"]["augment"] == "none"
 
 
 def test_files_of_other_channels_end_the_command_with_exit_code_3(tmp_path):
