@@ -250,7 +250,7 @@ for _store, _channels in band_loaders.CHANNELS.items():
     _both = (_store, f"{_store}, shards")
     CANDIDATES[f"torch (ours), {_store}"] = Candidate(band_loaders.ours(_channels, SIZE, SCALE), _both, "tifffile")
     CANDIDATES[f"DataLoader, tifffile, v2, {_store}"] = Candidate(
-        band_loaders.plain(_channels, SIZE, SCALE), (_store,), "tifffile"
+        band_loaders.plain(_channels, SIZE, SCALE), _both, "tifffile"
     )
 
 
@@ -316,7 +316,9 @@ def make_stores(options: Options, work: Path) -> dict[str, Path]:
             stores[name] = work / f"{channels}_channels"
             band_loaders.write_files(stores[name], channels, images)
             flags = ("--in_chans", str(channels), "--short_side", "0")
-            stores[f"{name}, shards"] = convert(stores[name], work / f"{channels}_channels_shards", flags)
+            stores[f"{name}, shards"] = convert(
+                stores[name], work / f"{channels}_channels{band_loaders.OF_SHARDS}", flags
+            )
         return stores
     repeated(options.data_path, options.copies, originals)
     what = ("--format", "both" if installed("ffcv") else "shards")

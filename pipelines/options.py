@@ -17,6 +17,11 @@ PLACES = ("host", "device")
 RESIZES = ("bicubic", "area")  # as the published code does it; FFCV's own
 
 
+def are_photographs(in_chans: int, scaling: str) -> bool:
+    """Whether images are RGB of 8 bits, normalised by ImageNet's mean and deviation, whatever their files hold."""
+    return in_chans == 3 and scaling == "auto"
+
+
 @dataclass(frozen=True)
 class View:
     """Which images are seen, in which order, and how each is cropped and flipped.
@@ -118,8 +123,8 @@ class LoaderOptions:
 
     @property
     def photographs(self) -> bool:
-        """Whether images are RGB of 8 bits, normalised by ImageNet's mean and deviation, whatever their files hold."""
-        return self.in_chans == 3 and self.scaling == "auto"
+        """See `are_photographs`."""
+        return are_photographs(self.in_chans, self.scaling)
 
     @property
     def scale(self) -> str:

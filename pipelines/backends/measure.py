@@ -20,7 +20,7 @@ from spark_fast.pipelines.sources.source import Source, read_patiently
 from spark_fast.pipelines.transforms.bands.decode_bands import decode_bands
 from spark_fast.pipelines.transforms.bands.expected import Expected
 from spark_fast.pipelines.transforms.bands.scaling import as_batch, batch_dtype, largest, scaled
-from spark_fast.pipelines.transforms.bands.statistics import HIGH, LOW, Measured, Moments, Statistics, total
+from spark_fast.pipelines.transforms.bands.statistics import HIGH, LOW, Measured, Moments, Statistics, clipped, total
 
 logger = logging.getLogger("spark_fast.pipelines")
 
@@ -77,7 +77,9 @@ def measure(
     statistics = Statistics(scale, batch_dtype(first.dtypes), (), (), low, high)
     moments: Moments | None = first.measured.moments
     unit = largest(*first.dtypes) if scale == "dtype" and len(first.dtypes) == 1 else 1.0
-    if scale == "percentile" or (scale == "dtype" and len(first.dtypes) > 1):
+    if scale == "percentile":
+        moments = clipped(first.measured.counts, low, high)
+    elif scale == "dtype" and len(first.dtypes) > 1:
         moments = total(of_each(lambda pixels: Moments.of(scaled(as_batch(pixels, statistics), statistics))))
     if moments is None:
         raise DataError(f"the images changed while they were measured; {min(reasons)}")

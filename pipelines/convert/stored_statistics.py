@@ -18,7 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spark_fast.pipelines.transforms.bands.scaling import batch_dtype, largest
-from spark_fast.pipelines.transforms.bands.statistics import HIGH, LOW, Counts, Measured, Moments, S, Statistics, total
+from spark_fast.pipelines.transforms.bands.statistics import (
+    HIGH,
+    LOW,
+    Counts,
+    Measured,
+    Moments,
+    S,
+    Statistics,
+    clipped,
+    total,
+)
 
 _WAITING = 16  # images whose counts are added at a time
 
@@ -75,7 +85,7 @@ def statistics_by_scale(reports: list[dict[str, Any]]) -> dict[str, dict]:
     low, high = whole.percentile(LOW), whole.percentile(HIGH)
     scaled = {
         "dtype": _whole(_divided(kind.moments, largest(name)) for name, kind in kinds.items()),
-        "percentile": _clipped(whole.counts, low, high),
+        "percentile": clipped(whole.counts, low, high),
         "none": whole.moments,
     }
     dtype = batch_dtype(np.dtype(name) for name in kinds)
@@ -99,16 +109,6 @@ def _whole(parts: Iterable[S]) -> S:
 
 def _divided(moments: Moments, unit: float) -> Moments:
     return Moments(moments.count, moments.mean / unit, moments.squares / unit**2)
-
-
-def _clipped(counts: list[Counts], low: tuple[float, ...], high: tuple[float, ...]) -> Moments:
-    """Of the numbers as `--scale percentile` maps them: 0 at `low` and below it, 1 at `high` and above it."""
-    means, squares = [], []
-    for channel, least, most in zip(counts, low, high, strict=True):
-        numbers = (channel.numbers.clip(least, most) - least) / (most - least if most > least else 1.0)
-        means.append(mean := np.average(numbers, weights=channel.counts))
-        squares.append(((numbers - mean) ** 2 * channel.counts).sum())
-    return Moments(int(counts[0].counts.sum()), np.array(means), np.array(squares))
 
 
 def _to_plain(measured: Measured) -> dict[str, Any]:

@@ -46,9 +46,9 @@ def detect_source(data_path: str | Path, split: str = "train", endings: tuple[st
             raise _no_split(path, split)
         if path.suffix == ".beton":
             return BetonSource(path)
-        if path.suffix == ".tar" and (_SHARD.fullmatch(path.name) or not looks_like_webdataset(path)):
+        if path.suffix == ".tar" and (_SHARD.fullmatch(path.name) or not looks_like_webdataset(path, endings)):
             raise _no_tars(path, [path.name])
-        return images_to_convert(path)
+        return images_to_convert(path, endings=endings)
     if split not in ("train", "all") and not (path / split).is_dir():
         if not has_split(path, split):
             raise _no_split(path, split)
@@ -60,7 +60,7 @@ def detect_source(data_path: str | Path, split: str = "train", endings: tuple[st
             return BetonSource(path / beton.data.file)
         return ShardSource(path)
     _refuse_unfinished(path, PARTIAL)
-    if (tars := tars_in(path)) and not any(map(looks_like_webdataset, tars[:4])):
+    if (tars := tars_in(path)) and not any(looks_like_webdataset(tar, endings) for tar in tars[:4]):
         raise _no_tars(path, [tar.name for tar in tars])
     return images_to_convert(path, split, endings)
 
@@ -80,12 +80,13 @@ def images_to_convert(path: Path, split: str = "train", endings: tuple[str, ...]
     if path.is_file():
         if is_compressed(path.name):
             raise DataError(how_to_unpack([path]))
-        return tar_source(path) if path.suffix == ".tar" else list_source(path)
+        return tar_source(path, endings) if path.suffix == ".tar" else list_source(path)
     _refuse_unfinished(path)
-    if any(map(looks_like_webdataset, (tars := tars_in(path))[:4])):  # one of them may be damaged
-        if holds_images(path):
+    tars = tars_in(path)
+    if any(looks_like_webdataset(tar, endings) for tar in tars[:4]):  # one of them may be damaged
+        if holds_images(path, endings):
             raise DataError(f"{path} holds tars of images, such as {tars[0].name}, and images: move either elsewhere")
-        return webdataset_source(path, split)
+        return webdataset_source(path, split, endings)
     return folder_source(path, mixed=split == "all", endings=endings)
 
 

@@ -56,23 +56,23 @@ class TarSource(FileSource):
         return part
 
 
-def tar_source(path: Path) -> FileSource:
+def tar_source(path: Path, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> FileSource:
     """List the images of a tar: of WebDataset's layout with the labels beside them, else labelled by class archive or
     folder if it has such, else unlabelled.
 
     Raises DataError, naming the file, when it is no uncompressed tar, is cut short or damaged, holds links or names
     outside of itself, has no image, two archives of one class, or folders of several splits.
     """
-    listing = list_tar(path)
+    listing = list_tar(path, endings=endings)
     if holds_webdataset(listing):
-        return source_of_listings(path, [listing])
+        return source_of_listings(path, [listing], endings)
     found, classes = _images_of(listing)
     if loose := [name for name in found if classes and name.split("/")[0] not in classes]:
         logger.warning("%s: %d images outside the classes are left out", path, len(loose))
         for name in loose:
             del found[name]
     if not found:
-        raise DataError(f"no images in {path}: nothing in it ends in {', '.join(IMAGE_EXTENSIONS)}")
+        raise DataError(f"no images in {path}: nothing in it ends in {', '.join(endings)}")
     refuse_mixed_splits(path, {posixpath.dirname(name) for name in found})
     left_out = listing.left_out()
     left_out.endings[".cls"] += sum(len(part.labels) for part in listing.parts)

@@ -74,10 +74,18 @@ def _flipped(weights: Tensor, crops: Tensor, flip: Turn) -> Tensor:
     return torch.where((crops[:, 2, None, None] & int(flip)) != 0, weights.flip(1), weights)
 
 
+def cubic(x: Tensor) -> Tensor:
+    """Keys' cubic kernel with a = -1/2 at a distance of x."""
+    x = x.abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+
+
 def bicubic_weights(sizes: Tensor, longest: int, out: int) -> Tensor:
     """Pillow's antialiased bicubic resize of lines as matrices: `sizes[i]` pixels to `out` pixels.
 
-    The kernel is Keys' cubic with a = -1/2, stretched by the reduction, its weights normalised at the borders
+    The kernel is `cubic`, stretched by the reduction, its weights normalised at the borders
     (precompute_coeffs in Pillow's src/libImaging/Resample.c).
 
     Args:
@@ -89,9 +97,6 @@ def bicubic_weights(sizes: Tensor, longest: int, out: int) -> Tensor:
     scale = (sizes.float() / out)[:, None, None]
     centre = (torch.arange(out, device=sizes.device)[:, None] + 0.5) * scale  # (B, out, 1)
     pixel = torch.arange(longest, device=sizes.device)
-    x = ((pixel + 0.5 - centre) / scale.clamp(min=1)).abs()  # (B, out, longest)
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    weights = cubic((pixel + 0.5 - centre) / scale.clamp(min=1))  # (B, out, longest)
     weights = torch.where(pixel < sizes[:, None, None], weights, 0.0)
     return weights / weights.sum(2, keepdim=True)

@@ -135,9 +135,9 @@ def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, c
     before = read_newest(checkpoints) if checkpoints else None
     weights = None if before else _weights(asked)
     network, stages, in_chans = _resumed(asked, *before) if before else _network(asked, weights)
-    settings = asked.resolved(network, stages, in_chans)
-    recipe = settings.whole_recipe
     statistics = _statistics(before[1]) if before else weights.statistics if weights else None
+    settings = asked.resolved(network, stages, in_chans, statistics)
+    recipe = settings.whole_recipe
     view = View(scale=(recipe.min_scale, 1.0), repeats=recipe.repeats)
     train = open_train(settings, ranks, view, statistics)
     closing.callback(train.close)

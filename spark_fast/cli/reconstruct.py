@@ -23,10 +23,13 @@ from spark_fast.cli.start import start
 from spark_fast.cli.tool import run_tool
 from spark_fast.errors import CheckpointError, DataError, SettingsError
 from spark_fast.networks import import_from_current_folder
-from spark_fast.pipelines.sources.listing.image_names import is_image
+from spark_fast.pipelines.options import are_photographs
+from spark_fast.pipelines.sources.listing.image_names import BAND_EXTENSIONS, IMAGE_EXTENSIONS, is_image
+from spark_fast.pipelines.transforms.bands.expected import Expected
 from spark_fast.reporting.reconstructions import (
     PAD,
     TITLES,
+    BandFiles,
     check_picture_channels,
     filled_grid,
     open_image,
@@ -55,12 +58,14 @@ def reconstruct(
     model: str = "",
     input_size: str = "",
     picture_channels: tuple[int, ...] = (),
+    channels_first: bool = False,
+    npz_key: str = "",
 ) -> int:
     """Draw what a pre-trained model makes of images.
 
     Args:
         source: Run folder, or .pth or .safetensors file with a decoder (also a published one).
-        images: Images, or folders of them at any depth, cropped in the centre to the input's shape and resized.
+        images: Images, or folders of them at any depth, as the run read them, cropped in the centre and resized.
         out: The picture to write, .png; or a folder, for a picture of each image.
         count: Images drawn of a folder at most, evenly spread over it; 0 is all.
         overwrite: Replace pictures that are there.
@@ -71,6 +76,8 @@ def reconstruct(
         model: The network, where the file does not tell (timm name), or if it is your own (package.module:function).
         input_size: Pixels, N or HxW; by default as in training.
         picture_channels: Shown as red, green and blue, or one as grey; by default the first three.
+        channels_first: .npy and .npz hold (C, H, W), not (H, W, C).
+        npz_key: The array of an .npz, where it holds several.
     """
     one = out.suffix == ".png" and not out.is_dir()
     if out.suffix and not one and not out.is_dir():
@@ -81,21 +88,20 @@ def reconstruct(
         raise SettingsError("give one image or more, or a folder")
     if count < 0:
         raise SettingsError(f"--count is a number of images, or 0 for all, got {count}")
-    paths = [path for given in images for path in (_of_folder(given, count) if given.is_dir() else [given])]
-    pictures = _pictures(paths, out, one, overwrite)
     import_from_current_folder(model)
     pretrained = _with_decoder(load_pretrained(source, model, input_size), picture_channels)
+    bands = _bands(pretrained, channels_first, npz_key)
+    paths = _paths(images, count, BAND_EXTENSIONS if bands else IMAGE_EXTENSIONS)
+    pictures = _pictures(paths, out, one, overwrite)
     visible = _visible(pretrained, len(paths), mask, mask_ratio, seed)
-    opened = _opened(paths, set(images), pretrained.spec.input_size)
-    rows = _rows(pretrained, opened, visible, picture_channels)
+    opened = _opened(paths, set(images), pretrained.spec.input_size, bands)
+    rows = _rows(pretrained, opened, visible, picture_channels, photographs=bands is None)
     heading = _heading(pretrained)
     if one:
-        whole = [row[:, PAD * (at > 0) :] for at, row in enumerate(rows.values())]  # two rows share a margin
-        save_png(titled(torch.cat(whole, 1), heading), out)
+        _write_whole(rows, heading, out)
     else:
         _write_each({pictures[i]: titled(row, f"{paths[i].name}: {heading}") for i, row in rows.items()}, out)
-    drawn = f"{len(rows)} image{'s' * (len(rows) != 1)}"
-    print(f"{out if one else f'{out}/'}: {drawn}, {_about(pretrained)}")
+    print(f"{out if one else f'{out}/'}: {_about(pretrained, len(rows))}")
     return 0
 
 
@@ -106,18 +112,33 @@ def _with_decoder(pretrained: Pretrained, channels: tuple[int, ...]) -> Pretrain
             f"{pretrained.path} holds an encoder alone, nothing can be reconstructed without the decoder: give the "
             f"run folder, its checkpoint, or the published file *_withdecoder_1kpretrained_spark_style.pth"
         )
-    if pretrained.spec.in_chans != 3 or pretrained.weights.statistics:
-        raise SettingsError(
-            f"{pretrained.path} is for images of in_chans {pretrained.spec.in_chans}, and images are read with three "
-            f"channels of 8 bits: the run folder has pictures in reconstruction/"
-        )
     check_picture_channels(channels, pretrained.spec.in_chans)
     return pretrained
 
 
-def _of_folder(folder: Path, count: int) -> list[Path]:
+def _bands(pretrained: Pretrained, channels_first: bool, npz_key: str) -> BandFiles | None:
+    """How images are read that are no photographs, as the run's were none; None: they are photographs."""
+    known, in_chans = pretrained.weights.statistics, pretrained.spec.in_chans
+    if are_photographs(in_chans, known.scale if known else "auto"):
+        if channels_first or npz_key:
+            raise SettingsError(f"{pretrained.path} is for photographs: --channels_first and --npz_key are of arrays")
+        return None
+    if known is None:
+        raise SettingsError(
+            f"{pretrained.path} is for images of in_chans {in_chans}, and does not say by which mean and deviation "
+            f"they are normalised: give the folder or a checkpoint of a run that read images from files"
+        )
+    return BandFiles(Expected(in_chans, channels_first=channels_first, npz_key=npz_key), known)
+
+
+def _paths(images: list[Path], count: int, endings: tuple[str, ...]) -> list[Path]:
+    """The images as given, and those of the folders; names with these endings."""
+    return [path for given in images for path in (_of_folder(given, count, endings) if given.is_dir() else [given])]
+
+
+def _of_folder(folder: Path, count: int, endings: tuple[str, ...]) -> list[Path]:
     """The images in a folder, at any depth, or `count` of them, evenly spread; says so if these are not all."""
-    inside = (path for path in sorted(folder.rglob("*")) if is_image(path.name) and path.is_file())
+    inside = (path for path in sorted(folder.rglob("*")) if is_image(path.name, endings) and path.is_file())
     found = [path for path in inside if not any(p.startswith(".") for p in path.relative_to(folder).parts)]
     if not found:
         raise DataError(f"there are no images in {folder}")
@@ -149,12 +170,12 @@ def _pictures(paths: list[Path], out: Path, one: bool, overwrite: bool) -> list[
     return list(named.values())
 
 
-def _opened(paths: list[Path], named: set[Path], size: tuple[int, int]) -> dict[int, Tensor]:
-    """Number -> (3, *size); an image of a folder that cannot be read is left out, one given by its name ends it."""
+def _opened(paths: list[Path], named: set[Path], size: tuple[int, int], bands: BandFiles | None) -> dict[int, Tensor]:
+    """Number -> (C, *size); an image of a folder that cannot be read is left out, one given by its name ends it."""
     opened = {}
     for number, path in enumerate(paths):
         try:
-            opened[number] = open_image(path, size)
+            opened[number] = open_image(path, size, bands)
         except DataError as error:  # noqa: PERF203
             if path in named:
                 raise
@@ -177,16 +198,27 @@ def _visible(pretrained: Pretrained, count: int, mask: tuple[str, ...], ratio: f
 
 
 def _rows(
-    pretrained: Pretrained, opened: dict[int, Tensor], visible: Tensor, channels: tuple[int, ...]
+    pretrained: Pretrained,
+    opened: dict[int, Tensor],
+    visible: Tensor,
+    channels: tuple[int, ...],
+    *,
+    photographs: bool,
 ) -> dict[int, Tensor]:
     """Number -> its row of pictures, (3, PAD + H + PAD, W) uint8."""
     rows: dict[int, Tensor] = {}
     numbers, height = list(opened), PAD + pretrained.spec.input_size[0]
     for first in range(0, len(numbers), AT_ONCE):
         chosen = numbers[first : first + AT_ONCE]
-        grid = filled_grid(pretrained.model, torch.stack([opened[i] for i in chosen]), visible[chosen], channels)
+        images = torch.stack([opened[i] for i in chosen])
+        grid = filled_grid(pretrained.model, images, visible[chosen], channels, photographs=photographs)
         rows |= {i: grid[:, at * height : (at + 1) * height + PAD] for at, i in enumerate(chosen)}
     return rows
+
+
+def _write_whole(rows: dict[int, Tensor], heading: str, path: Path) -> None:
+    whole = [row[:, PAD * (at > 0) :] for at, row in enumerate(rows.values())]  # two rows share a margin
+    save_png(titled(torch.cat(whole, 1), heading), path)
 
 
 def _write_each(pictures: dict[Path, Tensor], folder: Path) -> None:
@@ -201,9 +233,10 @@ def _heading(pretrained: Pretrained) -> str:
     return f"{pretrained.spec.network}, {known}"
 
 
-def _about(pretrained: Pretrained) -> str:
-    (h, w), network = pretrained.model.grid, pretrained.spec.network
-    return f"{', '.join(TITLES)}, by {network} on {h}x{w} patches of {pretrained.model.patch} px"
+def _about(pretrained: Pretrained, drawn: int) -> str:
+    (h, w), patch = pretrained.model.grid, pretrained.model.patch
+    what = f"{drawn} image{'s' * (drawn != 1)}, {', '.join(TITLES)}"
+    return f"{what}, by {pretrained.spec.network} on {h}x{w} patches of {patch} px"
 
 
 def main(argv: list[str] | None = None) -> int:

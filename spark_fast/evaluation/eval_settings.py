@@ -15,6 +15,7 @@ from tyro.conf import OmitArgPrefixes, arg
 
 from spark_fast.errors import SettingsError
 from spark_fast.evaluation.recipes import RECIPES, Recipe, recipe_for
+from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.run.config import Tree, nearest, read, switches_of
 
 E = TypeVar("E", bound="Evaluation")
@@ -150,8 +151,8 @@ class Evaluation(Tree):
     def __init_subclass__(cls) -> None:
         cls.prog, cls.suffix = f"spark-fast-eval {cls.mode}", f"_{cls.mode}"
 
-    def resolved(self: E, network: str, stages: int, in_chans: int | None = 3) -> E:
-        """With every value that was left open, now that the network is known."""
+    def resolved(self: E, network: str, stages: int, in_chans: int | None = 3, known: Statistics | None = None) -> E:
+        """With every value that was left open, now that the network is known, and the statistics of its run."""
         whole = deepcopy(self)
         whole.model.model, whole.model.stages, whole.data.in_chans = network, stages, in_chans
         if whole.data.batch_size is None:
@@ -228,18 +229,21 @@ class Finetune(Evaluation):
         "recipe": {"accumulate"},
     }
 
-    def resolved(self, network: str, stages: int, in_chans: int | None = 3) -> Finetune:
+    def resolved(
+        self, network: str, stages: int, in_chans: int | None = 3, known: Statistics | None = None
+    ) -> Finetune:
         """With the recipe of the network."""
         whole = super().resolved(network, stages, in_chans)
-        batch_size, crop_pct, recipe = recipe_for(network, self.size, whole.in_chans)
+        photographs = whole.photographs(known)
+        batch_size, crop_pct, recipe = recipe_for(network, self.size, photographs)
         whole.data.batch_size = self.data.batch_size or batch_size
         whole.data.crop_pct = self.data.crop_pct or crop_pct
         given = {k: v for k, v in dataclasses.asdict(self.recipe).items() if v is not None}
         whole.recipe = dataclasses.replace(recipe, **given)
-        if whole.in_chans != 3 and whole.recipe.augment != "none":
+        if not photographs and whole.recipe.augment != "none":
             raise SettingsError(
                 f"--augment {whole.recipe.augment} is for photographs, and the images have {whole.in_chans} "
-                f"channel{'s' * (whole.in_chans != 1)}: take --augment none"
+                f"channel{'s' * (whole.in_chans != 1)} and --scale {whole.scaling(known)}: take --augment none"
             )
         return whole
 

@@ -27,7 +27,7 @@ POLICIES = {
 class Augment:
     """A policy of pixel operations, drawn for each photograph, then random erasing.
 
-    (B, C, H, W) normalised, in and out; a policy is for three channels alone.
+    (B, C, H, W) normalised, in and out; a policy is for photographs alone, see `recipe_for`.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:

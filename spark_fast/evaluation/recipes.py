@@ -94,12 +94,12 @@ LARGE_384 = (
 LARGE = 384  # pixels from which on images are augmented by AutoAugment and judged whole
 
 
-def recipe_for(network: str, size: tuple[int, int], in_chans: int = 3) -> tuple[int, float, Recipe]:
+def recipe_for(network: str, size: tuple[int, int], photographs: bool = True) -> tuple[int, float, Recipe]:
     """Batch size, share of the central crop, and the recipe, every field of it set; without one, that of its kin.
 
     Args:
         size: (H, W) of the input.
-        in_chans: its channels; what is not of three is augmented by crop, flip and erasing alone.
+        photographs: what is none is augmented by crop, flip and erasing alone.
     """
     kin = "convnext_small" if "convnext" in network else "resnet50"
     if network not in RECIPES:
@@ -110,7 +110,7 @@ def recipe_for(network: str, size: tuple[int, int], in_chans: int = 3) -> tuple[
         crop_pct, augment = 1.0, "auto"
         if network == "convnext_large":
             batch_size, recipe = LARGE_384
-    if in_chans != 3:
-        log.info("the recipe's augmentation is for photographs: images of %d channels go without", in_chans)
+    if not photographs:
+        log.info("the recipe's augmentation is for photographs: these images go without")
         augment = "none"
     return batch_size, crop_pct, replace(recipe, augment=augment)  # the caller's own

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -15,9 +16,14 @@ from spark_fast.encoder import VisiblePatches
 from spark_fast.errors import DataError, ImageError, SettingsError
 from spark_fast.files import atomic_write
 from spark_fast.method import Method
+from spark_fast.pipelines.transforms.bands.band_augment import resized_bands
+from spark_fast.pipelines.transforms.bands.decode_bands import decode_bands
+from spark_fast.pipelines.transforms.bands.expected import Expected
+from spark_fast.pipelines.transforms.bands.scaling import BandNormalise, as_batch
+from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.pipelines.transforms.crops import centre_box
 from spark_fast.pipelines.transforms.decode import decode
-from spark_fast.pipelines.transforms.resize import MEAN, STD, Normalise, cut
+from spark_fast.pipelines.transforms.resize import MEAN, STD, Normalise, resized_crop
 
 TITLES = ("input", "what the network sees", "prediction")
 NOTE = (
@@ -30,30 +36,38 @@ LINE = FONT + 4
 
 
 def reconstruction_grid(
-    model: Method, images: Tensor, seed: int, keep: int | None = None, channels: tuple[int, ...] = ()
+    model: Method,
+    images: Tensor,
+    seed: int,
+    keep: int | None = None,
+    channels: tuple[int, ...] = (),
+    *,
+    photographs: bool,
 ) -> Tensor:
     """One row per image: input, what the network sees, prediction. The masks depend on `seed` alone.
 
     Args:
         images: (N, C, H, W) normalised.
         keep: visible patches per image, None for as many as in training.
-        channels: see `filled_grid`.
+        channels, photographs: see `filled_grid`.
 
     Returns:
         (3, H', W') uint8 on the host.
     """
     positions = torch.arange(len(images), device=images.device)
-    return filled_grid(model, images, model.sample_masks(seed, 0, positions, keep=keep), channels)
+    visible = model.sample_masks(seed, 0, positions, keep=keep)
+    return filled_grid(model, images, visible, channels, photographs=photographs)
 
 
-def filled_grid(model: Method, images: Tensor, visible: Tensor, channels: tuple[int, ...] = ()) -> Tensor:
+def filled_grid(
+    model: Method, images: Tensor, visible: Tensor, channels: tuple[int, ...] = (), *, photographs: bool
+) -> Tensor:
     """The same with masks of your choice: (N, L) int64, the visible patches of each image, ascending.
 
     Args:
         channels: shown as red, green and blue, or one as grey; (): the first three, of fewer the first as grey.
-
-    Images of three channels are photographs and shown as such. Of others, which may use any part of their range, each
-    channel is shown from the image's own 1st to its 99th percentile.
+        photographs: shown as such. Of other images, which may use any part of their range, each channel is shown from
+            the image's own 1st to its 99th percentile.
     """
     shown = list(channels or (range(3) if model.in_chans >= 3 else (0,)))
     training = model.training
@@ -61,7 +75,7 @@ def filled_grid(model: Method, images: Tensor, visible: Tensor, channels: tuple[
     filled = model.reconstruct(images, visible)
     model.train(training)
     seen = VisiblePatches(visible, model.grid).cells(images.shape[2])
-    pixels = _photographs if model.in_chans == 3 else _stretched(images)
+    pixels = _photographs if photographs else _stretched(images)
     image, prediction = (pixels(x)[:, shown].expand(-1, 3, -1, -1) for x in (images, filled))  # one channel is grey
     columns = [image, torch.where(seen, image, 0.5), prediction]
     rows = torch.stack(columns, dim=1).flatten(0, 1)  # (N, 3 columns, 3, H, W) -> (N*3, 3, H, W)
@@ -109,19 +123,35 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
     return lines
 
 
-def open_image(path: Path, size: tuple[int, int]) -> Tensor:
-    """An image as the network sees it in evaluation: centrally cropped, resized, normalised, (3, *size).
+class BandFiles(NamedTuple):
+    """How files of images that are no photographs are read, and normalised."""
+
+    expected: Expected
+    statistics: Statistics
+
+
+def open_image(path: Path, size: tuple[int, int], bands: BandFiles | None = None) -> Tensor:
+    """An image as the network sees it in evaluation: centrally cropped, resized, normalised, (C, *size).
+
+    Args:
+        bands: how it is read; None for a photograph.
 
     Raises:
         DataError: it cannot be read, by name.
     """
     try:
-        image, _ = decode(path.read_bytes())
+        data = path.read_bytes()
+        image = as_batch(decode_bands(data, bands.expected).pixels, bands.statistics) if bands else decode(data)[0]
     except (OSError, ImageError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
-    pixels = torch.empty(1, *size, 3, dtype=torch.uint8)
-    cut(image, centre_box(image.shape[0], image.shape[1], size), turn=0, out=pixels[0])
-    return Normalise(size[1], torch.device("cpu"), torch.float32)(pixels)[0]
+    box, host = centre_box(image.shape[0], image.shape[1], size), torch.device("cpu")
+    resized = resized_bands if bands else resized_crop
+    normalise = (
+        BandNormalise(bands.statistics, size[1], host, torch.float32)
+        if bands
+        else Normalise(size[1], host, torch.float32)
+    )
+    return normalise(resized(image, box, 0, size)[None])[0]
 
 
 def save_png(grid: Tensor, path: Path) -> None:

@@ -121,9 +121,7 @@ def open_pipeline(
         kept: the statistics to go on with, None without any; asked where images are no photographs. The first rank
             measures them where there are none.
     """
-    statistics, scaling = options.statistics, settings.data.scale
-    if statistics and scaling == "auto":
-        scaling = statistics.scale
+    statistics = options.statistics
     asked = replace(
         options,
         pipeline=settings.data.pipeline,
@@ -137,7 +135,7 @@ def open_pipeline(
         prefetch=settings.data.prefetch,
         max_bad_fraction=settings.data.max_bad_fraction,
         max_pixels=settings.data.max_pixels,
-        scaling=scaling,
+        scaling=settings.scaling(statistics),
         mean=settings.data.mean,
         std=settings.data.std,
         channels_first=settings.data.channels_first,

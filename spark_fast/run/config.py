@@ -21,6 +21,8 @@ import tyro
 
 from spark_fast.errors import SettingsError
 from spark_fast.networks import PUBLISHED_MODELS, parse_input_size
+from spark_fast.pipelines.options import are_photographs
+from spark_fast.pipelines.transforms.bands.statistics import Statistics
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -99,6 +101,14 @@ class Tree:
     def in_chans(self) -> int:
         """Channels of the images; three where nothing else is said."""
         return 3 if self.data.in_chans is None else self.data.in_chans
+
+    def scaling(self, known: Statistics | None) -> str:
+        """`--scale`; where it is left open, that of the statistics which the weights' run or this one kept."""
+        return known.scale if known and self.data.scale == "auto" else self.data.scale
+
+    def photographs(self, known: Statistics | None = None) -> bool:
+        """See `are_photographs`; `known`: see `scaling`."""
+        return are_photographs(self.in_chans, self.scaling(known))
 
     @property
     def network(self) -> str:

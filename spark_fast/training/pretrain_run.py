@@ -266,7 +266,13 @@ class EndOfEpoch:
         save()
         if self.folder is not None and self.pictured is not None and at.epoch % settings.picture_every == 0:
             heading = f"epoch {at.epoch}, step {at.step}, loss {at.loss:.4f}"
-            grid = reconstruction_grid(self.run.model, self.pictured, settings.seed, channels=settings.picture_channels)
+            grid = reconstruction_grid(
+                self.run.model,
+                self.pictured,
+                settings.seed,
+                channels=settings.picture_channels,
+                photographs=self.run.settings.photographs(),
+            )
             grid = titled(grid, heading)
             save_png(grid, self.folder / "reconstruction" / f"epoch_{at.epoch:04d}.png")
             self.logger.picture(grid, at.step)

@@ -15,15 +15,10 @@ from spark_fast.pipelines.build import measure_statistics
 from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from tests.cli.test_train import TINY, assert_same_weights
 from tests.commands import run_here
-from tests.pipelines.bands import bands, npy_of, png_of, tiff_of
+from tests.pipelines.bands import SETS as SETS_OF_FILES
+from tests.pipelines.bands import bands, png_of
 
-SETS = {
-    "1 x 16 bit": (1, "uint16", ".png", png_of),
-    "3 x 16 bit": (3, "uint16", ".png", png_of),
-    "4 x 8 bit": (4, "uint8", ".png", png_of),
-    "12 x 16 bit": (12, "uint16", ".tif", lambda pixels: tiff_of(pixels, planarconfig="contig")),
-    "5 x float32": (5, "float32", ".npy", npy_of),
-}
+SETS = {**SETS_OF_FILES, "3 x 16 bit": (3, "uint16", ".png", png_of)}
 FLAGS = [*[word for word in TINY if not word.startswith("--model")], "--model=test_resnet", "--bs=8", "--ep=2"]
 
 
@@ -63,6 +58,11 @@ def test_a_run_is_resumed_and_evaluated_by_the_statistics_that_it_measured(tmp_p
     found = run_here(evaluation.main, "knn", "a", *words, f"--exp_dir={tmp_path / 'knn'}")
     assert "measured on" not in found.stderr
     assert json.loads((tmp_path / "knn" / "result.json").read_text())["images"] == 8
+    if channels == 3:  # which were no photographs to the run
+        words = [word for word in words if not word.startswith("--k=")] + ["--ep=1", "--wp_ep=0", "--ema=0"]
+        run_here(evaluation.main, "finetune", "a", *words, f"--exp_dir={tmp_path / 'tuned'}")
+        settings = json.loads((tmp_path / "tuned" / "result.json").read_text())["settings"]
+        assert settings["recipe"]["augment"] == "none"
 
 
 def test_files_of_other_channels_end_the_command_with_exit_code_3(tmp_path):

@@ -7,9 +7,11 @@ from PIL import Image
 
 from spark_fast import build_spark
 from spark_fast.cli import reconstruct
+from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.reporting.reconstructions import LINE
 from spark_fast.training.settings import Settings
 from spark_fast.weights.timm_keys import encoder_state_dict, write_encoder
+from tests.pipelines.bands import bands, npy_of, png_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAD = 4
@@ -205,11 +207,60 @@ def test_the_channels_that_are_drawn_may_be_chosen(folder, tmp_path, capsys):
     assert "--picture_channels must be one or three of the channels 0 to 2, got 3" in capsys.readouterr().err
 
 
-def test_a_model_of_other_than_three_channels_is_refused_while_images_are_read_with_three(folder, tmp_path, capsys):
+BANDS = Statistics("percentile", "uint16", (0.4,) * 4, (0.2,) * 4, (1000.0,) * 4, (40000.0,) * 4)
+
+
+def run_of(path, in_chans, statistics=None):
+    """A checkpoint of a run on images of so many channels, 2x2 patches."""
     settings = Settings()
-    settings.model.model, settings.data.input_size, settings.data.in_chans = "test_resnet", "64", 4
+    settings.model.model, settings.data.input_size, settings.data.in_chans = "test_resnet", "64", in_chans
     settings.model.decoder_width = 32
-    model = build_spark("test_resnet", input_size=64, decoder_width=32, in_chans=4, check=False)
-    torch.save({"model": model.state_dict(), "settings": settings.to_dict()}, tmp_path / "four.pth")
-    draw(folder, tmp_path / "four.pth", folder / "a.png", "--out", tmp_path / "x.png", code=2)
-    assert "is for images of in_chans 4, and images are read with three" in capsys.readouterr().err
+    torch.manual_seed(0)
+    model = build_spark("test_resnet", input_size=64, decoder_width=32, in_chans=in_chans, check=False)
+    known = {"statistics": statistics.to_dict()} if statistics else {}
+    torch.save({"model": model.state_dict(), "settings": settings.to_dict(), **known}, path)
+    return path
+
+
+def input_of(picture, size=64):
+    """The first column of the first row, (size, size, 3); pictures of this size are twice as large."""
+    pixels = np.asarray(Image.open(picture)).astype(int)[TOP:, :][::2, ::2]
+    return pixels[PAD : PAD + size, PAD : PAD + size]
+
+
+def test_images_of_any_channels_are_drawn_as_the_run_reads_them(tmp_path):
+    run = run_of(tmp_path / "four.pth", 4, BANDS)
+    pixels = bands(0, 64, 64, 4)
+    (tmp_path / "arrays").mkdir()
+    (tmp_path / "arrays" / "a.npy").write_bytes(npy_of(pixels))
+    (tmp_path / "first.npy").write_bytes(npy_of(np.ascontiguousarray(pixels.transpose(2, 0, 1))))
+    draw(tmp_path, run, tmp_path / "arrays", "--out", tmp_path / "rgb.png")
+    draw(tmp_path, run, tmp_path / "first.npy", "--channels_first", "--out", tmp_path / "first.png")
+    assert (input_of(tmp_path / "first.png") == input_of(tmp_path / "rgb.png")).all()
+    seen = pixels.clip(1000, 40000).astype(float)  # as --scale percentile cuts them off
+    low, high = (np.sort(seen.reshape(-1, 4), 0)[k] for k in (40, -41))
+    shown = 255 * ((seen - low) / (high - low)).clip(0, 1)
+    assert abs(input_of(tmp_path / "rgb.png") - shown[:, :, :3]).max() <= 1
+    draw(tmp_path, run, tmp_path / "arrays", "--out", tmp_path / "grey.png", "--picture_channels", "3")
+    assert abs(input_of(tmp_path / "grey.png") - shown[:, :, 3:]).max() <= 1
+
+
+def test_three_channels_that_a_run_scaled_are_read_with_all_their_bits(tmp_path):
+    three = Statistics("dtype", "uint16", (0.5,) * 3, (0.2,) * 3, (0.0,) * 3, (65535.0,) * 3)
+    run, pixels = (
+        run_of(tmp_path / "three.pth", 3, three),
+        (bands(0, 64, 64, 3) >> 8) + 5000,
+    )  # of 8 bits, nothing is left
+    (tmp_path / "a.png").write_bytes(png_of(pixels))
+    draw(tmp_path, run, tmp_path / "a.png", "--out", tmp_path / "x.png")
+    low, high = (np.sort(pixels.reshape(-1, 3), 0)[k].astype(float) for k in (40, -41))
+    assert abs(input_of(tmp_path / "x.png") - 255 * ((pixels - low) / (high - low)).clip(0, 1)).max() <= 1
+
+
+def test_images_that_are_not_the_runs_are_named_with_the_reason(folder, tmp_path, capsys):
+    draw(folder, run_of(tmp_path / "four.pth", 4, BANDS), folder / "a.png", "--out", tmp_path / "x.png", code=3)
+    assert "a.png cannot be read: it has 3 channels where --in_chans is 4" in capsys.readouterr().err
+    draw(folder, run_of(tmp_path / "none.pth", 4), folder / "a.png", "--out", tmp_path / "x.png", code=2)
+    assert "in_chans 4, and does not say by which mean and deviation they are normalised" in capsys.readouterr().err
+    draw(folder, folder / "ckpt.pth", folder / "a.png", "--npz_key=a", "--out", tmp_path / "x.png", code=2)
+    assert "ckpt.pth is for photographs: --channels_first and --npz_key are of arrays" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import pytest
 from spark_fast.errors import SettingsError
 from spark_fast.evaluation.eval_settings import parse
 from spark_fast.evaluation.recipes import RECIPES, recipe_for
+from spark_fast.pipelines.transforms.bands.statistics import Statistics
 
 PUBLISHED = {  # SparK, downstream_imagenet/arg.py: bs, ep, wp_ep, opt, base_lr, lr_scale, wd, mixup, rep_aug, dp, ema
     "convnext_small": (4096, 400, 20, "adamw", 0.0002, 0.7, 0.01, 0.8, 3, 0.3, 0.9999),
@@ -34,13 +35,28 @@ def test_a_recipe_is_the_callers_own():
 
 
 def test_what_is_no_photograph_is_not_augmented_as_one():
-    assert recipe_for("resnet50", (224, 224), in_chans=4)[2].augment == "none"
-    assert recipe_for("convnext_base", (384, 384), in_chans=1)[2].augment == "none"
+    assert recipe_for("resnet50", (224, 224), photographs=False)[2].augment == "none"
+    assert recipe_for("convnext_base", (384, 384), photographs=False)[2].augment == "none"
     words = ["finetune", "a", "--data_path=x", "--weights=none", "--model=resnet50"]
     asked = parse([*words, "--in_chans=4"])
-    assert asked.resolved("resnet50", 0, 4).recipe == recipe_for("resnet50", (224, 224), 4)[2]
-    with pytest.raises(SettingsError, match="--augment rand is for photographs, and the images have 1 channel: take"):
+    assert asked.resolved("resnet50", 0, 4).recipe == recipe_for("resnet50", (224, 224), False)[2]
+    with pytest.raises(
+        SettingsError, match="--augment rand is for photographs, and the images have 1 channel and --scale auto: "
+    ):
         parse([*words, "--augment=rand"]).resolved("resnet50", 0, 1)
+
+
+def test_three_channels_that_were_scaled_are_no_photographs():
+    words = ["finetune", "a", "--data_path=x", "--weights=none", "--model=resnet50"]
+    none = recipe_for("resnet50", (224, 224), photographs=False)[2]
+    assert parse([*words, "--scale=dtype"]).resolved("resnet50", 0, 3).recipe == none
+    known = Statistics("percentile", "uint16", (0.5,) * 3, (0.2,) * 3, (0.0,) * 3, (9.0,) * 3)
+    assert parse(words).resolved("resnet50", 0, 3, known).recipe == none
+    assert parse(words).resolved("resnet50", 0, 3).recipe.augment == "trivial"
+    with pytest.raises(
+        SettingsError, match=r"--augment rand is for photographs, and .* 3 channels and --scale percent"
+    ):
+        parse([*words, "--augment=rand"]).resolved("resnet50", 0, 3, known)
 
 
 def test_every_field_of_a_recipe_is_set_and_the_config_of_a_run_repeats_it(tmp_path):

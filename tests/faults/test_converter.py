@@ -49,10 +49,10 @@ def convert_here(src: Path, dst: Path, form: str, made: ConvertSettings) -> None
     assert verify_shards(folder, workers=2) == []
 
 
-def start(src: Path, dst: Path, form: str, made: ConvertSettings) -> subprocess.Popen[str]:
-    """The converter as a person starts it, with two worker processes."""
+def start(src: Path, dst: Path, form: str, made: ConvertSettings, *more: str) -> subprocess.Popen[str]:
+    """The converter as a person starts it, with two worker processes and `more` flags."""
     words = [sys.executable, "-m", "spark_fast.cli.convert", str(src), str(dst), "--workers", "2", "--format", form]
-    words += ["--images_per_shard", str(made.images_per_shard), "--short_side", str(made.images.short_side)]
+    words += ["--images_per_shard", str(made.images_per_shard), "--short_side", str(made.images.short_side), *more]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 
 
@@ -94,7 +94,7 @@ def only_whole_files_count(folder: Path) -> None:
     """In an unfinished folder, what has its final name is whole, and the folder is not taken for data."""
     for path in folder.glob("shard-*.tar"):
         with tarfile.open(path) as tar:
-            assert [member.name for member in tar][-1].endswith((".cls", ".jpg"))
+            assert [member.name for member in tar][-1].endswith((".cls", ".jpg", ".npy"))
     if (folder / BETON).exists():
         assert len(BetonSource(folder / BETON)) == read_manifest(folder).count
     if not (folder / MANIFEST).exists() and list(folder.glob("shard-*.tar*")):

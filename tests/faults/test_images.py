@@ -183,15 +183,18 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from spark_fast.pipelines import LoaderOptions, build_pipeline
+from spark_fast.pipelines.convert.band_records import BandRecords
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
-small, bombs, out, backend = sys.argv[1:]
+small, bombs, out, backend, channels = sys.argv[1:]
+channels = int(channels)
 
 def read(path):
-    settings = dict(batch_size=len(list(Path(path).iterdir())), input_size=32, max_bad_fraction=1.0)
+    settings = dict(batch_size=len(list(Path(path).iterdir())), input_size=32, max_bad_fraction=1.0, in_chans=channels)
     pipeline = build_pipeline(path, LoaderOptions(pipeline=backend, workers=1, prefetch=1, **settings))
     list(pipeline.epoch(0))
     pipeline.close()
-    convert(Path(path), Path(out) / Path(path).name, ConvertSettings())
+    stored = ConvertSettings() if channels == 3 else ConvertSettings(BandRecords(in_chans=channels))
+    convert(Path(path), Path(out) / Path(path).name, stored)
     peak = re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())  # ru_maxrss counts the parent's, too
     return pipeline.bad_images.substituted, int(peak[1])
 
@@ -199,6 +202,16 @@ _, before = read(small)
 replaced, after = read(bombs)
 print(replaced, (after - before) // 1024)
 """
+
+
+def memory_taken_by_bombs(root: Path, backend: str, in_chans: int = 3) -> tuple[int, int]:
+    """Read and convert the folders `small` and `bombs`: how many were replaced, and MiB beyond those for `small`."""
+    words = [str(root / name) for name in ("small", "bombs", "out")] + [backend, str(in_chans)]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    replaced, mib = map(int, done.stdout.split())
+    print(f"{backend}: {mib} MiB above what one small image takes")
+    return replaced, mib
 
 
 @pytest.mark.slow
@@ -210,11 +223,7 @@ def test_bombs_are_refused_without_unpacking_them(tmp_path, times, backend):
     hostile = bombs(large=times(False, True))
     for name, data in hostile.items():
         (tmp_path / "bombs" / f"{name}.JPEG").write_bytes(data)
-    words = [str(tmp_path / name) for name in ("small", "bombs", "out")]
-    done = subprocess.run([sys.executable, "-c", MEASURE, *words, backend], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    replaced, mib = map(int, done.stdout.split())
-    print(f"{backend}: {mib} MiB above what one small image takes")
+    replaced, mib = memory_taken_by_bombs(tmp_path, backend)
     assert replaced == sum(name.startswith("bomb") for name in hostile)
     assert mib < 1024
     refused = {entry["name"] for entry in read_manifest(tmp_path / "out" / "bombs").refused}

@@ -19,6 +19,7 @@ from spark_fast.pipelines.sources.detect import detect_source
 from tests.cli.test_train import TINY, assert_same_weights, pictures, weights  # noqa: F401
 from tests.commands import HANG_SECONDS, run_here
 from tests.faults import trainee
+from tests.faults.band_kinds import folder_of, image, packed
 from tests.pipelines.building import build
 from tests.pipelines.pictures import jpeg
 from tests.processes import Forked, run_forked
@@ -75,14 +76,16 @@ def steps_of(metrics):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "few"),
-    [([], 5), ([FCMAE, "--masks_per_image=2", "--eval_every=1"], 2)],
-    ids=["spark", "fcmae, two masks an image, evaluated"],
+    [([], 5), ([FCMAE, "--masks_per_image=2", "--eval_every=1"], 2), (["--in_chans=12", "--scale=percentile"], 1)],
+    ids=["spark", "fcmae, two masks an image, evaluated", "12 channels of 16 bits"],
 )
 def test_killed_at_random_moments_it_ends_with_the_same_bits(pictures, tmp_path, times, method, few):  # noqa: F811
     """Row 1. Every fourth kill while the process starts, the others somewhere in a step, its loading or its save."""
     kills, rng = times(few, 30), random.Random(1)
-    epochs = kills + 1
-    flags = flags_of(pictures, epochs, *method, *([f"--val_path={pictures}"] if method else []))
+    epochs, evaluated = kills + 1, "--eval_every=1" in method
+    if "--in_chans=12" in method:
+        pictures = folder_of(tmp_path / "bands", [packed(image(i)) for i in range(48)])
+    flags = flags_of(pictures, epochs, *method, *([f"--val_path={pictures}"] if evaluated else []))
     started, first_row = time.monotonic(), tmp_path / "whole" / "metrics.jsonl"
     words = [tmp_path / "whole.ledger", "", *flags, f"--exp_dir={tmp_path / 'whole'}"]
     whole = Forked(trainee.main, *words, folder=tmp_path)
@@ -114,7 +117,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(pictures, tmp_path,
         assert sorted(ids) == list(range(48)), "each sample once an epoch"
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, STEPS * epochs + 1))
     assert evaluations(tmp_path / "run") == evaluations(tmp_path / "whole")
-    assert len(evaluations(tmp_path / "run")) == (epochs + 1 if method else 0)
+    assert len(evaluations(tmp_path / "run")) == (epochs + 1 if evaluated else 0)
 
 
 @pytest.mark.slow

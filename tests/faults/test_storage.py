@@ -18,6 +18,8 @@ from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.shard_format import BETON
+from tests.faults.band_kinds import RECORDS, folder_of, image
+from tests.pipelines.bands import npy_of
 from tests.pipelines.building import build
 from tests.pipelines.comparing import batches
 from tests.pipelines.pictures import jpeg
@@ -40,9 +42,16 @@ def read_all(path: Path) -> list[tuple[bytes, int] | str]:
         source.close()
 
 
-@pytest.fixture(params=["shards", pytest.param("beton", marks=pytest.mark.ffcv)])
+@pytest.fixture(params=["shards", "bands", pytest.param("beton", marks=pytest.mark.ffcv)])
 def converted(request: pytest.FixtureRequest, image_folder: Callable[..., Path], tmp_path: Path) -> Path:
-    """8 images in two shards, or in a .beton without them."""
+    """8 images in two shards, photographs or 12 channels of 16 bits; or in a .beton without them."""
+    if request.param == "bands":
+        source = folder_of(tmp_path / "in", [npy_of(image(i, 16, 20)) for i in range(8)], ".npy")
+        for i, path in enumerate(sorted(source.iterdir())):
+            (source / "train" / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+            path.rename(source / "train" / f"class{i % 2}" / path.name)
+        convert(source, tmp_path / "out", ConvertSettings(RECORDS(short_side=0), images_per_shard=4))
+        return tmp_path / "out" / "train"
     beton = BetonSettings(raw=0.5, alone=True) if request.param == "beton" else None
     settings = ConvertSettings(Reencode(short_side=0), images_per_shard=4)
     convert(image_folder(8), tmp_path / "out", settings, beton=beton)

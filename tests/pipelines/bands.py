@@ -64,3 +64,11 @@ def dicom_of(pixels: np.ndarray, **tags: object) -> bytes:
     buffer = io.BytesIO()
     file.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
+
+
+SETS = {  # channels, numbers, and the file that holds them
+    "1 x 16 bit": (1, "uint16", ".png", png_of),
+    "4 x 8 bit": (4, "uint8", ".png", png_of),
+    "12 x 16 bit": (12, "uint16", ".tif", lambda pixels: tiff_of(pixels, planarconfig="contig", compression="zlib")),
+    "5 x float32": (5, "float32", ".npy", npy_of),
+}

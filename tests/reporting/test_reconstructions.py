@@ -48,7 +48,7 @@ def cut(grid, row, column):
 
 
 def test_each_row_is_an_image_what_was_seen_of_it_and_what_was_made_of_it(model, pixels):
-    grid = reconstruction_grid(model, normalised(pixels), seed=3)
+    grid = reconstruction_grid(model, normalised(pixels), seed=3, photographs=True)
     assert grid.dtype == torch.uint8
     assert grid.shape == (3, PAD + 2 * (64 + PAD), PAD + 3 * (96 + PAD))
     for row in range(2):
@@ -65,31 +65,33 @@ def test_each_row_is_an_image_what_was_seen_of_it_and_what_was_made_of_it(model,
 
 def test_the_masks_depend_on_the_seed_alone(model, pixels):
     images = normalised(pixels)
-    first = reconstruction_grid(model, images, seed=3)
+    first = reconstruction_grid(model, images, seed=3, photographs=True)
     torch.rand(5)
-    assert torch.equal(first, reconstruction_grid(model, images, seed=3))
-    assert not torch.equal(first, reconstruction_grid(model, images, seed=4))
+    assert torch.equal(first, reconstruction_grid(model, images, seed=3, photographs=True))
+    assert not torch.equal(first, reconstruction_grid(model, images, seed=4, photographs=True))
 
 
 def test_other_channels_are_shown_where_asked_for_and_one_as_grey(model, pixels):
     images = normalised(pixels)
-    whole = reconstruction_grid(model, images, seed=3)
-    assert torch.equal(reconstruction_grid(model, images, seed=3, channels=(2, 1, 0)), whole.flip(0))
-    assert torch.equal(reconstruction_grid(model, images, seed=3, channels=(1,)), whole[1:2].expand(3, -1, -1))
+    whole = reconstruction_grid(model, images, seed=3, photographs=True)
+    assert torch.equal(reconstruction_grid(model, images, seed=3, channels=(2, 1, 0), photographs=True), whole.flip(0))
+    assert torch.equal(
+        reconstruction_grid(model, images, seed=3, channels=(1,), photographs=True), whole[1:2].expand(3, -1, -1)
+    )
 
 
-@pytest.mark.parametrize(("channels", "shown"), [(1, [0, 0, 0]), (2, [0, 0, 0]), (5, [0, 1, 2])])
-def test_images_of_other_than_three_channels_are_shown_in_the_range_that_they_use(channels, shown):
+@pytest.mark.parametrize(("channels", "shown"), [(1, [0, 0, 0]), (2, [0, 0, 0]), (3, [0, 1, 2]), (5, [0, 1, 2])])
+def test_what_is_no_photograph_is_shown_in_the_range_that_it_uses(channels, shown):
     torch.manual_seed(0)
     model = build_spark(
         "test_resnet", input_size=(64, 96), mask_ratio=0.5, decoder_width=32, in_chans=channels, check=False
     )
     image = torch.rand(2, channels, 64, 96, generator=torch.Generator().manual_seed(0))
     dark = image * 1e-3 - 7
-    grid = reconstruction_grid(model, dark, seed=3)
+    grid = reconstruction_grid(model, dark, seed=3, photographs=False)
     expected = ((image[1] - 0.01) / 0.98).clamp(0, 1)[shown]
     torch.testing.assert_close(cut(grid, 1, 0) / 255, expected, atol=0.01, rtol=0)
-    last = reconstruction_grid(model, dark, seed=3, channels=(channels - 1,))
+    last = reconstruction_grid(model, dark, seed=3, channels=(channels - 1,), photographs=False)
     assert torch.equal(last, grid) == (channels == 1)
 
 
@@ -112,7 +114,7 @@ def test_channels_that_cannot_be_shown_are_refused(channels, in_chans, message):
 def test_a_picture_leaves_mode_and_statistics_as_they_were(model, pixels, training):
     model.train(training)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    reconstruction_grid(model, normalised(pixels), seed=3)
+    reconstruction_grid(model, normalised(pixels), seed=3, photographs=True)
     assert all(m.training is training for m in model.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 

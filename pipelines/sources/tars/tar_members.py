@@ -13,7 +13,7 @@ from typing import BinaryIO
 from spark_fast.errors import DataError
 from spark_fast.pipelines.sources.folder import check_file_size
 from spark_fast.pipelines.sources.listing.class_labels import MOST_BYTES
-from spark_fast.pipelines.sources.listing.image_names import LeftOut, is_image, is_machine_made
+from spark_fast.pipelines.sources.listing.image_names import IMAGE_EXTENSIONS, LeftOut, is_image, is_machine_made
 
 _BLOCK = 512  # of tar
 _SIDECARS = (".cls", ".json", ".txt")  # of an image, in WebDataset's layout
@@ -52,19 +52,21 @@ class TarListing:
         return total
 
 
-def list_tar(path: Path, most: int | None = None) -> TarListing:
+def list_tar(path: Path, most: int | None = None, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> TarListing:
     """Read the headers of a tar and of the tars in it; with `most`, of its first members and those of the first in it.
+
+    Members with these endings are images.
 
     Raises DataError, naming the file, when it is no uncompressed tar, is cut short or damaged, or holds links or names
     outside of itself.
     """
     try:
         with path.open("rb") as file:
-            outer = _contents(path, file, 0, os.fstat(file.fileno()).st_size, most)
+            outer = _contents(path, file, 0, os.fstat(file.fileno()).st_size, most, endings)
             inner = {}
             for name, archive in list(outer.tars.items())[: 1 if most else None]:
                 start, within = archive.offset_data, f"{posixpath.basename(name)}: "
-                inner[name] = _contents(path, file, start, start + archive.size, most, within)
+                inner[name] = _contents(path, file, start, start + archive.size, most, endings, within)
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"cannot list the images of {path}: {error}") from error
     return TarListing(path, outer, inner)
@@ -83,7 +85,15 @@ def read_member(path: Path, offset: int, size: int, name: str, limit: int) -> by
     return data
 
 
-def _contents(path: Path, file: BinaryIO, start: int, end: int, most: int | None, within: str = "") -> TarContents:
+def _contents(
+    path: Path,
+    file: BinaryIO,
+    start: int,
+    end: int,
+    most: int | None,
+    endings: tuple[str, ...],
+    within: str = "",
+) -> TarContents:
     found, before = TarContents(), ("", False)  # the last member's name without its ending, and whether it is an image
     for number, (name, member) in enumerate(_members(path, file, start, end, within)):
         if number == most:
@@ -100,7 +110,7 @@ def _contents(path: Path, file: BinaryIO, start: int, end: int, most: int | None
         if base.endswith(".tar") and not within and not is_machine_made(base):
             found.tars[name] = member
             continue
-        image = is_image(base)
+        image = is_image(base, endings)
         if image:
             found.images[name] = member.offset_data, member.size
         elif suffix.lower() == ".cls" and not is_machine_made(base):

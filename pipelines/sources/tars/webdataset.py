@@ -67,10 +67,10 @@ def tars_in(folder: Path) -> list[Path]:
     return [path for path in files_in(folder) if path.suffix == ".tar" and not is_machine_made(path.name)]
 
 
-def looks_like_webdataset(tar: Path) -> bool:
+def looks_like_webdataset(tar: Path, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> bool:
     """Whether the first members of a tar, or of the first tar in it, are of this layout; False if it is no tar."""
     try:
-        return holds_webdataset(listing := list_tar(tar, _LOOKED_AT)) or _has_sidecars(listing)
+        return holds_webdataset(listing := list_tar(tar, _LOOKED_AT, endings)) or _has_sidecars(listing)
     except DataError:
         return False
 
@@ -81,13 +81,13 @@ def holds_webdataset(listing: TarListing) -> bool:
     return labelled or any(part.has_sidecars for part in listing.inner.values())
 
 
-def webdataset_source(folder: Path, split: str) -> WebDatasetSource:
+def webdataset_source(folder: Path, split: str, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> WebDatasetSource:
     """The images of the tars in a folder; of those of a split ("all" for all), where their names tell splits apart.
 
     Raises DataError when they cannot be read, or it is not clear which are meant.
     """
     tars = tars_of_split(folder, split)
-    source = source_of_listings(folder, [list_tar(tar) for tar in tars])
+    source = source_of_listings(folder, [list_tar(tar, endings=endings) for tar in tars], endings)
     others = LeftOut()
     for path in files_in(folder):
         if path.suffix != ".tar" or is_machine_made(path.name):
@@ -128,14 +128,16 @@ def splits_of_tars(folder: Path) -> list[str]:
     return kinds if len(kinds) > 1 else []
 
 
-def source_of_listings(root: Path, listings: list[TarListing]) -> WebDatasetSource:
+def source_of_listings(
+    root: Path, listings: list[TarListing], endings: tuple[str, ...] = IMAGE_EXTENSIONS
+) -> WebDatasetSource:
     """The images of tars that are listed already; `root` is their folder, or the one tar.
 
     Raises DataError when there is none, or a label is no class.
     """
     samples = [sample for number, listing in enumerate(listings) for sample in _samples(root, number, listing)]
     if not samples:
-        raise DataError(f"no images in {root}: nothing in its tars ends in {', '.join(IMAGE_EXTENSIONS)}")
+        raise DataError(f"no images in {root}: nothing in its tars ends in {', '.join(endings)}")
     left_out = LeftOut()
     for listing in listings:
         left_out.add(listing.left_out())

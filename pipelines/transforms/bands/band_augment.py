@@ -1,4 +1,4 @@
-"""Crop, resize and turn of images of any channels and numbers, on the host or on the device, in float32."""
+"""Crop, resize and turn of images of any channels and numbers, in float64 on the host, in float32 on the device."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import interpolate
 
+from spark_fast.pipelines.transforms.bands.blocked_resize import resized
 from spark_fast.pipelines.transforms.bands.scaling import BandNormalise
-from spark_fast.pipelines.transforms.crops import Box
+from spark_fast.pipelines.transforms.crops import Box, Turn
 from spark_fast.pipelines.transforms.device_augment import DeviceAugment
-from spark_fast.pipelines.transforms.resize import crop, flipped, transposed
+from spark_fast.pipelines.transforms.resize import crop
 
 
 def resized_bands(image: NDArray, box: Box, turn: int, size: tuple[int, int]) -> Tensor:
     """The crop `box` of `image` (h, w, C), antialiased bicubic, turned: (*size, C).
 
-    float32, not cut off where a bicubic curve overshoots; the image's own numbers where nothing is to be resized.
+    float64, not cut off where a bicubic curve overshoots; the image's own numbers where nothing is to be resized.
     """
-    pixels = transposed(crop(image, box), turn)
-    if pixels.shape[:2] == size:
-        return flipped(torch.from_numpy(np.array(pixels)), turn)
-    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)  # (h, w, C) -> (C, h, w)
-    resized = interpolate(torch.from_numpy(planes)[None], size=size, mode="bicubic", antialias=True)
-    return flipped(resized[0].permute(1, 2, 0), turn)  # (1, C, H, W) -> (H, W, C)
+    pixels = turned(crop(image, box), turn)
+    return torch.from_numpy(np.array(pixels)) if pixels.shape[:2] == size else resized(pixels, size)
+
+
+def turned(pixels: NDArray, turn: int) -> NDArray:
+    """(h, w, C), transposed and then flipped as the `Turn` says: a view."""
+    pixels = pixels.swapaxes(0, 1) if turn & Turn.TRANSPOSED else pixels
+    return pixels[:: -1 if turn & Turn.UPSIDE_DOWN else 1, :: -1 if turn & Turn.MIRRORED else 1]
 
 
 def store_numbers(out: Tensor, pixels: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spark_fast.errors import ImageError
 from spark_fast.pipelines.transforms.bands.expected import Expected, Stored
@@ -19,7 +20,7 @@ def is_dicom(data: bytes | memoryview) -> bool:
 
 
 def read_dicom(data: bytes | memoryview, expected: Expected) -> Stored:
-    """One frame, rescaled. "White is zero" (MONOCHROME1) is not turned.
+    """One frame, rescaled. Where the least number is white (MONOCHROME1), the stored numbers are inverted first.
 
     Raises ImageError for several frames, and for a compression that pydicom cannot undo here, with its name.
     """
@@ -38,5 +39,12 @@ def read_dicom(data: bytes | memoryview, expected: Expected) -> Stored:
     except (RuntimeError, NotImplementedError) as error:
         syntax = file.file_meta.TransferSyntaxUID.name
         raise ImageError(f"a DICOM file whose pixels pydicom cannot read ({syntax}): {error}") from error
+    if file.get("PhotometricInterpretation") == "MONOCHROME1":
+        pixels = _inverted(pixels, int(file.BitsStored), signed=bool(file.PixelRepresentation))
     slope, intercept = float(file.get("RescaleSlope", 1)), float(file.get("RescaleIntercept", 0))
     return Stored((pixels * np.float64(slope) + intercept).astype(np.float32))
+
+
+def _inverted(pixels: NDArray, bits: int, *, signed: bool) -> NDArray[np.int64]:
+    """The least number that so many bits hold becomes the largest, and so on: the same for every image of a scanner."""
+    return (-1 if signed else 2**bits - 1) - pixels.astype(np.int64)

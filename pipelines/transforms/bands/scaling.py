@@ -51,7 +51,7 @@ def as_batch(pixels: NDArray, statistics: Statistics) -> NDArray:
 
 
 class BandNormalise:
-    """(B, H, W, C) of the batch's numbers, or float32 in their units -> dtype (B, C, H, W), channels_last.
+    """(B, H, W, C) of the batch's numbers, or floating point in their units -> dtype (B, C, H, W), channels_last.
 
     Scaled as the statistics say, `(x - mean) / std` of it. A channel without deviation is only shifted.
     """
@@ -79,17 +79,21 @@ class BandNormalise:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Normalise a batch on the device where its pixels are, in fp32, then round to dtype."""
-        return self._rows(pixels).to(self._dtype).view(pixels.shape).permute(0, 3, 1, 2)
+        rows = pixels.flatten(-2).to(torch.float32, copy=True)  # (B, H, W * C)
+        return self._normalised(rows).to(self._dtype).view(pixels.shape).permute(0, 3, 1, 2)
 
     def into(self, out: Tensor, pixels: Tensor) -> None:
         """The same for one image, (H, W, C), into its place in a batch, (H, W, C) of dtype."""
-        out.view(len(out), -1).copy_(self._rows(pixels))
+        place = out if out.dtype == torch.float32 else torch.empty(out.shape)
+        self._normalised(place.copy_(pixels).flatten(-2))
+        if place is not out:
+            out.copy_(place)
 
-    def _rows(self, pixels: Tensor) -> Tensor:
-        rows = pixels.flatten(-2).float()  # (..., H, W * C)
+    def _normalised(self, rows: Tensor) -> Tensor:
+        """(..., H, W * C) float32, changed in place."""
         if self._clip is not None:
-            rows = rows.clamp(*self._clip)
-        return (rows - self._mean) * self._factor
+            rows.clamp_(*self._clip)
+        return rows.sub_(self._mean).mul_(self._factor)
 
 
 def scaled(pixels: NDArray, statistics: Statistics) -> NDArray[np.float64]:

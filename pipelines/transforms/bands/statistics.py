@@ -173,6 +173,16 @@ class Measured:
         return tuple(counts.percentile(share) for counts in self.counts)
 
 
+def clipped(counts: list[Counts], low: tuple[float, ...], high: tuple[float, ...]) -> Moments:
+    """Of the numbers as `--scale percentile` maps them: 0 at `low` and below it, 1 at `high` and above it."""
+    means, squares = [], []
+    for channel, least, most in zip(counts, low, high, strict=True):
+        numbers = (channel.numbers.clip(least, most) - least) / (most - least if most > least else 1.0)
+        means.append(mean := np.average(numbers, weights=channel.counts))
+        squares.append(((numbers - mean) ** 2 * channel.counts).sum())
+    return Moments(int(counts[0].counts.sum()), np.array(means), np.array(squares))
+
+
 def total(parts: Iterable[S]) -> S | None:
     """The sum of parts in their order, added as in a balanced tree: few additions to what is large; None of none."""
     sums: list[tuple[int, S]] = []  # how many times a sum was doubled, and the sum

@@ -22,16 +22,10 @@ from spark_fast.pipelines.transforms.bands.band_augment import BandAugment
 from spark_fast.pipelines.transforms.bands.scaling import BandNormalise, scaled
 from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.pipelines.transforms.crops import ALL_DRAWS, DRAWS, Augmentation, Box, Turn
-from tests.pipelines.bands import bands, dicom_of, npy_of, npz_of, png_of, tiff_of
+from tests.pipelines.bands import SETS, bands, dicom_of, npy_of, npz_of, png_of, tiff_of
 from tests.pipelines.building import build
 from tests.pipelines.pictures import jpeg
 
-SETS = {  # what the issue asks for: channels, numbers, and the file that holds them
-    "1 x 16 bit": (1, "uint16", ".png", png_of),
-    "4 x 8 bit": (4, "uint8", ".png", png_of),
-    "12 x 16 bit": (12, "uint16", ".tif", lambda pixels: tiff_of(pixels, planarconfig="contig", compression="zlib")),
-    "5 x float32": (5, "float32", ".npy", npy_of),
-}
 every_set = pytest.mark.parametrize("kind", SETS)
 SEED = 5
 

@@ -43,6 +43,16 @@ def test_mean_deviation_and_percentiles_are_numpys_of_the_scaled_numbers(arrays,
     assert (found.scale, found.dtype) == (scale, "uint16")
 
 
+@pytest.mark.parametrize("scale", ["dtype", "percentile", "none"])
+def test_each_file_of_one_type_is_read_once(arrays, monkeypatch, scale):
+    path, _ = arrays
+    read: list[int] = []
+    patiently = measuring.read_patiently
+    monkeypatch.setattr(measuring, "read_patiently", lambda source, i: [read.append(i), patiently(source, i)][1])
+    measured(path, scale)
+    assert sorted(read) == list(range(24))
+
+
 def test_workers_seeds_and_ranks_measure_the_same_to_the_bit(arrays):
     path, _ = arrays
     one = measured(path)

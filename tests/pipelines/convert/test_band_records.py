@@ -22,6 +22,7 @@ from spark_fast.pipelines.sources.shard_format import read_manifest
 from tests.pipelines.bands import bands, dicom_of, npy_of, npz_of, png_of, tiff_of
 from tests.pipelines.convert.test_conversion import contents
 from tests.pipelines.damage import flip
+from tests.pipelines.tars import tar_of
 
 KINDS = [(1, "uint16"), (4, "uint8"), (12, "uint16"), (5, "float32"), (2, "int16"), (3, "float16"), (1, "uint32")]
 
@@ -156,6 +157,18 @@ def test_training_on_shards_is_training_on_the_folder(tmp_path):
     given = {"mean": (0.1, 0.2, 0.3, 0.4, 0.5), "std": (1.0, 2.0, 3.0, 4.0, 5.0)}
     for a, b in zip(batches(root, 5, **given), batches(tmp_path / "out", 5, **given), strict=True):
         assert torch.equal(a, b)
+
+
+def test_tars_of_another_program_are_trained_on_and_converted_as_its_folder_is(tmp_path):
+    members = {}
+    for i in range(8):
+        members |= {f"{i:03d}.npy": npy_of(bands(i)), f"{i:03d}.cls": b"%d" % (i % 2)}
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "0.tar").write_bytes(tar_of(members))
+    convert(tmp_path / "tars", tmp_path / "out", settings())
+    assert detect_source(tmp_path / "out").labels.tolist() == [0, 1] * 4
+    for a, b in zip(batches(tmp_path / "tars", 5), batches(tmp_path / "out", 5), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_the_trainer_normalises_by_the_manifests_statistics_unless_told_otherwise(tmp_path, caplog):

@@ -12,6 +12,7 @@ import pytest
 
 from spark_fast.errors import DataError, ImageError
 from spark_fast.pipelines.sources.folder import MAX_FILE_BYTES, folder_source
+from spark_fast.pipelines.sources.listing.image_names import BAND_EXTENSIONS
 from spark_fast.pipelines.sources.tar import TarSource, tar_source
 from tests.pipelines.tars import tar_of, tar_of_tars
 
@@ -39,6 +40,14 @@ def test_a_tar_of_class_tars_lists_as_the_unpacked_folder_would(archive, tmp_pat
     part = tar.subset(np.array([20, 3]))
     assert [part.read(0), part.read(1)] == [folder.read(20), folder.read(3)]
     assert part.labels.tolist() == [2, 0]
+
+
+def test_a_tar_of_class_folders_of_arrays_lists_them_where_any_channels_are_read(tmp_path):
+    path = written(tmp_path, tar_of({"b/z.npy": b"1", "a/y.tif": b"2", "a/x.txt": b""}))
+    source = tar_source(path, BAND_EXTENSIONS)
+    assert (names(source), source.labels.tolist(), source.classes) == (["a/y.tif", "b/z.npy"], [0, 1], ["a", "b"])
+    with pytest.raises(DataError, match=r"nothing in it ends in .*\.npy"):
+        tar_source(written(tmp_path, tar_of({"a/x.txt": b""})), BAND_EXTENSIONS)
 
 
 def test_a_flat_tar_is_unlabelled_and_sorted(tmp_path):

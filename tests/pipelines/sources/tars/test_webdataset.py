@@ -8,6 +8,7 @@ import pytest
 
 from spark_fast.errors import DataError
 from spark_fast.pipelines.sources.detect import detect_source, images_to_convert
+from spark_fast.pipelines.sources.listing.image_names import BAND_EXTENSIONS
 from spark_fast.pipelines.sources.tars.webdataset import splits_of_tars
 from tests.pipelines.tars import tar_of
 
@@ -66,6 +67,19 @@ def test_other_endings_and_keys_with_folders_are_read(tmp_path, image, folder):
     (tmp_path / "0.tar").write_bytes(shard(0, 8, image, folder=folder))
     for path in (tmp_path, tmp_path / "0.tar"):
         assert rows(detect_source(path)) == RIGHT
+
+
+@pytest.mark.parametrize("image", ["npy", "npz", "dcm", "tif", "image.npy"])
+def test_arrays_and_scans_are_images_where_any_channels_are_read(tmp_path, image):
+    (tmp_path / "0.tar").write_bytes(shard(0, 8, image))
+    (tmp_path / "tars.tar").write_bytes(tar_of({"0.tar": shard(0, 8, image)}))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "0.tar").write_bytes(shard(0, 8, image))
+    for path in ("0.tar", "tars.tar", "folder"):
+        assert rows(detect_source(tmp_path / path, endings=BAND_EXTENSIONS)) == RIGHT
+    if image != "tif":
+        with pytest.raises(DataError, match="is a tar, which training does not read"):
+            detect_source(tmp_path / "0.tar")
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -152,6 +152,15 @@ def test_a_dicom_frame_is_rescaled(dtype):
     assert same(found, (2.5 * pixels.astype(np.float64) - 1024).astype(np.float32)[:, :, None])
 
 
+@pytest.mark.parametrize(("dtype", "least", "most"), [("uint16", 0, 4095), ("int16", -2048, 2047)])
+def test_a_dicom_frame_whose_least_number_is_white_is_inverted_before_it_is_rescaled(dtype, least, most):
+    stored = np.array([[least, least + 1], [1000, most]], dtype)
+    tags = {"PhotometricInterpretation": "MONOCHROME1", "BitsStored": 12, "HighBit": 11}
+    shown = np.array([[most, most - 1], [least + most - 1000, least]], np.float32)[:, :, None]
+    assert same(decoded(dicom_of(stored, **tags), 1), shown)
+    assert same(decoded(dicom_of(stored, **tags, RescaleSlope="2.5", RescaleIntercept="-10"), 1), 2.5 * shown - 10)
+
+
 @pytest.mark.parametrize(
     ("tags", "message"),
     [

@@ -1,0 +1,63 @@
+"""The resize of any numbers against torch's own in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import interpolate
+
+from spark_fast.pipelines.transforms.bands import blocked_resize
+from spark_fast.pipelines.transforms.bands.blocked_resize import resized
+from tests.pipelines.bands import bands
+
+SIDES, COLUMNS = st.integers(1, 70), st.integers(2, 70)  # where one column is asked for, torch errs
+
+
+def torchs(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    planes = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float64))[None]
+    return interpolate(planes, size=size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+
+
+@settings(max_examples=50)
+@given(SIDES, SIDES, SIDES, COLUMNS, st.integers(1, 5), st.integers(0, 9))
+def test_any_size_becomes_any_other_as_torch_resizes_it(height, width, rows, columns, channels, seed):
+    pixels = np.random.default_rng(seed).normal(size=(height, width, channels))
+    exact = torchs(pixels, (rows, columns))
+    found = resized(pixels, (rows, columns))
+    assert found.shape == (rows, columns, channels)
+    np.testing.assert_allclose(found.numpy(), exact, atol=1e-12)
+    np.testing.assert_allclose(resized(pixels[::-1, ::-1], (rows, columns)), exact[::-1, ::-1], atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "uint32", "float16", "float32"])
+def test_numbers_of_every_type_and_a_crop_in_memory_are_taken(dtype):
+    pixels = bands(0, 400, 300, 12, dtype)[7:-9, 3:-5]
+    exact = torchs(pixels, (64, 48))
+    np.testing.assert_allclose(resized(pixels, (64, 48)).numpy(), exact, rtol=0, atol=1e-12 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("size", [(40, 30), (700, 500)])
+def test_a_large_image_is_copied_in_parts(monkeypatch, size):
+    pixels = bands(3, 300, 200, 2)
+    whole = resized(pixels, size)
+    monkeypatch.setattr(blocked_resize, "_AT_ONCE", 20_000)
+    assert torch.equal(resized(pixels, size), whole)
+
+
+def test_a_single_column_is_resized_as_any():
+    pixels = bands(0, 39, 50, 3, "float64")
+    wide = np.repeat(pixels.mean(1, keepdims=True), 2, axis=1)
+    np.testing.assert_allclose(resized(wide, (59, 1)).numpy()[:, 0], torchs(wide, (59, 2))[:, 0], atol=1e-12)
+
+
+def test_a_precision_that_is_enough_for_a_network_does_not_take_bits_from_its_images():
+    pixels, before = bands(0, 300, 300, 12), torch.get_float32_matmul_precision()
+    exact = resized(pixels, (224, 224))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(resized(pixels, (224, 224)), exact)
+    finally:
+        torch.set_float32_matmul_precision(before)
