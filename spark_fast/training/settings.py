@@ -79,7 +79,7 @@ class Data:
     workers: Annotated[int, arg(aliases=["--dataloader_workers"])] = 8
     """decoding threads per rank"""
     worker_processes: int | Literal["auto"] = "auto"
-    """processes over which they are spread; 0: the trainer's own; auto: none up to 2 threads (--pipeline torch)"""
+    """processes that these are spread over; 0: the trainer's own; auto: one a thread, 16 at most, none for 2 threads"""
     prefetch: int = 2
     """batches decoded ahead"""
     max_bad_fraction: float = 0.01

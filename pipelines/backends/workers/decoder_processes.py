@@ -11,12 +11,12 @@ named; one at which three workers end in a row ends the run.
 from __future__ import annotations
 
 import logging
+import select
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import CancelledError
-from multiprocessing.connection import Connection, wait
 from typing import NoReturn
 
 from spark_fast.errors import StorageError
@@ -44,6 +44,7 @@ class Filling:
         self.place: Place | None = place
         self.open: dict[int, tuple[Order, Worker]] = {}  # by first row: what is not answered, and who works on it
         self.answers: list[Answer] = []
+        self.lost = False  # its processes were given up
 
 
 class DecoderProcesses:
@@ -152,29 +153,32 @@ class DecoderProcesses:
         while filling.open:
             with self._lock:
                 self._stop_if_closed()
-                if self._group is None:
-                    raise StorageError("the worker processes were given up")
                 if filling.open:
                     self._listen()
+        if filling.lost:
+            raise StorageError("the worker processes were given up")
 
     def _listen(self) -> None:
         """Hear what the workers say, for POLL_SECONDS at most; replace those that are lost."""
-        pipes = {worker.pipe: worker for worker in self.workers}
+        pipes, poll = {worker.pipe.fileno(): worker for worker in self.workers}, select.poll()
+        for file in pipes:
+            poll.register(file, select.POLLIN)
         before = time.monotonic()
-        heard = wait(list(pipes), POLL_SECONDS)
+        heard = {file for file, _ in poll.poll(1e3 * POLL_SECONDS)}
         passed = min(time.monotonic() - before, POLL_SECONDS)  # not the time that this process itself was stopped
-        for pipe, worker in pipes.items():
+        for file, worker in pipes.items():
             if worker not in self.workers:
                 continue  # gone with the others
-            if pipe in heard:
-                worker.silent = 0
-                self._hear(pipe, worker)
+            if file in heard:
+                self._hear(worker)
             elif worker.images:
                 self._look_after(worker, passed)
 
-    def _hear(self, pipe: Connection, worker: Worker) -> None:
+    def _hear(self, worker: Worker) -> None:
+        worker.silent = 0
+        worker.moves()  # from here on
         try:
-            message = pipe.recv()
+            message = worker.pipe.recv()
         except (EOFError, OSError):
             self._replace(worker, "ended")
             return
@@ -190,8 +194,11 @@ class DecoderProcesses:
 
     def _look_after(self, worker: Worker, passed: float) -> None:
         """Count `passed` seconds of silence; replace a worker that somebody stopped, and report one that stalls."""
-        before, worker.silent = worker.silent, 0 if worker.moves() else worker.silent + passed
+        before, worker.silent = worker.silent, worker.silent + passed
         if worker.silent < SILENT_SECONDS:
+            return
+        if worker.moves():
+            worker.silent = 0
             return
         if (state := worker.state()) in "Tt":
             self._replace(worker, f"was stopped, and has done nothing for {worker.silent:.0f} s")
@@ -239,10 +246,13 @@ class DecoderProcesses:
         assert self._group is not None
         self._group.close()
         self._group = None
+        for filling in self._fillings.values():
+            filling.lost = bool(filling.open)
+            filling.open.clear()
         raise StorageError(f"{report}: given up. --worker_processes 0 decodes in this process")
 
 
 def _order_size(images: int, workers: int) -> int:
-    """Images of an order: four orders a worker in each batch, but no fewer images than pay for the messages."""
+    """Images of an order: two orders a worker in each batch, but no fewer images than pay for the messages."""
     each = -(-images // workers)
-    return min(max(-(-each // 4), 4), each)
+    return min(max(-(-each // 2), 4), each)

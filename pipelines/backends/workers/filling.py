@@ -15,7 +15,7 @@ from spark_fast.pipelines.sampler import Share
 from spark_fast.pipelines.sources.bad_images import Loaded
 
 FEW_THREADS = 2  # for so many no process is started: it would cost more memory and seconds at the start than it saves
-THREADS_A_PROCESS = 2  # then they wait for Python's lock for some 5 % of the time
+MOST_PROCESSES = 16  # so many have a thread each and wait for nobody's lock; more would be more messages
 
 
 class Filled(NamedTuple):
@@ -67,4 +67,4 @@ def choose_processes(asked: int | Literal["auto"], threads: int, cores: int) -> 
     busy = min(threads, cores)
     if busy <= FEW_THREADS:
         return 0, f"{threads} threads on {cores} cores hardly wait for Python's lock"
-    return -(-busy // THREADS_A_PROCESS), f"{threads} threads on {cores} cores would wait for Python's lock"
+    return min(busy, MOST_PROCESSES), f"{threads} threads on {cores} cores would wait for Python's lock"

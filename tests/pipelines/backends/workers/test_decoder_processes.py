@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from spark_fast.errors import StorageError
 from spark_fast.pipelines.backends.torch_pipeline import TorchPipeline
 from spark_fast.pipelines.backends.workers import decoder_processes
 from spark_fast.pipelines.backends.workers.decoder_processes import MANY_BLOCKS, DecoderProcesses, _order_size
+from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from tests.commands import HANG_SECONDS
 from tests.pipelines.backends.workers.saboteur import Saboteur, sabotaged
 from tests.pipelines.bands import bands, npy_of
@@ -128,13 +129,13 @@ def test_a_worker_that_is_stopped_is_replaced_and_named(running, caplog, monkeyp
 def test_an_exception_names_its_image_and_says_where_and_the_workers_live_on(running):
     pipeline, source, root = running
     source.order(9, "divide")
-    before = [worker.pid for worker in filler(pipeline).workers]
+    before = list(filler(pipeline).workers)
     with pytest.raises(RuntimeError, match=r"while loading image 9 \(class1/009.jpg\): ZeroDivisionError") as caught:
         list(pipeline.epoch(8))
     assert "saboteur.py" in str(caught.value.__cause__)
     source.mend(9)
     assert same(list(pipeline.epoch(8)), expected(root, 8))
-    assert [worker.pid for worker in filler(pipeline).workers] == before
+    assert filler(pipeline).workers == before
 
 
 def test_the_process_that_is_forked_from_runs_no_thread_and_maps_no_name(running):
@@ -147,20 +148,25 @@ def test_the_process_that_is_forked_from_runs_no_thread_and_maps_no_name(running
 
 
 @pytest.mark.parametrize(
-    ("images", "workers", "size"), [(64, 2, 8), (64, 1, 16), (16, 8, 2), (1, 3, 1), (4096, 4, 256), (10, 3, 4)]
+    ("images", "workers", "size"), [(64, 2, 16), (64, 1, 32), (16, 8, 2), (1, 3, 1), (4096, 4, 512), (10, 3, 4)]
 )
 def test_a_batch_is_a_few_orders_for_each_worker(images, workers, size):
     assert _order_size(images, workers) == size
 
 
-def gone(pids: list[int]) -> None:
-    """Wait until these processes have ended."""
-    waiting = threading.Event()
-    for _ in range(int(HANG_SECONDS / 0.05)):
-        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
-            return
-        waiting.wait(0.05)
-    raise AssertionError(f"of {pids} some are left")
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def await_end(pids: list[int]) -> None:
+    """Until these processes have ended."""
+    end = time.monotonic() + HANG_SECONDS
+    while any(map(alive, pids)):
+        assert time.monotonic() < end, f"of {pids} some are left"
+        time.sleep(0.02)
 
 
 @pytest.mark.slow
@@ -177,7 +183,7 @@ def test_an_image_that_ends_three_workers_ends_the_run_and_another_may_follow(tm
     assert same(list(pipeline.epoch(0)), expected(tmp_path / "set"))
     pids = [worker.pid for worker in filler(pipeline).workers]
     pipeline.close()
-    gone(pids)
+    await_end(pids)
     with pytest.raises(RuntimeError, match="was closed"):
         pipeline.epoch(0)
 
@@ -188,6 +194,7 @@ def test_when_the_process_that_forks_them_is_killed_all_are_replaced(tmp_path, c
     epoch = pipeline.epoch(0)
     made = [next(epoch)]
     os.kill(filler(pipeline)._group._first.pid, signal.SIGKILL)  # type: ignore[union-attr]
+    await_end([worker.pid for worker in filler(pipeline).workers])
     with caplog.at_level(logging.WARNING, "spark_fast.pipelines"):
         made += list(epoch) + list(pipeline.epoch(1))
     pipeline.close()
@@ -196,8 +203,8 @@ def test_when_the_process_that_forks_them_is_killed_all_are_replaced(tmp_path, c
 
 
 @pytest.mark.slow
-def test_data_that_changed_before_the_workers_open_them_are_named(beton_folder):
-    folder = beton_folder()
+def test_data_that_changed_before_the_workers_open_them_are_named(image_folder, tmp_path):
+    ((folder, _),) = convert(image_folder(), tmp_path / "shards", ConvertSettings(images_per_shard=10))
     pipeline = build(folder, pipeline="torch", batch_size=6, input_size=32, workers=2, worker_processes=1)
     shard = next(folder.glob("*.tar"))
     shard.write_bytes(shard.read_bytes()[:-512])
@@ -209,8 +216,11 @@ def test_data_that_changed_before_the_workers_open_them_are_named(beton_folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 3])
-@pytest.mark.parametrize("kind", ["folder", "device", "shards", "beton", "bands", "bands on the device"])
-def test_every_kind_of_data_and_every_way_to_augment(image_folder, beton_folder, tmp_path, kind, processes):
+@pytest.mark.parametrize(
+    "kind",
+    ["folder", "device", "shards", pytest.param("beton", marks=pytest.mark.ffcv), "bands", "bands on the device"],
+)
+def test_every_kind_of_data_and_every_way_to_augment(image_folder, request, tmp_path, kind, processes):
     asked: dict[str, object] = {"workers": 4, "vflip": True, "rot90": True, "max_bad_fraction": 1.0}
     if kind.startswith("bands"):
         root = tmp_path / "bands"
@@ -221,9 +231,10 @@ def test_every_kind_of_data_and_every_way_to_augment(image_folder, beton_folder,
         asked |= {"in_chans": 12}
     else:
         root = image_folder()
-    if kind in ("shards", "beton"):
-        root = beton_folder(root)
-        root = next(root.glob("*.beton")) if kind == "beton" else root
+    if kind == "shards":
+        ((root, _),) = convert(root, tmp_path / "shards", ConvertSettings(images_per_shard=10))
+    if kind == "beton":
+        root = next(request.getfixturevalue("beton_folder")(root).glob("*.beton"))
     if kind.endswith("device"):
         asked["augment_on"] = "device"
     own = batches(root, 1, 1, pipeline="torch", worker_processes=0, **asked)
@@ -270,5 +281,5 @@ def test_however_the_program_ends_no_process_is_left(tmp_path, then, words, code
     assert program.returncode == code, error
     pids = [int(pid) for pid in out.split()]
     assert len(pids) == 3, error
-    gone(pids)
+    await_end(pids)
     assert "worker_process" not in error, "the workers say nothing"

@@ -12,9 +12,9 @@ from spark_fast.pipelines.backends.workers.filling import choose_processes
 
 @pytest.mark.parametrize(
     ("threads", "cores", "processes"),
-    [(1, 64, 0), (2, 64, 0), (8, 2, 0), (3, 8, 2), (8, 4, 2), (8, 16, 4), (16, 64, 8)],
+    [(1, 64, 0), (2, 64, 0), (8, 2, 0), (3, 8, 3), (8, 4, 4), (8, 16, 8), (64, 64, 16)],
 )
-def test_few_threads_stay_here_and_many_have_a_process_for_two(threads, cores, processes):
+def test_few_threads_stay_here_and_many_have_processes_of_their_own(threads, cores, processes):
     found, why = choose_processes("auto", threads, cores)
     assert found == processes
     assert f"{threads} threads on {cores} cores" in why
