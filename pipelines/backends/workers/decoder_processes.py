@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from concurrent.futures import CancelledError
 from typing import NoReturn
 
-from spark_fast.errors import StorageError
+from spark_fast.errors import DataError, StorageError
 from spark_fast.pipelines.backends.workers.batch_memory import BatchMemory, Place
 from spark_fast.pipelines.backends.workers.filling import Filled
 from spark_fast.pipelines.backends.workers.orders import PLAIN, Answer, Cancel, Order, Ready, Setup
@@ -221,7 +221,11 @@ class DecoderProcesses:
         """
         assert self._group is not None
         samples, place = worker.current(), self._place(worker)
-        how = self._group.end(worker)
+        try:
+            how = self._group.end(worker)
+        except (DataError, StorageError):  # the images cannot be opened
+            self._end_group()
+            raise
         lost = [worker] if how else list(self.workers)
         how = how or f"with all others, as the process that starts them had: {self._group.how_it_ended()}"
         report = f"worker process {worker.pid or 'that was starting'} {what} ({how}) {place}"
@@ -242,6 +246,10 @@ class DecoderProcesses:
                     self._give(filling, order)
 
     def _give_up(self, report: str) -> NoReturn:
+        self._end_group()
+        raise StorageError(f"{report}: given up. --worker_processes 0 decodes in this process")
+
+    def _end_group(self) -> None:
         """End what is left, so that nobody writes to the batches any more."""
         assert self._group is not None
         self._group.close()
@@ -249,7 +257,6 @@ class DecoderProcesses:
         for filling in self._fillings.values():
             filling.lost = bool(filling.open)
             filling.open.clear()
-        raise StorageError(f"{report}: given up. --worker_processes 0 decodes in this process")
 
 
 def _order_size(images: int, workers: int) -> int:
