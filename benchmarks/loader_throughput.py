@@ -102,7 +102,7 @@ class HostPart(DeviceAugment):
 
 def host_part(store: Path, batch: int, cores: int) -> Iterator[None]:
     """The host's work when the device augments: crops decoded into cells, ready for the transfer."""
-    with patch("spark_fast.pipelines.backends.torch_threads.DeviceAugment", HostPart):
+    with patch("spark_fast.pipelines.backends.torch_pipeline.DeviceAugment", HostPart):
         yield from ours("torch", augment_on="device")(store, batch, cores)
 
 

@@ -11,9 +11,8 @@ from spark_fast.pipelines.backends.backend import Backend
 from spark_fast.pipelines.backends.dali import DaliPipeline
 from spark_fast.pipelines.backends.ffcv import FfcvPipeline
 from spark_fast.pipelines.backends.measure import measure
-from spark_fast.pipelines.backends.nvjpeg import DeviceDecodePipeline
 from spark_fast.pipelines.backends.synthetic import SyntheticPipeline
-from spark_fast.pipelines.backends.torch_threads import TorchPipeline
+from spark_fast.pipelines.backends.torch_pipeline import TorchPipeline
 from spark_fast.pipelines.base import Pipeline
 from spark_fast.pipelines.ffcv_install import require_ffcv
 from spark_fast.pipelines.options import LoaderOptions
@@ -120,8 +119,12 @@ def _backend(source: Source, options: LoaderOptions) -> type[Backend]:
     if pipeline == "auto":
         pipeline, why = _only_pipeline(options) or choose_pipeline(source)
         logger.info("pipeline %s: %s", pipeline, why)
+    if pipeline == "torch" and options.decode_on == "device":
+        from spark_fast.pipelines.backends.nvjpeg import DeviceDecodePipeline  # torchvision: 90 MB that others spare
+
+        return DeviceDecodePipeline
     if pipeline == "torch":
-        return DeviceDecodePipeline if options.decode_on == "device" else TorchPipeline
+        return TorchPipeline
     return FfcvPipeline if pipeline == "ffcv" else DaliPipeline
 
 

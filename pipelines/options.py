@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -71,6 +72,7 @@ class LoaderOptions:
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32  # of the normalised images
     workers: int = 2  # decoder threads of this rank
+    worker_processes: int | Literal["auto"] = "auto"  # that they are spread over; 0: this one; for "torch" alone
     prefetch: int = 2  # batches that they may be ahead
     max_bad_fraction: float = 0.01  # of unreadable images, above which an epoch ends with DataError
     max_pixels: int = 64  # million (2**20) pixels of an image, above which it counts as unreadable
@@ -95,12 +97,22 @@ class LoaderOptions:
             raise SettingsError(
                 f"pipeline {self.pipeline} cannot leave its work to the device as asked: take torch, or the host"
             )
+        self._check_worker_processes()
         if self.batch_size < 1 or self.world_size < 1 or self.batch_size % self.world_size:
             lower = max(self.batch_size, 0) // max(self.world_size, 1) * self.world_size
             raise SettingsError(
                 f"a global batch of {self.batch_size} cannot be shared equally by {self.world_size} processes:"
                 f" take a multiple of {self.world_size}, such as {lower or self.world_size}"
             )
+
+    def _check_worker_processes(self) -> None:
+        asked = self.worker_processes
+        if asked == "auto":
+            return
+        if asked < 0:
+            raise SettingsError(f"worker_processes must be 0 or more, or auto, got {asked}")
+        if asked > 0 and (self.pipeline in ("dali", "ffcv") or self.decode_on == "device"):
+            raise SettingsError("worker processes are for pipeline torch, decoding on the host: take 0 or auto")
 
     def _check_bands(self) -> None:
         """Raise SettingsError for what does not go together with the channels and the turns asked for."""

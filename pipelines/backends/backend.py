@@ -6,14 +6,13 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from concurrent.futures import CancelledError
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spark_fast.errors import DataError
 from spark_fast.pipelines.backends.buffers import Buffers
 from spark_fast.pipelines.base import Batch
 from spark_fast.pipelines.options import LoaderOptions
@@ -106,17 +105,6 @@ class Backend(ABC):
         """
         if self._closed.is_set() or any(event.is_set() for event in left) or not threading.main_thread().is_alive():
             raise CancelledError
-
-    @contextmanager
-    def _naming(self, sample: int) -> Iterator[None]:
-        """Turn any exception but DataError into a RuntimeError that names the image."""
-        try:
-            yield
-        except DataError:
-            raise
-        except Exception as error:
-            name = self._source.name(sample)
-            raise RuntimeError(f"while loading image {sample} ({name}): {error!r}") from error
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 -> (B, 3, H, W) on the device, channels_last; on the host in reused memory."""

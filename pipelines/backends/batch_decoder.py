@@ -35,7 +35,7 @@ from spark_fast.pipelines.base import Batch
 from spark_fast.pipelines.options import LoaderOptions
 from spark_fast.pipelines.sampler import Sampler, Share, uniform
 from spark_fast.pipelines.sources.bad_images import Loaded, candidates, none_readable
-from spark_fast.pipelines.sources.source import Source, read_patiently
+from spark_fast.pipelines.sources.source import Source, naming_image, read_patiently
 from spark_fast.pipelines.transforms.crops import DRAWS, Box
 from spark_fast.pipelines.transforms.decode import decode_image
 from spark_fast.pipelines.transforms.resize import crop
@@ -159,7 +159,7 @@ class EncodedPipeline(Backend):
         examined = []
         for sample, draws in zip(request.ids.tolist(), request.draws.tolist(), strict=True):
             self._stop_unless_wanted(request.left)
-            with self._naming(sample):
+            with naming_image(self._source, sample):
                 examined.append(self._load(sample, draws))
         return examined
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,11 +18,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-class Buffers:
-    """Tensors of one shape and dtype; at most `kept` idle ones are remembered."""
+def fresh(size: int) -> NDArray[np.uint8]:
+    """Memory of this process, (size,)."""
+    return np.empty(size, np.uint8)
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, kept: int) -> None:
-        self._shape, self._dtype = shape, dtype
+
+class Buffers:
+    """Tensors of one shape and dtype; at most `kept` idle ones are remembered. `allocate` makes their memory."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        kept: int,
+        allocate: Callable[[int], NDArray[np.uint8]] = fresh,
+    ) -> None:
+        self._shape, self._dtype, self._allocate = shape, dtype, allocate
         self._idle: deque[NDArray[np.uint8]] = deque(maxlen=kept)
 
     def take(self) -> Tensor:
@@ -29,7 +41,7 @@ class Buffers:
         try:
             memory = self._idle.pop()
         except IndexError:
-            memory = np.empty(math.prod(self._shape) * self._dtype.itemsize, np.uint8)
+            memory = self._allocate(math.prod(self._shape) * self._dtype.itemsize)
         lent = memory[:]  # an object of its own, which lives as long as the tensors that torch makes of it
         weakref.finalize(lent, self._idle.append, memory).atexit = False
         return torch.from_numpy(lent).view(self._dtype).view(self._shape)

@@ -23,7 +23,7 @@ from spark_fast.pipelines.options import LoaderOptions
 from spark_fast.pipelines.sampler import Sampler, Share, uniform
 from spark_fast.pipelines.sources.bad_images import Loaded
 from spark_fast.pipelines.sources.beton import BetonSource
-from spark_fast.pipelines.sources.source import Source
+from spark_fast.pipelines.sources.source import Source, naming_image
 from spark_fast.pipelines.transforms.crops import DRAWS
 
 
@@ -92,6 +92,6 @@ class FfcvPipeline(Backend):
         for place in np.flatnonzero(plan["fault"]).tolist():
             sample = int(plan["sample"][place])
             self._stop_unless_wanted()
-            with self._naming(sample):
+            with naming_image(self._source, sample):
                 loaded[place] = self._images.load(sample, draws[place], pixels[place])
         return loaded

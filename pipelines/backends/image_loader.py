@@ -5,9 +5,10 @@ This is the whole of it where the host decodes: all of the default pipeline's im
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,8 +51,17 @@ class ImageLoader:
     judged: NDArray[np.bool_] = field(init=False)  # the images that `decode` has approved, in this run or at conversion
 
     def __post_init__(self) -> None:
-        judged = isinstance(self.source, (ShardSource, BetonSource))  # and their checksums are compared on reading
-        object.__setattr__(self, "judged", np.full(len(self.source), judged))
+        memory = mmap.mmap(-1, len(self.source) + 1)  # shared with the processes that are forked from this one
+        judged = np.frombuffer(memory, np.bool_)[:-1]
+        judged[:] = isinstance(self.source, (ShardSource, BetonSource))  # and their checksums are compared on reading
+        object.__setattr__(self, "judged", judged)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "judged"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     def load(self, sample: int, draws: Sequence[float], out: Tensor, crop: Tensor | None = None) -> Loaded:
         """Bring a sample's image, or the one that stands in for it, to its place `out`.

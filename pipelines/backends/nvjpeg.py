@@ -2,7 +2,7 @@
 
 The bytes of a batch go to the device; decode, crop, resize, flip, normalise and layout happen there, on a stream beside
 the training step's. nvJPEG has no region of interest here, so images are decoded whole. On a CPU the same class
-decodes with torchvision's libjpeg: slower than `torch_threads`, but all the rest can be tested.
+decodes with torchvision's libjpeg: slower than `torch_pipeline`, but all the rest can be tested.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import hashlib
 import io
 import os
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,10 +81,7 @@ class BetonSource:
         self.labels: NDArray[np.int32] | None = None
         if (self.checks["label"] >= 0).all():
             self.labels = self.checks["label"].astype(np.int32)
-        try:
-            self._file = path.open("rb", buffering=0)
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error}") from error
+        self._open()
         if _tables_sha256(self.checks, self._file) != tables:
             size, end = self.size(), int((self.checks["ptr"] + self.checks["size"]).max())
             self.close()
@@ -92,6 +89,19 @@ class BetonSource:
                 f"{path}, {size} bytes with its last record ending at {end}, is damaged or cut short, or"
                 f" {checks_path(path).name} is of another: copy both again, or convert again"
             )
+
+    def _open(self) -> None:
+        try:
+            self._file = self.path.open("rb", buffering=0)
+        except OSError as error:
+            raise DataError(f"cannot read {self.path}: {error}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_file"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
 
     def __len__(self) -> int:
         return len(self.checks)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import resource
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,11 +41,21 @@ class ShardSource:
         self.statistics = {scale: Statistics.from_dict(found) for scale, found in manifest.statistics.items()}
         self._listing = manifest.listing
         self.labels: NDArray[np.int32] | None = self._index["label"].copy() if manifest.labelled else None
-        self._names = [shard.file for shard in manifest.shards]
+        self._shards = manifest.shards
         _check_open_files(manifest, folder)
+        self._open()
+
+    def _open(self) -> None:
         self._files: list[BinaryIO] = []
-        for shard in manifest.shards:
-            self._files.append(_open_shard(folder, shard))
+        for shard in self._shards:
+            self._files.append(_open_shard(self.folder, shard))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_files"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
 
     def __len__(self) -> int:
         return len(self._index)
@@ -61,14 +71,14 @@ class ShardSource:
     def read(self, i: int) -> bytes:
         """The JPEG or .npy of sample i; ImageError when the shard was cut short or changed while in use."""
         row = self._index[i]
-        return read_record(self._files[row["shard"]], self._names[row["shard"]], row, int(row["offset"]))
+        return read_record(self._files[row["shard"]], self._shards[row["shard"]].file, row, int(row["offset"]))
 
     def name(self, i: int) -> str:
         """Shard and member, as `tar -t` lists it."""
         row = self._index[i]
         header = os.pread(self._files[row["shard"]].fileno(), 100, int(row["offset"]) - 512)
         member = header.split(b"\0")[0].decode("ascii", "backslashreplace")
-        return f"{self._names[row['shard']]}:{member}"
+        return f"{self._shards[row['shard']].file}:{member}"
 
     def fingerprint(self) -> str:
         """Of what was converted."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from spark_fast.errors import DataError
 
 RETRY_SECONDS = (0.05, 0.2)  # pauses after which a read is tried again: network file systems fail for a moment
 
@@ -61,3 +65,14 @@ def read_patiently(source: Source, i: int) -> bytes | memoryview:
         except OSError:  # noqa: PERF203
             time.sleep(pause)
     return source.read(i)
+
+
+@contextmanager
+def naming_image(source: Source, sample: int) -> Iterator[None]:
+    """Turn any exception but DataError into a RuntimeError that names the image."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"while loading image {sample} ({source.name(sample)}): {error!r}") from error

@@ -131,6 +131,7 @@ def open_images(
         ffcv_resize=settings.data.ffcv_resize,
         augment_on=settings.data.augment,
         decode_on=settings.data.decode,
+        worker_processes=settings.data.worker_processes,
         view=View(
             augment=augment,
             scale=settings.crop_scale,

@@ -78,6 +78,8 @@ class Data:
     """images per step over all ranks"""
     workers: Annotated[int, arg(aliases=["--dataloader_workers"])] = 8
     """decoding threads per rank"""
+    worker_processes: int | Literal["auto"] = "auto"
+    """processes that these are spread over; 0: the trainer's own; auto: one a thread, 16 at most, none for 2 threads"""
     prefetch: int = 2
     """batches decoded ahead"""
     max_bad_fraction: float = 0.01

@@ -17,7 +17,7 @@ UNUSED_WIDTH = 128  # of the decoder that a model gets where the file has none
 KNOWN = {
     "data": {
         *("data_path", "val_path", "pipeline", "ffcv_resize", "decode", "augment", "input_size", "in_chans"),
-        *("batch_size", "workers", "prefetch", "max_bad_fraction", "max_pixels", "min_crop"),
+        *("batch_size", "workers", "worker_processes", "prefetch", "max_bad_fraction", "max_pixels", "min_crop"),
         *("crop_scale", "hflip", "vflip", "rot90", "scale", "mean", "std", "channels_first", "npz_key"),
     },
     "model": {

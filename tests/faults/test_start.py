@@ -57,10 +57,12 @@ def test_a_port_in_use(pictures, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, 1])
 @pytest.mark.parametrize("limit", ["ulimit -n 128", "mount -t tmpfs -o size=64k tmpfs /dev/shm"])
-def test_what_others_stumble_over_is_not_needed(pictures, tmp_path, limit):  # noqa: F811
-    """Few open files, and next to no shared memory: nothing to be set, as neither is used."""
-    words = [sys.executable, "-m", "spark_fast.train", *flags_of(pictures, 1, f"--exp_dir={tmp_path / 'run'}")]
+def test_what_others_stumble_over_is_not_needed(pictures, tmp_path, limit, processes):  # noqa: F811
+    """Few open files, and next to no /dev/shm: nothing to be set, as neither is used, by worker processes either."""
+    flags = flags_of(pictures, 1, f"--exp_dir={tmp_path / 'run'}", f"--worker_processes={processes}")
+    words = [sys.executable, "-m", "spark_fast.train", *flags]
     isolated = ["unshare", "--mount", "bash", "-c", f'{limit} && exec "$@"', "limited", *map(str, words)]
     done = subprocess.run(isolated, capture_output=True, text=True, timeout=HANG_SECONDS)
     if "unshare failed" in done.stderr or "permission denied" in done.stderr:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from spark_fast.errors import DataError, SettingsError
-from spark_fast.pipelines.backends.torch_threads import TorchPipeline
+from spark_fast.pipelines.backends.torch_pipeline import TorchPipeline
 from spark_fast.pipelines.build import choose_pipeline
 from spark_fast.pipelines.sources.beton import CHECKS, RAW, BetonSource
 from tests.pipelines.building import build

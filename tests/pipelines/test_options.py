@@ -39,6 +39,9 @@ def test_a_batch_of_nothing_is_refused(batch):
         ({"decode_on": "gpu"}, "decoding on 'gpu' is unknown; there are: host, device"),
         ({"ffcv_resize": "cubic"}, "ffcv_resize 'cubic' is unknown; there are: bicubic, area"),
         ({"in_chans": 0}, "in_chans must be 1 or more, got 0"),
+        ({"worker_processes": -1}, "worker_processes must be 0 or more, or auto, got -1"),
+        ({"worker_processes": 2, "pipeline": "ffcv"}, "worker processes are for pipeline torch, decoding on the host"),
+        ({"worker_processes": 1, "decode_on": "device"}, "worker processes are for pipeline torch, decoding on the"),
     ],
 )
 def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(settings, message):

@@ -14,7 +14,7 @@ NAMED = ["name", "--data_path=images"]
 FLAGS = """
 config print_config help
 data_path val_path eval_every pipeline ffcv_resize decode augment input_size in_chans batch_size bs
-workers dataloader_workers prefetch max_bad_fraction max_pixels min_crop crop_scale
+workers dataloader_workers worker_processes prefetch max_bad_fraction max_pixels min_crop crop_scale
 hflip no_hflip vflip no_vflip rot90 no_rot90
 scale mean std channels_first no_channels_first npz_key method masks_per_image decoder_depth
 model stages mask_ratio mask drop_path dp decoder_width encoder verify sparse_conv no_sparse_conv init_weight

@@ -131,7 +131,7 @@ def test_workers_ranks_and_a_resume_change_nothing(tmp_path, kind):
     assert len(whole) == 3
     assert whole[0].images.shape == (4, SETS[kind][0], 32, 32)
     assert whole[0].images.is_contiguous(memory_format=torch.channels_last)
-    assert same(batches(root, kind, epoch=1, workers=4, prefetch=5, **turns), whole)
+    assert same(batches(root, kind, epoch=1, workers=4, worker_processes=0, prefetch=5, **turns), whole)
     assert same(batches(root, kind, epoch=1, start_step=2, **turns), whole[2:])
     ranks = [batches(root, kind, epoch=1, rank=rank, world_size=2, **turns) for rank in range(2)]
     both = [

@@ -52,8 +52,9 @@ def test_batches_of_a_pipeline_take_turns_in_few_buffers_and_kept_ones_stay(imag
 
 def test_threads_that_hold_on_to_their_work_do_not_hold_the_memory(image_folder, monkeypatch):
     pipeline = build(image_folder(), batch_size=4, input_size=32, prefetch=2)
-    work, submit = [], pipeline._pool.submit
-    monkeypatch.setattr(pipeline._pool, "submit", lambda *call: work.append(call) or submit(*call))
+    pool = pipeline._filler.pool
+    work, submit = [], pool.submit
+    monkeypatch.setattr(pool, "submit", lambda *call: work.append(call) or submit(*call))
     addresses = {batch.images.data_ptr() for epoch in range(6) for batch in pipeline.epoch(epoch)}
     assert len(addresses) <= 4
     assert len(work) >= 36

@@ -64,6 +64,6 @@ def test_batches_are_those_of_the_host(image_folder):
     root = image_folder()
     for size in (32, 96):  # crops larger than a cell, and smaller
         assert alike(batches(root, input_size=size, augment_on="device"), batches(root, input_size=size))
-    alone = batches(root, augment_on="device", workers=4, prefetch=5)
+    alone = batches(root, augment_on="device", workers=4, worker_processes=0, prefetch=5)
     assert same(alone, batches(root, augment_on="device", workers=1, prefetch=1))
     assert same(alone[2:], batches(root, augment_on="device", start_step=2))

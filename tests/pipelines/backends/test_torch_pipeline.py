@@ -64,7 +64,7 @@ def test_starting_at_a_step_gives_the_tail_of_the_epoch(image_folder, start):
 @pytest.mark.parametrize("workers", [1, 4])
 def test_workers_and_prefetch_change_nothing(image_folder, workers, prefetch):
     root = image_folder()
-    assert same(batches(root, workers=workers, prefetch=prefetch), batches(root, workers=2))
+    assert same(batches(root, workers=workers, prefetch=prefetch, worker_processes=0), batches(root, workers=2))
 
 
 def test_two_ranks_together_see_the_batches_of_one(image_folder):
@@ -108,7 +108,7 @@ def test_one_pipeline_serves_two_epochs_at_once(image_folder):
 
 def test_threads_are_gone_after_close_and_torch_keeps_its_own(image_folder):
     before = torch.get_num_threads()
-    pipeline = build(image_folder(), batch_size=6, input_size=32, workers=3)
+    pipeline = build(image_folder(), batch_size=6, input_size=32, workers=3, worker_processes=0)
     assert len(decoders()) == 3
     assert torch.get_num_threads() == before
     seen: list[int] = []
@@ -126,7 +126,7 @@ def test_threads_are_gone_after_close_and_torch_keeps_its_own(image_folder):
 
 def test_decoder_threads_use_one_core_each(image_folder):
     pipeline = build(image_folder(), batch_size=6, input_size=32, workers=2)
-    assert pipeline._pool.submit(torch.get_num_threads).result() == 1
+    assert pipeline._filler.pool.submit(torch.get_num_threads).result() == 1
     pipeline.close()
 
 
@@ -140,7 +140,7 @@ def test_leaving_an_epoch_early_cancels_what_is_in_the_making(image_folder):
         iterator.close()
     assert len(list(pipeline.epoch(0))) == 4
     assert len(loaded) < 21 * 24, "some were never begun"
-    assert len(pipeline._buffers._idle) <= 6
+    assert len(pipeline._memory.buffers._idle) <= 6
     pipeline.close()
 
 

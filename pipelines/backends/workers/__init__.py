@@ -1,0 +1,1 @@
+"""Who fills a batch: threads of this process, or threads of several others."""

@@ -1,0 +1,70 @@
+"""What fills batches with images, and how many threads and processes do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spark_fast.errors import SettingsError
+from spark_fast.pipelines.backends.workers.batch_memory import Place
+from spark_fast.pipelines.sampler import Share
+from spark_fast.pipelines.sources.bad_images import Loaded
+
+FEW_THREADS = 2  # for so many no process is started: it would cost more memory and seconds at the start than it saves
+MOST_PROCESSES = 16  # so many have a thread each and wait for nobody's lock; more would be more messages
+
+
+class Filled(NamedTuple):
+    """A batch whose images are in their places."""
+
+    ids: NDArray[np.int64]
+    place: Place
+    loaded: list[Loaded]  # what happened to each of its samples
+
+
+F = TypeVar("F")  # a batch that is being filled
+
+
+class Filler(Protocol[F]):
+    """Fills batches, in any number at once."""
+
+    def start(self, share: Share) -> F:
+        """Begin with a batch of these samples; does not wait for it."""
+        ...
+
+    def finish(self, filling: F) -> Filled:
+        """Wait until a batch is filled. Raises what its first image that failed did."""
+        ...
+
+    def abandon(self, fillings: Iterable[F]) -> None:
+        """Stop filling these batches; when this returns, nobody writes to their memory any more."""
+        ...
+
+    def close(self) -> None:
+        """End all threads and processes."""
+        ...
+
+
+def choose_processes(asked: int | Literal["auto"], threads: int, cores: int) -> tuple[int, str]:
+    """How many processes the decoding threads of a rank are spread over (0: they stay in this one), and why.
+
+    Args:
+        asked: a number, or "auto" for as many as pay.
+        threads: decoding threads.
+        cores: that this process may use.
+    """
+    able = hasattr(os, "memfd_create")
+    if asked != "auto":
+        if asked and not able:
+            raise SettingsError("worker processes need Linux, whose memory without a name they share: take 0")
+        return min(asked, threads), "as asked"
+    if not able:
+        return 0, "there is no memory without a name to share on this system"
+    busy = min(threads, cores)
+    if busy <= FEW_THREADS:
+        return 0, f"{threads} threads on {cores} cores hardly wait for Python's lock"
+    return min(busy, MOST_PROCESSES), f"{threads} threads on {cores} cores would wait for Python's lock"
