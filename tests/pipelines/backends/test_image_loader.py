@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+
 import pytest
 import torch
 
@@ -33,6 +36,19 @@ def test_when_nothing_near_is_readable_the_storage_is_questioned(tmp_path):
     with pytest.raises(DataError, match="is the storage still there"):
         list(pipeline.epoch(0))
     pipeline.close()
+
+
+def test_what_has_been_judged_is_known_to_forked_processes_and_not_sent_to_others(image_folder):
+    loader = ImageLoader(detect_source(image_folder(6)), Augmentation((32, 32)))
+    loader.judged[1] = True
+    copy = pickle.loads(pickle.dumps(loader))
+    assert not copy.judged.any()
+    assert (copy.augmentation, len(copy.source)) == (loader.augmentation, 6)
+    if not (child := os.fork()):
+        loader.judged[4] = True
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert loader.judged.tolist() == [False, True, False, False, True, False]
 
 
 def test_a_vanished_image_is_replaced(image_folder):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import subprocess
 import sys
 import threading
@@ -122,6 +123,16 @@ def test_threads_are_gone_after_close_and_torch_keeps_its_own(image_folder):
     assert not decoders()
     with pytest.raises(RuntimeError, match="was closed"):
         pipeline.epoch(0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [(0, "3 threads decode, in this process: as asked"), (2, "3 threads decode, in 2 worker processes")],
+)
+def test_the_log_says_who_decodes(image_folder, caplog, asked, said):
+    with caplog.at_level(logging.INFO, "spark_fast.pipelines"):
+        build(image_folder(), batch_size=6, input_size=32, workers=3, worker_processes=asked).close()
+    assert any(message.startswith(said) for message in caplog.messages)
 
 
 def test_decoder_threads_use_one_core_each(image_folder):

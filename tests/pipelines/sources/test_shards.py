@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import resource
 import tracemalloc
 from dataclasses import replace
@@ -32,6 +33,19 @@ def test_samples_come_back_in_the_order_of_the_listing(tmp_path, labelled):
     assert (source.labels.tolist() == LABELS) if labelled else (source.labels is None)
     assert source.name(2) == "shard-000000.tar:00000002-p_2.jpg"
     source.close()
+
+
+def test_a_copy_for_another_process_reads_the_same_and_opens_the_shards_itself(tmp_path):
+    source = ShardSource(write_all(tmp_path))
+    sent = pickle.dumps(source)
+    source.close()
+    copy = pickle.loads(sent)
+    assert [copy.read(i) for i in range(len(copy))] == JPEGS
+    assert (copy.labels.tolist(), copy.fingerprint()) == (LABELS, source.fingerprint())
+    copy.close()
+    (tmp_path / "shard-000001.tar").unlink()
+    with pytest.raises(DataError, match=r"lists shard-000001.tar, which cannot be read"):
+        pickle.loads(sent)
 
 
 def test_a_shard_of_another_size_is_refused(tmp_path):

@@ -5,8 +5,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from spark_fast.errors import DataError
 from spark_fast.pipelines.sources import source
-from spark_fast.pipelines.sources.source import RETRY_SECONDS, empty_classes, num_classes, read_patiently
+from spark_fast.pipelines.sources.source import (
+    RETRY_SECONDS,
+    empty_classes,
+    naming_image,
+    num_classes,
+    read_patiently,
+)
 
 
 class Stumbling:
@@ -46,3 +53,13 @@ def test_classes_are_counted_by_their_names_or_else_by_the_highest_label(labels,
 def test_classes_without_an_image_are_known(labels, classes, empty):
     labels = None if labels is None else np.array(labels, np.int32)
     assert empty_classes(SimpleNamespace(labels=labels, classes=classes)) == empty
+
+
+def test_what_fails_unexpectedly_names_the_image_and_a_data_error_stays_as_it_is():
+    named = SimpleNamespace(name=lambda i: f"image{i}.jpg")
+    message = r"while loading image 3 \(image3.jpg\): ZeroDivisionError"
+    with pytest.raises(RuntimeError, match=message) as caught, naming_image(named, 3):
+        _ = 1 / 0
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    with pytest.raises(DataError, match=r"^all is lost$"), naming_image(named, 3):
+        raise DataError("all is lost")
