@@ -79,18 +79,20 @@ class Bottleneck(ResidualBlock):
     act3: nn.Module
 
     def _fused(self, x: Tensor) -> Tensor:
-        shortcut, hidden = self._fork(x)
+        shortcut, hidden, downsample = self._fork(x)
         hidden = normalize(self.bn1, self.act1, hidden, None, self.context.kernels)
         hidden = self.aa(self._dropped(self.bn2, self.act2, self.conv2(hidden)))
+        for layer in downsample:
+            shortcut = layer(shortcut)
         return self._last(self.bn3, self.act3, self.conv3(hidden), shortcut)
 
-    def _fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The shortcut, downsampled, and what the first convolution gives."""
+    def _fork(self, x: Tensor) -> tuple[Tensor, Tensor, list[nn.Module]]:
+        """The shortcut, what the first convolution gives, and the layers that the shortcut has still to pass."""
         narrow, wide, after = self.conv1, None, []
         if self.downsample is not None:
             wide, *after = self.downsample if isinstance(self.downsample, nn.Sequential) else [self.downsample]
         if not (_is_product(narrow, 1) and (wide is None or _is_product(wide))):
-            return x if self.downsample is None else self.downsample(x), narrow(x)
+            return x, narrow(x), [] if self.downsample is None else [self.downsample]
         kernels = [conv.kernel().flatten(1) for conv in (narrow, wide) if conv is not None]
         cells, *weights = cast_for_autocast(x.permute(0, 2, 3, 1), *kernels)  # (V, b, b, C), (O, C)
         if wide is not None:
@@ -98,11 +100,8 @@ class Bottleneck(ResidualBlock):
         elif cells.dtype == x.dtype:
             shortcut, hidden = _ProductBesideInput.apply(cells, *weights)
         else:  # the shortcut keeps its own
-            return x, narrow(x)
-        shortcut, hidden = (rows.permute(0, 3, 1, 2) for rows in (shortcut, hidden))
-        for layer in after:
-            shortcut = layer(shortcut)
-        return shortcut, hidden
+            return x, narrow(x), []
+        return shortcut.permute(0, 3, 1, 2), hidden.permute(0, 3, 1, 2), after
 
 
 class _ProductBesideInput(torch.autograd.Function):
@@ -113,12 +112,9 @@ class _ProductBesideInput(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(cells: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: AutogradContext, cells: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cells, weight)
         return cells.view_as(cells), F.linear(cells, weight)
-
-    @staticmethod
-    def setup_context(ctx: AutogradContext, inputs: tuple, output: tuple) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable

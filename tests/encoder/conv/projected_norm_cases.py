@@ -78,6 +78,16 @@ def test_a_decoder_ends_with_it_and_is_the_decoder_by_pytorch():
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_compiled_whole_it_gives_the_same():
+    results = []
+    for compile_ in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")):
+        (norm, project), x = layers(6, 3), rows(20, 6)
+        y = compile_(lambda x: projected(norm, project, x, True))(x)  # noqa: B023
+        grads = torch.autograd.grad(y.square().sum(), [x, *norm.parameters(), *project.parameters()])
+        results.append([y, *grads, norm.running_var])
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize(
     ("change", "taken"),
     [
@@ -95,13 +105,13 @@ def test_what_it_does_not_compute_is_left_to_both_layers(change, taken):
 
 
 def test_the_operators_are_what_torch_asks_of_operators():
-    (norm, project), x, ops = layers(6, 2), rows(12, 6), torch.ops.spark_fast
-    plain = x.detach()
+    (norm, project), plain, ops = layers(6, 2), rows(12, 6).detach(), torch.ops.spark_fast
     mean, inverse = ops.batch_norm_statistics(plain, None, None, None, 0.0, 1e-5)
-    parameters = norm.weight, norm.bias, project.weight.detach().flatten(1).requires_grad_(), project.bias
-    torch.library.opcheck(ops.projected_norm, (x, mean, inverse, *parameters))
+    weight, bias, projection, offset = (
+        t.detach() for t in (norm.weight, norm.bias, project.weight.flatten(1), project.bias)
+    )
+    torch.library.opcheck(ops.projected_norm, (plain, mean, inverse, weight, bias, projection, offset))
     grad = normal(6, 2, 2, 1).contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(ops.projected_norm_sums, (grad, plain, mean, inverse))
-    weight, _, projection, _ = (t.detach() for t in parameters)
     operands = (grad, plain, mean, inverse, weight, projection, normal(2, 6))
     torch.library.opcheck(ops.projected_norm_input_gradient, operands)

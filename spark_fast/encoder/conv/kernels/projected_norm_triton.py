@@ -22,8 +22,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from spark_fast.autograd import AutogradContext
+from spark_fast.encoder.conv.kernels.operator import operator
 from spark_fast.encoder.conv.kernels.tile import PROCESSORS, at, on_device, rows_of
 
 MOST_CHANNELS, MOST_OUTPUTS = 128, 8  # that a tile, and the registers, hold
@@ -121,16 +123,13 @@ def _input_gradient_kernel(
     tl.store(at(out, row, c, C), total, mask=inside)
 
 
-@torch.library.custom_op(
-    "spark_fast::projected_norm",
-    mutates_args=(),
-    schema="(Tensor x, Tensor mean, Tensor inverse, Tensor weight, Tensor bias, Tensor projection, Tensor offset) "
-    "-> Tensor",
+@operator(
+    "(Tensor x, Tensor mean, Tensor inverse, Tensor weight, Tensor bias, Tensor projection, Tensor offset) -> Tensor"
 )
 def projected_norm(
     x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, bias: Tensor, projection: Tensor, offset: Tensor
 ) -> Tensor:
-    """projection @ ((x - mean) * inverse * weight + bias) + offset; its gradient counts that the statistics are x's.
+    """projection @ ((x - mean) * inverse * weight + bias) + offset.
 
     Args:
         x: (N, C, H, W), fp32, bf16 or fp16.
@@ -150,11 +149,7 @@ def projected_norm(
     return out
 
 
-@torch.library.custom_op(
-    "spark_fast::projected_norm_sums",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor mean, Tensor inverse) -> Tensor",
-)
+@operator("(Tensor grad, Tensor x, Tensor mean, Tensor inverse) -> Tensor")
 def projected_norm_sums(grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
     """q and, in the last column, d: (O, C + 1) fp32."""
     grad, x, (outputs, c) = _rows(grad), _rows(x), (grad.shape[1], x.shape[1])
@@ -169,11 +164,8 @@ def projected_norm_sums(grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) 
     return partial.sum(0)
 
 
-@torch.library.custom_op(
-    "spark_fast::projected_norm_input_gradient",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor mean, Tensor inverse, Tensor weight, Tensor projection, Tensor sums) "
-    "-> Tensor",
+@operator(
+    "(Tensor grad, Tensor x, Tensor mean, Tensor inverse, Tensor weight, Tensor projection, Tensor sums) -> Tensor"
 )
 def projected_norm_input_gradient(
     grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, projection: Tensor, sums: Tensor
@@ -202,7 +194,7 @@ def _tile(c: int, elements: int) -> tuple[int, int]:
 
 def _rows(x: Tensor) -> Tensor:
     """The map in channels_last, its rows few enough to be numbered."""
-    rows_of(x[:, 0].unsqueeze(-1))
+    rows_of(x.permute(0, 2, 3, 1))
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -210,37 +202,40 @@ def _map_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-@projected_norm.register_fake
+@torch.library.register_fake("spark_fast::projected_norm")
 def _outputs_like(
     x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, bias: Tensor, projection: Tensor, offset: Tensor
 ) -> Tensor:
     return x.new_empty(len(x), *x.shape[2:], len(projection)).permute(0, 3, 1, 2)
 
 
-projected_norm_sums.register_fake(lambda grad, x, mean, inverse: mean.new_empty(grad.shape[1], x.shape[1] + 1))
-projected_norm_input_gradient.register_fake(lambda grad, x, *rest: _map_like(x))
+@torch.library.register_fake("spark_fast::projected_norm_sums")
+def _sums_like(grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
+    return mean.new_empty(grad.shape[1], x.shape[1] + 1)
 
 
-def _keep(ctx: AutogradContext, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+torch.library.register_fake("spark_fast::projected_norm_input_gradient", lambda grad, x, *rest: _map_like(x))
 
 
-def _gradients(ctx: AutogradContext, grad: Tensor) -> tuple:
-    x, mean, inverse, weight, bias, projection, offset = ctx.saved_tensors
-    both = projected_norm_sums(grad, x, mean, inverse)
-    q, d = both[:, :-1], both[:, -1:]  # (O, C), (O, 1)
-    of_norm = torch.stack([(projection * d).sum(0), (projection * q).sum(0)])  # bias, weight
-    grad_x = projected_norm_input_gradient(grad, x, mean, inverse, weight, projection, of_norm)
-    of_bias, of_weight = of_norm.to(weight.dtype)
-    return (
-        grad_x,
-        None,
-        None,
-        of_weight,
-        of_bias,
-        (weight * q + bias * d).to(projection.dtype),
-        d[:, 0].to(offset.dtype),
-    )
+class _ProjectedNorm(torch.autograd.Function):
+    """`projected_norm` with its gradient, which counts that the statistics are those of x."""
+
+    @staticmethod
+    def forward(ctx: AutogradContext, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return projected_norm(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: AutogradContext, grad: Tensor) -> tuple:
+        x, mean, inverse, weight, bias, projection, offset = ctx.saved_tensors
+        both = projected_norm_sums(grad, x, mean, inverse)
+        q, d = both[:, :-1], both[:, -1:]  # (O, C), (O, 1)
+        of_norm = torch.stack([(projection * d).sum(0), (projection * q).sum(0)])  # bias, weight
+        grad_x = projected_norm_input_gradient(grad, x, mean, inverse, weight, projection, of_norm)
+        of_bias, of_weight = of_norm.to(weight.dtype)
+        of_projection = (weight * q + bias * d).to(projection.dtype)
+        return grad_x, None, None, of_weight, of_bias, of_projection, d[:, 0].to(offset.dtype)
 
 
-projected_norm.register_autograd(_gradients, setup_context=_keep)
+projected_norm_with_gradient = _ProjectedNorm.apply
