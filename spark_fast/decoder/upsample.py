@@ -136,7 +136,7 @@ class _Sides(torch.autograd.Function):
     @staticmethod
     def forward(ctx: AutogradContext, kernel: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(kernel)
-        return tuple(line.contiguous() for line in _lines(kernel))
+        return _lines(kernel)
 
     @staticmethod
     def backward(ctx: AutogradContext, *grads: Tensor) -> Tensor:
