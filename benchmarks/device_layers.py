@@ -1,8 +1,8 @@
 """Choices of the program that a GPU has not decided yet: each measured both ways, layer by layer.
 
 The algorithm of a convolution, batch norms by the kernels or by PyTorch, the first two layers of a decoder block as one
-or apart, and the projection into the decoder from all cells or the visible ones. Forward and backward, in bf16 by
-autocast, at the batch of the first step.
+or apart, its last norm and the convolution to pixels likewise, and the projection into the decoder from all cells or
+the visible ones. Forward and backward, in bf16 by autocast, at the batch of the first step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from spark_fast.encoder import VisiblePatches
 from spark_fast.encoder.context import EncoderContext
 from spark_fast.encoder.conv.kernels import use_kernels
 from spark_fast.encoder.convert_network import PACKED, convert_layers
-from spark_fast.encoder.layers.batch_norm import normalize
+from spark_fast.encoder.layers.batch_norm import normalize, projected
 from spark_fast.encoder.layers.halo import HaloConv
 from spark_fast.masking import num_visible, sample_visible
 
@@ -56,6 +56,7 @@ def layer_jobs(scale: Scale, device: torch.device) -> Iterator[Job]:
     yield Job("batch norms", partial(_norms, scale, device), 4)
     for i in range(BLOCKS):
         yield Job(f"decoder block {i}", partial(_merge, i, shape, scale.repeats, device, found), 2)
+    yield Job("decoder end", partial(_end, shape, scale.repeats, device), 2)
     for i in range(1, 4):
         yield Job(f"projection {i}", partial(_projection, i, shape, scale.repeats, device, found), 2)
     yield Job("DecoderRates", partial(_rates, found, device), 1)
@@ -141,6 +142,21 @@ def _merge(number: int, shape: Shape, repeats: int, device: torch.device, found:
         block.merge = merge
         row[f"{name} ms"] = _both_passes(block, [x], block.parameters(), device, repeats)
     found.append(Comparison(merging_costs, (shape.batch, side, side, channels), row))
+    return row
+
+
+def _end(shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Milliseconds of the decoder's last norm and the convolution to pixels, as one operator and apart."""
+    channels = (shape.width or 768) // PATCH
+    norm, project = nn.BatchNorm2d(channels).to(device), nn.Conv2d(channels, 3, 1).to(device)
+    x = _cells(shape.batch, channels, shape.size, device)
+    kernels = use_kernels(None, x)
+    row: dict[str, Any] = {"batch": shape.batch, "chosen": "one" if kernels else "apart"}
+    ways: dict[str, Callable[[Tensor], Any]] = {"apart": lambda x: project(normalize(norm, None, x))}
+    if kernels:
+        ways["one"] = partial(projected, norm, project)
+    for name, run in ways.items():
+        row[f"{name} ms"] = _both_passes(run, [x], [*norm.parameters(), *project.parameters()], device, repeats)
     return row
 
 

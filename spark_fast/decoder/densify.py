@@ -62,36 +62,35 @@ def densify(
         packed = both[:-1].view(-1, b, b, len(weight)).permute(0, 3, 1, 2)
         return visible.unpack(packed, fill=both[-1])
     taps, outputs, holes = _tables(visible, b)
-    dense = _Project.apply(torch.cat([rows, token[None]]), weight, taps, outputs, holes) + bias
+    dense = _Project.apply(rows, token, weight, taps, outputs, holes) + bias
     return dense.view(visible.batch, visible.grid[0] * b, visible.grid[1] * b, len(weight)).permute(0, 3, 1, 2)
 
 
 class _Project(torch.autograd.Function):
-    """Rows (n + 1, C), visible cells and token, weight (N, C, 3, 3) -> rows (B*H*W, N) of the dense map.
+    """Rows (n, C) of visible cells, token (C,), weight (N, C, 3, 3) -> rows (B*H*W, N) of the dense map.
 
     Forward the nine contributions of each row, then their sums; backward the nine gradients of each cell, gathered,
     and of the token, summed over the holes.
     """
 
     @staticmethod
-    def forward(rows: Tensor, weight: Tensor, taps: Tensor, outputs: Tensor, holes: Tensor) -> Tensor:
-        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # what lies outside
+    def forward(
+        ctx: AutogradContext, rows: Tensor, token: Tensor, weight: Tensor, taps: Tensor, outputs: Tensor, holes: Tensor
+    ) -> Tensor:
+        rows = torch.cat([rows, token[None], rows.new_zeros(1, rows.shape[1])])  # the last is what lies outside
+        ctx.save_for_backward(rows[:-1], weight, outputs, holes)
         return F.embedding_bag(taps, (rows @ _matrix(weight).t()).view(-1, len(weight)), mode="sum")
-
-    @staticmethod
-    def setup_context(ctx: AutogradContext, inputs: tuple, output: Tensor) -> None:
-        rows, weight, _, outputs, holes = inputs
-        ctx.save_for_backward(rows, weight, outputs, holes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: AutogradContext, grad: Tensor) -> tuple:
         rows, weight, outputs, holes = ctx.saved_tensors
-        of_token = (holes.t().to(grad.dtype) @ grad).view(1, -1)
-        grad = torch.cat([grad, grad.new_zeros(1, grad.shape[1])]).index_select(0, outputs)
-        grad = torch.cat([grad.view(len(rows) - 1, -1), of_token])
+        of_token = holes.t().to(grad.dtype) @ grad  # (9, N)
+        grad = torch.cat([grad, grad.new_zeros(1, grad.shape[1]), of_token])
+        grad = grad.index_select(0, outputs).view(len(rows), -1)
         grad_weight = (grad.t() @ rows).view(3, 3, len(weight), -1).permute(2, 3, 0, 1)
-        return grad @ _matrix(weight), grad_weight, None, None, None
+        grad_rows = grad @ _matrix(weight)
+        return grad_rows[:-1], grad_rows[-1], grad_weight, None, None, None
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -105,7 +104,8 @@ def _tables(visible: VisiblePatches, b: int) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         (m, 9) int32: for each output, its taps' contributions; those of visible cell i are 9*i to 9*i + 8, holes
             count as cell n and what is outside the image as n + 1;
-        (n*9,) int64: for each visible cell, the outputs it adds to, m where outside;
+        (n*9 + 9,) int64: for each visible cell, the outputs it adds to, m where outside; the token's numbers follow,
+            m + 1 to m + 9;
         (m, 9) bool: which taps are holes.
     """
     (h, w), device = visible.grid, visible.index.device
@@ -120,4 +120,5 @@ def _tables(visible: VisiblePatches, b: int) -> tuple[Tensor, Tensor, Tensor]:
     places = torch.arange(m, device=device).view(-1, height, width)
     outputs = F.pad(places, (1, 1, 1, 1), value=m).unfold(1, 3, 1).unfold(2, 3, 1).flip(3, 4)
     outputs = outputs.reshape(-1, h, b, w, b * 9).transpose(2, 3).reshape(-1, b * b * 9)
-    return taps, outputs.index_select(0, visible.patches).flatten(), around == n
+    of_token = torch.arange(m + 1, m + 10, device=device)
+    return taps, torch.cat([outputs.index_select(0, visible.patches).flatten(), of_token]), around == n

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spark_fast.autograd import AutogradContext
 from spark_fast.decoder.upsample import merging_pays, upsample, upsample_and_convolve
-from spark_fast.encoder.layers.batch_norm import by_kernels
+from spark_fast.encoder.layers.batch_norm import by_kernels, projected
 
 
 class ReLU6(nn.ReLU6):
@@ -58,8 +58,10 @@ class UNetBlock(nn.Module):
             nn.BatchNorm2d(cout),
         )
 
-    def forward(self, x: Tensor, level: Tensor | None = None, kernels: bool | None = None) -> Tensor:
-        """(B, cin, h, w) -> (B, cout, 2h, 2w), plus `level`, of that shape.
+    def forward(
+        self, x: Tensor, level: Tensor | None = None, kernels: bool | None = None, project: nn.Conv2d | None = None
+    ) -> Tensor:
+        """(B, cin, h, w) -> (B, cout, 2h, 2w), plus `level`, of that shape; then `project`, a convolution to pixels.
 
         `kernels` as `spark_fast.encoder.conv.kernels.use_kernels` takes it: whether they compute the norms.
         """
@@ -69,15 +71,20 @@ class UNetBlock(nn.Module):
         if self.merge is False:
             x = convolve(up(x))
         elif self.merge or merging_pays(x, up.out_channels):
-            x = upsample_and_convolve(x, up.weight, up.bias, convolve.weight)
+            centred = x.is_cuda and norm.training  # elsewhere the sum costs little, and keeps its bits
+            x = upsample_and_convolve(x, up.weight, up.bias, convolve.weight, centred)
         else:
             x = convolve(upsample(x, up.weight, up.bias))
         hidden = by_kernels(norm, x, "relu6", None, kernels)
         x = narrow(activation(norm(x)) if hidden is None else hidden)
+        if project is not None and level is None:
+            pixels = projected(last, project, x, kernels)
+            if pixels is not None:
+                return pixels
         y = by_kernels(last, x, "", level, kernels)
-        if y is not None:
-            return y
-        return last(x) if level is None else last(x) + level
+        if y is None:
+            y = last(x) if level is None else last(x) + level
+        return y if project is None else project(y)
 
 
 class Decoder(nn.Module):
@@ -110,8 +117,8 @@ class Decoder(nn.Module):
         """Levels coarsest first, (B, width // 2^i, h * 2^i, w * 2^i) -> (B, C, H, W); `kernels` as in `UNetBlock`."""
         x, added = levels[0], levels[1 : len(self.dec)]
         for block, level in zip_longest(self.dec, added):
-            x = block(x, level, kernels)
-        return self.proj(x)
+            x = block(x, level, kernels, self.proj if block is self.dec[-1] else None)
+        return x
 
 
 def _initialize(module: nn.Module) -> None:

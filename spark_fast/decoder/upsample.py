@@ -70,13 +70,17 @@ class _Upsample(torch.autograd.Function):
         )
 
 
-def upsample_and_convolve(x: Tensor, transposed: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
+def upsample_and_convolve(
+    x: Tensor, transposed: Tensor, bias: Tensor, weight: Tensor, centred: bool = False
+) -> Tensor:  # fmt: skip
     """F.conv2d(F.conv_transpose2d(x, transposed, bias, stride=2, padding=1), weight, padding=1) in one step.
 
     Args:
         x: (B, C, h, w).
         transposed: (C, M, 4, 4), with `bias` (M,).
         weight: (N, M, 3, 3).
+        centred: the layer behind takes the mean over the batch off, as a batch norm in training does. The gradient of
+            the whole map then sums to 0 in every channel, and is not summed.
 
     Returns:
         (B, N, 2h, 2w).
@@ -85,6 +89,7 @@ def upsample_and_convolve(x: Tensor, transposed: Tensor, bias: Tensor, weight: T
     kernel = _Merge.apply(transposed, weight)
     inside = torch.einsum("nmrs,m->n", weight, bias)  # what the bias adds where all nine taps are inside
     z, *lines = _Widen.apply(x, kernel, inside.detach())
+    inside = inside.detach() if centred else inside
     return _TakeOffEdges.apply(z, inside, *_ring(lines, transposed, bias, weight))
 
 
@@ -116,16 +121,30 @@ def _ring(
 
     `lines` are those of the input. The rows have the corners of the ring, the columns do not.
     """
-    row0, row1, column0, column1 = lines
-    top, bottom = (
-        F.conv1d(F.conv_transpose1d(line, transposed[:, :, i], bias, stride=2), weight[:, :, j])
-        for line, i, j in ((row0, 0, 0), (row1, 3, 2))
-    )
+    sides = list(zip(lines, _Sides.apply(transposed), _Sides.apply(weight), strict=True))
+    top, bottom = (F.conv1d(F.conv_transpose1d(line, up, bias, stride=2), over) for line, up, over in sides[:2])
     left, right = (
-        F.conv1d(F.conv_transpose1d(line, transposed[..., i], bias, stride=2, padding=1), weight[..., j], padding=1)
-        for line, i, j in ((column0, 0, 0), (column1, 3, 2))
+        F.conv1d(F.conv_transpose1d(line, up, bias, stride=2, padding=1), over, padding=1)
+        for line, up, over in sides[2:]
     )
     return top, bottom, left, right
+
+
+class _Sides(torch.autograd.Function):
+    """The taps of the four sides of a kernel, as `_lines`; their gradients are added up in one tensor, not in four."""
+
+    @staticmethod
+    def forward(ctx: AutogradContext, kernel: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(kernel)
+        return _lines(kernel)
+
+    @staticmethod
+    def backward(ctx: AutogradContext, *grads: Tensor) -> Tensor:
+        (kernel,) = ctx.saved_tensors
+        total = torch.zeros_like(kernel)
+        for line, grad in zip(_lines(total), grads, strict=True):
+            line += grad
+        return total
 
 
 class _Widen(torch.autograd.Function):
@@ -171,6 +190,6 @@ class _TakeOffEdges(torch.autograd.Function):
         return z
 
     @staticmethod
-    def backward(ctx: AutogradContext, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: AutogradContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grads
-        return g, g.sum(dim=(0, 2, 3)), *(-line for line in _lines(g))
+        return g, g.sum(dim=(0, 2, 3)) if ctx.needs_input_grad[1] else None, *(-line for line in _lines(g))

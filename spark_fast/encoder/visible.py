@@ -17,10 +17,13 @@ C channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from spark_fast.autograd import AutogradContext
 
 Table = TypeVar("Table")
 
@@ -159,7 +162,10 @@ class VisiblePatches:
         """Put packed patches back: (V, C, b, b) -> (B, C, h*b, w*b), `fill` (C values, default 0) elsewhere."""
         c, b = packed.shape[1], packed.shape[2]
         rows = packed.permute(0, 2, 3, 1).reshape(-1, b * c)
-        return lay_segments(rows, c, b, (self.batch, *self.grid), self.segments(b), fill)
+        to = c, b, (self.batch, *self.grid), self.segments(b)
+        if fill is not None and rows.is_cuda:
+            return _LayAroundFill.apply(rows, fill.to(rows.dtype), *to)
+        return lay_segments(rows, *to, fill)
 
     def repeat_images(self, images: Tensor) -> Tensor:
         """One image per mask: (B / K, C, H, W) -> (B, C, H, W), the same where K is 1."""
@@ -241,6 +247,33 @@ def lay_segments(
 def collect_segments(dense: Tensor, b: int, segments: Tensor) -> Tensor:
     """The inverse: (B, C, h*b, w*b) -> patch rows (V*b, b*C)."""
     return dense.permute(0, 2, 3, 1).reshape(-1, b * dense.shape[1]).index_select(0, segments)
+
+
+class _LaidContext(AutogradContext, Protocol):
+    b: int
+
+
+class _LayAroundFill(torch.autograd.Function):
+    """`lay_segments` with a fill, whose gradient is a product over the map: autograd's own writes the map once more.
+
+    For a GPU, where passes over memory count; on a CPU the sums keep their order.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: _LaidContext, rows: Tensor, fill: Tensor, c: int, b: int, grid: tuple[int, int, int], segments: Tensor
+    ) -> Tensor:
+        ctx.b = b
+        ctx.save_for_backward(segments)
+        return lay_segments(rows, c, b, grid, segments, fill)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _LaidContext, grad: Tensor) -> tuple:
+        (segments,), c = ctx.saved_tensors, grad.shape[1]
+        rows = grad.permute(0, 2, 3, 1).reshape(-1, ctx.b * c)  # (B*h*b*w, b*C)
+        hole = torch.ones(len(rows), dtype=rows.dtype, device=rows.device).index_fill_(0, segments, 0)
+        return rows.index_select(0, segments), (hole @ rows).view(ctx.b, c).sum(0), None, None, None, None
 
 
 def _shown(b: int, coords: tuple[int, ...]) -> tuple[list[list[int]], list[list[int]]]:

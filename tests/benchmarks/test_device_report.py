@@ -208,6 +208,16 @@ def test_wrong_flags_are_named(measured, capsys, words, message):
     assert message in capsys.readouterr().err
 
 
+def test_the_end_of_the_decoder_is_measured_as_one_operator_where_there_are_kernels(measured):
+    import device_layers
+    from ways import Shape
+
+    row = device_layers._end(Shape("resnet10t", 64, 0.6, 2, width=32), 1, torch.device("cpu"))
+    assert row["chosen"] == "apart"
+    assert row["apart ms"] > 0
+    assert "one ms" not in row
+
+
 def test_batch_norms_are_measured_at_every_size_and_the_constant_that_fits_is_printed(measured):
     import device_layers
     from device_jobs import TINY

@@ -34,6 +34,19 @@ def test_values_and_all_four_gradients(batch, cin, between, cout, h, w):
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
 
 
+def test_before_a_norm_of_the_batch_the_map_has_no_gradient_along_its_channels_to_be_summed():
+    inputs, norm = problem(2, 3, 4, 5, 3, 4), nn.BatchNorm2d(5, dtype=torch.float64)
+    nn.init.normal_(norm.weight)
+    upstream = torch.randn(2, 5, 6, 8, dtype=torch.float64)
+    left_out, summed = (
+        torch.autograd.grad(norm(upsample_and_convolve(*inputs, centred)), inputs, upstream)
+        for centred in (True, False)
+    )
+    torch.testing.assert_close(left_out, summed, rtol=0, atol=1e-11)
+    unlike = [torch.autograd.grad(upsample_and_convolve(*inputs, on), inputs[2], upstream)[0] for on in (True, False)]
+    assert not torch.allclose(*unlike), "without the norm it has one"
+
+
 @settings(max_examples=20)
 @given(st.integers(1, 3), size, size, size, size)
 def test_the_transposed_convolution_by_products_is_torchs(batch, cin, cout, h, w):

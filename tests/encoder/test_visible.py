@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark_fast.encoder.visible import Places, VisiblePatches, _in_runs
+from spark_fast.encoder.visible import Places, VisiblePatches, _in_runs, _LayAroundFill, lay_segments
 from tests.encoder.masks import masks
 
 
@@ -18,6 +18,20 @@ def test_unpacking_what_was_packed_gives_the_map_with_holes(visible, b, channels
     fill = torch.randn(channels)
     expected = torch.where(visible.cells(h * b), dense, fill[:, None, None])
     assert torch.equal(visible.unpack(packed, fill), expected)
+
+
+@given(masks(), st.sampled_from([1, 2, 3]), st.integers(1, 4))
+@settings(max_examples=30)
+def test_the_gradients_of_a_map_laid_around_a_fill_are_autograds(visible, b, channels):
+    """As unpacking takes them on a GPU."""
+    size = len(visible.segments(b)), b * channels
+    inputs = [torch.randn(n, dtype=torch.float64, requires_grad=True) for n in (size, (channels,))]
+    to = channels, b, (visible.batch, *visible.grid), visible.segments(b)
+    y, expected = _LayAroundFill.apply(*inputs, *to), lay_segments(inputs[0], *to, inputs[1])
+    assert torch.equal(y, expected)
+    upstream = torch.randn_like(y)
+    got, wanted = (torch.autograd.grad(z, inputs, upstream) for z in (y, expected))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-11)
 
 
 @given(masks())

@@ -143,6 +143,7 @@ class _Convolve(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: _ConvolveContext,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -154,6 +155,15 @@ class _Convolve(torch.autograd.Function):
         table: Tensor,
         other: Tensor | None,
     ) -> Tensor:
+        ctx.algorithm, ctx.y, ctx.x, ctx.groups, ctx.grid, ctx.has_bias = (
+            algorithm,
+            y,
+            x_,
+            groups,
+            grid,
+            bias is not None,
+        )
+        ctx.save_for_backward(x, weight, table, other)
         axes = Axis(*y), Axis(*x_)
         inputs = _gather_inputs(x, algorithm, axes, grid, table, other)
         if algorithm == "im2col":
@@ -162,12 +172,6 @@ class _Convolve(torch.autograd.Function):
         if algorithm == "dense":
             return collect_segments(result, x.shape[2] // axes[0].stride, table if other is None else other)
         return result
-
-    @staticmethod
-    def setup_context(ctx: _ConvolveContext, inputs: tuple, output: Tensor) -> None:
-        x, weight, bias, ctx.algorithm, ctx.y, ctx.x, ctx.groups, ctx.grid, table, other = inputs
-        ctx.has_bias = bias is not None
-        ctx.save_for_backward(x, weight, table, other)
 
     @staticmethod
     @once_differentiable

@@ -49,16 +49,43 @@ def by_kernels(
     norm: nn.Module, x: Tensor, activation: str = "", residual: Tensor | None = None, kernels: bool | None = None
 ) -> Tensor | None:
     """As `normalize`, for an activation of `ACTIVATIONS` by name; None where PyTorch has to compute it."""
+    if torch.compiler.is_compiling() and not IN_COMPILED_CODE:
+        return None
+    statistics = _statistics(norm, x, residual, kernels)
+    if statistics is None:
+        return None
+    return gpu.batch_norm_apply(x, residual, *statistics, norm.weight, norm.bias, activation)
+
+
+def projected(norm: nn.Module, project: nn.Conv2d, x: Tensor, kernels: bool | None = None) -> Tensor | None:
+    """project(norm(x)) for a 1x1 convolution to a few channels, (N, C, H, W) -> (N, O, H, W), as `by_kernels`.
+
+    In compiled code too: what the compiler makes of it writes the map between.
+    """
+    if (
+        project.kernel_size != (1, 1)
+        or project.groups > 1
+        or project.bias is None
+        or norm.weight is None
+        or project.in_channels > gpu.MOST_CHANNELS
+        or project.out_channels > gpu.MOST_OUTPUTS
+        or (statistics := _statistics(norm, x, None, kernels)) is None
+    ):
+        return None
+    return gpu.projected_norm(x, *statistics, norm.weight, norm.bias, project.weight.flatten(1), project.bias)
+
+
+def _statistics(
+    norm: nn.Module, x: Tensor, residual: Tensor | None, kernels: bool | None
+) -> tuple[Tensor, Tensor] | None:
+    """Mean and 1 / deviation of each channel, which the running statistics take in; None: left to PyTorch."""
     if not (isinstance(norm, nn.BatchNorm2d) and norm.training and _fits(norm, x, residual)):
         return None
-    if (kernels is None and x.numel() < LEAST_ELEMENTS) or (torch.compiler.is_compiling() and not IN_COMPILED_CODE):
-        return None
-    if not gpu.use_kernels(kernels, x):
+    if (kernels is None and x.numel() < LEAST_ELEMENTS) or not gpu.use_kernels(kernels, x):
         return None
     running = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
     tracked = running if norm.track_running_stats else (None,) * 3
-    mean, inverse = gpu.batch_norm_statistics(x.detach(), *tracked, norm.momentum or 0.0, norm.eps)
-    return gpu.batch_norm_apply(x, residual, mean, inverse, norm.weight, norm.bias, activation)
+    return gpu.batch_norm_statistics(x.detach(), *tracked, norm.momentum or 0.0, norm.eps)
 
 
 def _fits(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None) -> bool:

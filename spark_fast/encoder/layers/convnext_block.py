@@ -70,12 +70,8 @@ class _RoundBeside(torch.autograd.Function):
     """x -> (x, x rounded to a dtype), whose gradients are added up in one pass: autocast would cast one first."""
 
     @staticmethod
-    def forward(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(ctx: AutogradContext, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return x.view_as(x), x.to(dtype)
-
-    @staticmethod
-    def setup_context(ctx: AutogradContext, inputs: tuple, output: tuple) -> None:
-        pass
 
     @staticmethod
     @once_differentiable

@@ -77,9 +77,10 @@ class HaloConv(HaloLayer):
 
     @property
     def is_product(self) -> bool:
-        """Whether the layer is a matrix product over the cells, and nothing else: 1x1, without stride or bias."""
+        """Whether the layer is a matrix product over the cells, or every stride-th, and nothing else: 1x1, no bias."""
         return (
-            self.kernel_size == self.stride == (1, 1)
+            self.kernel_size == (1, 1)
+            and self.stride[0] == self.stride[1]
             and self.groups == 1
             and self.bias is None
             and not any(self.folded_padding)

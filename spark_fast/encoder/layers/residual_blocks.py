@@ -6,6 +6,8 @@ for packed patches and where the kernels of batch norms run. Everywhere else tim
 
 from __future__ import annotations
 
+from typing import Protocol, TypeGuard
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,8 +53,6 @@ class ResidualBlock(Block):
 
     def _last(self, norm: nn.Module, activation: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor:
         """The norm of what the convolutions give, plus the shortcut, activated."""
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
         if self.se is None and self.drop_path is None:
             return normalize(norm, activation, x, shortcut, self.context.kernels)
         x = norm(x)
@@ -67,7 +67,8 @@ class BasicBlock(ResidualBlock):
 
     def _fused(self, x: Tensor) -> Tensor:
         hidden = self.aa(self._dropped(self.bn1, self.act1, self.conv1(x)))
-        return self._last(self.bn2, self.act2, self.conv2(hidden), x)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self._last(self.bn2, self.act2, self.conv2(hidden), shortcut)
 
 
 class Bottleneck(ResidualBlock):
@@ -78,40 +79,84 @@ class Bottleneck(ResidualBlock):
     act3: nn.Module
 
     def _fused(self, x: Tensor) -> Tensor:
-        x, hidden = self._fork(x)
+        shortcut, hidden, downsample = self._fork(x)
         hidden = normalize(self.bn1, self.act1, hidden, None, self.context.kernels)
         hidden = self.aa(self._dropped(self.bn2, self.act2, self.conv2(hidden)))
-        return self._last(self.bn3, self.act3, self.conv3(hidden), x)
+        for layer in downsample:
+            shortcut = layer(shortcut)
+        return self._last(self.bn3, self.act3, self.conv3(hidden), shortcut)
 
-    def _fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The shortcut and what the first convolution gives."""
-        conv = self.conv1
-        if self.downsample is not None or not (isinstance(conv, HaloConv) and conv.is_product):
-            return x, conv(x)
-        cells, weight = cast_for_autocast(x.permute(0, 2, 3, 1), conv.kernel().flatten(1))  # (V, b, b, C), (O, C)
-        if cells.dtype != x.dtype:  # the shortcut keeps its own
-            return x, conv(x)
-        shortcut, out = _ProductBesideInput.apply(cells.reshape(-1, cells.shape[3]), weight)
-        return tuple(rows.view(*cells.shape[:3], -1).permute(0, 3, 1, 2) for rows in (shortcut, out))
+    def _fork(self, x: Tensor) -> tuple[Tensor, Tensor, list[nn.Module]]:
+        """The shortcut, what the first convolution gives, and the layers that the shortcut has still to pass."""
+        narrow, wide, after = self.conv1, None, []
+        if self.downsample is not None:
+            wide, *after = self.downsample if isinstance(self.downsample, nn.Sequential) else [self.downsample]
+        if not (_is_product(narrow, 1) and (wide is None or _is_product(wide))):
+            return x, narrow(x), [] if self.downsample is None else [self.downsample]
+        kernels = [conv.kernel().flatten(1) for conv in (narrow, wide) if conv is not None]
+        cells, *weights = cast_for_autocast(x.permute(0, 2, 3, 1), *kernels)  # (V, b, b, C), (O, C)
+        if wide is not None:
+            shortcut, hidden = _TwoProducts.apply(cells, *reversed(weights), wide.stride[0])
+        elif cells.dtype == x.dtype:
+            shortcut, hidden = _ProductBesideInput.apply(cells, *weights)
+        else:  # the shortcut keeps its own
+            return x, narrow(x), []
+        return shortcut.permute(0, 3, 1, 2), hidden.permute(0, 3, 1, 2), after
 
 
 class _ProductBesideInput(torch.autograd.Function):
-    """(N, C) and a weight (O, C) -> the input and its product with the weight, (N, O).
+    """(V, b, b, C) and a weight (O, C) -> the input and its product with the weight, (V, b, b, O).
 
     The two gradients of the input are added up by the product that makes one of them: a pass over the map instead of
     three.
     """
 
     @staticmethod
-    def forward(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return rows.view_as(rows), F.linear(rows, weight)
-
-    @staticmethod
-    def setup_context(ctx: AutogradContext, inputs: tuple, output: tuple) -> None:
-        ctx.save_for_backward(*inputs)
+    def forward(ctx: AutogradContext, cells: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cells, weight)
+        return cells.view_as(cells), F.linear(cells, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: AutogradContext, beside: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        rows, weight = ctx.saved_tensors
-        return torch.addmm(beside, grad, weight), grad.t() @ rows
+        cells, weight = ctx.saved_tensors
+        rows, grad, beside = (t.reshape(-1, t.shape[3]) for t in (cells, grad, beside))
+        return torch.addmm(beside, grad, weight).view_as(cells), grad.t() @ rows
+
+
+class _TwoProductsContext(AutogradContext, Protocol):
+    stride: int
+
+
+class _TwoProducts(torch.autograd.Function):
+    """(V, b, b, C), (O, C), (N, C) -> products of every stride-th cell with the first weight, of all with the second.
+
+    The gradient of the first is added in its cells alone: autograd would lay it out in a whole map, and add that.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: _TwoProductsContext, cells: Tensor, wide: Tensor, narrow: Tensor, stride: int
+    ) -> tuple[Tensor, Tensor]:
+        picked = cells[:, ::stride, ::stride].contiguous()
+        ctx.stride = stride
+        ctx.save_for_backward(cells, picked, wide, narrow)
+        return F.linear(picked, wide), F.linear(cells, narrow)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _TwoProductsContext, of_wide: Tensor, of_narrow: Tensor) -> tuple:
+        cells, picked, wide, narrow = ctx.saved_tensors
+        of_picked = of_wide @ wide
+        of_wide, of_narrow = (grad.reshape(-1, grad.shape[3]) for grad in (of_wide, of_narrow))
+        of_weights = of_wide.t() @ picked.flatten(0, 2), of_narrow.t() @ cells.flatten(0, 2)
+        if ctx.stride == 1:
+            return torch.addmm(of_picked.flatten(0, 2), of_narrow, narrow).view_as(cells), *of_weights, None
+        of_cells = (of_narrow @ narrow).view_as(cells)
+        of_cells[:, :: ctx.stride, :: ctx.stride] += of_picked
+        return of_cells, *of_weights, None
+
+
+def _is_product(layer: nn.Module, stride: int | None = None) -> TypeGuard[HaloConv]:
+    """Whether it is a product over the cells, or over every stride-th."""
+    return isinstance(layer, HaloConv) and layer.is_product and stride in (None, layer.stride[0])

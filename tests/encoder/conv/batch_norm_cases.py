@@ -261,15 +261,14 @@ def test_compiled_whole_they_give_the_same(taken, monkeypatch):
 
 def test_the_operators_are_what_torch_asks_of_operators():
     ops = torch.ops.spark_fast
-    x, shortcut, weight, bias = rows(12, 4), rows(12, 4, seed=1), normal(4).requires_grad_(), normal(4).requires_grad_()
-    plain = [t.detach() for t in (x, shortcut, weight, bias)]
+    plain = [rows(12, 4).detach(), rows(12, 4, seed=1).detach(), normal(4), normal(4)]
     running = [normal(4, seed=2), normal(4, seed=3).square(), torch.tensor(0, device=DEVICE)]
     torch.library.opcheck(ops.batch_norm_statistics, (plain[0], *running, 0.1, 1e-5))
     torch.library.opcheck(ops.batch_norm_statistics, (plain[0], None, None, None, 0.0, 1e-5))
     mean, inverse = ops.batch_norm_statistics(plain[0], None, None, None, 0.0, 1e-5)
-    torch.library.opcheck(ops.batch_norm_apply, (x, shortcut, mean, inverse, weight, bias, "relu"))
-    torch.library.opcheck(ops.batch_norm_apply, (x, None, mean, inverse, None, None, "relu6"))
-    torch.library.opcheck(ops.batch_norm_apply, (x, shortcut, mean, inverse, weight, bias, ""))
+    torch.library.opcheck(ops.batch_norm_apply, (plain[0], plain[1], mean, inverse, *plain[2:], "relu"))
+    torch.library.opcheck(ops.batch_norm_apply, (plain[0], None, mean, inverse, None, None, "relu6"))
+    torch.library.opcheck(ops.batch_norm_apply, (plain[0], plain[1], mean, inverse, *plain[2:], ""))
     for y in (plain[1], None):
         torch.library.opcheck(ops.batch_norm_sums, (plain[1], plain[0], y, mean, inverse, *plain[2:], "relu"))
     sums = normal(2, 4, seed=5)

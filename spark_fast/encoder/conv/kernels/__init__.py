@@ -25,15 +25,20 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 if INSTALLED:
-    from spark_fast.encoder.conv.kernels.batch_norm_operators import batch_norm_apply, batch_norm_statistics
+    from spark_fast.encoder.conv.kernels.batch_norm_operators import batch_norm_statistics
+    from spark_fast.encoder.conv.kernels.batch_norm_operators import batch_norm_with_gradient as batch_norm_apply
     from spark_fast.encoder.conv.kernels.depthwise_triton import depthwise_convolution
     from spark_fast.encoder.conv.kernels.halo_triton import gather_windows, sum_windows
     from spark_fast.encoder.conv.kernels.implicit_gemm_triton import implicit_gemm
     from spark_fast.encoder.conv.kernels.layer_norm_triton import layer_norm
     from spark_fast.encoder.conv.kernels.pointwise_triton import gelu_of_sum, scaled_residual
+    from spark_fast.encoder.conv.kernels.projected_norm_triton import MOST_CHANNELS, MOST_OUTPUTS
+    from spark_fast.encoder.conv.kernels.projected_norm_triton import projected_norm_with_gradient as projected_norm
     from spark_fast.encoder.conv.kernels.response_norm_triton import response_norm
 
 __all__ = [
+    "MOST_CHANNELS",
+    "MOST_OUTPUTS",
     "batch_norm_apply",
     "batch_norm_statistics",
     "depthwise_convolution",
@@ -41,6 +46,7 @@ __all__ = [
     "gelu_of_sum",
     "implicit_gemm",
     "layer_norm",
+    "projected_norm",
     "response_norm",
     "scaled_residual",
     "sum_windows",

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from spark_fast.autograd import AutogradContext
 from spark_fast.encoder.conv.kernels.batch_norm_triton import (
@@ -18,6 +19,7 @@ from spark_fast.encoder.conv.kernels.batch_norm_triton import (
     statistics_kernel,
     sums_kernel,
 )
+from spark_fast.encoder.conv.kernels.operator import operator
 from spark_fast.encoder.conv.kernels.tile import PROCESSORS, channel_tile, on_device, rows_of
 
 WARPS = 4
@@ -25,11 +27,9 @@ TILE = 4096  # elements of a program's tile: 32 a thread
 MERGED = 16  # channels of a program that merges statistics: so that there is more than one
 
 
-@torch.library.custom_op(
-    "spark_fast::batch_norm_statistics",
-    mutates_args=("running_mean", "running_var", "batches"),
-    schema="(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, float momentum, "
-    "float eps) -> (Tensor, Tensor)",
+@operator(
+    "(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, float momentum, "
+    "float eps) -> (Tensor, Tensor)"
 )
 def batch_norm_statistics(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float,
@@ -58,20 +58,18 @@ def batch_norm_statistics(
             x, partial, mean, inverse, *((running_mean, running_var, batches) if tracked else (mean,) * 3), rows, runs,
             tiles * tile_rows, momentum, eps, *_units(channels), tracked, 64, MERGED, num_warps=WARPS,
         )  # fmt: skip
+    torch.autograd.graph.increment_version([t for t in (running_mean, running_var, batches) if t is not None])
     return mean, inverse
 
 
-@torch.library.custom_op(
-    "spark_fast::batch_norm_apply",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? residual, Tensor mean, Tensor inverse, Tensor? weight, Tensor? bias, str activation) "
-    "-> Tensor",
+@operator(
+    "(Tensor x, Tensor? residual, Tensor mean, Tensor inverse, Tensor? weight, Tensor? bias, str activation) -> Tensor"
 )
 def batch_norm_apply(
     x: Tensor, residual: Tensor | None, mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None,
     activation: str,
 ) -> Tensor:  # fmt: skip
-    """activation((x - mean) * inverse * weight + bias + residual); its gradient counts that the statistics are x's.
+    """activation((x - mean) * inverse * weight + bias + residual).
 
     Args:
         x, residual: (N, C, H, W), of one dtype, in which the output is rounded once.
@@ -90,11 +88,9 @@ def batch_norm_apply(
     return out
 
 
-@torch.library.custom_op(
-    "spark_fast::batch_norm_sums",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor? y, Tensor mean, Tensor inverse, Tensor? weight, Tensor? bias, "
-    "str activation) -> (Tensor, Tensor)",
+@operator(
+    "(Tensor grad, Tensor x, Tensor? y, Tensor mean, Tensor inverse, Tensor? weight, Tensor? bias, "
+    "str activation) -> (Tensor, Tensor)"
 )
 def batch_norm_sums(
     grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, inverse: Tensor, weight: Tensor | None,
@@ -119,11 +115,9 @@ def batch_norm_sums(
     return partial.sum(0), passed
 
 
-@torch.library.custom_op(
-    "spark_fast::batch_norm_input_gradient",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor mean, Tensor inverse, Tensor? weight, Tensor? bias, Tensor sums, "
-    "str activation) -> Tensor",
+@operator(
+    "(Tensor grad, Tensor x, Tensor mean, Tensor inverse, Tensor? weight, Tensor? bias, Tensor sums, "
+    "str activation) -> Tensor"
 )
 def batch_norm_input_gradient(
     grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None, sums: Tensor,
@@ -147,7 +141,7 @@ def batch_norm_input_gradient(
 
 def _rows(x: Tensor) -> Tensor:
     """The map in channels_last, its rows few enough to be numbered."""
-    rows_of(x[:, 0].unsqueeze(-1))
+    rows_of(x.permute(0, 2, 3, 1))
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -180,7 +174,7 @@ def _runs(rows: int, channels: int, resident: int) -> tuple[int, int, int, int]:
     return tile_rows, tile, tiles, -(-all_tiles // tiles)
 
 
-@batch_norm_statistics.register_fake
+@torch.library.register_fake("spark_fast::batch_norm_statistics")
 def _channels_like(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float,
     eps: float,
@@ -192,11 +186,11 @@ def _map_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-batch_norm_apply.register_fake(lambda x, *rest: _map_like(x))
-batch_norm_input_gradient.register_fake(lambda grad, x, *rest: _map_like(x))
+torch.library.register_fake("spark_fast::batch_norm_apply", lambda x, *rest: _map_like(x))
+torch.library.register_fake("spark_fast::batch_norm_input_gradient", lambda grad, x, *rest: _map_like(x))
 
 
-@batch_norm_sums.register_fake
+@torch.library.register_fake("spark_fast::batch_norm_sums")
 def _sums_like(grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return mean.new_empty(2, x.shape[1]), _map_like(x) if y is not None else x.new_empty(0)
 
@@ -206,21 +200,29 @@ class _Context(AutogradContext, Protocol):
     residual: bool
 
 
-def _keep(ctx: _Context, inputs: tuple, output: Tensor) -> None:
-    x, residual, mean, inverse, weight, bias, ctx.activation = inputs
-    ctx.residual = residual is not None
-    y = output if ctx.residual and ctx.activation else None
-    ctx.save_for_backward(x, mean, inverse, weight, bias, y)
+class _BatchNorm(torch.autograd.Function):
+    """`batch_norm_apply` with its gradient, which counts that the statistics are those of x."""
+
+    @staticmethod
+    def forward(
+        ctx: _Context, x: Tensor, residual: Tensor | None, mean: Tensor, inverse: Tensor, weight: Tensor | None,
+        bias: Tensor | None, activation: str,
+    ) -> Tensor:  # fmt: skip
+        out = batch_norm_apply(x, residual, mean, inverse, weight, bias, activation)
+        ctx.activation, ctx.residual = activation, residual is not None
+        ctx.save_for_backward(x, mean, inverse, weight, bias, out if ctx.residual and activation else None)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, grad: Tensor) -> tuple:
+        x, mean, inverse, weight, bias, y = ctx.saved_tensors
+        sums, passed = batch_norm_sums(grad, x, y, mean, inverse, weight, bias, ctx.activation)
+        through, activation = (grad, ctx.activation) if y is None else (passed, "")
+        grad_x = batch_norm_input_gradient(through, x, mean, inverse, weight, bias, sums, activation)
+        of_weight = None if weight is None else sums[1].to(weight.dtype)
+        of_bias = None if bias is None else sums[0].to(bias.dtype)
+        return grad_x, through if ctx.residual else None, None, None, of_weight, of_bias, None
 
 
-def _gradients(ctx: _Context, grad: Tensor) -> tuple:
-    x, mean, inverse, weight, bias, y = ctx.saved_tensors
-    sums, passed = batch_norm_sums(grad, x, y, mean, inverse, weight, bias, ctx.activation)
-    through, activation = (grad, ctx.activation) if y is None else (passed, "")
-    grad_x = batch_norm_input_gradient(through, x, mean, inverse, weight, bias, sums, activation)
-    of_weight = None if weight is None else sums[1].to(weight.dtype)
-    of_bias = None if bias is None else sums[0].to(bias.dtype)
-    return grad_x, through if ctx.residual else None, None, None, of_weight, of_bias, None
-
-
-batch_norm_apply.register_autograd(_gradients, setup_context=_keep)
+batch_norm_with_gradient = _BatchNorm.apply
