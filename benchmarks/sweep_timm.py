@@ -33,7 +33,7 @@ from spark_fast.networks import build_network
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "spark_fast" / "sweeps" / f"timm-{timm.__version__}.json"
-PAGE = ROOT / "docs" / "networks.md"
+PAGE = ROOT / "docs" / "reference" / "networks.md"
 HUGE = 250e6  # parameters: verified one at a time, they need the memory
 
 

@@ -79,7 +79,7 @@ def _with_statistics(source: Source, options: LoaderOptions) -> LoaderOptions:
 
 
 def choose_pipeline(source: Source) -> tuple[str, str]:
-    """The fastest installed pipeline for these data, as docs/data.md measures them, and why it is that one."""
+    """The fastest installed pipeline for these data, as benchmarks/README.md measures them, and why it is that one."""
     if isinstance(source, BetonSource) and (source.checks["mode"] == RAW).any():
         try:
             require_ffcv("taking the raw pixels in this .beton as they are")

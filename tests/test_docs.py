@@ -19,7 +19,8 @@ from spark_fast.commands import SCRIPTS
 from spark_fast.run.config import tomllib
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
 OURS = re.compile(
     r"\S*spark-fast-|torchrun |\S*python -m |(\S*python|bash) (tools|benchmarks|docs)/|pip install |pytest "
 )
@@ -194,7 +195,9 @@ def flags_of_a_script(path):
 
 def test_every_flag_in_the_text_is_one_of_a_command():
     known = {"help", "version", "config", "print_config", "full", "lr"}
-    known |= set(re.findall(r"`--(\w+)`", (ROOT / "docs" / "settings.md").read_text()))  # written from the settings
+    known |= set(
+        re.findall(r"`--(\w+)`", (ROOT / "docs" / "reference" / "settings.md").read_text())
+    )  # written from the settings
     known |= {flag.lstrip("-") for action in get_args_parser()._actions for flag in action.option_strings}
     known |= set("|".join(re.findall(r"--\((.*?)\)", (ROOT / "tools" / "pt.sh").read_text())).split("|"))
     for folder in ("tools", "benchmarks", "docs/generate", "spark_fast/cli"):
@@ -213,7 +216,7 @@ def test_links_between_pages_lead_somewhere():
 
 
 def test_every_flag_of_the_published_script_is_in_the_table_of_old_flags():
-    page = (ROOT / "docs" / "from_spark.md").read_text()
+    page = (ROOT / "docs" / "how_to" / "from_spark.md").read_text()
     published = "exp_name exp_dir data_path init_weight resume_from mask model input_size sbn bs dataloader_workers dp "
     published += "base_lr lr wd wde ep wp_ep clip opt ada"
     missing = [flag for flag in published.split() if f"`--{flag}`" not in page]
@@ -235,7 +238,7 @@ def texts(path):
 def test_the_messages_that_troubleshooting_explains_are_still_given():
     packages = ("spark_fast", "pipelines", "tools")
     given = "\n".join(t for package in packages for path in (ROOT / package).rglob("*.py") for t in texts(path))
-    explained = re.findall(r"^### `(.+)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    explained = re.findall(r"^### `(.+)`$", (ROOT / "docs" / "how_to" / "troubleshooting.md").read_text(), re.MULTILINE)
     assert len(explained) > 10
     assert not [message for message in explained if message not in given]
     assert len(explained) == len(set(explained))

@@ -1,4 +1,4 @@
-"""Write docs/settings.md, every setting of training and evaluation, from the trees that define them.
+"""Write docs/reference/settings.md, every setting of training and evaluation, from the trees that define them.
 
 python docs/generate/write_reference.py
 """
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from spark_fast.evaluation.eval_settings import Finetune, Knn, Linear
 from spark_fast.training.settings import Settings
 
-PAGE = Path(__file__).parents[1] / "settings.md"
+PAGE = Path(__file__).parents[1] / "reference" / "settings.md"
 COMMANDS: dict[str, type] = {
     "spark-fast-train": Settings,
     "spark-fast-eval knn": Knn,

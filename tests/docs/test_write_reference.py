@@ -1,4 +1,4 @@
-"""docs/settings.md is what the settings say."""
+"""docs/reference/settings.md is what the settings say."""
 
 import dataclasses
 
