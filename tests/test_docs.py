@@ -37,11 +37,10 @@ def blocks(language):
 
 
 def commands():
-    """Every command line of ours: in blocks without a language, indented ones, and between backticks in the text."""
+    """Every command line of ours: in blocks of bash, and between backticks in the text."""
     for page in PAGES:
+        shown = re.findall(r"^```bash\n(.*?)```", page.read_text(), re.DOTALL | re.MULTILINE)
         text = re.sub(r"```\w+\n.*?```", "", page.read_text(), flags=re.DOTALL)
-        shown = re.findall(r"^```\n(.*?)```", text, re.DOTALL | re.MULTILINE)
-        shown += re.findall(r"^ {4}.*", text, re.MULTILINE)
         lines = re.sub(r" *\\\n *", " ", "\n".join(shown)).splitlines()
         lines = [line.strip() for joined in lines for line in joined.split(" && ")]
         found = [line for line in lines if OURS.match(line)]
@@ -128,6 +127,19 @@ def check_script(script, words, read):
         read(ROOT / "tools" / "demo.py", words)
     else:
         assert script.exists(), f"there is no {script}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_code_block_names_its_language_and_fits_the_page(page):
+    inside = False
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        fence = re.fullmatch(r" *```(\w*)", line)
+        where = f"{page.name}:{number}: {line}"
+        assert not (fence and not inside and not fence[1]), where
+        assert not (inside and len(line) > 100), where
+        inside = inside != bool(fence)
+    prose = re.sub(r"```\w+\n.*?```", "", page.read_text(), flags=re.DOTALL)
+    assert not re.search(r"\n\n {4}\S", prose), f"{page.name} has an indented block"
 
 
 @pytest.mark.parametrize("code", list(blocks("python")))
