@@ -49,7 +49,7 @@ def build_pipeline(data_path: str | Path | None, options: LoaderOptions) -> Pipe
 
 
 def measure_statistics(data_path: str | Path | None, options: LoaderOptions) -> Statistics | None:
-    """By what `build_pipeline` would normalise these images: for all ranks to use what one of them measures."""
+    """The statistics by which `build_pipeline` normalises these images; one rank measures them, and all use them."""
     if options.photographs or options.pipeline == "synthetic":
         return None
     source = _source(data_path, options)

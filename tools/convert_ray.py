@@ -11,13 +11,12 @@ import argparse
 import subprocess
 import sys
 
-import ray
+CONVERT = [sys.executable, "-m", "spark_fast.cli.convert"]
 
 
-@ray.remote(max_retries=3, retry_exceptions=True)
 def convert(*words: str) -> None:
     """One part on some node; raises where the command fails."""
-    subprocess.run([sys.executable, "-m", "spark_fast.cli.convert", *words], check=True)
+    subprocess.run([*CONVERT, *words], check=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,13 +24,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("src")
     parser.add_argument("dst")
-    parser.add_argument("--parts", type=int, default=8)
-    parser.add_argument("--cpus", type=int, default=16, help="cores that Ray keeps for a part")
+    parser.add_argument("--parts", type=int, default=8, help="tasks (%(default)s)")
+    parser.add_argument("--cpus", type=int, default=16, help="cores that Ray keeps for a task (%(default)s)")
     given, flags = parser.parse_known_args(argv)
+    import ray  # here, so that --help needs no Ray
+
     ray.init(ignore_reinit_error=True)
-    part = convert.options(num_cpus=given.cpus)
+    part = ray.remote(num_cpus=given.cpus, max_retries=3, retry_exceptions=True)(convert)
     ray.get([part.remote(given.src, given.dst, *flags, f"--part={i + 1}/{given.parts}") for i in range(given.parts)])
-    return subprocess.run([sys.executable, "-m", "spark_fast.cli.convert", given.dst, "--merge"]).returncode
+    return subprocess.run([*CONVERT, given.dst, "--merge"]).returncode
 
 
 if __name__ == "__main__":

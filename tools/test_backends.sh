@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tests of the optional decoders, FFCV and DALI, with both really installed into the checkout's .venv; those that ask
-# djpeg, libjpeg's own command, which images are damaged; and that of the Ray driver.
+# The tests of the optional decoders, FFCV and DALI, with both really installed into the checkout's .venv; and those
+# that ask djpeg, libjpeg's own command, which images are damaged.
 #
 #     bash tools/test_backends.sh
 #
@@ -38,8 +38,8 @@ if ! have_system_packages && ! install_system_packages; then
     echo "SKIPPED: the registry of system packages cannot be reached, so FFCV cannot be compiled here (${system[*]})"
     exit 0
 fi
-"$python" -m pip install --quiet -e ".[ffcv,dali]" ray
+"$python" -m pip install --quiet -e ".[ffcv,dali]"
 "$python" -c 'import ffcv, nvidia.dali'
 
 export OMP_WAIT_POLICY=passive
-exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --full -m "ffcv or dali or djpeg or ray"
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --full -m "ffcv or dali or djpeg"
