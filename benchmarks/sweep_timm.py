@@ -137,13 +137,13 @@ def page(known: dict) -> str:
         "",
         "## Verified",
         "",
-        "| family | networks | |",
+        "| family | networks | their names |",
         "| --- | --- | --- |",
     ]
     for family, (verified, _) in sorted(families.items()):
         if verified:
             lines.append(f"| {family} | {len(verified)} | {' '.join(sorted(verified))} |")
-    lines += ["", "## Refused", "", "| family | networks | reason | |", "| --- | --- | --- | --- |"]
+    lines += ["", "## Refused", "", "| family | networks | reason | their names |", "| --- | --- | --- | --- |"]
     for family, (_, refused) in sorted(families.items()):
         for reason, names in sorted(refused.items()):
             listed = " ".join(sorted(names)[:6]) + (" ..." if len(names) > 6 else "")

@@ -8,6 +8,7 @@ The source is what spark-fast-export takes. docs/how_to/detection.md says how ea
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -38,7 +39,11 @@ def mmdetection_name(name: str) -> str:
     return name.replace(".dwconv.", ".depthwise_conv.").replace(".pwconv", ".pointwise_conv")
 
 
-NAMES = {"torchvision": str, "detectron2": detectron2_name, "mmdetection": mmdetection_name}
+NAMES: dict[str, Callable[[str], str]] = {
+    "torchvision": str,
+    "detectron2": detectron2_name,
+    "mmdetection": mmdetection_name,
+}
 
 
 def detection_weights(
