@@ -142,6 +142,14 @@ def test_a_code_block_names_its_language_and_fits_the_page(page):
     assert not re.search(r"\n\n {4}\S", prose), f"{page.name} has an indented block"
 
 
+def test_the_readme_is_short_and_has_its_picture_before_the_first_command():
+    text = (ROOT / "README.md").read_text()
+    lines = text.splitlines()
+    assert len(lines) <= 100
+    assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]
+    assert text.index("![") < text.index("5.9 GB") < text.index("```bash")
+
+
 @pytest.mark.parametrize("code", list(blocks("python")))
 def test_python_examples_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # an example may train, which leaves a folder
