@@ -1,4 +1,4 @@
-"""What a run is, told before its first step: and whether it can learn, and at its end whether it has."""
+"""The summary of a run before its first step, whether it can learn, and at its end whether it has."""
 
 from __future__ import annotations
 
