@@ -2,7 +2,7 @@
 
     python docs/generate/draw_first_run.py --work /tmp/first_run
 
-A run that is there already goes on where it was, and only the pictures are drawn anew. About half an hour on two cores.
+A run that is there already is resumed, and only the pictures are drawn anew. Less than half an hour on two cores.
 """
 
 from __future__ import annotations
