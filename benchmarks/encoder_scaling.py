@@ -28,7 +28,7 @@ from spark_fast.masking import num_visible, sample_visible
 from spark_fast.networks import build_network
 from spark_fast.run.malloc import keep_heap
 
-PLOT = Path(__file__).parents[1] / "docs" / "encoder_scaling.png"
+PLOT = Path(__file__).parents[1] / "docs" / "pictures" / "encoder_scaling.png"
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Puts what a GPU gave into README and docs/gpu.md, from the rows of `first_minutes.sh` or `device_report.py`.
+"""Puts what a GPU gave into README and docs/explanation/gpu.md, from rows of `first_minutes.sh` or `device_report.py`.
 
     python benchmarks/gpu_tables.py benchmarks/results/first_minutes_h200.jsonl
 
@@ -110,7 +110,7 @@ def headline(rows: Rows) -> str:
 
 
 def details(rows: Rows) -> str:
-    """docs/gpu.md's: every row that a report can have, of the parts that have any."""
+    """docs/explanation/gpu.md's: every row that a report can have, of the parts that have any."""
     if not rows:
         return f"{source(rows)}\n"
     parts = all_parts(FULL, torch.device("cuda"), RESULTS)
@@ -148,9 +148,9 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"gpu_tables: {error}", file=sys.stderr)
         return 2
-    for page, text in (("README.md", headline(rows)), ("docs/gpu.md", details(rows))):
+    for page, text in (("README.md", headline(rows)), ("docs/explanation/gpu.md", details(rows))):
         put_between_marks(options.root / page, text, MARKS)
-    print(f"README.md and docs/gpu.md: {source(rows)}")
+    print(f"README.md and docs/explanation/gpu.md: {source(rows)}")
     return 0
 
 

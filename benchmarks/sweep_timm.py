@@ -33,7 +33,7 @@ from spark_fast.networks import build_network
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "spark_fast" / "sweeps" / f"timm-{timm.__version__}.json"
-PAGE = ROOT / "docs" / "networks.md"
+PAGE = ROOT / "docs" / "reference" / "networks.md"
 HUGE = 250e6  # parameters: verified one at a time, they need the memory
 
 
@@ -137,13 +137,13 @@ def page(known: dict) -> str:
         "",
         "## Verified",
         "",
-        "| family | networks | |",
+        "| family | networks | their names |",
         "| --- | --- | --- |",
     ]
     for family, (verified, _) in sorted(families.items()):
         if verified:
             lines.append(f"| {family} | {len(verified)} | {' '.join(sorted(verified))} |")
-    lines += ["", "## Refused", "", "| family | networks | reason | |", "| --- | --- | --- | --- |"]
+    lines += ["", "## Refused", "", "| family | networks | reason | their names |", "| --- | --- | --- | --- |"]
     for family, (_, refused) in sorted(families.items()):
         for reason, names in sorted(refused.items()):
             listed = " ".join(sorted(names)[:6]) + (" ..." if len(names) > 6 else "")

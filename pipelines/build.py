@@ -48,7 +48,7 @@ def build_pipeline(data_path: str | Path | None, options: LoaderOptions) -> Pipe
 
 
 def measure_statistics(data_path: str | Path | None, options: LoaderOptions) -> Statistics | None:
-    """By what `build_pipeline` would normalise these images: for all ranks to use what one of them measures."""
+    """The statistics by which `build_pipeline` normalises these images; one rank measures them, and all use them."""
     if options.photographs or options.pipeline == "synthetic":
         return None
     source = open_source(data_path, options)
@@ -78,7 +78,7 @@ def _with_statistics(source: Source, options: LoaderOptions) -> LoaderOptions:
 
 
 def choose_pipeline(source: Source) -> tuple[str, str]:
-    """The fastest installed pipeline for these data, as docs/data.md measures them, and why it is that one."""
+    """The fastest installed pipeline for these data, as benchmarks/README.md measures them, and why it is that one."""
     if isinstance(source, BetonSource) and (source.checks["mode"] == RAW).any():
         try:
             require_ffcv("taking the raw pixels in this .beton as they are")

@@ -1,4 +1,4 @@
-"""What can go wrong, in words for the person who reads it, and the exit code of a command that ends with it.
+"""The exceptions of the project, and the exit code of a command that ends with one.
 
 0 done, 2 settings, 3 data, 4 loss not finite, 5 stalled or another rank lost, 6 storage or checkpoint, 75 interrupted
 and saved (0 under torchrun, see `run.command`). Of the tools (`cli.tool`) also 130 Ctrl-C, 141 nobody reads the output
@@ -30,7 +30,7 @@ class DataError(SparkFastError):
 
 
 class NotFiniteError(SparkFastError):
-    """Loss or gradient were no finite numbers for too many steps in a row."""
+    """The loss or the gradient was not finite for too many steps in a row."""
 
     exit_code = 4
 

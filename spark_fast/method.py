@@ -2,7 +2,7 @@
 
 A method is one class in one file (`spark.py`, `fcmae.py`): it makes its decoder, says in `decode` what stands in the
 masked patches, and names its defaults in a `Recipe`. The trainer, checkpoints, pictures and the dry run know no more
-of a method than this file; `docs/methods.md` shows how to write one.
+of a method than this file; `docs/explanation/methods.md` shows how to write one.
 
 Names: B images of H x W and C channels, K masks per image, patch p px, grid (h, w) = (H/p, W/p), L visible patches
 per mask.

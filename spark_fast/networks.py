@@ -81,7 +81,7 @@ def build_network(model: str, kwargs: dict | None = None, stages: int | None = N
 
 
 def timm_channels(in_chans: int) -> dict[str, Any]:
-    """What `timm.create_model` is told of the images' channels: nothing of three, which every network takes."""
+    """The `in_chans` argument of `timm.create_model`; none for three, which every network takes."""
     return {} if in_chans == 3 else {"in_chans": in_chans}
 
 

@@ -29,7 +29,9 @@ LEFT = pytest.StashKey[int]()  # how many slow tests were left for --full
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="run the slow tests too, as CI does")
     parser.addoption(
-        "--repeat_drills", action="store_true", help="repeat the drills of tests/faults as docs/reliability.md says"
+        "--repeat_drills",
+        action="store_true",
+        help="repeat the drills of tests/faults as docs/explanation/reliability.md says",
     )
 
 

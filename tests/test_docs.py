@@ -19,7 +19,8 @@ from spark_fast.commands import SCRIPTS
 from spark_fast.run.config import tomllib
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
 OURS = re.compile(
     r"\S*spark-fast-|torchrun |\S*python -m |(\S*python|bash) (tools|benchmarks|docs)/|pip install |pytest "
 )
@@ -36,11 +37,10 @@ def blocks(language):
 
 
 def commands():
-    """Every command line of ours: in blocks without a language, indented ones, and between backticks in the text."""
+    """Every command line of ours: in blocks of bash, and between backticks in the text."""
     for page in PAGES:
+        shown = re.findall(r"^```bash\n(.*?)```", page.read_text(), re.DOTALL | re.MULTILINE)
         text = re.sub(r"```\w+\n.*?```", "", page.read_text(), flags=re.DOTALL)
-        shown = re.findall(r"^```\n(.*?)```", text, re.DOTALL | re.MULTILINE)
-        shown += re.findall(r"^ {4}.*", text, re.MULTILINE)
         lines = re.sub(r" *\\\n *", " ", "\n".join(shown)).splitlines()
         lines = [line.strip() for joined in lines for line in joined.split(" && ")]
         found = [line for line in lines if OURS.match(line)]
@@ -129,6 +129,27 @@ def check_script(script, words, read):
         assert script.exists(), f"there is no {script}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_code_block_names_its_language_and_fits_the_page(page):
+    inside = False
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        fence = re.fullmatch(r" *```(\w*)", line)
+        where = f"{page.name}:{number}: {line}"
+        assert not (fence and not inside and not fence[1]), where
+        assert not (inside and len(line) > 100), where
+        inside = inside != bool(fence)
+    prose = re.sub(r"```\w+\n.*?```", "", page.read_text(), flags=re.DOTALL)
+    assert not re.search(r"\n\n {4}\S", prose), f"{page.name} has an indented block"
+
+
+def test_the_readme_is_short_and_has_its_picture_before_the_first_command():
+    text = (ROOT / "README.md").read_text()
+    lines = text.splitlines()
+    assert len(lines) <= 100
+    assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]
+    assert text.index("![") < text.index("5.9 GB") < text.index("```bash")
+
+
 @pytest.mark.parametrize("code", list(blocks("python")))
 def test_python_examples_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # an example may train, which leaves a folder
@@ -194,7 +215,9 @@ def flags_of_a_script(path):
 
 def test_every_flag_in_the_text_is_one_of_a_command():
     known = {"help", "version", "config", "print_config", "full", "lr"}
-    known |= set(re.findall(r"`--(\w+)`", (ROOT / "docs" / "settings.md").read_text()))  # written from the settings
+    known |= set(
+        re.findall(r"`--(\w+)`", (ROOT / "docs" / "reference" / "settings.md").read_text())
+    )  # written from the settings
     known |= {flag.lstrip("-") for action in get_args_parser()._actions for flag in action.option_strings}
     known |= set("|".join(re.findall(r"--\((.*?)\)", (ROOT / "tools" / "pt.sh").read_text())).split("|"))
     for folder in ("tools", "benchmarks", "docs/generate", "spark_fast/cli"):
@@ -213,7 +236,7 @@ def test_links_between_pages_lead_somewhere():
 
 
 def test_every_flag_of_the_published_script_is_in_the_table_of_old_flags():
-    page = (ROOT / "docs" / "from_spark.md").read_text()
+    page = (ROOT / "docs" / "how_to" / "from_spark.md").read_text()
     published = "exp_name exp_dir data_path init_weight resume_from mask model input_size sbn bs dataloader_workers dp "
     published += "base_lr lr wd wde ep wp_ep clip opt ada"
     missing = [flag for flag in published.split() if f"`--{flag}`" not in page]
@@ -235,7 +258,7 @@ def texts(path):
 def test_the_messages_that_troubleshooting_explains_are_still_given():
     packages = ("spark_fast", "pipelines", "tools")
     given = "\n".join(t for package in packages for path in (ROOT / package).rglob("*.py") for t in texts(path))
-    explained = re.findall(r"^### `(.+)`$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    explained = re.findall(r"^### `(.+)`$", (ROOT / "docs" / "how_to" / "troubleshooting.md").read_text(), re.MULTILINE)
     assert len(explained) > 10
     assert not [message for message in explained if message not in given]
     assert len(explained) == len(set(explained))

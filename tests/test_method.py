@@ -16,7 +16,7 @@ from spark_fast.spark import SparK
 from spark_fast.weights.load_pretrained import load_pretrained
 from tests.pipelines.pictures import jpeg
 
-PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
+PAGE = Path(__file__).parents[1] / "docs" / "explanation" / "methods.md"
 SETTINGS = {"model": "resnet10t", "input_size": 64, "batch_size": 4, "epochs": 2, "device": "cpu", "workers": 1}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,7 +36,7 @@ def test_every_method_is_found_by_its_name():
 
 @pytest.mark.slow
 def test_a_method_of_your_own_is_trained_and_never_imported_from_a_file(images, tmp_path, monkeypatch):
-    """The class that docs/methods.md shows."""
+    """The class that docs/explanation/methods.md shows."""
     shown = re.search(r"```python\n(.*?)model = build", PAGE.read_text(), re.DOTALL)[1]
     (tmp_path / "my_method.py").write_text(shown)
     monkeypatch.syspath_prepend(tmp_path)

@@ -38,7 +38,7 @@ class Options:
     train: int = 192
     """images to train on (of satellites, which are cut into 16 tiles each, a sixteenth)"""
     val: int = 64
-    """images to judge by, likewise"""
+    """validation images, likewise"""
     side: int = 64
     """pixels; of a scene four times as many"""
 

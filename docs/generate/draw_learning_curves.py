@@ -1,6 +1,6 @@
 """Draw recorded losses of runs that learn and of one that does not, from learning_curves.json beside this file.
 
-    python docs/generate/draw_learning_curves.py      # docs/learning_curves.png
+    python docs/generate/draw_learning_curves.py      # docs/pictures/learning_curves.png
 
 A run folder's losses are recorded there, every tenth step, by
 
@@ -25,7 +25,7 @@ from spark_fast.reporting.metrics_file import read_metrics
 from spark_fast.reporting.run_summary import NOTHING_LEARNED
 
 CURVES = Path(__file__).with_name("learning_curves.json")
-PICTURE = Path(__file__).parents[1] / "learning_curves.png"
+PICTURE = Path(__file__).parents[1] / "pictures" / "learning_curves.png"
 EVERY = 10  # steps
 
 

@@ -1,6 +1,6 @@
 """Draw how far visible pixels reach under a mask, layer by layer: dense convolutions beside the packed encoder.
 
-    python docs/generate/draw_mask_pattern.py         # docs/mask_pattern.png, and the table of docs/why_sparse.md
+    python docs/generate/draw_mask_pattern.py         # the picture and the table of docs/explanation/why_sparse.md
 
 Both rows are computed by the real network, with its weights replaced: every filter averages what it sees, norms do
 nothing, so that a cell is positive exactly where a visible pixel lies in its receptive field. Needs matplotlib.
@@ -24,7 +24,7 @@ from spark_fast.files import atomic_write
 from spark_fast.masking import num_visible, sample_visible
 from spark_fast.networks import build_network
 
-PICTURE = Path(__file__).parents[1] / "mask_pattern.png"
+PICTURE = Path(__file__).parents[1] / "pictures" / "mask_pattern.png"
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Draw what packing does to a mask: the map, the packed patches, and the window that a 3x3 convolution sees of each.
 
-    python docs/generate/draw_packed.py               # docs/packed.png
+    python docs/generate/draw_packed.py               # docs/pictures/packed.png
 
 Every cell has the colour of its patch, and the real code moves them: `VisiblePatches.pack`, and `window_table` for the
 halos. So the colours in a window's border show from which neighbours its cells came. Needs matplotlib.
@@ -25,7 +25,7 @@ from spark_fast.errors import SettingsError, StorageError
 from spark_fast.files import atomic_write
 from spark_fast.masking import num_visible, sample_visible
 
-PICTURE = Path(__file__).parents[1] / "packed.png"
+PICTURE = Path(__file__).parents[1] / "pictures" / "packed.png"
 COLUMNS = 4  # packed patches in a row of the picture
 HOLE, NOTHING = 0.85, 1.0  # grey of masked cells, and of places in a window where there is nothing
 

@@ -1,4 +1,4 @@
-"""Write docs/settings.md, every setting of training and evaluation, from the trees that define them.
+"""Write docs/reference/settings.md and commands.md: every flag of the seven commands, from what defines them.
 
 python docs/generate/write_reference.py
 """
@@ -8,20 +8,63 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+import docstring_parser
+import tyro
+
+from spark_fast.cli import convert, doctor, export, plot, reconstruct
 from spark_fast.evaluation.eval_settings import Finetune, Knn, Linear
 from spark_fast.training.settings import Settings
 
-PAGE = Path(__file__).parents[1] / "settings.md"
+PAGE = Path(__file__).parents[1] / "reference" / "settings.md"
 COMMANDS: dict[str, type] = {
     "spark-fast-train": Settings,
     "spark-fast-eval knn": Knn,
     "spark-fast-eval linear": Linear,
     "spark-fast-eval finetune": Finetune,
 }
+TOOLS_PAGE = PAGE.with_name("commands.md")
+TOOLS: dict[str, Callable[..., int]] = {
+    "spark-fast-convert": convert.convert_images,
+    "spark-fast-export": export.export_weights,
+    "spark-fast-reconstruct": reconstruct.reconstruct,
+    "spark-fast-plot": plot.plot_run,
+    "spark-fast-doctor": doctor.doctor,
+}
+TOOLS_HEAD = """# Every command
+
+| command | what it does |
+| --- | --- |
+| [`spark-fast-convert`](#spark-fast-convert) | images into shards that are read fast |
+| [`spark-fast-train`](settings.md#spark-fast-train) | pre-training; under torchrun `python -m spark_fast.train` |
+| [`spark-fast-eval`](settings.md#spark-fast-eval-knn) | k-NN, linear probe and fine-tuning of a pre-trained encoder |
+| [`spark-fast-export`](#spark-fast-export) | weights for timm, torchvision, the Hub or the published code |
+| [`spark-fast-reconstruct`](#spark-fast-reconstruct) | a picture: input, visible patches, prediction |
+| [`spark-fast-plot`](#spark-fast-plot) | curves of runs as one picture |
+| [`spark-fast-doctor`](#spark-fast-doctor) | what of this machine can be used |
+
+Every command takes `--help` and `--version`. `python docs/generate/write_reference.py` writes this
+page from the commands.
+
+## Exit codes
+
+| code | what happened |
+| --- | --- |
+| 0 | done |
+| 1 | `spark-fast-doctor`: something that training needs is missing |
+| 2 | a setting is wrong |
+| 3 | the images cannot be used |
+| 4 | loss or gradient were not finite for several steps in a row |
+| 5 | a rank was lost, or the run stalled |
+| 6 | a file cannot be read or written |
+| 75 | stopped early, everything is saved: the same command goes on with `--resume auto` (0 under torchrun) |
+| 130 | Ctrl-C, of the commands that do not train |
+| 141 | nobody reads the output any more (`\\| head`) |
+"""
 HEAD = """# Every setting
 
 Written by `python docs/generate/write_reference.py` from the settings themselves. A flag may also be written with
@@ -42,6 +85,43 @@ def reference() -> str:
             parts.append("| flag | default | what |\n| --- | --- | --- |\n")
             parts += [f"| {flag} | {default} | {what} |\n" for flag, default, what in rows(kind)]
     return "".join(parts)
+
+
+def commands() -> str:
+    """The page of the commands that are functions."""
+    parts = [TOOLS_HEAD]
+    for command, tool in TOOLS.items():
+        module = inspect.getmodule(tool)
+        about = (inspect.getdoc(module) or "").split("\n\n")
+        parts.append(f"\n## {command}\n\n{about[0]}\n\n")
+        parts.append("| argument | default | what |\n| --- | --- | --- |\n")
+        parts += [f"| {flag} | {default} | {what} |\n" for flag, default, what in tool_rows(tool)]
+    return "".join(parts)
+
+
+def tool_rows(tool: Callable[..., int]) -> list[tuple[str, str, str]]:
+    """(argument, default, what it does) of each parameter of a command; a group of flags, of each of its fields."""
+    said = {
+        p.arg_name: " ".join((p.description or "").split()) for p in docstring_parser.parse(tool.__doc__ or "").params
+    }
+    hints = get_type_hints(tool, include_extras=True)
+    found = []
+    for name, parameter in inspect.signature(tool).parameters.items():
+        plain, marks = _plain(hints[name]), get_args(hints[name])[1:]
+        if isinstance(plain, type) and dataclasses.is_dataclass(plain):
+            found += rows(plain)
+            continue
+        given = [mark for mark in marks if getattr(mark, "metavar", None)]
+        if tyro.conf.Positional in marks:
+            flag = f"`{given[0].metavar}`".replace("|", "\\|")
+        else:
+            flag = f"`--{next((mark.name for mark in marks if getattr(mark, 'name', None)), name)}`"
+        flag += f" ({', '.join(map(str, get_args(plain)))})" if get_origin(plain) is Literal else ""
+        default = parameter.default
+        empty = default is inspect.Parameter.empty or default in (None, "", ())
+        required = "required" if default is inspect.Parameter.empty else ""
+        found.append((flag, required if empty else f"`{default}`", said[name].replace("|", "\\|")))
+    return found
 
 
 def rows(kind: type) -> list[tuple[str, str, str]]:
@@ -79,5 +159,6 @@ def _said(kind: type) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(reference(), encoding="utf-8")
-    print(f"wrote {PAGE}")
+    for page, content in ((PAGE, reference()), (TOOLS_PAGE, commands())):
+        page.write_text(content, encoding="utf-8")
+        print(f"wrote {page}")

@@ -25,7 +25,7 @@ from spark_fast.pipelines.transforms.bands.scenes import Window, open_scene
 
 @dataclass(frozen=True)
 class Tiling:
-    """Side of the tiles, and how far the next one begins from one, in pixels."""
+    """Side of the tiles, and the distance between the beginnings of two neighbours, in pixels."""
 
     tile: int
     stride: int

@@ -11,7 +11,7 @@ import io
 from PIL import TiffImagePlugin
 
 READ = "JPEG, PNG, BMP, GIF, PGM, PPM, TIFF and WebP"  # the kinds that are read
-PAGE = "docs/your_own_data.md"
+PAGE = "docs/how_to/your_own_data.md"
 UNKNOWN_PIXELS = ("unknown raw mode for given image mode", "pixels that are read wrongly")  # the first is Pillow's
 IS_NOT_READ = "a kind that is not read"
 

@@ -27,7 +27,7 @@ def bad_code() -> ImageError:
 class Bits:
     """The bits of a scan up to its next marker, and how far libjpeg has loaded them into its buffer.
 
-    What libjpeg has loaded when a scan is complete it drops without a word; what is left behind it warns of.
+    Bytes already loaded when a scan is complete are dropped silently by libjpeg; it warns of bytes left after them.
     """
 
     def __init__(self, file: bytes, begin: int) -> None:

@@ -42,7 +42,7 @@ OPTIONAL = {  # module: (what it is for, how to get it)
     "triton": ("kernels on a GPU", "comes with torch's builds for Linux with a GPU"),
     "ffcv": ("--pipeline ffcv", INSTALL_FFCV),
     "nvidia.dali": ("--pipeline dali", INSTALL_DALI),
-    "sparseconvnet": ("--sparse_conv=1", "docs/how_it_works.md, True sparse convolutions"),
+    "sparseconvnet": ("--sparse_conv=1", "docs/explanation/how_it_works.md, True sparse convolutions"),
     "wandb": ("--wandb", "pip install 'spark-fast[wandb]'"),
     "matplotlib": (command("plot"), "pip install 'spark-fast[plots]'"),
 }

@@ -186,7 +186,7 @@ def _resumed(settings: Finetune, path: Path, state: RunContent) -> tuple[str, in
 
 
 def _statistics(before: RunContent) -> Statistics | None:
-    """Those that the fine-tuning run before was normalised by."""
+    """The statistics that the earlier fine-tuning run was normalised by."""
     return Statistics.from_dict(before["statistics"]) if before.get("statistics") else None
 
 

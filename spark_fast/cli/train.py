@@ -31,7 +31,7 @@ def pretrain(data_path: str | Path = "", **settings: object) -> PretrainResult:
     Args:
         data_path: the images.
         settings: any setting of the command by its name, e.g. model="convnext_tiny", epochs=100, exp_name="mine",
-            resume="auto"; input_size may be a number or (H, W). docs/settings.md lists them.
+            resume="auto"; input_size may be a number or (H, W). docs/reference/settings.md lists them.
 
     Under torchrun every rank makes the same call. Outside the main thread no signal handlers are installed.
 

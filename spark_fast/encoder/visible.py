@@ -290,7 +290,7 @@ def _shown(b: int, coords: tuple[int, ...]) -> tuple[list[list[int]], list[list[
 
 
 def _numbers(values: Sequence[int], device: torch.device) -> Tensor:
-    """(n,) int64. A tensor of a list would be copied to a GPU while the host waits: there it is made by arithmetic."""
+    """(n,) int64. Copying a list to a GPU would make the host wait, so there it is computed on the device."""
     return _in_runs(values, device) if device.type == "cuda" else torch.tensor(values, device=device)
 
 

@@ -1,4 +1,4 @@
-"""Accuracy: what was taken for what, counted once for every image, whatever the number of ranks."""
+"""Accuracy from a confusion matrix: each image counts once, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Confusion(NamedTuple):
 
     @classmethod
     def of_matrix(cls, matrix: Tensor) -> Confusion:
-        """Of a (classes, guesses) matrix, as checkpoints of fine-tuning had it before."""
+        """From a (classes, guesses) matrix, which older checkpoints of fine-tuning hold."""
         pairs = matrix.nonzero()
         return cls(len(matrix), torch.cat([pairs, matrix[pairs[:, 0], pairs[:, 1], None]], dim=1))
 
@@ -36,11 +36,11 @@ class Confusion(NamedTuple):
 
     @property
     def right(self) -> Tensor:
-        """(classes,) int64, of them those taken for what they are."""
+        """(classes,) int64, the images classified correctly."""
         return self._sums(self.rows[self.rows[:, 0] == self.rows[:, 1]])
 
     def matrix(self, side: int) -> Tensor:
-        """(side, side) int64 counts; each cell is of classes / side classes, which stand beside one another."""
+        """(side, side) int64 counts; a cell sums classes / side neighbouring classes."""
         cells = self.rows[:, :2] * side // self.classes
         counts = torch.zeros(side * side, dtype=torch.int64)
         return counts.index_add_(0, cells[:, 0] * side + cells[:, 1], self.rows[:, 2]).view(side, side)

@@ -1,4 +1,4 @@
-"""The labelled images of an evaluation: those to learn from, those to judge by, and that both number classes alike."""
+"""The labelled images of an evaluation: training and validation images, with the same class numbers in both."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Data:
     val_path: str = ""
     """the validation images, if they are not in the folder val/ of data_path"""
     pipeline: str = "auto"
-    """auto (the fastest for the data), torch, dali, ffcv (both extras), or synthetic (generated: no data's speed)"""
+    """auto (the fastest for the data), torch, dali, ffcv (both extras), or synthetic (random images: no input)"""
     input_size: str = "224"
     """pixels, N or HxW"""
     in_chans: int | None = None

@@ -1,4 +1,4 @@
-"""What becomes of a batch before the network learns from it: stronger augmentation, mixing, soft targets.
+"""Batch augmentation: random erasing, mixup, cutmix, soft targets.
 
 Crop and flip come from the pipeline, as for pre-training. The rest is torchvision's and timm's, on the device; it draws
 from the global generators, which the loop seeds at every step.

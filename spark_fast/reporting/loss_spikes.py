@@ -28,7 +28,7 @@ SMALLEST = 0.005  # of the median
 
 
 def limit(losses: Iterable[float]) -> float:
-    """The loss above which one is a spike; infinite while there are too few to judge by."""
+    """The loss above which one is a spike; infinite while there are too few losses."""
     losses = list(losses)
     if len(losses) < ENOUGH:
         return math.inf

@@ -51,7 +51,7 @@ class FittingProgress(Progress):
 
 
 def text(template: str) -> TextColumn:
-    """A column of plain text, in which brackets are brackets."""
+    """A column of plain text: brackets are printed as they are, not read as markup."""
     return TextColumn(template, markup=False)
 
 

@@ -1,6 +1,6 @@
 """What pre-training tells: its loggers (metrics.jsonl, ...) at every log point, log.txt every epoch, a progress bar.
 
-What an evaluation finds is told as a row of its own.
+An evaluation's figures are a row of their own.
 
 Durations come from a monotonic clock; the wall clock, which may jump, is only shown.
 """

@@ -1,14 +1,14 @@
-"""What a run is, told before its first step: and whether it can learn, and at its end whether it has."""
+"""The summary of a run before its first step, whether it can learn, and at its end whether it has."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 FEW_PATCHES = 9  # of an image: a grid of 3 x 3
-# docs/learning.md: after 2343 steps a network fine-tunes better for its pre-training, after 312 it hardly does
+# benchmarks/README.md: after 2343 steps a network fine-tunes better for its pre-training, after 312 it hardly does
 FEW_STEPS = 1000
 NOTHING_LEARNED = 0.98  # loss; 1.0 is that of predicting the mean of each patch
-PAGE = "docs/small_data.md"
+PAGE = "docs/tutorials/small_data.md"
 
 
 @dataclass(frozen=True)

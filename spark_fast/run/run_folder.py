@@ -22,7 +22,7 @@ from spark_fast.streams import keep_output
 from spark_fast.versions import versions
 
 RESULT = "result.json"  # of an evaluation
-STOPPED = "stopped.txt"  # is there while a run that was told to stop before its end is not gone on with
+STOPPED = "stopped.txt"  # is there from a planned stop until the run is resumed
 
 
 def open_run_folder(folder: Path, lock: RunLock, config: str, head: Mapping[str, object], pictures: str = "") -> Path:

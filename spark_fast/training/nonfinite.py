@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is no finite number leaves no trace, and the host need not wait to know.
+"""Skip non-finite steps on the device, without a host sync.
 
 One flag on the device decides: the fused optimisers skip their update where it is set (`found_inf`), and the
 model's buffers (batch statistics, which a NaN has reached by then) are put back. What was skipped is read at the next

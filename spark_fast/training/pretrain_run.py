@@ -91,7 +91,7 @@ class PretrainRun:
         return self.state.size(MOMENTS[self.settings.optim.optimizer])
 
     def summary(self) -> RunSummary:
-        """What is told before the first step."""
+        """What is printed before the first step."""
         settings, model, device = self.settings, self.model, self.ranks.device
         encoder = sum(p.numel() for p in model.encoder.parameters())
         gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""

@@ -43,7 +43,7 @@ class Data:
     val_path: str = ""
     """labelled images for --eval_every: with train/ and val/, or one set, where every 5th of a class is a query"""
     pipeline: str = "auto"
-    """auto (the fastest for the data), torch, dali, ffcv (both extras), or synthetic (generated: no data's speed)"""
+    """auto (the fastest for the data), torch, dali, ffcv (both extras), or synthetic (random images: no input)"""
     ffcv_resize: Literal["bicubic", "area"] = "bicubic"
     """how --pipeline ffcv resizes: bicubic as all others, or area, FFCV's own"""
     decode: Literal["host", "device"] = "host"

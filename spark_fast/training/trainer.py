@@ -36,8 +36,8 @@ class Trainer:
         batches: of this rank, in the order that (seed, epoch) gives.
         checkpointer: has the state of the run, and with it its position.
         end_of_epoch: logs, evaluates, draws; it calls the function that it is given to save.
-        between_epochs: called before the first step and after each `end_of_epoch`, also where a run is gone on with
-            there; when it is told to stop, the run is left and a resume calls it again.
+        between_epochs: called before the first step and after each `end_of_epoch`, also where a run is resumed
+            there; when it is stopped, the run is left and a resume calls it again.
         log_every: steps between log points.
         max_steps: leave after so many steps of this process, as at an interruption; 0: never.
         folder: of the run, None on ranks that do not write.

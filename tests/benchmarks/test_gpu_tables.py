@@ -35,8 +35,8 @@ def gpu_tables(monkeypatch, tmp_path):
 
 @pytest.fixture
 def pages(tmp_path):
-    (tmp_path / "docs").mkdir()
-    for page in ("README.md", "docs/gpu.md"):
+    (tmp_path / "docs" / "explanation").mkdir(parents=True)
+    for page in ("README.md", "docs/explanation/gpu.md"):
         shutil.copy(ROOT / page, tmp_path / page)
     return tmp_path
 
@@ -50,7 +50,7 @@ def report(folder, rows, end=""):
 def test_the_pages_say_what_was_measured_and_what_was_not(gpu_tables, pages):
     cut_off = report(pages, ROWS, '{"part": "layers", "na')
     assert gpu_tables.main([str(cut_off), "--root", str(pages)]) == 0
-    readme, page = ((pages / name).read_text() for name in ("README.md", "docs/gpu.md"))
+    readme, page = ((pages / name).read_text() for name in ("README.md", "docs/explanation/gpu.md"))
     assert "| resnet50 | 256 | 4096 | 2048 | **2.00x** | 1024 | **4.00x** |" in readme
     assert "| convnext_small | 128 | not measured | not measured | not measured | not measured |" in readme
     for text in (readme, page):
@@ -65,9 +65,9 @@ def test_the_pages_say_what_was_measured_and_what_was_not(gpu_tables, pages):
 
 def test_the_pages_of_this_checkout_are_what_it_writes(gpu_tables, pages, monkeypatch):
     monkeypatch.setattr(gpu_tables, "RESULTS", BENCHMARKS / "results")
-    before = [(pages / name).read_text() for name in ("README.md", "docs/gpu.md")]
+    before = [(pages / name).read_text() for name in ("README.md", "docs/explanation/gpu.md")]
     assert gpu_tables.main(["--root", str(pages)]) == 0
-    assert [(pages / name).read_text() for name in ("README.md", "docs/gpu.md")] == before
+    assert [(pages / name).read_text() for name in ("README.md", "docs/explanation/gpu.md")] == before
 
 
 @pytest.mark.parametrize(

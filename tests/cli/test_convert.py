@@ -133,7 +133,7 @@ def test_an_image_above_the_limit_is_left_out_and_read_as_the_reason_says(tmp_pa
     (refused,) = read_manifest(tmp_path / "out").refused
     assert refused["reason"] == (
         "1500 x 1000 pixels exceed the limit of 1 million: --max_pixels 2 (train, eval, convert) reads it, see"
-        " docs/your_own_data.md"
+        " docs/how_to/your_own_data.md"
     )
     raised = ["--workers", "1", "--max_pixels", "2", "--overwrite", "--verify"]
     assert "2 images in 1 shards" in run_here(main, tmp_path / "in", tmp_path / "out", *raised, code=0).stdout

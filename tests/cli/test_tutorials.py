@@ -34,9 +34,9 @@ MAINS = {
 
 def lines_of(kind: str) -> list[list[str]]:
     """The words of the page's commands, the one that makes the images first; of scans, for four channels of 8 bits."""
-    text = (ROOT / "docs" / PAGES[kind]).read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "tutorials" / PAGES[kind]).read_text(encoding="utf-8")
     making = re.search(r"`(python tools/make_bands.py .*?)`", text)[1]
-    block = re.search(r"```\n(.*?)```", text, re.DOTALL)[1].replace("\\\n", " ")
+    block = re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1].replace("\\\n", " ")
     if kind == "aerial":
         making = making.replace("make_bands.py scans", "make_bands.py aerial")
         block = block.replace("--in_chans 1", "--in_chans 4")

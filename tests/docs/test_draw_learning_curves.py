@@ -1,4 +1,4 @@
-"""The picture of docs/small_data.md is drawn from recorded losses."""
+"""The picture of docs/how_to/is_it_learning.md is drawn from recorded losses."""
 
 import json
 

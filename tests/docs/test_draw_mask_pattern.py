@@ -9,7 +9,7 @@ from PIL import Image
 from docs.generate import draw_mask_pattern
 from docs.generate.draw_mask_pattern import Options, averaging, patterns, table
 
-PAGE = Path(draw_mask_pattern.__file__).parents[1] / "why_sparse.md"
+PAGE = Path(draw_mask_pattern.__file__).parents[1] / "explanation" / "why_sparse.md"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

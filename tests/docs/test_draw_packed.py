@@ -1,4 +1,4 @@
-"""The picture of docs/how_it_works.md is drawn from what the encoder does."""
+"""The picture of docs/explanation/how_it_works.md is drawn from what the encoder does."""
 
 import pytest
 import torch

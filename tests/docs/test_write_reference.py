@@ -1,8 +1,10 @@
-"""docs/settings.md is what the settings say."""
+"""docs/reference/settings.md is what the settings say, commands.md what the commands do."""
 
 import dataclasses
+import re
 
 import pytest
+import tyro
 
 from docs.generate import write_reference
 from spark_fast.training.settings import Settings, parse
@@ -27,3 +29,18 @@ def test_the_flags_it_names_are_those_of_the_command():
     text = write_reference.reference()
     for row in ("`--batch_size`, `--bs`", "`--epochs`, `--ep`", "`--optimizer`, `--opt` (lamb, adamw, sgd) | `lamb`"):
         assert row in text
+
+
+def test_the_page_of_the_commands_is_up_to_date():
+    assert write_reference.TOOLS_PAGE.read_text() == write_reference.commands(), "run docs/generate/write_reference.py"
+
+
+@pytest.mark.parametrize("name", write_reference.TOOLS)
+def test_it_has_every_flag_of_a_command_and_no_other(name, capsys):
+    tool = write_reference.TOOLS[name]
+    with pytest.raises(SystemExit):
+        tyro.cli(tool, args=["--help"], use_underscores=True)
+    known = set(re.findall(r"(?m)^[^\w-]*(--\w+)", capsys.readouterr().out)) - {"--help"}
+    rows = write_reference.tool_rows(tool)
+    assert {flag for row in rows for flag in re.findall(r"`(--\w+)`", row[0])} == known
+    assert all(what for _, _, what in rows)

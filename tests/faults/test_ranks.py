@@ -138,7 +138,7 @@ def test_a_node_that_is_killed_comes_back_and_the_run_completes(whole, tmp_path)
         words = [*launcher(*meet, f"--rdzv-conf=is_host={host}", ranks=1), "--max-restarts=3", trainee.__file__]
         words += [tmp_path / "ledger", plan, *flags, f"--exp_dir={tmp_path / 'run'}"]
         out = (tmp_path / name).open("w")
-        environment = {**ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see docs/many_devices.md
+        environment = {**ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see docs/tutorials/many_devices.md
         return subprocess.Popen(list(map(str, words)), stdout=out, stderr=out, env=environment)
 
     def told():

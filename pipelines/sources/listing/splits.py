@@ -60,7 +60,7 @@ class Splits(NamedTuple):
     endings: tuple[str, ...] = IMAGE_EXTENSIONS  # of what is taken for an image
 
     def log_left_out(self, root: Path, used: Iterable[str]) -> None:
-        """Say where images are that are not used, if any split is."""
+        """Log which folders hold images that are not used, where a split is."""
         if not self.taken:
             return
         left = [path for name, path in self.taken.items() if name not in used and _holds(path, self.endings)]

@@ -92,7 +92,7 @@ class Moments:
 
     @property
     def std(self) -> NDArray[np.float64]:
-        """The deviation of each channel, of all pixels (not of a sample of more)."""
+        """The population deviation of each channel (divided by the number of pixels)."""
         return np.sqrt(self.squares / max(self.count, 1))
 
 

@@ -78,7 +78,7 @@ def deep_folder(root: Path, count: int) -> Path:
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if "see docs/your_own_data.md" in r.getMessage()]
+    return [r.getMessage() for r in caplog.records if "see docs/how_to/your_own_data.md" in r.getMessage()]
 
 
 @pytest.mark.parametrize("decode", ["host", "device"])
@@ -97,10 +97,10 @@ def test_what_the_images_lose_is_told_once_at_the_end_of_the_first_epoch(tmp_pat
         assert told(caplog) == [
             f"{deep} {so_far} 16-bit grey (I;16); only their upper 8 bits are read, {dark} of them"
             " are darker than level 16 of 255: rescale them first, or train with --in_chans 1, which reads them whole,"
-            " see docs/your_own_data.md",
+            " see docs/how_to/your_own_data.md",
             f"{bands} {so_far} RGB with a fourth band (RGBA); it is dropped as transparency: if it"
             " holds data, such as near infrared, choose three bands first, or train with as many --in_chans as there"
-            " are, see docs/your_own_data.md",
+            " are, see docs/how_to/your_own_data.md",
         ]
         list(pipeline.epoch(1))
     assert len(told(caplog)) == 2
@@ -136,5 +136,5 @@ def test_images_of_a_kind_that_is_not_read_do_not_put_the_storage_in_question(tm
         ".npy) cannot be read (not a readable image but a NumPy array (.npy), a kind that is not read; read are JPEG"
         in said
     )
-    assert "docs/your_own_data.md), and neither can the 16 images after it" in said
+    assert "docs/how_to/your_own_data.md), and neither can the 16 images after it" in said
     assert "storage" not in said

@@ -125,7 +125,7 @@ def test_an_image_above_the_limit_is_read_when_the_limit_is_raised_as_the_messag
         assert decode(data, max_pixels=4800)[0].shape == (60, 80, 3)
         assert Image.MAX_IMAGE_PIXELS == 4800
     with pytest.raises(
-        ImageError, match=r"--max_pixels 4225 \(train, eval, convert\) reads it, see docs/your_own_data"
+        ImageError, match=r"--max_pixels 4225 \(train, eval, convert\) reads it, see docs/how_to/your_own_data"
     ):
         decode(with_size(jpeg(1), 65000, 65000))
 

@@ -200,7 +200,7 @@ def drawn(mode: str, seed: int) -> Image.Image:
 
 
 def oracle(data: bytes) -> tuple[np.ndarray, bool]:
-    """What Pillow shows of a file, by the table of docs/your_own_data.md; whether it has more bits or bands."""
+    """What Pillow shows of a file, by the table of docs/how_to/your_own_data.md; whether it has more bits or bands."""
     with Image.open(io.BytesIO(data)) as image:
         further = image.mode in ("LA", "La", "PA", "RGBA") and image.getchannel("A").getextrema() != (255, 255)
         further |= image.format == "TIFF" and image.mode == "RGB" and image.tag_v2[277] == 4
@@ -254,7 +254,7 @@ TIFFS = list(itertools.product(TYPES, LAYOUTS, (False, True), (1, 8), (1, 6)))
 
 
 def check_tiff(kind, layout, planar, compression, orientation):
-    """One TIFF: its pixels by the table of docs/your_own_data.md, or a refusal that names its bands and bits."""
+    """One TIFF: its pixels by the table of docs/how_to/your_own_data.md, or a refusal that names its bands and bits."""
     bands, photometric, extra = layout
     random = np.random.default_rng(bands).bytes(np.dtype(kind).itemsize * bands * SIZE[0] * SIZE[1])
     values = np.frombuffer(random, kind).reshape(*SIZE, bands)

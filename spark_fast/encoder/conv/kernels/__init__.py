@@ -5,7 +5,7 @@ CUDA graphs take it. `spark_fast.encoder.conv.convolve` computes the same by PyT
 device and dtype, and is the oracle in tests. With TRITON_INTERPRET=1 in the environment (Triton's own variable, read
 when it is imported) the kernels run on the CPU, slowly.
 
-docs/gpu.md has the bytes and FLOPs of each.
+docs/explanation/gpu.md has the bytes and FLOPs of each.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ and for the weight 8*runs*(k^2+1)*C bytes of sums, a run being 64 KB of cells an
 Worked example: ConvNeXt-S, 7x7, 224 px, batch 128, mask 0.6 (V = 128*20 = 2560), bf16. Stages 1-4 have b = 8, 4, 2, 1
 and C = 96, 192, 384, 768: 15.7, 7.9, 3.9 and 2.0 M elements. Stage 1: 63 MB (19 us at the 3.35 TB/s of an H100) and
 1.54 GFLOP (23 us at its 67 TFLOP/s in fp32), forward and each gradient; at the 1.8 instructions a multiply-add of the
-compiled kernel (docs/gpu.md) 46 us. The window tensor that it does not write would have 14^2/8^2 = 3.1 times the cells.
-On the dense map all 49 patches are computed instead of 20, and laid out and collected besides.
+compiled kernel (docs/explanation/gpu.md) 46 us. The window tensor that it does not write would have 14^2/8^2 = 3.1
+times the cells. On the dense map all 49 patches are computed instead of 20, and laid out and collected besides.
 """
 
 from __future__ import annotations
