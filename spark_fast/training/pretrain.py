@@ -132,6 +132,7 @@ def open_images(
         augment_on=settings.data.augment,
         decode_on=settings.data.decode,
         view=View(
+            shuffle_block=settings.data.shuffle_block,
             augment=augment,
             scale=settings.crop_scale,
             flip=settings.data.hflip,
