@@ -12,8 +12,6 @@ import boto3
 import s3fs
 from moto.server import ThreadedMotoServer
 
-assert s3fs  # by which `s3://` is read
-
 
 @contextmanager
 def s3_of(folder: Path, bucket: str = "shards") -> Iterator[str]:
@@ -23,6 +21,7 @@ def s3_of(folder: Path, bucket: str = "shards") -> Iterator[str]:
     host, port = server.get_host_and_port()
     endpoint = f"http://{host}:{port}"
     given = {"AWS_ACCESS_KEY_ID": "loopback", "AWS_SECRET_ACCESS_KEY": "never-logged", "AWS_ENDPOINT_URL": endpoint}
+    s3fs.S3FileSystem.clear_instance_cache()  # of a server before
     try:
         with patch.dict(os.environ, given | {"AWS_DEFAULT_REGION": "us-east-1"}):
             client = boto3.client("s3")

@@ -74,6 +74,7 @@ class ShardPrefetch:
         self._changed = threading.Condition()
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
+        source.on_close.append(self.stop)
 
     def follow(self, coming: Plan) -> None:
         """Fetch for this plan instead of the one before."""

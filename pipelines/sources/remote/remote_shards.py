@@ -66,9 +66,10 @@ class RemoteShardSource(ShardSource):
     def _start_counting(self) -> None:
         self._closed = threading.Event()
         self._counting, self._count = threading.Lock(), 0
+        self.on_close: list[Callable[[], None]] = []  # what else ends with this source
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_closed", "_counting", "_count"}
+        own = {"_closed", "_counting", "_count", "on_close"}
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -109,6 +110,8 @@ class RemoteShardSource(ShardSource):
     def close(self) -> None:
         """Stop what is being fetched."""
         self._closed.set()
+        for end in self.on_close:
+            end()
 
     def fetch(self, shard: ShardFile, stop: threading.Event | None = None) -> None:
         """Bring a shard to the cache.

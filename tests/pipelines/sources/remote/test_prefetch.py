@@ -141,6 +141,7 @@ def test_drawing_samples_fetches_and_changes_none(source):
     for start in (0, 2):
         drawn = list(sampler.epoch(1, start))
         assert [share.ids.tolist() for share in drawn] == [share.ids.tolist() for share in plain.epoch(1, start)]
+    assert sampler.prefetch is not None
     last = int(source.shards()[plain.permutation(1)[-1]])
     wait_for(lambda: last in held(source))
     assert sampler.prefetch._threads, "when all are drawn, the last batches' shards may still be on their way"
@@ -148,6 +149,16 @@ def test_drawing_samples_fetches_and_changes_none(source):
     next(abandoned)
     abandoned.close()
     assert not sampler.prefetch._threads
+
+
+def test_a_source_that_is_closed_leaves_no_thread(source):
+    prefetch = ShardPrefetch(source)
+    prefetch.follow(plan(np.array([2, 1, 0])))
+    wait_for(lambda: held(source) == [1, 2])
+    threads = prefetch._threads
+    source.close()
+    assert threads
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_a_cache_that_would_be_read_in_circles_is_refused(source):
