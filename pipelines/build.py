@@ -15,12 +15,17 @@ from spark_fast.pipelines.backends.synthetic import SyntheticPipeline
 from spark_fast.pipelines.backends.torch_pipeline import TorchPipeline
 from spark_fast.pipelines.base import Pipeline
 from spark_fast.pipelines.ffcv_install import require_ffcv
-from spark_fast.pipelines.options import LoaderOptions
+from spark_fast.pipelines.options import LoaderOptions, bytes_of
 from spark_fast.pipelines.sampler import Sampler
 from spark_fast.pipelines.sources.beton import RAW, BetonSource, find_beton
-from spark_fast.pipelines.sources.detect import detect_source
+from spark_fast.pipelines.sources.detect import detect_source, has_split
 from spark_fast.pipelines.sources.folder import FileSource
 from spark_fast.pipelines.sources.listing.image_names import BAND_EXTENSIONS, IMAGE_EXTENSIONS
+from spark_fast.pipelines.sources.remote.prefetch import PrefetchingSampler, check_cache
+from spark_fast.pipelines.sources.remote.remote_shards import RemoteShardSource
+from spark_fast.pipelines.sources.remote.remote_shards import has_split as has_remote_split
+from spark_fast.pipelines.sources.remote.shard_cache import ShardCache, default_folder
+from spark_fast.pipelines.sources.remote.url import is_remote
 from spark_fast.pipelines.sources.shards import ShardSource
 from spark_fast.pipelines.sources.source import Source
 from spark_fast.pipelines.transforms.bands.statistics import Statistics
@@ -41,7 +46,8 @@ def build_pipeline(data_path: str | Path | None, options: LoaderOptions) -> Pipe
     source = open_source(data_path, options)
     try:
         options = _with_statistics(source, options)
-        return _backend(source, options)(source, _sampler(options, len(source), str(data_path)), options)
+        sampler = _sampler(options, len(source), str(data_path), source)
+        return _backend(source, options)(source, sampler, options)
     except BaseException:
         source.close()
         raise
@@ -92,6 +98,8 @@ def open_source(data_path: str | Path | None, options: LoaderOptions) -> Source:
     """The encoded images of a pipeline, for the caller to close; raises as `build_pipeline` does."""
     if data_path is None:
         raise SettingsError("no data_path: name a folder of images, of class folders or of shards, or a file list")
+    if is_remote(data_path):
+        return _remote_source(data_path, options)
     if options.pipeline == "ffcv":
         return BetonSource(find_beton(data_path, options.view.split))
     endings = IMAGE_EXTENSIONS if options.photographs else BAND_EXTENSIONS
@@ -101,6 +109,22 @@ def open_source(data_path: str | Path | None, options: LoaderOptions) -> Source:
     if isinstance(source, FileSource):
         source.allow_pixels(options.max_pixels * MEGAPIXEL * (1 if options.photographs else options.in_chans))
     return source
+
+
+def _remote_source(url: str, options: LoaderOptions) -> RemoteShardSource:
+    if options.pipeline == "ffcv":
+        raise SettingsError(f"pipeline ffcv reads a .beton on a disk, not {url}: take pipeline torch, or copy the data")
+    folder = Path(options.cache_dir).expanduser() if options.cache_dir else default_folder()
+    source = RemoteShardSource(url, options.view.split, ShardCache(folder, bytes_of(options.cache_size)))
+    _check_channels(source, options)
+    return source
+
+
+def holds_split(data_path: str, split: str) -> bool:
+    """Whether a data path, or a URL, holds a folder of this name, or tars that are this split by their names."""
+    if is_remote(data_path):
+        return has_remote_split(data_path, split)
+    return has_split(Path(data_path).expanduser(), split)
 
 
 def _check_channels(source: ShardSource, options: LoaderOptions) -> None:
@@ -137,8 +161,10 @@ def _only_pipeline(options: LoaderOptions) -> tuple[str, str] | None:
     return ("torch", "it turns images") if options.view.vflip or options.view.rot90 else None
 
 
-def _sampler(options: LoaderOptions, num_samples: int, where: str) -> Sampler:
+def _sampler(options: LoaderOptions, num_samples: int, where: str, source: Source | None = None) -> Sampler:
     view = options.view
+    if view.shuffle_block and not isinstance(source, ShardSource):
+        raise SettingsError(f"shuffle_block is for shards, which {where} is not: convert it, or take shuffle_block 0")
     sampler = Sampler(
         num_samples,
         options.batch_size,
@@ -147,7 +173,12 @@ def _sampler(options: LoaderOptions, num_samples: int, where: str) -> Sampler:
         options.world_size,
         repeats=view.repeats,
         in_order=view.in_order,
+        block=view.shuffle_block,
+        shards=source.shards() if view.shuffle_block and isinstance(source, ShardSource) else None,
     )
+    if isinstance(source, RemoteShardSource):
+        check_cache(source, sampler, options.prefetch)
+        sampler = PrefetchingSampler.of(sampler, source, held=max(options.prefetch, 1) + 1)
     if not len(sampler):
         raise DataError(
             f"a global batch of {options.batch_size} is larger than the {num_samples} images of {where}:"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +34,7 @@ class View:
     split: str = "train"  # a folder in the data path, see `detect_source`
     in_order: bool = False  # every image once, as listed, and no batch dropped; else shuffled anew in each epoch
     repeats: int = 1  # augmentation draws of an image in an epoch, which then has so many fewer images
+    shuffle_block: int = 0  # shards whose images are shuffled with each other; 0: all images are
     augment: bool = True
     scale: tuple[float, float] = (0.67, 1.0)  # of the random crop: share of the image's area
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # of the random crop: width / height
@@ -42,6 +44,8 @@ class View:
     centre: float = 1.0  # of the central crop; timm's crop_pct
 
     def __post_init__(self) -> None:
+        if self.shuffle_block < 0:
+            raise SettingsError(f"shuffle_block must be a number of shards, or 0, got {self.shuffle_block}")
         if self.repeats < 1 or not 0 < self.centre <= 1:
             raise SettingsError(
                 f"repeats must be 1 or more and centre above 0 and at most 1, got {self.repeats} and {self.centre}"
@@ -80,6 +84,8 @@ class LoaderOptions:
     augment_on: str = "host"  # "device": crops are resized, flipped and normalised there
     ffcv_resize: str = "bicubic"  # one of RESIZES
     synthetic_samples: int = 1_281_167  # as many as ImageNet has
+    cache_dir: str = ""  # where shards of a server are kept; "": see `default_folder`
+    cache_size: str = "50GB"  # at most so much of them, see `bytes_of`
     view: View = View()
 
     def __post_init__(self) -> None:
@@ -90,6 +96,7 @@ class LoaderOptions:
         if self.in_chans < 1:
             raise SettingsError(f"in_chans must be 1 or more, got {self.in_chans}")
         _check_choice("scale", self.scaling, SCALES)
+        bytes_of(self.cache_size)
         self._check_bands()
         if self.max_pixels < 1:
             raise SettingsError(f"max_pixels must be 1 (million) or more, got {self.max_pixels}")
@@ -157,6 +164,15 @@ class LoaderOptions:
     def on_device(self) -> bool:
         """Whether the device does what the host would do otherwise."""
         return "device" in (self.decode_on, self.augment_on)
+
+
+def bytes_of(size: str) -> int:
+    """The bytes of 500MB, 50GB, 1.5TB, 200GiB, or of a number alone. Raises SettingsError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?))?B?", size.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise SettingsError(f"cache_size must be bytes with a unit, such as 500MB, 50GB or 1.5TB, got {size!r}")
+    power = " KMGT".index((match[2] or " ").upper())
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

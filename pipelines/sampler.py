@@ -10,14 +10,14 @@ their streams between versions.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ORDER, _SAMPLE = 1, 2  # first word of each hash: keeps the two uses of a seed independent
+_ORDER, _SAMPLE, _SHARD = 1, 2, 3  # first word of each hash: keeps the uses of a seed independent
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -40,6 +40,20 @@ def order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """The permutation of range(num_samples) in which an epoch reads its samples; shape (num_samples,)."""
     keys = _hash(_ORDER, seed, epoch, np.arange(num_samples))
     return np.argsort(keys, kind="stable")
+
+
+def block_order(shards: NDArray[np.integer], block: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """A permutation of the samples that reads `block` shards at a time; shape (n,).
+
+    The shards are shuffled and cut into blocks; the samples of a block are shuffled among each other. With a block
+    of all shards it is `order`.
+
+    Args:
+        shards: number of the shard that holds each sample, (n,).
+    """
+    keys = _hash(_SHARD, seed, epoch, np.arange(int(shards.max(initial=0)) + 1))
+    place = np.argsort(np.argsort(keys, kind="stable"), kind="stable")  # of each shard among the shuffled ones
+    return np.lexsort((_hash(_ORDER, seed, epoch, np.arange(len(shards))), place[shards] // block))
 
 
 def _positions(num_samples: int, step: int, batch_size: int, rank: int, world_size: int) -> NDArray[np.int64]:
@@ -78,6 +92,8 @@ class Sampler:
     world_size: int = 1
     repeats: int = 1  # augmentation draws of a sample in an epoch, which then has so many fewer samples
     in_order: bool = False  # every sample once, as they are listed: no batch is dropped
+    block: int = 0  # shards whose samples are shuffled with each other, see `block_order`; 0: all samples are
+    shards: NDArray[np.integer] | None = field(default=None, repr=False, compare=False)  # of each sample, for `block`
 
     def __len__(self) -> int:
         """Steps per epoch; an incomplete last batch is dropped, unless `in_order`."""
@@ -91,10 +107,18 @@ class Sampler:
         """
         if not 0 <= start_step <= len(self):
             raise ValueError(f"start_step {start_step} lies outside an epoch of {len(self)} steps")
-        permutation = None if self.in_order else order(self.num_samples, self.seed, epoch)
+        permutation = self.permutation(epoch)
         steps = range(start_step, len(self))
         shares = (_positions(self.num_samples, k, self.batch_size, self.rank, self.world_size) for k in steps)
         return (self._share(permutation, epoch, positions) for positions in shares if len(positions))
+
+    def permutation(self, epoch: int) -> NDArray[np.int64] | None:
+        """The samples in the order of an epoch, (num_samples,); None: as they are listed."""
+        if self.in_order:
+            return None
+        if self.block and self.shards is not None:
+            return block_order(self.shards, self.block, self.seed, epoch)
+        return order(self.num_samples, self.seed, epoch)
 
     def _share(self, permutation: NDArray[np.int64] | None, epoch: int, positions: NDArray[np.int64]) -> Share:
         ids = positions if permutation is None else permutation[positions // self.repeats]

@@ -23,6 +23,7 @@ INSTALL_FFCV = (
     f"apt-get install -y --no-install-recommends {' '.join(FFCV_SYSTEM_PACKAGES)} && pip install 'spark-fast[ffcv]'"
 )
 INSTALL_DALI = "pip install 'spark-fast[dali]'"
+INSTALL_REMOTE = "pip install 'spark-fast[remote]'"
 
 
 def command(name: str) -> str:

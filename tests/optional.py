@@ -1,11 +1,11 @@
-"""Which of the optional decoders are not here."""
+"""Which of the optional packages are not here."""
 
 from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
 
-MODULES = {"ffcv": "ffcv.loader", "dali": "nvidia.dali"}  # by pytest marker
+MODULES = {"ffcv": "ffcv.loader", "dali": "nvidia.dali", "s3": "tests.s3_server"}  # by pytest marker
 
 
 @cache

@@ -223,23 +223,31 @@ def sealed(text: bytes) -> bytes:
     return b'{\n "sha256": "%s",' % hashlib.sha256(text[1:]).hexdigest().encode() + text[1:]
 
 
-def _is_sealed(text: bytes) -> bool:
+def is_sealed(text: bytes) -> bool:
     """Whether `sealed` made this very text."""
     return text == sealed(b"{" + text[len(sealed(b"{")) :])
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of `folder`; DataError when it is damaged, of another version or names odd files."""
+    """The manifest of `folder`; DataError when it cannot be read, or what `parse_manifest` says."""
     path = folder / MANIFEST
     try:
         text = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    return parse_manifest(text, path)
+
+
+def parse_manifest(text: bytes, path: Path | str) -> Manifest:
+    """The manifest in the file `path`; DataError when it is damaged, of another version or names odd files."""
+    try:
         content = json.loads(text)
         if content["format"] != FORMAT:
             raise DataError(
                 f"{path} has format {content['format']}, this version reads format {FORMAT}:"
                 " convert again, or install the version that wrote it"
             )
-        if not _is_sealed(text):
+        if not is_sealed(text):
             raise ValueError("its own checksum differs")
         content.pop("sha256", None)
         content["index"] = ShardFile(**content["index"])
@@ -248,8 +256,6 @@ def read_manifest(folder: Path) -> Manifest:
             beton |= {part: ShardFile(**beton[part]) for part in ("data", "checks")}
             content["beton"] = BetonFiles(**beton)
         manifest = Manifest(**content)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error!r}): convert again with --overwrite") from error
     files = [manifest.beton.data, manifest.beton.checks] if manifest.beton else []
@@ -268,6 +274,11 @@ def read_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}") from error
+    return parse_index(content, manifest, path)
+
+
+def parse_index(content: bytes, manifest: Manifest, path: Path | str) -> NDArray[np.void]:
+    """The INDEX rows in the file `path`, (count,); DataError when they do not belong to the manifest."""
     if hashlib.sha256(content).hexdigest() != manifest.index.sha256:
         raise DataError(f"{path} is not the one that {MANIFEST} belongs to (sha256 differs): convert again")
     index = np.load(io.BytesIO(content), allow_pickle=False)
@@ -278,5 +289,5 @@ def read_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
         or (index["shard"] >= len(sizes)).any()
         or (index["offset"] + index["size"] > sizes[index["shard"]]).any()
     ):
-        raise DataError(f"{path} does not fit the shards that {folder / MANIFEST} lists: convert again")
+        raise DataError(f"{path} does not fit the shards that {MANIFEST} lists: convert again")
     return index

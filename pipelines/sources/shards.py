@@ -30,32 +30,38 @@ from spark_fast.pipelines.transforms.bands.statistics import Statistics
 class ShardSource:
     """The images of a folder of shards; 24 bytes of memory an image."""
 
+    folder: Path | str
+
     def __init__(self, folder: Path) -> None:
         """Open `folder`; DataError when a shard is missing, has another size, or the manifest is unusable."""
         manifest = read_manifest(folder)
         self.folder = folder
+        self._describe(manifest, read_index(folder, manifest))
+        _check_open_files(manifest, folder)
+        self._open_shards()
+
+    def _describe(self, manifest: Manifest, index: NDArray[np.void]) -> None:
+        """Take over what is known without the shards."""
+        self._index = index
         self.classes = manifest.classes
-        self._index = read_index(folder, manifest)
         self.max_pixels = manifest.max_pixels
         self.in_chans = manifest.in_chans  # of images stored losslessly; 0: the records are JPEGs
         self.statistics = {scale: Statistics.from_dict(found) for scale, found in manifest.statistics.items()}
         self._listing = manifest.listing
         self.labels: NDArray[np.int32] | None = self._index["label"].copy() if manifest.labelled else None
-        self._shards = manifest.shards
-        _check_open_files(manifest, folder)
-        self._open()
+        self.files = manifest.shards
 
-    def _open(self) -> None:
+    def _open_shards(self) -> None:
         self._files: list[BinaryIO] = []
-        for shard in self._shards:
-            self._files.append(_open_shard(self.folder, shard))
+        for shard in self.files:
+            self._files.append(_open_shard(Path(self.folder), shard))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_files"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._open()
+        self._open_shards()
 
     def __len__(self) -> int:
         return len(self._index)
@@ -64,6 +70,10 @@ class ShardSource:
         """Bytes of each image, (n,)."""
         return self._index["size"]
 
+    def shards(self) -> NDArray[np.uint32]:
+        """Number of the shard that holds each image, (n,)."""
+        return self._index["shard"]
+
     def disk_order(self) -> NDArray[np.int64]:
         """The samples as they lie in the shards, (n,)."""
         return np.lexsort((self._index["offset"], self._index["shard"]))
@@ -71,14 +81,12 @@ class ShardSource:
     def read(self, i: int) -> bytes:
         """The JPEG or .npy of sample i; ImageError when the shard was cut short or changed while in use."""
         row = self._index[i]
-        return read_record(self._files[row["shard"]], self._shards[row["shard"]].file, row, int(row["offset"]))
+        return read_record(self._files[row["shard"]], self.files[row["shard"]].file, row, int(row["offset"]))
 
     def name(self, i: int) -> str:
         """Shard and member, as `tar -t` lists it."""
         row = self._index[i]
-        header = os.pread(self._files[row["shard"]].fileno(), 100, int(row["offset"]) - 512)
-        member = header.split(b"\0")[0].decode("ascii", "backslashreplace")
-        return f"{self._shards[row['shard']].file}:{member}"
+        return f"{self.files[row['shard']].file}:{member_name(self._files[row['shard']], row)}"
 
     def fingerprint(self) -> str:
         """Of what was converted."""
@@ -88,6 +96,12 @@ class ShardSource:
         """Close the shards."""
         for file in self._files:
             file.close()
+
+
+def member_name(file: BinaryIO, row: NDArray[np.void]) -> str:
+    """What the tar's header calls the image of an index row."""
+    header = os.pread(file.fileno(), 100, int(row["offset"]) - 512)
+    return header.split(b"\0")[0].decode("ascii", "backslashreplace")
 
 
 def _open_shard(folder: Path, shard: ShardFile) -> BinaryIO:

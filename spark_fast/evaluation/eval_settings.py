@@ -26,7 +26,8 @@ class Data:
     """The images and how they reach the device."""
 
     data_path: str = ""
-    """labelled training images: class folders (with train/ and val/), a file list with labels, shards or a .beton"""
+    """labelled training images: class folders (with train/ and val/), a file list with labels, shards or a .beton; or
+    the URL of shards"""
     val_path: str = ""
     """the validation images, if they are not in the folder val/ of data_path"""
     pipeline: str = "auto"
@@ -43,6 +44,10 @@ class Data:
     """decoding threads per rank"""
     prefetch: int = 2
     """batches decoded ahead"""
+    cache_dir: str = ""
+    """where shards of a data_path on a server are kept; default: spark_fast/shards in $XDG_CACHE_HOME or ~/.cache"""
+    cache_size: str = "50GB"
+    """at most so much of them, the least recently used ones are removed; 500MB, 1.5TB, 200GiB"""
     max_bad_fraction: float = 0.01
     """stop when more than this share of the images is unreadable (judged after 1000)"""
     max_pixels: int = 64
@@ -223,7 +228,8 @@ class Finetune(Evaluation):
     recipe: OmitArgPrefixes[Recipe] = field(default_factory=Recipe)
 
     HARMLESS: ClassVar[dict[str, set[str]]] = {  # what changes nothing that is computed, or only its rounding
-        "data": {"data_path", "val_path", "pipeline", "workers", "prefetch", "max_bad_fraction", "max_pixels"},
+        "data": {"data_path", "val_path", "pipeline", "workers", "prefetch", "max_bad_fraction", "max_pixels"}
+        | {"cache_dir", "cache_size"},
         "model": {"weights"},
         "run": {f.name for f in dataclasses.fields(FinetuneRunSettings)} - {"seed"},
         "recipe": {"accumulate"},

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,8 +22,8 @@ from spark_fast.evaluation.data import Labelled, central, open_train, open_val
 from spark_fast.evaluation.eval_settings import Knn
 from spark_fast.evaluation.features import extract, frozen
 from spark_fast.evaluation.knn import classify_by_neighbours
+from spark_fast.pipelines.build import holds_split
 from spark_fast.pipelines.sampler import Sampler
-from spark_fast.pipelines.sources.detect import has_split
 from spark_fast.pipelines.sources.listing.image_names import listed
 from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.run.distributed import Ranks
@@ -81,7 +80,7 @@ class OnlineKnn:
         assert train.labels is not None  # of what has classes
         queries = every_fifth(train.labels)
         known, count = int((~queries).sum()), int(queries.sum())
-        if has_split(Path(path).expanduser(), "val"):
+        if holds_split(path, "val"):
             self._val = open_val(asked, ranks, train, self._alive)
             closing.callback(self._val.close)
             known, count = train.num_samples, self._val.pipeline.num_samples
@@ -135,6 +134,8 @@ def as_evaluation(settings: Settings, ranks: Ranks) -> Knn:
             prefetch=data.prefetch,
             max_bad_fraction=data.max_bad_fraction,
             max_pixels=data.max_pixels,
+            cache_dir=data.cache_dir,
+            cache_size=data.cache_size,
             scale=data.scale,
             mean=data.mean,
             std=data.std,

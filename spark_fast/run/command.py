@@ -135,6 +135,8 @@ def open_pipeline(
         prefetch=settings.data.prefetch,
         max_bad_fraction=settings.data.max_bad_fraction,
         max_pixels=settings.data.max_pixels,
+        cache_dir=settings.data.cache_dir,
+        cache_size=settings.data.cache_size,
         scaling=settings.scaling(statistics),
         mean=settings.data.mean,
         std=settings.data.std,

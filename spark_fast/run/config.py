@@ -21,7 +21,8 @@ import tyro
 
 from spark_fast.errors import SettingsError
 from spark_fast.networks import PUBLISHED_MODELS, parse_input_size
-from spark_fast.pipelines.options import are_photographs
+from spark_fast.pipelines.options import are_photographs, bytes_of
+from spark_fast.pipelines.sources.remote.url import refuse_credentials
 from spark_fast.pipelines.transforms.bands.statistics import Statistics
 
 if sys.version_info >= (3, 11):
@@ -43,6 +44,8 @@ class DataGroup(Protocol):
     prefetch: int
     max_bad_fraction: float
     max_pixels: int
+    cache_dir: str
+    cache_size: str
     scale: Any
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -144,6 +147,9 @@ class Tree:
             raise SettingsError(f"the run needs a name: {self.prog} <experiment_name> ... (or --exp_dir)")
         if not self.data.data_path and self.data.pipeline != "synthetic":
             raise SettingsError(f"--data_path is missing: {self.images}")
+        for path in (self.data.data_path, getattr(self.data, "val_path", "")):
+            refuse_credentials(path)
+        bytes_of(self.data.cache_size)
         if (keep_last := getattr(self.run, "keep_last", 2)) < 2:
             raise SettingsError(f"--keep_last must be 2 or more, as the last one may be damaged; got {keep_last}")
 

@@ -133,6 +133,7 @@ def open_images(
         decode_on=settings.data.decode,
         worker_processes=settings.data.worker_processes,
         view=View(
+            shuffle_block=settings.data.shuffle_block,
             augment=augment,
             scale=settings.crop_scale,
             flip=settings.data.hflip,

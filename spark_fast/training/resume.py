@@ -18,7 +18,7 @@ log = logging.getLogger("spark_fast")
 HARMLESS = {
     "data": {
         *("data_path", "val_path", "pipeline", "decode", "augment", "workers", "prefetch", "max_bad_fraction"),
-        "worker_processes",
+        *("worker_processes", "cache_dir", "cache_size"),
         "max_pixels",  # what could not be read may be read now, as after a repair
     },
     "model": {"encoder", "sparse_conv", "init_weight", "verify"},

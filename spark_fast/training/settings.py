@@ -39,7 +39,8 @@ class Data:
     """The images and how they reach the device."""
 
     data_path: str = ""
-    """image folder (ImageNet layout or flat), file list, or shards or a .beton made by spark-fast-convert"""
+    """image folder (ImageNet layout or flat), file list, or shards or a .beton made by spark-fast-convert; or the URL
+    of shards: s3://, gs://, https:// (extra remote)"""
     val_path: str = ""
     """labelled images for --eval_every: with train/ and val/, or one set, where every 5th of a class is a query"""
     pipeline: str = "auto"
@@ -82,6 +83,12 @@ class Data:
     """processes that these are spread over; 0: the trainer's own; auto: one a thread, 16 at most, none for 2 threads"""
     prefetch: int = 2
     """batches decoded ahead"""
+    shuffle_block: int = 0
+    """shards whose images are shuffled with each other, for shards on a server (docs/how_to/remote.md); 0: all images"""
+    cache_dir: str = ""
+    """where shards of a data_path on a server are kept; default: spark_fast/shards in $XDG_CACHE_HOME or ~/.cache"""
+    cache_size: str = "50GB"
+    """at most so much of them, the least recently used ones are removed; 500MB, 1.5TB, 200GiB"""
     max_bad_fraction: float = 0.01
     """stop when more than this share of the images is unreadable (judged after 1000)"""
     max_pixels: int = 64

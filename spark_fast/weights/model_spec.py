@@ -19,6 +19,7 @@ KNOWN = {
         *("data_path", "val_path", "pipeline", "ffcv_resize", "decode", "augment", "input_size", "in_chans"),
         *("batch_size", "workers", "worker_processes", "prefetch", "max_bad_fraction", "max_pixels", "min_crop"),
         *("crop_scale", "hflip", "vflip", "rot90", "scale", "mean", "std", "channels_first", "npz_key"),
+        *("shuffle_block", "cache_dir", "cache_size"),
     },
     "model": {
         *("model", "stages", "mask_ratio", "drop_path", "decoder_width", "encoder", "verify", "sparse_conv"),

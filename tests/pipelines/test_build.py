@@ -6,11 +6,14 @@ import torch
 
 from spark_fast.errors import DataError, SettingsError
 from spark_fast.pipelines.backends.torch_pipeline import TorchPipeline
-from spark_fast.pipelines.build import choose_pipeline
+from spark_fast.pipelines.build import choose_pipeline, holds_split
+from spark_fast.pipelines.sampler import block_order
 from spark_fast.pipelines.sources.beton import CHECKS, RAW, BetonSource
+from spark_fast.pipelines.sources.shards import ShardSource
 from tests.pipelines.building import build
 from tests.pipelines.comparing import batches
 from tests.pipelines.pictures import jpeg
+from tests.pipelines.sources.ten_images import write_all
 
 BACKENDS = [
     pytest.param({}, id="torch"),
@@ -115,3 +118,26 @@ def test_images_and_files_are_read_up_to_the_size_that_is_allowed(tmp_path, sett
         assert pipeline.bad_images.substituted == substituted
         assert pipeline._source.max_file_bytes == limit * 2**20
         pipeline.close()
+
+
+def test_blocks_of_shards_shuffle_shards_alone(image_folder, tmp_path):
+    with pytest.raises(SettingsError, match=r"shuffle_block is for shards, which .*images is not: convert it"):
+        build(image_folder(), batch_size=4, shuffle_block=1)
+    source = write_all(tmp_path / "shards")
+    pipeline = build(source, batch_size=2, input_size=32, shuffle_block=1)
+    ids = [batch.ids.tolist() for batch in pipeline.epoch(3)]
+    shards = ShardSource(source)
+    assert [i for batch in ids for i in batch] == block_order(shards.shards(), 1, 0, 3).tolist()
+    assert [batch.ids.tolist() for batch in pipeline.epoch(3, 2)] == ids[2:]
+    shards.close()
+    pipeline.close()
+
+
+def test_a_split_is_looked_for_where_the_path_says(image_folder, tmp_path):
+    root = image_folder()
+    write_all(tmp_path / "shards")
+    assert holds_split(str(root), "train")
+    assert not holds_split(str(root), "val")
+    pytest.importorskip("fsspec")
+    assert holds_split(f"file://{tmp_path}", "shards")
+    assert not holds_split(f"file://{tmp_path}/shards", "val")

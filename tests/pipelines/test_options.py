@@ -5,7 +5,7 @@ import pytest
 from spark_fast.cli.train import main
 from spark_fast.errors import SettingsError
 from spark_fast.pipelines import LoaderOptions, View
-from spark_fast.pipelines.options import PIPELINES
+from spark_fast.pipelines.options import PIPELINES, bytes_of
 
 
 def test_the_batch_size_is_enough():
@@ -17,6 +17,26 @@ def test_the_batch_size_is_enough():
 def test_views_that_make_no_sense_are_refused(settings):
     with pytest.raises(SettingsError, match="repeats must be 1 or more and centre above 0 and at most 1"):
         View(**settings)
+
+
+def test_blocks_of_shards_are_counted():
+    with pytest.raises(SettingsError, match="shuffle_block must be a number of shards, or 0, got -1"):
+        View(shuffle_block=-1)
+
+
+@pytest.mark.parametrize(
+    ("size", "found"),
+    [("50GB", 50 * 10**9), ("1.5TB", 1500 * 10**9), ("200GiB", 200 * 2**30), ("64kB", 64_000), ("123", 123),
+     ("7 MB", 7_000_000), ("3g", 3 * 10**9)],
+)  # fmt: skip
+def test_a_size_is_read_with_its_unit(size, found):
+    assert bytes_of(size) == found
+
+
+@pytest.mark.parametrize("size", ["", "GB", "-1GB", "0", "5 apples", "1e9", "5PB"])
+def test_a_size_that_is_none_is_refused(size):
+    with pytest.raises(SettingsError, match=r"cache_size must be bytes with a unit, such as 500MB, 50GB"):
+        LoaderOptions(4, cache_size=size)
 
 
 @pytest.mark.parametrize(("batch", "world", "take"), [(10, 4, 8), (3, 4, 4), (7, 2, 6)])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spark_fast.pipelines.sampler import Sampler, order, uniform
+from spark_fast.pipelines.sampler import Sampler, block_order, order, uniform
 
 seeds = st.integers(0, 2**32)
 
@@ -23,6 +23,51 @@ def test_the_order_is_pinned_for_all_time():
         [0.48372896864433657, 0.09243864600372742],
         [0.2925178485036296, 0.992924263245783],
     ]
+
+
+shard_of_each = st.lists(st.integers(0, 12), max_size=200).map(lambda numbers: np.array(numbers, dtype=np.uint32))
+
+
+@given(shard_of_each, st.integers(1, 15), seeds, st.integers(0, 2000))
+def test_a_block_order_reads_each_sample_once_and_few_shards_at_a_time(shards, block, seed, epoch):
+    permutation = block_order(shards, block, seed, epoch)
+    assert sorted(permutation) == list(range(len(shards)))
+    assert np.array_equal(permutation, block_order(shards, block, seed, epoch)), "a pure function"
+    sequence = shards[permutation].tolist()
+    ends = {shard: (sequence.index(shard), len(sequence) - sequence[::-1].index(shard)) for shard in set(sequence)}
+    for position in range(len(sequence)):
+        assert sum(first <= position < last for first, last in ends.values()) <= block
+
+
+@given(shard_of_each, seeds, st.integers(0, 2000))
+def test_a_block_of_all_shards_is_the_order_without_blocks(shards, seed, epoch):
+    assert np.array_equal(block_order(shards, 13, seed, epoch), order(len(shards), seed, epoch))
+
+
+def test_a_block_order_is_pinned_for_all_time():
+    shards = np.array([0, 1, 2, 3] * 3, dtype=np.uint32)
+    assert block_order(shards, 1, seed=0, epoch=0).tolist() == [1, 9, 5, 10, 6, 2, 3, 7, 11, 4, 8, 0]
+    assert block_order(shards, 2, seed=0, epoch=0).tolist() == [10, 1, 9, 6, 2, 5, 3, 4, 7, 8, 11, 0]
+
+
+def test_shards_meet_in_other_blocks_and_in_another_order_each_epoch():
+    shards = np.repeat(np.arange(6), 10)
+    blocks = set()
+    for epoch in range(20):
+        sequence = shards[block_order(shards, 2, 0, epoch)]
+        blocks |= {tuple(sorted(set(sequence[start : start + 20].tolist()))) for start in (0, 20, 40)}
+    assert blocks == {(a, b) for a in range(6) for b in range(a + 1, 6)}, "every pair"
+
+
+@given(st.data(), st.integers(1, 4), st.integers(1, 6), st.integers(1, 3), seeds)
+def test_ranks_and_resuming_are_those_of_every_order(data, world_size, share, block, seed):
+    batch = world_size * share
+    shards = np.array(data.draw(st.lists(st.integers(0, 5), min_size=batch, max_size=batch * 5)), dtype=np.uint32)
+    n, start = len(shards), data.draw(st.integers(0, len(shards) // batch))
+    ranks = [Sampler(n, batch, seed, rank, world_size, block=block, shards=shards) for rank in range(world_size)]
+    steps = list(zip(*(rank.epoch(1, start) for rank in ranks), strict=True))
+    read = [ids for shares in steps for own in shares for ids in own.ids.tolist()]
+    assert read == block_order(shards, block, seed, 1)[start * batch : n // batch * batch].tolist()
 
 
 def test_epochs_and_seeds_differ():

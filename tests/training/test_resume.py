@@ -136,7 +136,7 @@ def test_other_versions_are_told_and_go_on(caplog):
 
 
 MATTERS = {
-    "crop_scale", "hflip", "vflip", "rot90", "scale", "mean", "std", "channels_first", "npz_key",
+    "crop_scale", "hflip", "vflip", "rot90", "scale", "mean", "std", "channels_first", "npz_key", "shuffle_block",
     "ffcv_resize", "input_size", "in_chans", "min_crop", "batch_size", "method", "masks_per_image", "decoder_depth",
     "model", "stages", "mask_ratio", "drop_path", "decoder_width", "epochs",
     "warmup_epochs", "base_lr", "optimizer", "beta2", "weight_decay", "weight_decay_end", "clip", "seed",

@@ -14,7 +14,8 @@ NAMED = ["name", "--data_path=images"]
 FLAGS = """
 config print_config help
 data_path val_path eval_every pipeline ffcv_resize decode augment input_size in_chans batch_size bs
-workers dataloader_workers worker_processes prefetch max_bad_fraction max_pixels min_crop crop_scale
+workers dataloader_workers worker_processes prefetch shuffle_block cache_dir cache_size
+max_bad_fraction max_pixels min_crop crop_scale
 hflip no_hflip vflip no_vflip rot90 no_rot90
 scale mean std channels_first no_channels_first npz_key method masks_per_image decoder_depth
 model stages mask_ratio mask drop_path dp decoder_width encoder verify sparse_conv no_sparse_conv init_weight
@@ -44,6 +45,16 @@ def refused(capsys, *words):
 
 def test_the_surface_is_frozen(monkeypatch, capsys):
     assert sorted(set(re.findall(r"--([a-z][a-z0-9_]*)", helped(monkeypatch, capsys)))) == sorted(FLAGS.split())
+
+
+def test_a_data_path_with_a_password_and_an_odd_cache_size_are_refused():
+    with pytest.raises(SettingsError, match="user, password or query") as caught:
+        parse(["name", "--data_path=https://me:secret@host/a"])
+    assert "secret" not in str(caught.value)
+    with pytest.raises(SettingsError, match="user, password or query"):
+        parse([*NAMED, "--eval_every=1", "--val_path=https://host/a?sig=secret"])
+    with pytest.raises(SettingsError, match="cache_size must be bytes with a unit"):
+        parse([*NAMED, "--cache_size=much"])
 
 
 def test_help_is_in_groups(monkeypatch, capsys):
