@@ -31,7 +31,6 @@ from spark_fast.pipelines.sources.shard_format import read_manifest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.pipelines.sources.remote.faulty_server import FAULTS, serving
-from tests.s3_server import s3_of
 
 
 @dataclass
@@ -83,6 +82,8 @@ def main(options: Options) -> None:
     asked = LoaderOptions(options.batch, "torch", workers=options.workers, view=View(shuffle_block=1))
     rows: list[dict[str, Any]] = []
     with ExitStack() as closing:
+        from tests.s3_server import s3_of
+
         url = closing.enter_context(s3_of(options.data_path))
         cache = closing.enter_context(tempfile.TemporaryDirectory())
         asked = replace(asked, cache_size=str(size))

@@ -84,7 +84,7 @@ class Data:
     prefetch: int = 2
     """batches decoded ahead"""
     shuffle_block: int = 0
-    """shards whose images are shuffled with each other, for shards on a server (docs/how_to/remote.md); 0: all images"""
+    """shards whose images are shuffled with each other, for shards on a server (docs/how_to/remote.md); 0: all"""
     cache_dir: str = ""
     """where shards of a data_path on a server are kept; default: spark_fast/shards in $XDG_CACHE_HOME or ~/.cache"""
     cache_size: str = "50GB"

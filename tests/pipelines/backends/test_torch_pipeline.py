@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -172,13 +173,16 @@ def test_many_pipelines_leave_no_memory_and_no_threads(image_folder):
         gc.collect()
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-    for _ in range(3):
-        batches(root, input_size=128)
-    before = resident()
-    for _ in range(30):
-        batches(root, input_size=128)
+    found = [resident()]
+    for _ in range(4):
+        for _ in range(10):
+            batches(root, input_size=128)
+        found.append(resident())
     assert not decoders()
-    assert resident() - before < 30e6  # one batch in bytes and fp32 is 1.5 MB, of 30 x 4
+    grown = [after - before for before, after in pairwise(found)]
+    assert (
+        min(grown) < 10e6
+    )  # malloc may keep more once; a batch kept by each, in bytes and fp32, were 15 MB every time
 
 
 SCRIPT = """
