@@ -2,10 +2,13 @@
 
     python benchmarks/learning.py --form cpu --data cifar10.tar.gz --out /tmp/learning
     python benchmarks/learning.py --form gpu --data cifar10.tar.gz --out /tmp/learning
+    python benchmarks/learning.py --form evidence --data cifar10.tar.gz --out /tmp/evidence
 
 64 px, patches of 8 px. Parts: `main`, each network and share of labels; `ablations`, the choices of the paper undone
 one at a time; `decoder`, its width, with the seconds of a step; `sweep`, the learning rates of both arms, judged by
-training images that are held out. Every run that is finished is a line of OUT/runs.jsonl, so the same command goes on.
+training images that are held out; `evidence`, the choices of the paper and FCMAE with three pre-trainings of each, see
+`learning_plan`. Every run that is finished is a line of OUT/runs.jsonl, and a pre-training under way has checkpoints,
+so the same command goes on. The forms `evidence` and `evidence_gpu` have the last part alone.
 """
 
 from __future__ import annotations
@@ -18,13 +21,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import learning_plan
+import learning_report
 import torch
 from learning_forms import SHARED, Options, parse
 from learning_images import Images
-from learning_plan import SCRATCH, Job, Rows, key_of
+from learning_plan import SCRATCH, STEPS, Job, Rows, finetuning_job
 from learning_queue import Record, run_ready
 from learning_runs import PUBLISHED, VARIANTS, Bench, Finetuning, Pretraining
-from learning_table import markdown, put_between_marks
+from learning_table import MARKS, markdown, put_between_marks
 from measuring import machine, save, versions
 
 from spark_fast.run.distributed import join
@@ -90,7 +94,7 @@ def ready(options: Options, rows: Rows) -> Iterator[Job]:
         yield Job(before.name, "pretrain", before, {"run": dataclasses.asdict(before)})
     if all(before.name in rows for before in pretrainings):
         for arm, run in finetunings:
-            yield Job(key_of(arm, run), "finetune", run, {"arm": arm, "run": dataclasses.asdict(run)})
+            yield finetuning_job(arm, run)
 
 
 def run_all(options: Options, bench: Bench, record: Record) -> list[dict[str, Any]]:
@@ -134,8 +138,11 @@ def main(options: Options) -> None:
         if "steps" not in record.rows:
             record.add("steps", {"of": bench.seconds_per_step(runs, options.step_repeats)})
         steps = record.rows["steps"]["of"]
-    others = [row for row in rows if row["key"] in {key_of(*item) for item in planned(options)}]
+    others = [row for row in rows if row["key"] in {finetuning_job(*item).key for item in planned(options)}]
     text = markdown(others, {int(width): seconds for width, seconds in steps.items()}, options.width)
+    if "evidence" in options.parts:
+        steps = record.rows.get(STEPS, {}).get("of", {})
+        text += learning_report.markdown(options, record.rows)
     print(text)
     (options.out / "table.md").write_text(text, encoding="utf-8")
     result = {
@@ -150,7 +157,8 @@ def main(options: Options) -> None:
     name = "learning" if options.form in ("cpu", "gpu") else f"learning_{options.form}"
     print(f"kept in {save(name, result)}")
     if options.write:
-        put_between_marks(options.write, text)
+        evidence_alone = set(options.parts) == {"evidence"}
+        put_between_marks(options.write, text, learning_report.MARKS if evidence_alone else MARKS)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ FORMS: dict[str, dict[str, Any]] = {
     },
     "evidence": EVIDENCE,
     "evidence_gpu": EVIDENCE
-    | {"epochs": 100, "trial_epochs": 10, "points": 10, "processes": 4, "workers": 3, "minutes": 8.0},
+    | {"epochs": 100, "trial_epochs": 10, "batch": 512, "processes": 4, "workers": 4, "minutes": 8.0},
     "smoke": {
         "networks": ("small_convnext",),
         "epochs": 1,

@@ -105,13 +105,13 @@ def trials(options: Options, arm: Arm) -> list[Job]:
     short = replace(
         arm.before, epochs=options.trial_epochs, judged="tuning", points=1, seed=options.pretrainings
     )  # a seed that no result has
-    return [_pretrain(f"{arm.tuned_as} tuned", replace(short, lr=lr)) for lr in options.pretrain_lr]
+    return [pretraining_job(f"{arm.tuned_as} tuned", replace(short, lr=lr)) for lr in options.pretrain_lr]
 
 
 def sweep(options: Options, arm: Arm, before: Pretraining | None, share: float, epochs: int) -> list[Job]:
     """The fine-tunings that its rate with this share of labels is chosen by."""
     run = Finetuning(options.networks[0], before, share, epochs, 0.0, options.pretrainings, held_out=True)
-    return [_finetune(f"{arm.tuned_as} swept", replace(run, lr=lr)) for lr in options.sweep_lr]
+    return [finetuning_job(f"{arm.tuned_as} swept", replace(run, lr=lr)) for lr in options.sweep_lr]
 
 
 def best(rows: Rows, jobs: list[Job], figure: Callable[[dict[str, Any]], float]) -> float | None:
@@ -131,37 +131,35 @@ def _of_arm(options: Options, rows: Rows, arm: Arm, seed: int) -> Iterator[Job]:
     before = arm.before
     if before is not None:
         tried = trials(options, arm)
-        if not arm.same_seconds:
+        if seed == 0 and not arm.same_seconds:
             yield from tried
         lr = best(rows, tried, last_knn)
         epochs = passes(options, rows, arm.tuned_as) if arm.same_seconds else options.epochs
         if lr is None or epochs is None:
             return
         before = replace(before, lr=lr, epochs=epochs, seed=seed)
-        job = _pretrain(arm.name, before)
+        job = pretraining_job(arm.name, before)
         yield job
         if job.key not in rows:
             return
     for share, tune_epochs in zip(options.shares, options.tune_epochs, strict=True):
         tuned = before and replace(before, epochs=options.epochs, seed=0)
         swept = sweep(options, arm, tuned, share, tune_epochs)
-        if not arm.same_seconds and (tuned is None or _pretrain(arm.name, tuned).key in rows):
+        if seed == 0 and not arm.same_seconds:
             yield from swept
         rate = best(rows, swept, lambda row: row["top1"])
         if rate is None:
             continue
         for own in range(seed, options.seeds, options.pretrainings):
-            yield _finetune(arm.name, Finetuning(options.networks[0], before, share, tune_epochs, rate, own))
+            yield finetuning_job(arm.name, Finetuning(options.networks[0], before, share, tune_epochs, rate, own))
 
 
-def _pretrain(arm: str, run: Pretraining) -> Job:
+def pretraining_job(arm: str, run: Pretraining) -> Job:
+    """A pre-training of an arm; its key is not that of the same pre-training in another arm."""
     return Job(f"{arm}: {run.name}", "pretrain", run, {"arm": arm, "run": asdict(run)})
 
 
-def _finetune(arm: str, run: Finetuning) -> Job:
-    return Job(key_of(arm, run), "finetune", run, {"arm": arm, "run": asdict(run)})
-
-
-def key_of(arm: str, run: Finetuning) -> str:
-    """Of a fine-tuning, in the record."""
-    return json.dumps([arm, asdict(run)])
+def finetuning_job(arm: str, run: Finetuning) -> Job:
+    """A fine-tuning of an arm."""
+    about = {"arm": arm, "run": asdict(run)}
+    return Job(json.dumps([*about.values()]), "finetune", run, about)
