@@ -65,7 +65,7 @@ def markdown(options: Options, rows: Rows) -> str:
         cost = {name: f"{1000 * seconds:.0f} ms" for name, seconds in rows[STEPS]["of"].items()}
         text += f" A step takes {', '.join(f'{name} {ms}' for name, ms in cost.items())}, its batch included."
     parts = (_main(options, found), _times(options, rows, found), _differences(options, found), _rates(options, rows))
-    return "\n\n".join([text, *(part for part in parts if part)])
+    return "\n\n".join([text, *(part.rstrip() for part in parts if part)]) + "\n"
 
 
 def results(options: Options, rows: Rows) -> dict[str, Found]:
@@ -139,7 +139,9 @@ def _times(options: Options, rows: Rows, found: dict[str, Found]) -> str:
         same = learning_plan.passes(options, rows, of_arm.tuned_as)
         epochs = same if of_arm.same_seconds and same else options.epochs
         curves = _curves(options, rows, name)
-        minutes = f"{curves[0][-1][0] / 60:.0f}" if curves else ""
+        if not curves:
+            continue
+        minutes = f"{curves[0][-1][0] / 60:.0f}"
         cells = (spread(list(by[way].values())) if way in by else "" for way in judgements(options))
         lines.append(line((name.removesuffix(SAME_SECONDS), str(epochs), minutes, *cells)))
     return table(("method", "passes", "minutes", *judgements(options)), lines)

@@ -58,7 +58,7 @@ def test_processes_end_with_the_command_that_was_killed(queue, more_pictures, tm
     words = ["--form", "smoke", "--parts", "evidence", "--processes", "2", "--data", str(more_pictures)]
     command = [sys.executable, str(BENCHMARKS / "learning.py"), *words, "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert "of 68 runs" in process.stdout.readline(), "both processes are at work"
+    assert any(" runs  " in line for line in process.stdout), "a run is finished, and others are under way"
     process.kill()
     process.communicate(timeout=HANG_SECONDS)  # the pipe closes when the last process that has it is gone
     assert len(queue.read_rows(tmp_path / "out" / "runs.jsonl")) >= 2

@@ -58,7 +58,7 @@ def test_a_difference_the_other_way_refutes_and_one_pair_says_nothing(report):
 
 def test_a_part_of_the_runs_gives_a_part_of_the_tables(report, options, learning_plan, tmp_path):  # noqa: F811
     some = {}
-    assert report.markdown(options, some) == f"0 of {learning_plan.expected(options)} runs are in."
+    assert report.markdown(options, some) == f"0 of {learning_plan.expected(options)} runs are in.\n"
     finish(learning_plan, options, some, most=40)
     text = report.markdown(options, some)
     assert text.startswith(f"40 of {learning_plan.expected(options)} runs are in.")
