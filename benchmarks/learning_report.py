@@ -127,7 +127,7 @@ def _main(options: Options, found: dict[str, Found]) -> str:
         )
         paper = "worse" if name in WORSE_IN_THE_PAPER else ""
         lines.append(line((name, *cells, *beside, paper)))
-    return table(("pre-training", *ways, "less as published", "p", "finding", "in the paper"), lines)
+    return table(("pre-training", *ways, "minus as published", "p", "finding", "in the paper"), lines)
 
 
 def _times(options: Options, rows: Rows, found: dict[str, Found]) -> str:
@@ -158,7 +158,7 @@ def _differences(options: Options, found: dict[str, Found]) -> str:
             needed = pairs_needed(mean, deviation)
             power = (f"{detectable(len(values)) * deviation:.1f}", f"{needed:g}" if needed <= 100 else "over 100")
             lines.append(line((name, title, f"{mean:+.2f} ± {deviation:.2f}", f"{p_value(values):.3f}", *power)))
-    titles = ("pre-training", "judged by", "less as published", "p", "would be found", "seeds for what was seen")
+    titles = ("pre-training", "judged by", "minus as published", "p", "would be found", "seeds for what was seen")
     return table(titles, lines)
 
 
