@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from spark_fast.encoder import VisiblePatches
 from tests.benchmarks.test_device_report import BENCHMARKS
@@ -97,6 +98,35 @@ def test_every_arm_of_the_evidence_is_tuned_pretrained_and_finetuned(learning, m
     )
     four = next(row["run"] for row in pretrained if row["arm"] == "FCMAE x 4")
     assert (four["variant"], four["masks"], four["mask"]) == ("FCMAE", 4, 0.75)
+
+
+@pytest.mark.slow
+def test_an_interrupted_pretraining_goes_on_and_ends_as_one_that_was_not(
+    learning_runs, more_pictures, tmp_path, one_thread, monkeypatch
+):
+    from learning_forms import parse
+
+    def bench(name):
+        options = parse(["--form", "smoke", "--data", str(more_pictures), "--out", str(tmp_path / name)])
+        images = learning_runs.Images(options.data, options.out)
+        images.link_neighbours(1.0)
+        return learning_runs.Bench(images, options.out, torch.device("cpu"), options)
+
+    run = learning_runs.Pretraining("small_convnext", 2, 8, judged="test", points=2)
+    whole, stopped = bench("whole"), bench("stopped")
+    expected = whole.pretrain(run)
+    assert [step for step, _ in expected["knn"]] == [0, 6, 12]
+    settings = stopped._settings(run)
+    settings.run.max_steps = 8  # of this process, as if it was told to stop then, in the middle of the second pass
+    with monkeypatch.context() as patched:
+        patched.setattr(stopped, "_settings", lambda run: settings)
+        with pytest.raises(KeyboardInterrupt):
+            stopped.pretrain(run)
+    assert [path.name for path in (stopped.weights(run).parent / "checkpoints").glob("*8.pth")] == ["step_00000008.pth"]
+    resumed = stopped.pretrain(run)
+    assert {**resumed, "loss": None} == {**expected, "loss": None}, "the loss is the mean since the stop"
+    weights = [load_file(each.weights(run)) for each in (whole, stopped)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.fixture
