@@ -1,21 +1,20 @@
-"""What `learning.py` runs, each by the product's own parts in one process: data, pre-training, fine-tuning, a step.
+"""What `learning.py` runs, each by the product's own parts in one process: pre-training, fine-tuning, a step.
 
 The variants of the ablations live here and not in the product: each changes one thing and keeps the rest.
 """
 
 from __future__ import annotations
 
-import os
-import tarfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from learning_images import Images
 from measuring import clock, medians
 from torch import Tensor
 from ways import Shape, Way, inputs, train_step
@@ -26,11 +25,15 @@ from spark_fast.evaluation.accuracy import judge
 from spark_fast.evaluation.backbone import build_classifier
 from spark_fast.evaluation.data import Labelled, open_train, open_val
 from spark_fast.evaluation.finetune import FinetuneRun
+from spark_fast.evaluation.online_knn import OnlineKnn
 from spark_fast.evaluation.recipes import Recipe
 from spark_fast.evaluation.report import Report
+from spark_fast.fcmae import FCMAE
+from spark_fast.method import Method
 from spark_fast.networks import build_network
 from spark_fast.pipelines import Pipeline, View
-from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
+from spark_fast.reporting.metrics_file import read_metrics
+from spark_fast.run.command import open_checkpoints, running
 from spark_fast.run.distributed import Ranks
 from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
@@ -38,16 +41,18 @@ from spark_fast.spark import SparK
 from spark_fast.training import settings as training
 from spark_fast.training.pretrain import open_images
 from spark_fast.training.pretrain_run import PretrainRun
+from spark_fast.training.resume import checkpoints_to_resume
 from spark_fast.training.step import DTYPES, resolve_precision
 from spark_fast.weights.read import read_weights
-from spark_fast.weights.timm_keys import encoder_state_dict, write_encoder
 
 SIZE = 64  # pixels
 STAGES = 2  # patches of 8 px
-WATCHED = 10  # images a class that a run in progress is judged by; nothing is chosen by them
-HELD_OUT = 200  # images a class, at most a fifth, that the sweep of rates is judged by and never learns from
 WARMUP = 0.1  # of a run: where the whole is an epoch, a part of that
 TIMEOUT = 600.0
+SAVE_EVERY = "2min"  # of a pre-training: what is lost when it is killed
+LOADED = 30  # batches that the cost of loading is measured on
+
+Clock = Callable[[torch.device], float]
 
 
 class ZeroedEncoder(MaskedEncoder):
@@ -78,25 +83,42 @@ class LossOnAllPatches(SparK):
 
 
 PUBLISHED = "as published"
-VARIANTS: dict[str, tuple[type[Encoder], type[SparK]]] = {
+FCMAE_VARIANT = "FCMAE"
+VARIANTS: dict[str, tuple[type[Encoder], Callable[..., Method]]] = {
     PUBLISHED: (PackedEncoder, SparK),
     "zero-outing": (ZeroedEncoder, SparK),
     "no hierarchy": (LastLevelEncoder, SparK),
     "loss on all patches": (PackedEncoder, LossOnAllPatches),
 }
+METHODS: dict[str, tuple[type[Encoder], Callable[..., Method]]] = VARIANTS | {FCMAE_VARIANT: (PackedEncoder, FCMAE)}
 
 
 @dataclass(frozen=True)
 class Pretraining:
-    """One pre-training; `seed` decides weights, order, crops and masks."""
+    """One pre-training; `seed` decides weights, order, crops and masks.
+
+    Attributes:
+        width: channels of the decoder.
+        variant: a key of METHODS.
+        images: share of the training images, the same for every seed.
+        masks: of each image.
+        lr: per 256 images; None: the one that all runs have in common.
+        judged: by k-NN, before the first step and then so often: "tuning" on training images, "test" on the test
+            images; "" not at all.
+        points: of that, spread over the run.
+    """
 
     network: str
     epochs: int
-    width: int  # of the decoder
+    width: int
     variant: str = PUBLISHED
     mask: float = 0.6
     seed: int = 0
-    images: float = 1.0  # share of the training images, the same for every seed
+    images: float = 1.0
+    masks: int = 1
+    lr: float | None = None
+    judged: str = ""
+    points: int = 1
 
     @property
     def work(self) -> float:
@@ -106,7 +128,10 @@ class Pretraining:
     @property
     def name(self) -> str:
         """Of its folder."""
-        words = (self.network, self.variant, f"mask {self.mask}", f"width {self.width}", f"{self.epochs} epochs")
+        words = [self.network, self.variant, f"mask {self.mask}", f"width {self.width}", f"{self.epochs} epochs"]
+        words += [f"{self.masks} masks"] if self.masks > 1 else []
+        words += [f"rate {self.lr:g}"] if self.lr is not None else []
+        words += [f"judged by {self.judged}"] if self.judged else []
         return "_".join((*words, f"{self.images:.0%} of the images", f"seed {self.seed}")).replace(" ", "-")
 
 
@@ -128,72 +153,6 @@ class Finetuning:
         return self.share * self.epochs + 0.1
 
 
-class Images:
-    """The data set: its JPEGs as they came, and as the converter stored them.
-
-    Args:
-        source: a tar, or a folder, with train/ and test/ (or val/) of class folders.
-        out: where a tar is unpacked, and the shards go.
-    """
-
-    def __init__(self, source: Path, out: Path) -> None:
-        self.root = source if source.is_dir() else _unpacked(source, out / "images")
-        self.shards = out / "shards"
-        convert(self.root, self.shards, ConvertSettings(), workers=len(os.sched_getaffinity(0)))
-        self.test = next(self.shards / split for split in ("test", "val") if (self.shards / split).is_dir())
-        self._lists = out / "lists"
-        folders = sorted(path for path in (self.root / "train").iterdir() if path.is_dir())
-        mixed = np.random.default_rng(0)
-        self._classes = [mixed.permutation(sorted(f.iterdir())).tolist() for f in folders]
-
-    def __len__(self) -> int:
-        return sum(map(len, self._classes))
-
-    def labelled(self, share: float, seed: int, held_out: bool) -> Path:
-        """Training images with labels, equally many of each class: shards of all, or a list of a share of them."""
-        if share == 1 and not held_out:
-            return self.shards / "train"
-        random = np.random.default_rng(seed)
-        free = [images[self._kept(images) :] for images in self._classes] if held_out else self._classes
-        chosen = [
-            random.permutation(c)[: round(share * len(all_))] for c, all_ in zip(free, self._classes, strict=True)
-        ]
-        return self._list(f"labelled-{share:g}-{seed}{'-free' if held_out else ''}", chosen)
-
-    def some(self, share: float) -> Path:
-        """A share of the training images to pre-train on."""
-        return self.shards if share == 1 else self.labelled(share, 0, False)
-
-    def watched(self) -> Path:
-        """A list of a few training images."""
-        return self._list("watched", [images[:WATCHED] for images in self._classes])
-
-    def held_out(self) -> Path:
-        """A list of the training images that the sweep is judged by."""
-        return self._list("held-out", [images[: self._kept(images)] for images in self._classes])
-
-    @staticmethod
-    def _kept(images: list) -> int:
-        return min(HELD_OUT, len(images) // 5)
-
-    def _list(self, name: str, classes: list) -> Path:
-        lines = [f"{Path(p).relative_to(self.root)} {label}\n" for label, paths in enumerate(classes) for p in paths]
-        path = self.root / f"{name}.txt"  # a list stands at the top of its images' folder
-        written = path.with_suffix(f".{os.getpid()}")  # another process may be reading the list
-        written.write_text("".join(lines), encoding="utf-8")
-        written.replace(path)
-        return path
-
-
-def _unpacked(tar: Path, folder: Path) -> Path:
-    done = folder / "unpacked"
-    if not done.exists():
-        with tarfile.open(tar) as archive:
-            archive.extractall(folder, filter="data")
-        done.touch()
-    return next(path.parent for path in sorted(folder.glob("**/train")))
-
-
 class Bench:
     """Where everything runs: the data, the device, and what all runs share."""
 
@@ -206,22 +165,36 @@ class Bench:
         """The encoder that a pre-training leaves."""
         return self.out / "weights" / run.name / "encoder.safetensors"
 
-    def pretrain(self, run: Pretraining) -> dict[str, float]:
-        """Pre-train, keep the encoder; returns the last loss, and the images per second."""
-        options, settings = self.options, self._settings(run)
-        pipeline = open_images(settings, self.ranks, batch_size=options.batch)
-        torch.manual_seed(run.seed)
-        with _running(pipeline) as interrupt:
+    def do(self, job: Any) -> dict[str, Any]:
+        """The row of a run: see `learning_plan.Job`."""
+        return getattr(self, job.does)(job.run)
+
+    def pretrain(self, run: Pretraining) -> dict[str, Any]:
+        """Pre-train, from its newest checkpoint on where there is one, and keep the encoder.
+
+        Returns:
+            the last loss, the steps, and of each evaluation the step and top-1 of k-NN in percent.
+        """
+        settings, watchdog = self._settings(run), Watchdog(TIMEOUT)
+        with running(settings, self.ranks, watchdog) as (lock, closing):
+            resume = checkpoints_to_resume(settings.run.resume, settings.folder)
+            pipeline = open_images(settings, self.ranks, batch_size=self.options.batch)
+            closing.callback(pipeline.close)
             training = PretrainRun(settings, self.ranks, pipeline, self._model(run))
-            begun = clock(self.ranks.device)
-            finished = training.trainer(None, None, Watchdog(TIMEOUT), interrupt).train()
-            seconds = clock(self.ranks.device) - begun
-        if not finished:
-            raise KeyboardInterrupt
-        folder = self.weights(run).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        write_encoder(encoder_state_dict(training.model, settings.network), settings.network, folder)
-        return {"loss": training.position.loss, "images_per_second": training.position.step * options.batch / seconds}
+            interrupt = Interrupt()
+            closing.callback(interrupt.release)
+            if run.judged:
+                closing.callback(training.open_evaluator(OnlineKnn, watchdog, interrupt).close)
+            if resume:
+                training.restore(resume)
+            at = training.position
+            manager = open_checkpoints(settings, lock, size=training.checkpoint_bytes, step=at.step, keep_last=2)
+            if not training.trainer(manager, None, watchdog, interrupt).train():
+                raise KeyboardInterrupt
+            training.write_encoder(manager.folder)
+        rows = read_metrics(settings.folder / "metrics.jsonl")
+        points = [[int(row["step"]), row["knn_top1"]] for row in rows if "knn_top1" in row]
+        return {"loss": at.loss, "steps": at.total_steps, "knn": points}
 
     def finetune(self, run: Finetuning) -> dict[str, float]:
         """Fine-tune, and judge once, at the end; returns top-1 in percent."""
@@ -241,34 +214,67 @@ class Bench:
             classify = partial(self._classify, tuning.network.eval())
             return judge(classify, judged, self.ranks).accuracy()
 
-    def seconds_per_step(self, runs: list[Pretraining], repeats: int) -> dict[int, float]:
-        """Median seconds of a step at each run's decoder width, in turns."""
+    def seconds_per_step(self, runs: dict[str, Pretraining], repeats: int, now: Clock = clock) -> dict[str, float]:
+        """Median seconds of a step of each run, in turns."""
         device, way = self.ranks.device, Way(precision=self.precision)
         steps: dict[str, Callable[[], tuple[float, ...]]] = {}
-        for run in runs:
-            model, shape = self._model(run), Shape(run.network, SIZE, run.mask, self.options.batch, run.width)
+        for name, run in runs.items():
+            model = self._model(run)
+            shape = Shape(run.network, SIZE, run.mask, self.options.batch, run.width, masks=run.masks)
             model.encoder.context.kernels = None
-            steps[str(run.width)] = partial(
-                _timed, train_step(way, model, device), *inputs(model, shape, way, device), device
-            )
-        return {int(width): seconds for width, (seconds,) in medians(steps, repeats).items()}
+            batch = inputs(model, shape, way, device)
+            steps[name] = partial(_timed, partial(train_step(way, model, device), 0, *batch), device, now)
+        return {name: seconds for name, (seconds,) in medians(steps, repeats).items()}
 
-    def _model(self, run: Pretraining) -> SparK:
+    def step_costs(self, runs: dict[str, Pretraining]) -> dict[str, Any]:
+        """What a step of each run costs, its batch included, in seconds of training.
+
+        On a CPU these are seconds that this one thread computes: what else the machine is busy with does not count.
+        There the loading adds to a step; on a GPU it goes on meanwhile, and the longer of the two counts.
+
+        Returns:
+            `of`: by the runs' names; `loading`: of a batch, in seconds that the cores compute.
+        """
+        on_cpu, workers = self.ranks.device.type == "cpu", self.options.workers
+        steps = self.seconds_per_step(runs, self.options.step_repeats, _computed if on_cpu else clock)
+        settings = self._settings(next(iter(runs.values())))
+        with closing(open_images(settings, self.ranks, batch_size=self.options.batch)) as pipeline:
+            begun, batches = _computed(self.ranks.device), min(len(pipeline), LOADED)
+            with closing(pipeline.epoch(0)) as epoch:
+                for _ in range(batches):
+                    next(epoch)
+            loading = (_computed(self.ranks.device) - begun) / batches
+        whole = {name: s + loading if on_cpu else max(s, loading / workers) for name, s in steps.items()}
+        return {"of": whole, "loading": loading}
+
+    def _model(self, run: Pretraining) -> Method:
+        torch.manual_seed(run.seed)
         return build(run).to(self.ranks.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
     def _settings(self, run: Pretraining) -> training.Settings:
         options = self.options
+        judged = {"": "", "test": self.images.knn, "tuning": self.images.tuning()}[run.judged]
         return training.Settings(
             training.Data(
                 str(self.images.some(run.images)),
+                str(judged),
                 input_size=str(SIZE),
                 batch_size=options.batch,
                 workers=options.workers,
             ),
-            training.Model(model=_own(run.network), stages=STAGES, mask_ratio=run.mask, decoder_width=run.width),
-            training.Optim(run.epochs, WARMUP * run.epochs, options.base_lr, options.optimizer),  # type: ignore[arg-type]
-            training.Run("learning", seed=run.seed, precision=self.precision, picture_every=0),
-        )
+            training.Model(
+                method="fcmae" if run.variant == FCMAE_VARIANT else "spark", model=_own(run.network), stages=STAGES,
+                mask_ratio=run.mask, masks_per_image=run.masks, decoder_width=run.width,
+            ),
+            training.Optim(
+                run.epochs, WARMUP * run.epochs, run.lr or options.base_lr, options.optimizer,  # type: ignore[arg-type]
+            ),
+            training.Run(
+                "learning", str(self.weights(run).parent), resume="auto", seed=run.seed, precision=self.precision,
+                save_every=SAVE_EVERY, picture_every=0,
+                eval_every=max(1, run.epochs // run.points) if run.judged else 0,
+            ),
+        )  # fmt: skip
 
     def _finetune_settings(self, run: Finetuning) -> Any:
         options = self.options
@@ -295,9 +301,9 @@ class Bench:
             return network(images)
 
 
-def build(run: Pretraining) -> SparK:
-    """SparK with the one thing changed that the variant says."""
-    encoder, method = VARIANTS[run.variant]
+def build(run: Pretraining) -> Method:
+    """FCMAE, or SparK with the one thing changed that the variant says."""
+    encoder, method = METHODS[run.variant]
     packed = encoder(build_network(_own(run.network)), (SIZE, SIZE), STAGES, keep=1 - run.mask)
     return method(packed, (SIZE, SIZE), run.mask, run.width)
 
@@ -306,10 +312,15 @@ def _own(network: str) -> str:
     return f"learning_networks:{network}"
 
 
-def _timed(step: Any, images: Tensor, visible: Tensor, device: torch.device) -> tuple[float]:
-    begun = clock(device)
-    step(0, images, visible)
-    return (clock(device) - begun,)
+def _timed(step: Callable[[], object], device: torch.device, now: Clock) -> tuple[float]:
+    begun = now(device)
+    step()
+    return (now(device) - begun,)
+
+
+def _computed(device: torch.device) -> float:
+    """Seconds that this process has computed, all its threads together."""
+    return time.process_time()
 
 
 @contextmanager

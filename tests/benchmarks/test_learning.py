@@ -1,11 +1,13 @@
 """The proof of learning, in its form of seconds: every part runs, goes on where it was, and fills the table."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from spark_fast.encoder import VisiblePatches
 from tests.benchmarks.test_device_report import BENCHMARKS
@@ -61,6 +63,70 @@ def test_every_part_runs_once_and_is_told(learning, pictures, tmp_path, one_thre
     assert (tmp_path / "out" / "runs.jsonl").read_text() == lines, "what is done is not done again"
     with pytest.raises(SystemExit, match="other settings"):
         learning.main(learning.parse([*words, "--batch", "4"]))
+
+
+@pytest.fixture
+def more_pictures(pictures):
+    """As many of each class as k-NN needs neighbours."""
+    for label in (0, 1):
+        folder = pictures / "train" / f"class{label}"
+        for i in range(10, 26):
+            shutil.copy(folder / f"{i % 10}.jpg", folder / f"{i}.jpg")
+    return pictures
+
+
+@pytest.mark.slow
+def test_every_arm_of_the_evidence_is_tuned_pretrained_and_finetuned(learning, more_pictures, tmp_path, one_thread):
+    import learning_plan
+
+    words = ["--form", "smoke", "--parts", "evidence", "--data", str(more_pictures), "--out", str(tmp_path / "out")]
+    options = learning.parse([*words, "--pretrainings", "2"])
+    learning.main(options)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
+    assert len(rows) - 1 == learning_plan.expected(options)
+    arms = {arm.name for group in learning_plan.arms(options) for arm in group}
+    assert len(arms) == 11
+    finetuned = [row for row in rows if row.get("arm") in arms and "top1" in row]
+    assert {row["arm"] for row in finetuned} == arms
+    assert all(row["run"]["seed"] == row["run"]["before"]["seed"] for row in finetuned if row["run"]["before"])
+    pretrained = [row for row in rows if row.get("arm") in arms and "loss" in row]
+    assert {(row["arm"], row["run"]["seed"]) for row in pretrained} == {
+        (a, s) for a in arms - {"scratch"} for s in (0, 1)
+    }
+    assert {len(row["knn"]) for row in pretrained if row["run"]["epochs"] == 1} == {2}, (
+        "before the first step and after"
+    )
+    four = next(row["run"] for row in pretrained if row["arm"] == "FCMAE x 4")
+    assert (four["variant"], four["masks"], four["mask"]) == ("FCMAE", 4, 0.75)
+
+
+@pytest.mark.slow
+def test_an_interrupted_pretraining_goes_on_and_ends_as_one_that_was_not(
+    learning_runs, more_pictures, tmp_path, one_thread, monkeypatch
+):
+    from learning_forms import parse
+
+    def bench(name):
+        options = parse(["--form", "smoke", "--data", str(more_pictures), "--out", str(tmp_path / name)])
+        images = learning_runs.Images(options.data, options.out)
+        images.link_neighbours(1.0)
+        return learning_runs.Bench(images, options.out, torch.device("cpu"), options)
+
+    run = learning_runs.Pretraining("small_convnext", 2, 8, judged="test", points=2)
+    whole, stopped = bench("whole"), bench("stopped")
+    expected = whole.pretrain(run)
+    assert [step for step, _ in expected["knn"]] == [0, 6, 12]
+    settings = stopped._settings(run)
+    settings.run.max_steps = 8  # of this process, as if it was told to stop then, in the middle of the second pass
+    with monkeypatch.context() as patched:
+        patched.setattr(stopped, "_settings", lambda run: settings)
+        with pytest.raises(KeyboardInterrupt):
+            stopped.pretrain(run)
+    assert [path.name for path in (stopped.weights(run).parent / "checkpoints").glob("*8.pth")] == ["step_00000008.pth"]
+    resumed = stopped.pretrain(run)
+    assert {**resumed, "loss": None} == {**expected, "loss": None}, "the loss is the mean since the stop"
+    weights = [load_file(each.weights(run)) for each in (whole, stopped)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.fixture

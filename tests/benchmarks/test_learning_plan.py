@@ -1,0 +1,94 @@
+"""The plan of the evidence: what is run after what, with which rates, until nothing is left."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.benchmarks.test_device_report import BENCHMARKS
+
+
+@pytest.fixture
+def learning_plan(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import learning_plan
+
+    return learning_plan
+
+
+@pytest.fixture
+def options(learning_plan):
+    from learning_forms import parse
+
+    return parse(["--form", "evidence", "--data", "x", "--out", "y"])
+
+
+def finish(learning_plan, options, rows, most=10_000):
+    """Finish the runs one by one in the plan's order, as one process would; returns their jobs."""
+    done, before = [], -1
+    while before < len(done) < most:
+        before = len(done)
+        for job in learning_plan.plan(options, rows):  # which looks at the rows as it goes
+            if job.key not in rows and len(done) < most:
+                rows[job.key] = {"key": job.key, **job.about, **made_up(job)}
+                done.append(job)
+    return done
+
+
+def made_up(job):
+    """Results: the rates 8e-3 and 1e-2 are the best, FCMAE's step takes half of SparK's seconds."""
+    if job.does == "step_costs":
+        return {"of": {name: 0.4 if name == "as published" else 0.2 for name in job.run}, "loading": 0.01}
+    if job.does == "pretrain":
+        lower = {"zero-outing": 3.0, "mask 0.25": 0.1 * (-1) ** job.run.seed}.get(job.about["arm"], 0.0)
+        steps = 390 * job.run.epochs
+        top1 = 40 + job.run.seed + (job.run.lr == 8e-3) - lower
+        return {"loss": 0.4, "steps": steps, "knn": [[0, 25.0 + job.run.seed], [steps, top1]]}
+    scratch = 5.0 if job.run.before is None else 0.0
+    return {"top1": 50 + 10 * (job.run.share == 0.1) + job.run.seed + (job.run.lr == 1e-2) - scratch}
+
+
+def test_all_runs_of_the_plan_are_reached_and_counted(learning_plan, options):
+    rows = {}
+    done = finish(learning_plan, options, rows)
+    assert len(done) == len(rows) == learning_plan.expected(options)
+    pretrained = [job for job in done if job.does == "pretrain" and job.run.judged == "test"]
+    assert len(pretrained) == 13 * 3
+    assert {job.run.lr for job in pretrained} == {8e-3}, "the rate that did best on training images"
+    finetuned = [job for job in done if job.does == "finetune" and not job.run.held_out]
+    assert len(finetuned) == 14 * 3 * 2
+    assert {job.run.lr for job in finetuned} == {1e-2}
+    assert all(job.run.before is None or job.run.before.seed == job.run.seed for job in finetuned)
+
+
+def test_at_sparks_seconds_a_cheaper_step_buys_more_passes(learning_plan, options):
+    rows = {}
+    finish(learning_plan, options, rows)
+    epochs = {row["arm"]: row["run"]["epochs"] for row in rows.values() if row.get("arm") and "loss" in row}
+    assert epochs["as published"] == epochs["FCMAE"] == 10
+    assert epochs["FCMAE, SparK's seconds"] == epochs["FCMAE x 4, SparK's seconds"] == 20
+    assert learning_plan.passes(options, {}, "FCMAE") is None
+
+
+def test_what_matters_most_comes_first_seed_by_seed(learning_plan, options):
+    done = finish(learning_plan, options, {})
+    order = [(job.about["arm"], job.run.seed) for job in done if job.does == "pretrain" and job.run.judged == "test"]
+    assert order.index(("as published", 0)) < order.index(("zero-outing", 0)) < order.index(("as published", 1))
+    assert order[-9:] == [(arm, seed) for seed in range(3) for arm in ("mask 0.75", "decoder 64", "decoder 16")]
+
+
+def test_nothing_is_tuned_by_test_images_or_by_the_seeds_of_results(learning_plan, options):
+    done = finish(learning_plan, options, {})
+    tuned = [job for job in done if job.about.get("arm", "").endswith((" tuned", " swept"))]
+    assert len(tuned) == 11 * 3 + 12 * 2 * 3
+    assert all(job.run.seed == 3 for job in tuned)
+    assert all(job.run.judged == "tuning" if job.does == "pretrain" else job.run.held_out for job in tuned)
+
+
+def test_after_an_end_of_the_process_the_plan_goes_on_with_the_first_run_that_is_missing(learning_plan, options):
+    rows = {}
+    before = finish(learning_plan, options, rows, most=30)
+    whole = finish(learning_plan, options, {})
+    assert whole[:30] == before
+    assert finish(learning_plan, options, rows) == whole[30:]
+    more = finish(learning_plan, replace(options, seeds=6), rows)
+    assert len(more) == 14 * 3 * 2, "more fine-tunings of the same pre-trainings are just those"
