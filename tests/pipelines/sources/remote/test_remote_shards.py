@@ -17,6 +17,7 @@ from spark_fast.pipelines.sources.remote.shard_cache import ShardCache
 from spark_fast.pipelines.sources.shard_format import MANIFEST
 from spark_fast.pipelines.sources.shards import ShardSource
 from tests.pipelines.building import build
+from tests.pipelines.comparing import same
 from tests.pipelines.sources.remote.faulty_server import FAULTS
 from tests.pipelines.sources.ten_images import JPEGS, LABELS, write_all
 
@@ -92,6 +93,19 @@ def test_twenty_faults_while_a_pipeline_reads_change_no_batch(over_http, shards,
         assert a.ids.tolist() == b.ids.tolist()
     assert remote.bad_images.substituted == 0
     assert left_behind(ShardCache(Path(cache_dir), 0)) == []
+    local.close()
+    remote.close()
+
+
+@pytest.mark.slow
+def test_worker_processes_share_the_cache_and_give_the_same_batches(over_http, shards, tmp_path):
+    options = {"batch_size": 3, "input_size": 32, "shuffle_block": 1}
+    local = build(shards, **options)
+    remote = build(
+        over_http.url, **options, workers=2, worker_processes=2, cache_dir=str(tmp_path / "cache"), cache_size="56kB"
+    )
+    for epoch in range(2):
+        assert same(list(local.epoch(epoch)), list(remote.epoch(epoch)))
     local.close()
     remote.close()
 
