@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from spark_fast.cli import train
+from spark_fast.errors import SettingsError
 from spark_fast.method import build, method_class
 from spark_fast.training.settings import Settings, parse
 from tests.commands import run_here
@@ -36,6 +37,18 @@ def test_it_is_what_its_method_and_network_take_by_default(path):
     default.run.exp_name, default.data.data_path = "run", "images"
     assert settings.meaning() == default.meaning()
     assert re.search(r"the authors report \d\d\.\d % top-1", path.read_text(encoding="utf-8"))
+
+
+def test_a_file_is_found_by_its_name_where_no_file_of_the_users_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "scans").mkdir(parents=True)  # a folder is no file
+    assert parse(["run", "--data_path=images", "--config", "fcmae/convnextv2_atto"]).network == "convnextv2_atto"
+    assert parse(["run", "--data_path=images", "--config=data/scans"]).data.in_chans == 1
+    (tmp_path / "spark").mkdir()
+    (tmp_path / "spark" / "resnet50").write_text("[data]\nin_chans = 7\n")
+    assert parse(["run", "--data_path=images", "--config=spark/resnet50"]).data.in_chans == 7
+    with pytest.raises(SettingsError, match="nor one of this name in spark_fast; did you mean spark/resnet152"):
+        parse(["run", "--data_path=images", "--config=spark/resnet15"])
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    for name in ("spark_fast", "pipelines"):
+    for name in ("spark_fast", "pipelines", "configs"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation")
     run(*pip, "--wheel-dir", folder / "dist", folder, cwd=folder)
@@ -83,6 +83,7 @@ def test_the_wheel_holds_the_pipelines_in_the_package_and_nowhere_else(wheel):
     assert all(sizes[path] == (ROOT / path).stat().st_size for path in sources)
     assert Path("spark_fast/py.typed") in held
     assert {path.relative_to(ROOT) for path in ROOT.glob("spark_fast/sweeps/*.json")} <= held
+    assert {Path("spark_fast") / path.relative_to(ROOT) for path in ROOT.glob("configs/*/*.toml")} <= held
     assert {path.parts[0] for path in held if not path.parts[0].endswith(".dist-info")} == {"spark_fast"}
 
 

@@ -169,6 +169,8 @@ T = TypeVar("T", bound=Tree)
 
 log = logging.getLogger("spark_fast")
 
+CONFIGS = Path(__file__).parents[1] / "configs"  # as installed; in a checkout a link to the folder at its top
+
 
 def read(
     kind: type[T], argv: list[str], switches: dict[str, Values], defaults: Callable[[list[str]], T] | None = None
@@ -191,14 +193,15 @@ def read(
         log.warning("--lr %s is ignored, as by the published code: the rate is --base_lr times --bs / 256", rate)
     show = "--print_config" in argv
     argv = [a for a in argv if a != "--print_config"]
-    flags = _flags_of(Path(config), kind()) if config is not None else []
+    flags = _flags_of(find_config(config), kind()) if config is not None else []
     words = plain_switches(flags + argv, switches)
     settings = tyro.cli(
         kind,
         args=words,
         default=kind() if defaults is None else defaults(words),
         prog=kind.prog,
-        description=f"{kind.__doc__}\n\nBesides: --config FILE.toml reads settings, --print_config prints them.",
+        description=f"{kind.__doc__}\n\nBesides: --config FILE.toml, or spark/resnet50 and others that come with"
+        " spark_fast, reads settings; --print_config prints them.",
         use_underscores=True,
     )
     if show:
@@ -300,12 +303,25 @@ def last_value(words: list[str], flag: str, default: str) -> str:
     return default
 
 
+def find_config(name: str) -> Path:
+    """The file that `--config` means: a path, or one that comes with spark_fast, as `spark/resnet50`.
+
+    Raises SettingsError, with the nearest names, if there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    known = {path.relative_to(CONFIGS).with_suffix("").as_posix(): path for path in CONFIGS.glob("*/*.toml")}
+    if name in known:
+        return known[name]
+    raise SettingsError(
+        f"there is no configuration file {name}, nor one of this name in spark_fast{nearest(name, known)}"
+    )
+
+
 def _flags_of(path: Path, known_settings: Any) -> list[str]:
     """The flags that a TOML file stands for, of a settings tree of dataclasses."""
     try:
         tree: dict[str, object] = tomllib.loads(_text_of(path.read_bytes()))
-    except FileNotFoundError:
-        raise SettingsError(f"there is no configuration file {path}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise SettingsError(f"configuration file {path} cannot be read: {error}") from None
     flags = []
