@@ -79,7 +79,9 @@ def test_it_gives_steps_enough_and_says_how_many_and_where_its_numbers_come_from
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OF_DATA)
+@pytest.mark.parametrize(
+    "name", ["scans", *(pytest.param(n, marks=pytest.mark.drill) for n in OF_DATA if n != "scans")]
+)
 def test_a_dry_run_of_it_ends_well(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--pipeline=synthetic", "--bs=2", "--threads=1", "--workers=1", "--dry_run", "--verify=never"]

@@ -75,7 +75,7 @@ def more_pictures(pictures):
     return pictures
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_every_arm_of_the_evidence_is_tuned_pretrained_and_finetuned(learning, more_pictures, tmp_path, one_thread):
     import learning_plan
 

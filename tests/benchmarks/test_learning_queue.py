@@ -53,7 +53,7 @@ def test_nothing_is_begun_when_the_time_is_up(queue):
     assert list(queue.run_ready(lambda: jobs_of(queue, "a"), lambda job: {}, processes=1, seconds=0.0)) == []
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_processes_end_with_the_command_that_was_killed(queue, more_pictures, tmp_path):  # noqa: F811
     words = ["--form", "smoke", "--parts", "evidence", "--processes", "2", "--data", str(more_pictures)]
     command = [sys.executable, str(BENCHMARKS / "learning.py"), *words, "--out", str(tmp_path / "out")]

@@ -15,7 +15,7 @@ def masks_per_image(monkeypatch):
     return masks_per_image
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_equally_many_pairs_are_compared_and_the_result_is_kept(masks_per_image, tmp_path, capsys):
     small = {"model": "resnet10t", "masks": 2, "mask_ratio": 0.5, "batch": 1, "size": 64, "steps": 3, "repeats": 1}
     options = masks_per_image.Options(**small, threads=1, name=str(tmp_path / "kept"))

@@ -39,7 +39,9 @@ def kept(folder: Path) -> Statistics:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", SETS)
+@pytest.mark.parametrize(
+    "kind", [k if k in ("12 x 16 bit", "3 x 16 bit") else pytest.param(k, marks=pytest.mark.drill) for k in SETS]
+)
 def test_a_run_is_resumed_and_evaluated_by_the_statistics_that_it_measured(tmp_path, kind):
     channels, data = SETS[kind][0], folder_of(tmp_path / "data", kind)
     flags = [f"--data_path={data}", *FLAGS, f"--in_chans={channels}", "--scale=percentile", "--rot90", "--vflip"]

@@ -250,7 +250,7 @@ def losses(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["resnet10t", "convnext_zepto_rms"])
+@pytest.mark.parametrize("model", ["resnet10t", pytest.param("convnext_zepto_rms", marks=pytest.mark.drill)])
 def test_two_ranks_give_the_losses_of_one(pictures, tmp_path, model):
     flags = ["name", f"--data_path={pictures}", *TINY, f"--model={model}", "--bs=8", "--ep=2", "--base_lr=0.01"]
     here(*flags, f"--exp_dir={tmp_path / 'one'}", "--log_every=1")

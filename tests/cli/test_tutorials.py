@@ -60,7 +60,9 @@ def test_each_page_goes_the_whole_way():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", PAGES)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "satellites" else pytest.param(kind, marks=pytest.mark.drill) for kind in PAGES]
+)
 def test_from_a_folder_to_fine_tuned_accuracy(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", sys.argv)

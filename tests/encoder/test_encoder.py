@@ -80,8 +80,8 @@ def test_stochastic_depth_drops_whole_images_alike_in_both_encoders():
         pytest.param("convnext_zepto_rms", 2, "inductor", marks=pytest.mark.drill),
         pytest.param("seresnet18", None, "eager", marks=pytest.mark.slow),
         pytest.param("convnextv2_atto", None, "eager", marks=pytest.mark.slow),
-        pytest.param("test_nfnet", None, "eager", marks=pytest.mark.slow),
-        pytest.param("tf_mobilenetv3_small_minimal_100", None, "eager", marks=pytest.mark.slow),
+        pytest.param("test_nfnet", None, "eager", marks=pytest.mark.drill),
+        pytest.param("tf_mobilenetv3_small_minimal_100", None, "eager", marks=pytest.mark.drill),
     ],
 )
 def test_the_packed_model_compiles_into_one_graph_and_once(name, stages, backend):

@@ -166,7 +166,7 @@ def test_the_run_ends_with_the_bits_of_one_that_is_not_evaluated(whole, images, 
     "more",
     [
         pytest.param(["--compile"], marks=pytest.mark.drill),
-        [*TIMM, "--dp=0.1"],
+        pytest.param([*TIMM, "--dp=0.1"], marks=pytest.mark.drill),
         [*TIMM, "--method=fcmae", "--masks_per_image=2"],
         ["--encoder=masked"],
     ],

@@ -51,7 +51,7 @@ def undisturbed(folder, flags):
     return folder, flags
 
 
-@pytest.mark.parametrize("method", [[], [FCMAE]], ids=["spark", "fcmae"])
+@pytest.mark.parametrize("method", [[], pytest.param([FCMAE], marks=pytest.mark.drill)], ids=["spark", "fcmae"])
 def test_when_a_rank_is_killed_the_other_leaves_and_names_it(pictures, tmp_path, times, method):  # noqa: F811
     """Row 3."""
     flags = flags_of(pictures, times(2, 3), *method)

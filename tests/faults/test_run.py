@@ -76,7 +76,11 @@ def steps_of(metrics):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "few"),
-    [([], 5), ([FCMAE, "--masks_per_image=2", "--eval_every=1"], 2), (["--in_chans=12", "--scale=percentile"], 1)],
+    [
+        ([], 5),
+        pytest.param([FCMAE, "--masks_per_image=2", "--eval_every=1"], 2, marks=pytest.mark.drill),
+        (["--in_chans=12", "--scale=percentile"], 1),
+    ],
     ids=["spark", "fcmae, two masks an image, evaluated", "12 channels of 16 bits"],
 )
 def test_killed_at_random_moments_it_ends_with_the_same_bits(pictures, tmp_path, times, method, few):  # noqa: F811
@@ -165,7 +169,7 @@ def test_a_failure_in_the_pipeline_shows_its_own_traceback(pictures, tmp_path): 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [[], [FCMAE]], ids=["spark", "fcmae"])
+@pytest.mark.parametrize("method", [[], pytest.param([FCMAE], marks=pytest.mark.drill)], ids=["spark", "fcmae"])
 def test_a_run_that_stands_still_ends_with_5(pictures, tmp_path, method):  # noqa: F811
     """Rows 23, 24: the next batch never comes."""
     flags = flags_of(pictures, 1, *method, "--timeout=30", f"--exp_dir={tmp_path}/run")

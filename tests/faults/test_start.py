@@ -57,7 +57,7 @@ def test_a_port_in_use(pictures, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [0, 1])
+@pytest.mark.parametrize("processes", [pytest.param(0, marks=pytest.mark.drill), 1])
 @pytest.mark.parametrize("limit", ["ulimit -n 128", "mount -t tmpfs -o size=64k tmpfs /dev/shm"])
 def test_what_others_stumble_over_is_not_needed(pictures, tmp_path, limit, processes):  # noqa: F811
     """Few open files, and next to no /dev/shm: nothing to be set, as neither is used, by worker processes either."""

@@ -37,7 +37,12 @@ def run_cases(*files, **environment):
 
 @pytest.mark.slow
 def test_kernels_interpreted_on_the_cpu_equal_pytorch():
-    run_cases(*CASES, *DRAWN, TRITON_INTERPRET="1")
+    run_cases(*CASES, TRITON_INTERPRET="1")
+
+
+@pytest.mark.drill
+def test_kernels_interpreted_on_drawn_cases_equal_pytorch():
+    run_cases(*DRAWN, TRITON_INTERPRET="1")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="takes a GPU")
