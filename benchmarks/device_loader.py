@@ -109,6 +109,8 @@ def _loader(
         simplejpeg_stand_in.put_in_place()
     if simplejpeg_stand_in.is_in_place():
         row["note"] = "no simplejpeg: torchvision decodes on the host, and a folder is read instead of shards"
+        if asked["pipeline"] == "ffcv":
+            raise NotHereError("no simplejpeg, with which the converter writes a .beton")
     from spark_fast.pipelines import LoaderOptions, build_pipeline
 
     shape = scale.step_shapes[0]
