@@ -34,9 +34,9 @@ LOOSE = {"test_efficientnet_evos"}  # its norm computes in fp32 whatever it is g
 # one of each way to go wrong: plain, depthwise, split attention, dense blocks, blur pooling, odd norms, padded stem
 FAST = {"test_byobnet", "test_convnext", "test_efficientnet", "test_nfnet", "resnest14d", "test_resnet", "hgnetv2_b0",
         "test_efficientnet_gn", "test_efficientnet_evos"}  # fmt: skip
-# CI takes every second one of the rest
+# CI takes every third one of the rest
 REST = [name for name in FAMILIES if name not in FAST]
-MARKS = {name: [pytest.mark.slow, pytest.mark.drill][i % 2] for i, name in enumerate(REST)}
+MARKS = {name: [pytest.mark.slow, pytest.mark.drill][i % 3 > 0] for i, name in enumerate(REST)}
 PARAMS = [name if name in FAST else pytest.param(name, marks=MARKS[name]) for name in FAMILIES]
 
 

@@ -80,6 +80,7 @@ def test_killed_ranks_come_back_with_torchruns_restarts_to_the_same_bits(request
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, STEPS * times(2, 3) + 1))
 
 
+@pytest.mark.drill
 def test_a_rank_that_is_stopped_is_named_and_given_up(whole, tmp_path):
     """Row 24: SIGSTOP. The other one waits for it in an exchange."""
     _, flags = whole
@@ -126,6 +127,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@pytest.mark.drill
 def test_a_node_that_is_killed_comes_back_and_the_run_completes(whole, tmp_path):
     """Two nodes on this machine, each a torchrun of its own; all processes of the second one get SIGKILL.
 
