@@ -33,7 +33,7 @@ import band_loaders
 import torch
 import tyro
 from loader_throughput import LIBRARIES, ORIGINALS, STORES, convert
-from measuring import machine, repeated, save, versions
+from measuring import machine, repeated, save, start_on_cores, versions
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -195,13 +195,7 @@ class Pinned:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         process = context.Process(target=serve, args=(store, channels, way, batch, theirs))
-        allowed = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, sorted(allowed)[: way.cores])  # inherited
-        os.environ["OMP_NUM_THREADS"] = str(way.cores)
-        try:
-            process.start()
-        finally:
-            os.sched_setaffinity(0, allowed)
+        start_on_cores(process, way.cores)
         theirs.close()
         self._process = process
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from unittest.mock import patch
 import band_loaders
 import torch
 import tyro
-from measuring import machine, medians, repeated, save, versions
+from measuring import machine, medians, repeated, save, start_on_cores, versions
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -277,14 +276,7 @@ class Pinned:
         process = multiprocessing.get_context("spawn").Process(
             target=serve, args=(name, store, batch, cores, theirs), daemon=False
         )
-        allowed = os.sched_getaffinity(0)
-        chosen = sorted(allowed)[first : first + cores]
-        os.sched_setaffinity(0, chosen)  # inherited: numbers of threads are chosen at import
-        os.environ["OMP_NUM_THREADS"] = str(cores)
-        try:
-            process.start()
-        finally:
-            os.sched_setaffinity(0, allowed)
+        start_on_cores(process, cores, first)
         theirs.close()
         self._process = process
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -88,6 +89,17 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
             return None
 
     return {package: of(package) for package in packages}
+
+
+def start_on_cores(process: BaseProcess, cores: int, first: int = 0) -> None:
+    """Start a process that has so many of this one's cores, from the `first` on, and as many threads."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(allowed)[first : first + cores])  # inherited: threads are counted at import
+    os.environ["OMP_NUM_THREADS"] = str(cores)
+    try:
+        process.start()
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def repeated(data_path: Path, copies: int, folder: Path) -> int:

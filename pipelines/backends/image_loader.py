@@ -53,7 +53,7 @@ class ImageLoader:
     def __post_init__(self) -> None:
         memory = mmap.mmap(-1, len(self.source) + 1)  # shared with the processes that are forked from this one
         judged = np.frombuffer(memory, np.bool_)[:-1]
-        judged[:] = isinstance(self.source, (ShardSource, BetonSource))  # and their checksums are compared on reading
+        judged[:] = judged_when_stored(self.source)
         object.__setattr__(self, "judged", judged)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,3 +108,8 @@ class ImageLoader:
         """Bring it to its cell, for the device to resize; returns height, width and turn of what is there."""
         assert self.device_augment is not None
         return self.device_augment.put(image, box, turn, cell)
+
+
+def judged_when_stored(source: Source) -> bool:
+    """Whether `decode` approved the images at conversion: then their checksums are compared on reading."""
+    return isinstance(source, (ShardSource, BetonSource))

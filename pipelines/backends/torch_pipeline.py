@@ -12,7 +12,6 @@ and copy the crops, and all the rest is the device's (`device_augment`).
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import CancelledError
@@ -23,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spark_fast.operating_system import usable_cores
 from spark_fast.pipelines.backends.backend import Backend
 from spark_fast.pipelines.backends.band_loader import BandLoader
 from spark_fast.pipelines.backends.image_loader import ImageLoader
@@ -69,8 +69,7 @@ class TorchPipeline(Backend):
 
     def _make_filler(self, layout: Layout, options: LoaderOptions) -> Filler[Any]:
         """What fills the batches, and their memory."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        processes, why = choose_processes(options.worker_processes, self._workers, cores)
+        processes, why = choose_processes(options.worker_processes, self._workers, usable_cores())
         logger.info("%d threads decode, in %s: %s", self._workers,
                     f"{processes} worker processes" if processes else "this process", why)  # fmt: skip
         kept, seed = self._prefetch + 2, self._sampler.seed

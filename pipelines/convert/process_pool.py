@@ -21,12 +21,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
 
 from spark_fast.errors import DataError, StorageError
+from spark_fast.operating_system import process_state
 
 Job = TypeVar("Job")
 REPORT_SECONDS = 0.1
@@ -158,7 +158,7 @@ def _look_after(worker: _Worker[Job], passed: float, describe: Describe[Job]) ->
     before, worker.silent = worker.silent, worker.silent + passed
     if worker.silent < SILENT_SECONDS:
         return
-    state = _state(worker.process.pid)
+    state = process_state(worker.process.pid)
     report = (
         f"worker process {worker.process.pid} has said nothing for {worker.silent:.0f} s"
         f" ({_STATES.get(state, f'state {state}')}) at {_place(worker, describe)}"
@@ -171,14 +171,6 @@ def _look_after(worker: _Worker[Job], passed: float, describe: Describe[Job]) ->
 
 
 _STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a disk", "R": "running", "S": "sleeping"}
-
-
-def _state(pid: int | None) -> str:
-    """The kernel's letter for the state of a process; "?" where there is no /proc."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-    except OSError:
-        return "?"
 
 
 def _place(worker: _Worker[Job], describe: Describe[Job]) -> str:

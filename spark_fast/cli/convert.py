@@ -12,7 +12,6 @@ Several machines share the work: on machine I of N add --part I/N, then once, wi
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from spark_fast.cli.start import start
 from spark_fast.cli.tool import run_tool
 from spark_fast.errors import DataError, SettingsError
+from spark_fast.operating_system import usable_cores
 from spark_fast.pipelines.convert.band_records import BandRecords
 from spark_fast.pipelines.convert.beton_writer import BetonSettings
 from spark_fast.pipelines.convert.conversion import ConvertSettings, Progress, convert, convert_part
@@ -128,7 +128,7 @@ def convert_images(
     images = Reencode(short_side, max_side, quality, max_pixels * MEGAPIXEL)
     settings = ConvertSettings(bands.settings(images) or images, images_per_shard, seed)
     beton = _beton(format, ffcv_raw, settings)
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or usable_cores()
     if merge_parts:
         if dst or part or overwrite:
             raise SettingsError("--merge takes one folder, that of the parts, and neither --part nor --overwrite")

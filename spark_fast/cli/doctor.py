@@ -32,6 +32,7 @@ from spark_fast.cli.start import start
 from spark_fast.cli.tool import run_tool
 from spark_fast.commands import INSTALL_DALI, INSTALL_FFCV, command
 from spark_fast.errors import SparkFastError
+from spark_fast.operating_system import usable_cores
 
 IMPORTED = {  # module that training cannot do without, each needed by the next: how to get one that loads
     "torch": "https://pytorch.org/get-started/locally",
@@ -89,7 +90,7 @@ def doctor(
     if data_path is not None:
         findings.append(read_from(data_path))
         if not broken and not findings[-1].needed:
-            findings += loaded_from(data_path, findings[-1].rate, in_chans, input_size, workers or _cores())
+            findings += loaded_from(data_path, findings[-1].rate, in_chans, input_size, workers or usable_cores())
     table = Table(show_lines=False)
     for title in ("", "found"):
         table.add_column(title, overflow="fold")
@@ -271,10 +272,6 @@ def _files(data_path: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(data_path):
         folders.sort()
         yield from (Path(folder, name) for name in sorted(names))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _numbers(text: str) -> tuple[int, ...]:

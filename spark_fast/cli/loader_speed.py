@@ -9,11 +9,10 @@ from pathlib import Path
 
 from spark_fast.commands import command
 from spark_fast.errors import DataError, ImageError
-from spark_fast.pipelines.build import build_pipeline, open_source
+from spark_fast.pipelines.backends.image_loader import judged_when_stored
+from spark_fast.pipelines.build import build_pipeline, measure_statistics, open_source
 from spark_fast.pipelines.options import LoaderOptions
 from spark_fast.pipelines.sampler import order
-from spark_fast.pipelines.sources.beton import BetonSource
-from spark_fast.pipelines.sources.shards import ShardSource
 from spark_fast.pipelines.sources.source import Source, read_patiently
 from spark_fast.pipelines.transforms.bands.decode_bands import decode_bands
 from spark_fast.pipelines.transforms.decode import decode_image
@@ -81,6 +80,7 @@ def loader_speed(data_path: str | Path, options: LoaderOptions) -> LoaderSpeed:
         source.close()
     reading, decoding, size, pixels = (sum(column) / len(found) for column in zip(*found, strict=True))
     options = replace(options, pipeline="torch", batch_size=min(options.batch_size, count))
+    options = replace(options, statistics=measure_statistics(data_path, options))  # once, not for each pipeline
     alone = _rate(data_path, replace(options, workers=1), count)
     rate = alone if options.workers == 1 else _rate(data_path, options, count)
     resizing = max(1 / alone - reading - decoding, 0.0)
@@ -101,7 +101,7 @@ def _read_and_decode(source: Source, i: int, options: LoaderOptions) -> tuple[fl
     begun = time.perf_counter()
     data = read_patiently(source, i)
     read = time.perf_counter()
-    judged = isinstance(source, (ShardSource, BetonSource))  # as `ImageLoader` decodes them
+    judged = judged_when_stored(source)
     if options.photographs:
         pixels = decode_image(data, judged=judged).pixels
     else:

@@ -145,13 +145,10 @@ def open_image(path: Path, size: tuple[int, int], bands: BandFiles | None = None
     except (OSError, ImageError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     box, host = centre_box(image.shape[0], image.shape[1], size), torch.device("cpu")
-    resized = resized_bands if bands else resized_crop
-    normalise = (
-        BandNormalise(bands.statistics, size[1], host, torch.float32)
-        if bands
-        else Normalise(size[1], host, torch.float32)
-    )
-    return normalise(resized(image, box, 0, size)[None])[0]
+    if bands is None:
+        return Normalise(size[1], host, torch.float32)(resized_crop(image, box, 0, size)[None])[0]
+    normalise = BandNormalise(bands.statistics, size[1], host, torch.float32)
+    return normalise(resized_bands(image, box, 0, size)[None])[0]
 
 
 def save_png(grid: Tensor, path: Path) -> None:

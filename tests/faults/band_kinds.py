@@ -6,22 +6,15 @@ import io
 import zlib
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import tifffile
 from numpy.lib import format as npy
 
 from spark_fast.pipelines.convert.band_records import BandRecords
-from spark_fast.pipelines.sources.shard_format import (
-    INDEX_FILE,
-    NPY,
-    Manifest,
-    write_index,
-    write_manifest,
-    write_shard,
-)
+from spark_fast.pipelines.sources.shard_format import NPY
 from spark_fast.pipelines.transforms.bands.statistics import Statistics
+from tests.faults import stored
 from tests.pipelines.bands import bands, npy_of, npz_of, tiff_of
 
 CHANNELS = 12
@@ -31,29 +24,12 @@ RECORDS = partial(BandRecords, in_chans=CHANNELS)
 
 packed = partial(tiff_of, planarconfig="contig", compression="zlib", predictor=True)
 plain = partial(tiff_of, planarconfig="contig")
+folder_of = partial(stored.folder_of, ending=".tif")
+shards_of = partial(stored.shards_of, ending=".tif", record=NPY, made_from={"images": {"in_chans": CHANNELS}})
 
 
 def image(seed: int, height: int = 40, width: int = 50) -> np.ndarray:
     return bands(seed, height, width, CHANNELS)
-
-
-def folder_of(root: Path, files: list[bytes], ending: str = ".tif") -> Path:
-    """An ending says nothing of what is in the file."""
-    root.mkdir()
-    for i, data in enumerate(files):
-        (root / f"{i:04d}{ending}").write_bytes(data)
-    return root
-
-
-def shards_of(root: Path, files: list[bytes]) -> Path:
-    """One shard that holds these bytes, sound or not, under right checksums."""
-    root.mkdir()
-    numbered = [(i, f"{i:04d}.tif", i % 3, data) for i, data in enumerate(files)]
-    shard, records = write_shard(root / "shard-000000.tar", numbered, NPY)
-    index = write_index(root / INDEX_FILE, [records])
-    made_from = {"images": {"in_chans": CHANNELS}}
-    write_manifest(root, Manifest(len(files), True, ["a", "b", "c"], made_from, index, [shard]))
-    return root
 
 
 def _stream_flipped(pixels: np.ndarray) -> bytes:

@@ -22,18 +22,11 @@ from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.beton import BetonSource, checks_path, sealed_checks
 from spark_fast.pipelines.sources.detect import detect_source
-from spark_fast.pipelines.sources.shard_format import (
-    BETON,
-    INDEX_FILE,
-    Manifest,
-    read_manifest,
-    write_index,
-    write_manifest,
-    write_shard,
-)
+from spark_fast.pipelines.sources.shard_format import BETON, read_manifest
 from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation
 from tests.cli.test_train import TINY, here
 from tests.faults.kinds import DAMAGED, VALID, bombs
+from tests.faults.stored import folder_of, shards_of
 from tests.pipelines.building import build
 from tests.pipelines.comparing import pixels
 from tests.pipelines.pictures import jpeg
@@ -48,23 +41,6 @@ STORES = [
 ]
 every_backend = pytest.mark.parametrize(("backend", "store"), STORES)
 KEEP = ConvertSettings(Reencode(short_side=0, quality=95))
-
-
-def folder_of(root: Path, images: list[bytes]) -> Path:
-    root.mkdir()
-    for i, data in enumerate(images):
-        (root / f"{i:04d}.JPEG").write_bytes(data)
-    return root
-
-
-def shards_of(root: Path, images: list[bytes]) -> Path:
-    """One shard that holds these bytes, sound or not, under right checksums."""
-    root.mkdir()
-    numbered = [(i, f"{i:04d}.JPEG", i % 3, data) for i, data in enumerate(images)]
-    shard, records = write_shard(root / "shard-000000.tar", numbered)
-    index = write_index(root / INDEX_FILE, [records])
-    write_manifest(root, Manifest(len(images), True, ["a", "b", "c"], {}, index, [shard]))
-    return root
 
 
 def beton_of(root: Path, images: list[bytes], sound: list[bytes]) -> Path:

@@ -46,7 +46,7 @@ def read_all(path: Path) -> list[tuple[bytes, int] | str]:
 def converted(request: pytest.FixtureRequest, image_folder: Callable[..., Path], tmp_path: Path) -> Path:
     """8 images in two shards, photographs or 12 channels of 16 bits; or in a .beton without them."""
     if request.param == "bands":
-        source = folder_of(tmp_path / "in", [npy_of(image(i, 16, 20)) for i in range(8)], ".npy")
+        source = folder_of(tmp_path / "in", [npy_of(image(i, 16, 20)) for i in range(8)], ending=".npy")
         for i, path in enumerate(sorted(source.iterdir())):
             (source / "train" / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
             path.rename(source / "train" / f"class{i % 2}" / path.name)

@@ -20,6 +20,7 @@ from concurrent.futures import CancelledError
 from typing import NoReturn
 
 from spark_fast.errors import DataError, StorageError
+from spark_fast.operating_system import process_state
 from spark_fast.pipelines.backends.workers.batch_memory import BatchMemory, Place
 from spark_fast.pipelines.backends.workers.filling import Filled
 from spark_fast.pipelines.backends.workers.orders import PLAIN, Answer, Cancel, Order, Ready, Setup
@@ -200,7 +201,7 @@ class DecoderProcesses:
         if worker.moves():
             worker.silent = 0
             return
-        if (state := worker.state()) in "Tt":
+        if (state := process_state(worker.pid)) in "Tt":
             self._replace(worker, f"was stopped, and has done nothing for {worker.silent:.0f} s")
             return
         report = f"worker process {worker.pid} has done nothing for {worker.silent:.0f} s (state {state})"

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import send_handle
-from pathlib import Path
 
 from spark_fast.errors import DataError, StorageError
 from spark_fast.pipelines.backends.workers.orders import Forget, Lend, Setup
@@ -77,13 +76,6 @@ class Worker:
     def current(self) -> list[int]:
         """The samples that its threads are at."""
         return [sample for sample in self._progress[:, CURRENT].tolist() if sample != NOTHING]
-
-    def state(self) -> str:
-        """The kernel's letter for its state; "?" where it has said no word, or there is no /proc."""
-        try:
-            return Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-        except OSError:
-            return "?"
 
 
 class ProcessGroup:

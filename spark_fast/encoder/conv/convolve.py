@@ -155,14 +155,8 @@ class _Convolve(torch.autograd.Function):
         table: Tensor,
         other: Tensor | None,
     ) -> Tensor:
-        ctx.algorithm, ctx.y, ctx.x, ctx.groups, ctx.grid, ctx.has_bias = (
-            algorithm,
-            y,
-            x_,
-            groups,
-            grid,
-            bias is not None,
-        )
+        ctx.algorithm, ctx.y, ctx.x = algorithm, y, x_
+        ctx.groups, ctx.grid, ctx.has_bias = groups, grid, bias is not None
         ctx.save_for_backward(x, weight, table, other)
         axes = Axis(*y), Axis(*x_)
         inputs = _gather_inputs(x, algorithm, axes, grid, table, other)

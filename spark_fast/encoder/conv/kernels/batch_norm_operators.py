@@ -20,7 +20,7 @@ from spark_fast.encoder.conv.kernels.batch_norm_triton import (
     sums_kernel,
 )
 from spark_fast.encoder.conv.kernels.operator import operator
-from spark_fast.encoder.conv.kernels.tile import PROCESSORS, channel_tile, on_device, rows_of
+from spark_fast.encoder.conv.kernels.tile import PROCESSORS, channel_tile, map_like, map_rows, on_device
 
 WARPS = 4
 TILE = 4096  # elements of a program's tile: 32 a thread
@@ -45,7 +45,7 @@ def batch_norm_statistics(
     Raises:
         ValueError: too many rows.
     """
-    x, (mean, inverse) = _rows(x), _channels_like(x, running_mean, running_var, batches, momentum, eps)
+    x, (mean, inverse) = map_rows(x), _channels_like(x, running_mean, running_var, batches, momentum, eps)
     channels, rows = x.shape[1], x.numel() // x.shape[1]
     tile_rows, tile, tiles, runs = _runs(rows, channels, 4)
     partial = mean.new_empty(runs, 2, channels)
@@ -77,12 +77,12 @@ def batch_norm_apply(
         weight, bias: (C,), or neither.
         activation: "relu", "relu6", or "": none.
     """
-    x, out = _rows(x), _map_like(x)
+    x, out = map_rows(x), map_like(x)
     channels, rows = x.shape[1], x.numel() // x.shape[1]
     tile_rows, tile, programs = _tiles(rows, channels)
     with on_device(x):
         apply_kernel[(programs,)](
-            x, x if residual is None else _rows(residual), *_affine(mean, inverse, weight, bias), out, rows,
+            x, x if residual is None else map_rows(residual), *_affine(mean, inverse, weight, bias), out, rows,
             *_units(channels), weight is not None, residual is not None, activation, tile_rows, tile, num_warps=WARPS,
         )  # fmt: skip
     return out
@@ -102,15 +102,15 @@ def batch_norm_sums(
         y: the output, where there was a residual; None: what passed the activation is computed again from x, and the
             gradient before it is not written: the second is empty.
     """
-    grad, x = _rows(grad), _rows(x)
-    passed = _map_like(x) if y is not None else x.new_empty(0)
+    grad, x = map_rows(grad), map_rows(x)
+    passed = map_like(x) if y is not None else x.new_empty(0)
     channels, rows = x.shape[1], x.numel() // x.shape[1]
     tile_rows, tile, tiles, runs = _runs(rows, channels, 3)
     partial = mean.new_empty(runs, 2, channels)
     with on_device(x):
         sums_kernel[(runs * -(-channels // tile),)](
-            grad, x, x if y is None else _rows(y), *_affine(mean, inverse, weight, bias), passed, partial, rows, tiles,
-            *_units(channels), weight is not None, y is not None, activation, tile_rows, tile, num_warps=WARPS,
+            grad, x, x if y is None else map_rows(y), *_affine(mean, inverse, weight, bias), passed, partial, rows,
+            tiles, *_units(channels), weight is not None, y is not None, activation, tile_rows, tile, num_warps=WARPS,
         )  # fmt: skip
     return partial.sum(0), passed
 
@@ -128,7 +128,7 @@ def batch_norm_input_gradient(
     Args:
         activation: "" if `grad` is the gradient before the activation already.
     """
-    grad, x, out = _rows(grad), _rows(x), _map_like(x)
+    grad, x, out = map_rows(grad), map_rows(x), map_like(x)
     channels, rows = x.shape[1], x.numel() // x.shape[1]
     tile_rows, tile, programs = _tiles(rows, channels)
     with on_device(x):
@@ -137,12 +137,6 @@ def batch_norm_input_gradient(
             activation, tile_rows, tile, num_warps=WARPS,
         )  # fmt: skip
     return out
-
-
-def _rows(x: Tensor) -> Tensor:
-    """The map in channels_last, its rows few enough to be numbered."""
-    rows_of(x.permute(0, 2, 3, 1))
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _affine(mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
@@ -182,17 +176,13 @@ def _channels_like(
     return x.new_empty(x.shape[1], dtype=torch.float32), x.new_empty(x.shape[1], dtype=torch.float32)
 
 
-def _map_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last)
-
-
-torch.library.register_fake("spark_fast::batch_norm_apply", lambda x, *rest: _map_like(x))
-torch.library.register_fake("spark_fast::batch_norm_input_gradient", lambda grad, x, *rest: _map_like(x))
+torch.library.register_fake("spark_fast::batch_norm_apply", lambda x, *rest: map_like(x))
+torch.library.register_fake("spark_fast::batch_norm_input_gradient", lambda grad, x, *rest: map_like(x))
 
 
 @torch.library.register_fake("spark_fast::batch_norm_sums")
 def _sums_like(grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    return mean.new_empty(2, x.shape[1]), _map_like(x) if y is not None else x.new_empty(0)
+    return mean.new_empty(2, x.shape[1]), map_like(x) if y is not None else x.new_empty(0)
 
 
 class _Context(AutogradContext, Protocol):

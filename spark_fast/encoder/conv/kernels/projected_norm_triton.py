@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from spark_fast.autograd import AutogradContext
 from spark_fast.encoder.conv.kernels.operator import operator
-from spark_fast.encoder.conv.kernels.tile import PROCESSORS, at, on_device, rows_of
+from spark_fast.encoder.conv.kernels.tile import PROCESSORS, at, map_like, map_rows, on_device
 
 MOST_CHANNELS, MOST_OUTPUTS = 128, 8  # that a tile, and the registers, hold
 RESIDENT = 5  # programs of the sums on a processor, as their registers allow
@@ -145,14 +145,14 @@ def projected_norm(
     """
     out, scale = _outputs_like(x, mean, inverse, weight, bias, projection, offset), inverse * weight
     tensors = mean, scale, *(t.contiguous() for t in (bias, projection, offset)), out
-    _over_tiles(_project_kernel, (_rows(x), *tensors), x, len(projection))
+    _over_tiles(_project_kernel, (map_rows(x), *tensors), x, len(projection))
     return out
 
 
 @operator("(Tensor grad, Tensor x, Tensor mean, Tensor inverse) -> Tensor")
 def projected_norm_sums(grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
     """q and, in the last column, d: (O, C + 1) fp32."""
-    grad, x, (outputs, c) = _rows(grad), _rows(x), (grad.shape[1], x.shape[1])
+    grad, x, (outputs, c) = map_rows(grad), map_rows(x), (grad.shape[1], x.shape[1])
     rows, channels = _tile(c, 2048 if outputs <= 4 else 1024)
     tiles = -(-x.numel() // c // rows)
     run = -(-tiles // min(tiles, RESIDENT * PROCESSORS))
@@ -171,9 +171,9 @@ def projected_norm_input_gradient(
     grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, projection: Tensor, sums: Tensor
 ) -> Tensor:
     """The gradient of `projected_norm` with respect to x; `sums`: those of the norm's bias and weight, (2, C) fp32."""
-    out = _map_like(x)
+    out = map_like(x)
     tensors = mean, inverse, inverse * weight, projection.contiguous(), sums, out
-    _over_tiles(_input_gradient_kernel, (_rows(grad), _rows(x), *tensors), x, len(projection))
+    _over_tiles(_input_gradient_kernel, (map_rows(grad), map_rows(x), *tensors), x, len(projection))
     return out
 
 
@@ -192,16 +192,6 @@ def _tile(c: int, elements: int) -> tuple[int, int]:
     return elements // channels, channels
 
 
-def _rows(x: Tensor) -> Tensor:
-    """The map in channels_last, its rows few enough to be numbered."""
-    rows_of(x.permute(0, 2, 3, 1))
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _map_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last)
-
-
 @torch.library.register_fake("spark_fast::projected_norm")
 def _outputs_like(
     x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, bias: Tensor, projection: Tensor, offset: Tensor
@@ -214,7 +204,7 @@ def _sums_like(grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor
     return mean.new_empty(grad.shape[1], x.shape[1] + 1)
 
 
-torch.library.register_fake("spark_fast::projected_norm_input_gradient", lambda grad, x, *rest: _map_like(x))
+torch.library.register_fake("spark_fast::projected_norm_input_gradient", lambda grad, x, *rest: map_like(x))
 
 
 class _ProjectedNorm(torch.autograd.Function):

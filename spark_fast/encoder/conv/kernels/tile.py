@@ -121,6 +121,17 @@ def rows_of(*tensors: Tensor) -> None:
             )
 
 
+def map_rows(x: Tensor) -> Tensor:
+    """A map (N, C, H, W) in channels_last, whose rows are its cells; raises as `rows_of`."""
+    rows_of(x.permute(0, 2, 3, 1))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def map_like(x: Tensor) -> Tensor:
+    """Room for a map like (N, C, H, W), in channels_last."""
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager:
     """Triton launches on the current device: make it the tensor's. Nothing on a CPU."""
     return torch.cuda.device_of(tensor)
