@@ -19,4 +19,4 @@ def test_tiles_and_runs_cover_all_rows_and_no_run_is_empty():
 
 def test_more_rows_than_can_be_numbered_are_refused():
     with pytest.raises(ValueError, match="too many for the GPU kernels"):
-        bn._rows(torch.empty(2**20, 1, 32, 32, device="meta"))
+        bn.map_rows(torch.empty(2**20, 1, 32, 32, device="meta"))
