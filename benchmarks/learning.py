@@ -126,7 +126,7 @@ def main(options: Options) -> None:
         keep_heap()
     settings = {name: getattr(options, name) for name in SHARED}
     record = Record(options.out / "runs.jsonl", settings)
-    images = Images(options.data, options.out)
+    images = Images(options.data, options.out, options.channels)
     if "evidence" in options.parts:
         images.link_neighbours(options.neighbours)
     bench = Bench(images, options.out, ranks.device, options)
@@ -158,7 +158,7 @@ def main(options: Options) -> None:
     print(f"kept in {save(name, result)}")
     if options.write:
         evidence_alone = set(options.parts) == {"evidence"}
-        put_between_marks(options.write, text, learning_report.MARKS if evidence_alone else MARKS)
+        put_between_marks(options.write, text, learning_report.marks(options.form) if evidence_alone else MARKS)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ class Options:
     data: Annotated[Path, tyro.conf.arg(help="a tar, or a folder, of class folders in train/ and test/")]
     out: Annotated[Path, tyro.conf.arg(help="where the data are converted, and runs are kept until all are done")]
     form: str
-    """cpu and evidence (two cores), gpu and evidence_gpu (one), or smoke (seconds)"""
+    """cpu and evidence... (two cores), gpu and evidence_gpu (one), or smoke (seconds)"""
     networks: tuple[str, ...]
     """functions of learning_networks"""
     epochs: int
@@ -72,6 +72,14 @@ class Options:
     """evidence: k-NN along the runs that are drawn against seconds, so often"""
     neighbours: float = 0.1
     """evidence: share of the training images that are the neighbours"""
+    arms: tuple[str, ...] = ()
+    """evidence: of `learning_plan`, those that are run; none named: all"""
+    channels: int = 3
+    """of the images; 3: photographs"""
+    mean: tuple[float, ...] = ()
+    """of images that are no photographs, scaled by their type, a number a channel"""
+    std: tuple[float, ...] = ()
+    """their deviation, likewise"""
     minutes: float = 0.0
     """leave after so long, saving what is under way; 0: when all is done"""
     precision: str = "auto"
@@ -139,6 +147,15 @@ FORMS: dict[str, dict[str, Any]] = {
         "workers": 15,
     },
     "evidence": EVIDENCE,
+    "evidence_scans": EVIDENCE
+    | {
+        "networks": ("small_convnext_grey",),
+        "arms": ("scratch", "as published", "zero-outing", "FCMAE"),
+        "channels": 1,
+        "mean": (0.5,),
+        "std": (0.06,),
+    },
+    "evidence_resnet18": EVIDENCE | {"networks": ("half_resnet18",), "arms": ("scratch", "as published")},
     "evidence_gpu": EVIDENCE
     | {"epochs": 100, "trial_epochs": 10, "batch": 512, "processes": 4, "workers": 4, "minutes": 8.0},
     "smoke": {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from spark_fast.pipelines.convert.band_records import BandRecords
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 
 WATCHED = 10  # images a class that a run in progress is judged by; nothing is chosen by them
@@ -17,17 +18,19 @@ TUNING = 1000  # images a class, at most, for the k-NN that rates of pre-trainin
 
 
 class Images:
-    """The data set: its JPEGs as they came, and as the converter stored them.
+    """The data set: its files as they came, and as the converter stored them.
 
     Args:
         source: a tar, or a folder, with train/ and test/ (or val/) of class folders.
         out: where a tar is unpacked, and the shards go.
+        channels: of the images; 3: photographs.
     """
 
-    def __init__(self, source: Path, out: Path) -> None:
+    def __init__(self, source: Path, out: Path, channels: int = 3) -> None:
         self.root = source if source.is_dir() else _unpacked(source, out / "images")
         self.shards = out / "shards"
-        convert(self.root, self.shards, ConvertSettings(), workers=len(os.sched_getaffinity(0)))
+        kept = ConvertSettings() if channels == 3 else ConvertSettings(BandRecords(in_chans=channels))
+        convert(self.root, self.shards, kept, workers=len(os.sched_getaffinity(0)))
         self.test = next(self.shards / split for split in ("test", "val") if (self.shards / split).is_dir())
         self.knn = out / "knn"  # see `link_neighbours`
         folders = sorted(path for path in (self.root / "train").iterdir() if path.is_dir())

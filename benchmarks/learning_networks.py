@@ -26,6 +26,16 @@ def small_convnext(**kwargs: object) -> nn.Module:
     return build_network("convnext_atto", {**sizes, **kwargs}, STAGES)
 
 
+def small_convnext_grey(**kwargs: object) -> nn.Module:
+    """`small_convnext` for images of one channel."""
+    return small_convnext(in_chans=1, **kwargs)
+
+
+def half_resnet18(**kwargs: object) -> nn.Module:
+    """The first half of a ResNet-18: levels of 64 and 128 channels, of two blocks each."""
+    return build_network("resnet18", dict(kwargs), STAGES)
+
+
 def wide_resnet(**kwargs: object) -> nn.Module:
     """The first half of a ResNet-50: levels of 256 and 512 channels."""
     return build_network("resnet50", dict(kwargs), STAGES)

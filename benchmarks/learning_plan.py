@@ -48,7 +48,7 @@ class Arm(NamedTuple):
 
 
 def arms(options: Options) -> tuple[list[Arm], list[Arm]]:
-    """Those that matter most, and the others."""
+    """Those that matter most, and the others; of both, those that are asked for."""
     plain = Pretraining(options.networks[0], options.epochs, options.width, judged="test")
     watched = replace(plain, points=options.points)
     fcmae = replace(watched, variant=FCMAE_VARIANT, width=options.fcmae_width)
@@ -67,7 +67,9 @@ def arms(options: Options) -> tuple[list[Arm], list[Arm]]:
         Arm(FCMAE_4 + SAME_SECONDS, fcmae_4, same_seconds=True),
     ]
     widths = [w for w in options.widths if w != options.width]
-    return first, [*masks[2:], *(Arm(f"decoder {w}", replace(plain, width=w)) for w in widths)]
+    others = [*masks[2:], *(Arm(f"decoder {w}", replace(plain, width=w)) for w in widths)]
+    asked = options.arms or [arm.name for arm in (*first, *others)]
+    return [arm for arm in first if arm.name in asked], [arm for arm in others if arm.name in asked]
 
 
 def plan(options: Options, rows: Rows) -> Iterator[Job]:

@@ -23,7 +23,6 @@ from paired_test import LEVEL, detectable, p_value, pairs_needed
 
 from spark_fast.files import atomic_write
 
-MARKS = ("<!-- evidence: the tables -->", "<!-- evidence: their end -->")
 KNN = "k-NN"
 # what the paper found of each change against the method as published (Tian et al., ICLR 2023)
 WORSE_IN_THE_PAPER = (SCRATCH, "zero-outing", "no hierarchy", "loss on all patches", "mask 0.25", "mask 0.9")
@@ -54,6 +53,11 @@ class Found:
         """Of each seed that has been judged in all ways."""
         seeds = [seed for seed in self.by.get(judgements[0], {}) if all(seed in self.by.get(j, {}) for j in judgements)]
         return {seed: statistics.mean(self.by[j][seed] for j in judgements) for seed in seeds}
+
+
+def marks(form: str) -> tuple[str, str]:
+    """The two lines of a page between which a form's tables stand."""
+    return f"<!-- {form}: the tables -->", f"<!-- {form}: their end -->"
 
 
 def markdown(options: Options, rows: Rows) -> str:
@@ -135,6 +139,8 @@ def _times(options: Options, rows: Rows, found: dict[str, Found]) -> str:
         return ""
     lines = []
     for name in (PUBLISHED, FCMAE, FCMAE + SAME_SECONDS, FCMAE_4, FCMAE_4 + SAME_SECONDS):
+        if name not in found:
+            continue
         of_arm, by = found[name].arm, found[name].by
         same = learning_plan.passes(options, rows, of_arm.tuned_as)
         epochs = same if of_arm.same_seconds and same else options.epochs
@@ -183,7 +189,7 @@ def _rates(options: Options, rows: Rows) -> str:
 
 def _curves(options: Options, rows: Rows, arm: str) -> list[list[tuple[float, float]]]:
     """Of each seed, (seconds of training, k-NN) along the run."""
-    per_step = rows[STEPS]["of"][arm.removesuffix(SAME_SECONDS)]
+    per_step = rows[STEPS]["of"].get(arm.removesuffix(SAME_SECONDS))
     jobs = [job for job in plan(options, rows) if job.does == "pretrain" and job.about["arm"] == arm]
     return [[(step * per_step, top1) for step, top1 in rows[job.key]["knn"]] for job in jobs if job.key in rows]
 
@@ -220,7 +226,7 @@ def main(report: Report) -> None:
     text = markdown(options, rows)
     print(text)
     if report.write:
-        put_between_marks(report.write, text, MARKS)
+        put_between_marks(report.write, text, marks(report.form))
     if report.picture:
         draw(options, rows, report.picture)
 

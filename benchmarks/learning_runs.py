@@ -206,7 +206,9 @@ class Bench:
         settings.data.val_path = str(self.images.held_out() if run.held_out else self.images.test)
         judged = open_val(settings, self.ranks, train, lambda step: None)
         drop_path = settings.recipe.drop_path or 0.0
-        model = build_classifier(settings.network, STAGES, weights, train.num_classes, drop_path, settings.size)
+        model = build_classifier(
+            settings.network, STAGES, weights, train.num_classes, drop_path, settings.size, self.options.channels
+        )
         with _running(train, watched, judged) as interrupt:
             tuning = FinetuneRun(settings, self.ranks, train, watched, model)
             if not tuning.trainer(None, Report(None), Watchdog(TIMEOUT), interrupt).train():
@@ -249,7 +251,7 @@ class Bench:
 
     def _model(self, run: Pretraining) -> Method:
         torch.manual_seed(run.seed)
-        return build(run).to(self.ranks.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        return build(run, self.options.channels).to(self.ranks.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
     def _settings(self, run: Pretraining) -> training.Settings:
         options = self.options
@@ -259,6 +261,9 @@ class Bench:
                 str(self.images.some(run.images)),
                 str(judged),
                 input_size=str(SIZE),
+                in_chans=options.channels,
+                mean=options.mean,
+                std=options.std,
                 batch_size=options.batch,
                 workers=options.workers,
             ),
@@ -282,8 +287,8 @@ class Bench:
         batch = min(options.tune_batch, max(1, round(run.share * len(self.images)) // 4))
         return evaluation.Finetune(
             evaluation.Data(
-                str(learned), str(self.images.watched()), input_size=str(SIZE), batch_size=batch, crop_pct=1.0,
-                workers=options.workers,
+                str(learned), str(self.images.watched()), input_size=str(SIZE), in_chans=options.channels,
+                batch_size=batch, crop_pct=1.0, workers=options.workers, mean=options.mean, std=options.std,
             ),
             evaluation.Model("none", _own(run.network), STAGES),
             evaluation.FinetuneRunSettings("learning", seed=run.seed, precision=self.precision),
@@ -293,7 +298,7 @@ class Bench:
                 mixup=0.0, cutmix=0.0, smoothing=0.1, repeats=1, augment="none", erase=0.0,
                 min_scale=options.min_scale, drop_path=0.0, ema=0.0, clip=1.0,
             ),
-        ).resolved(_own(run.network), STAGES)  # fmt: skip
+        ).resolved(_own(run.network), STAGES, options.channels)  # fmt: skip
 
     def _classify(self, network: Any, images: Tensor) -> Tensor:
         dtype = DTYPES[self.precision]
@@ -301,10 +306,10 @@ class Bench:
             return network(images)
 
 
-def build(run: Pretraining) -> Method:
-    """FCMAE, or SparK with the one thing changed that the variant says."""
+def build(run: Pretraining, channels: int = 3) -> Method:
+    """FCMAE, or SparK with the one thing changed that the variant says; `channels` of the images."""
     encoder, method = METHODS[run.variant]
-    packed = encoder(build_network(_own(run.network)), (SIZE, SIZE), STAGES, keep=1 - run.mask)
+    packed = encoder(build_network(_own(run.network)), (SIZE, SIZE), STAGES, keep=1 - run.mask, in_chans=channels)
     return method(packed, (SIZE, SIZE), run.mask, run.width)
 
 

@@ -93,7 +93,7 @@ def build(way: Way, shape: Shape, device: torch.device) -> Method:
 def inputs(model: Method, shape: Shape, way: Way, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Images of noise, and their masks."""
     generator = torch.Generator(device).manual_seed(seed)
-    images = torch.randn(shape.batch, 3, shape.size, shape.size, generator=generator, device=device)
+    images = torch.randn(shape.batch, model.in_chans, shape.size, shape.size, generator=generator, device=device)
     seen = model.sample_masks(seed, 0, torch.arange(shape.batch, device=device), shape.masks)
     return images.contiguous(memory_format=way.layout), seen
 

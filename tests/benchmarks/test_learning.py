@@ -101,6 +101,24 @@ def test_every_arm_of_the_evidence_is_tuned_pretrained_and_finetuned(learning, m
 
 
 @pytest.mark.slow
+def test_images_of_one_channel_of_16_bits_go_the_same_way(learning, tmp_path, one_thread):
+    import learning_report
+    import learning_scans
+    from learning_queue import read_rows
+
+    learning_scans.make(learning_scans.Options(tmp_path / "scans", train=13, test=2, processes=1))
+    words = ["--form", "smoke", "--parts", "evidence", "--networks", "small_convnext_grey", "--channels", "1"]
+    words += ["--mean", "0.5", "--std", "0.06", "--arms", "scratch", "as published", "--seeds", "1"]
+    options = learning.parse(
+        [*words, "--pretrainings", "1", "--data", str(tmp_path / "scans"), "--out", str(tmp_path / "out")]
+    )
+    learning.main(options)
+    rows = read_rows(tmp_path / "out" / "runs.jsonl")
+    assert len(rows) == 1 + 1 + 2 + 2 * 1 + 1 + 2, "settings, step, trials, sweeps, pre-training, fine-tunings"
+    assert "| as published |" in learning_report.markdown(options, rows)
+
+
+@pytest.mark.slow
 def test_an_interrupted_pretraining_goes_on_and_ends_as_one_that_was_not(
     learning_runs, more_pictures, tmp_path, one_thread, monkeypatch
 ):

@@ -92,3 +92,18 @@ def test_after_an_end_of_the_process_the_plan_goes_on_with_the_first_run_that_is
     assert finish(learning_plan, options, rows) == whole[30:]
     more = finish(learning_plan, replace(options, seeds=6), rows)
     assert len(more) == 14 * 3 * 2, "more fine-tunings of the same pre-trainings are just those"
+
+
+def test_a_form_may_have_some_of_the_arms(learning_plan):
+    from learning_forms import parse
+
+    options = parse(["--form", "evidence_resnet18", "--data", "x", "--out", "y"])
+    rows = {}
+    finish(learning_plan, options, rows)
+    assert len(rows) == learning_plan.expected(options) == 1 + 3 + 3 * 2 * 2 + 3 + 3 * 2 * 2
+    assert {row["arm"] for row in rows.values() if "top1" in row} == {
+        "scratch",
+        "as published",
+        "scratch swept",
+        "as published swept",
+    }

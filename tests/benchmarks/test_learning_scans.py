@@ -1,0 +1,52 @@
+"""The generated scans: ten classes of 16 bits that only a shape tells apart."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.benchmarks.test_device_report import BENCHMARKS
+
+
+@pytest.fixture
+def scans(monkeypatch):
+    pytest.importorskip("imagecodecs", reason="16-bit PNG needs imagecodecs")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import learning_scans
+
+    return learning_scans
+
+
+def test_a_scan_depends_on_its_number_alone_and_uses_16_bits(scans):
+    one, again, other = scans.scan(3, "ring"), scans.scan(3, "ring"), scans.scan(4, "ring")
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, other)
+    assert (one.dtype, one.shape) == (np.uint16, (64, 64))
+    assert len(np.unique(one)) > 256
+
+
+def test_the_class_changes_the_shape_and_nothing_else(scans):
+    """Same number: background, places, contrast and noise are the same, so most pixels are equal."""
+    of_class = [scans.scan(5, shape) for shape in scans.CLASSES]
+    for i, image in enumerate(of_class[1:], 1):
+        changed = np.mean(image != of_class[0])
+        assert 0 < changed < 0.4, scans.CLASSES[i]
+
+
+def test_mean_and_deviation_are_those_of_the_form(scans):
+    from learning_forms import FORMS
+
+    images = np.stack([scans.scan(i, scans.CLASSES[i % 10]) for i in range(100)]) / 65535
+    form = FORMS["evidence_scans"]
+    assert images.mean() == pytest.approx(form["mean"][0], abs=0.02)
+    assert images.std() == pytest.approx(form["std"][0], abs=0.02)
+
+
+def test_the_files_are_read_back_and_made_once(scans, tmp_path):
+    options = scans.Options(tmp_path, train=2, test=1, processes=1)
+    scans.make(options)
+    assert len(list(tmp_path.rglob("*.png"))) == 30
+    path = tmp_path / "train" / "two-bars" / "00001.png"
+    assert np.array_equal(np.asarray(Image.open(path)), scans.scan(17, "two bars"))
+    before = path.stat().st_mtime_ns
+    scans.make(options)
+    assert path.stat().st_mtime_ns == before
