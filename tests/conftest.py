@@ -61,6 +61,11 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=why))
 
 
+def pytest_runtest_setup(item):
+    """Random numbers are those of the test alone, whichever tests the process has run before."""
+    torch.manual_seed(0)
+
+
 def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):  # a process of xdist, which prints nothing itself
         session.config.workeroutput["left"] = session.config.stash.get(LEFT, 0)
