@@ -73,12 +73,15 @@ def arms(options: Options) -> tuple[list[Arm], list[Arm]]:
 
 
 def plan(options: Options, rows: Rows) -> Iterator[Job]:
-    """Every run that is done, or can be begun now, the most important first: seed by seed over the arms."""
+    """Every run that is done, or can be begun now, the most important first: arm by arm, with all seeds of each.
+
+    So a part of the runs decides some directions, where it would leave all of them open seed by seed.
+    """
     timed = {arm.name: arm.before for arm in arms(options)[0] if arm.name in TIMED and arm.before}
     yield Job(STEPS, "step_costs", timed, {"runs": {name: asdict(run) for name, run in timed.items()}})
     for group in arms(options):
-        for seed in range(options.pretrainings):
-            for arm in group:
+        for arm in group:
+            for seed in range(options.pretrainings):
                 yield from _of_arm(options, rows, arm, seed)
 
 
