@@ -8,6 +8,8 @@ held in the process that trains. It is measured twice. A thread of pure Python r
 as the kernel counts it, it waits for the lock. And the processor time of the thread that takes the batches, which
 holds the lock for less where worker processes decode. An image's time is the processor time of all processes.
 
+"2 programs" are two that share nothing, each with a core of its own: what this machine's second core brings at most.
+
 Where others use the machine, "undisturbed" is what to look at: there the time for which a thread waits for a core is
 not counted against it.
 
@@ -25,6 +27,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -49,10 +52,12 @@ def awake(task: str) -> float:
 
 
 class Way(NamedTuple):
-    """A number of decoding threads, one a core, and of processes that they are spread over."""
+    """A number of decoding threads, one a core, and of processes that they are spread over; in each of so many programs
+    that know nothing of each other."""
 
     cores: int
     processes: int
+    programs: int = 1
 
 
 WAYS = {
@@ -60,6 +65,7 @@ WAYS = {
     "threads, 2 cores": Way(2, 0),
     "1 process, 2 cores": Way(2, 1),
     "2 processes, 2 cores": Way(2, 2),
+    "2 programs, 1 core each": Way(1, 0, programs=2),
 }
 
 
@@ -189,25 +195,34 @@ def serve(store: Path, channels: int, way: Way, batch: int, pipe: Connection) ->
 
 
 class Pinned:
-    """A way to read a store, in a process that may use the first so many cores alone."""
+    """A way to read a store: programs of which each may use its own cores alone, the first ones of the machine."""
 
     def __init__(self, store: Path, channels: int, way: Way, batch: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(store, channels, way, batch, theirs))
-        start_on_cores(process, way.cores)
-        theirs.close()
-        self._process = process
+        self._programs: list[tuple[BaseProcess, Connection]] = []
+        for i in range(way.programs):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(store, channels, way, batch, theirs))
+            start_on_cores(process, way.cores, first=i * way.cores)
+            theirs.close()
+            self._programs.append((process, ours))
 
     def __call__(self, beside: bool = False) -> dict[str, float]:
-        """What an epoch took; `beside`: with a busy thread."""
-        self._pipe.send(beside)
-        return self._pipe.recv()
+        """What an epoch took, of all programs at once; `beside`: with a busy thread."""
+        for _, pipe in self._programs:
+            pipe.send(beside)
+        rows = [pipe.recv() for _, pipe in self._programs]
+        found = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        if "seconds" in found:
+            found["seconds"] = 1 / sum(1 / row["seconds"] for row in rows)
+            found["memory"] *= len(rows)
+        return found
 
     def close(self) -> None:
-        """End the process."""
-        self._pipe.send(None)
-        self._process.join()
+        """End the processes."""
+        for process, pipe in self._programs:
+            pipe.send(None)
+            process.join()
 
 
 def measure(store: tuple[Path, int], options: Options) -> dict[str, dict[str, float]]:
@@ -255,7 +270,7 @@ def show(found: dict[str, dict[str, dict[str, float]]]) -> None:
                 name,
                 f"{1 / row['seconds']:.0f}",
                 f"{one / row['seconds']:.2f}",
-                f"{undisturbed(row, ways['threads, 1 core'], WAYS[name].cores):.2f}",
+                f"{undisturbed(row, ways['threads, 1 core'], WAYS[name].cores * WAYS[name].programs):.2f}",
                 f"{1e3 * row['processor']:.2f}",
                 f"{lock:.1%} / {consumer:.1%}",
                 f"{row['memory']:.0f}",
