@@ -4,11 +4,11 @@ Three stages: `workers` threads read the files and examine them; a decoder takes
 with their boxes and flips; the device normalises. Order, boxes and flips come from `sampler` and `crops`, as for
 every backend.
 
-The decoder gets only what it decodes as the other backends do: colour and grey JPEGs. All else (CMYK, PNG ...) is
-decoded by `decode` and handed over as pixels. These decoders turn a damaged scan into grey without an error, or raise
-one that does not name the image. So `decode` checks each image strictly the first time it is read, and its checksum is
-kept (4 bytes an image). As long as the checksum is the same, the image goes straight to the decoder. This costs a
-second decoding in a pipeline's first epoch, and none after it.
+The decoder gets only what it decodes as the other backends do: colour and grey JPEGs. `decode_image` decodes all else
+(CMYK, PNG ...), which is handed over as pixels. These decoders turn a damaged scan into grey without an error, or raise
+an error that does not name the image. So `decode_image` checks each image strictly the first time it is read, and its
+checksum is kept (4 bytes an image). While the checksum is the same, the image goes straight to the decoder. This costs
+a second decoding in a pipeline's first epoch, and none after it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class BatchDecoder(Protocol):
     def decode(self, images: Sequence[Encoded]) -> Tensor:
         """The images on the device, in memory that no later call writes to.
 
-        Raises DecoderError when one of them cannot be decoded; the decoder can be used again.
+        They are (n, H, W, 3) uint8, or (n, 3, H, W) if the decoder normalises too. Raises DecoderError when one of
+        them cannot be decoded; the decoder can be used again.
         """
         ...
 

@@ -79,10 +79,10 @@ class PlannedLoader(Loader):
         prepare: Prepare,
         finish: Finish,
     ) -> PlannedEpoch:
-        """Start to decode `plan`, whole batches of rows.
+        """Start to decode `plan`, (n,) PLAN rows in whole batches.
 
-        In FFCV's thread and batch by batch, `prepare(rows)` sets boxes and flips, and `finish(rows, what prepare
-        returned, pixels)` may read the faults and repair the pixels.
+        Both callbacks run in FFCV's thread, once a batch. `prepare(rows)` sets boxes and flips.
+        `finish(rows, what prepare returned, pixels)` may read the faults and repair the pixels, (B, H, W, 3) uint8.
         """
         self.traversal_order.plan = plan
         return PlannedEpoch(self, self.traversal_order.sample_order(self.next_epoch), prepare, finish)
@@ -99,7 +99,7 @@ class PlannedOrder(TraversalOrder):
 
 
 class PlannedEpoch(EpochIterator):
-    """The thread that decodes one epoch some batches ahead, and the iterator over what it made."""
+    """The thread that decodes `plan`, (n,) PLAN, some batches ahead, and the iterator over what it decoded."""
 
     def __init__(self, loader: PlannedLoader, plan: NDArray[np.void], prepare: Prepare, finish: Finish) -> None:
         self._prepare, self._finish = prepare, finish

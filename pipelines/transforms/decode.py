@@ -47,7 +47,7 @@ class Decoded(NamedTuple):
 def decode(
     data: bytes | memoryview, max_pixels: int = MAX_PIXELS, *, fast_chroma: bool = False
 ) -> tuple[NDArray[np.uint8], bool]:
-    """Decode one image: its pixels, and whether they were converted; see `decode_image`."""
+    """The pixels of an image, (H, W, 3) RGB, and whether they were converted; else as `decode_image`."""
     decoded = decode_image(data, max_pixels, fast_chroma=fast_chroma)
     return decoded.pixels, decoded.converted
 
@@ -55,9 +55,10 @@ def decode(
 def decode_image(
     data: bytes | memoryview, max_pixels: int = MAX_PIXELS, *, fast_chroma: bool = False, judged: bool = False
 ) -> Decoded:
-    """Decode one image.
+    """Decode one image, (H, W, 3) RGB.
 
     Args:
+        max_pixels: larger images are refused.
         fast_chroma: repeat a JPEG's coarser chroma where it would be interpolated.
         judged: these bytes were decoded before.
 

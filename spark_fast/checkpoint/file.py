@@ -205,7 +205,7 @@ def restore(path: Path, content: RunContent, model: nn.Module, optimizer: torch.
 
 
 def random_state() -> dict[str, Tensor]:
-    """The state of torch's generators on this rank."""
+    """The states of torch's generators on this rank, by device type: (bytes,) uint8 each, on the host."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

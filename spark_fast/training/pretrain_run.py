@@ -49,9 +49,9 @@ MOMENTS = {"lamb": 2, "adamw": 2, "sgd": 1}  # tensors that an optimiser keeps f
 
 
 class PretrainStep:
-    """(step, batch) -> loss and gradient norm: draws the masks and advances.
+    """step, batch -> loss and gradient norm: draws the masks and advances.
 
-    Whatever is random in a step depends on (seed, step, rank) alone.
+    All random numbers of a step depend on seed, step and rank alone.
     """
 
     def __init__(self, model: Method, advance: TrainStep, seed: int, rank: int, share: int, masks: int = 1) -> None:
@@ -59,7 +59,7 @@ class PretrainStep:
         self.positions = torch.arange(share, device=advance.device) + rank * share  # in the global batch
 
     def __call__(self, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Advance by this rank's share of a global batch."""
+        """Advance by this rank's share of a global batch; returns loss and gradient norm, scalars on the device."""
         torch.manual_seed(step_seed(self.seed, step, self.rank))
         visible = self.model.sample_masks(self.seed, step, self.positions, self.masks)
         return self.advance(step, batch.images, visible)
@@ -254,7 +254,7 @@ class PretrainRun:
 
 
 class EndOfEpoch:
-    """What the end of an epoch brings: a line of log.txt, the save, and now and then a picture."""
+    """Ends an epoch: writes a line of log.txt, saves, and every few epochs draws `pictured`, (N, C, H, W)."""
 
     def __init__(self, run: PretrainRun, logger: RunLogger, folder: Path | None, pictured: Tensor | None) -> None:
         self.run, self.logger, self.folder, self.pictured = run, logger, folder, pictured
