@@ -97,7 +97,7 @@ class EncodedPipeline(Backend):
 
     def __init__(self, source: Source, sampler: Sampler, options: LoaderOptions) -> None:
         super().__init__(source, sampler, options)
-        self._sound = np.zeros(len(source), np.uint32)  # checksums of the images that `decode` approved
+        self._sound = np.zeros(len(source), np.uint32)  # checksums of the images that `decode_image` approved
         self._refused: set[int] = set()  # samples that the decoder cannot decode, though they are sound
         self._logged = False
         # On CUDA two take turns: one is fed while the other decodes.
@@ -114,7 +114,7 @@ class EncodedPipeline(Backend):
 
     @abstractmethod
     def _finished(self, decoded: Tensor) -> Tensor:
-        """What the decoder gave as a batch's images, (B, 3, H, W)."""
+        """The decoder's output as the images of a batch, (B, 3, H, W)."""
 
     def close(self) -> None:
         """Stop the threads, close the decoders and close the source."""
@@ -217,7 +217,7 @@ class EncodedPipeline(Backend):
         return pixels, [loaded for _, loaded in examined]
 
     def _find_refused(self, decoder: BatchDecoder, ids: NDArray[np.int64], examined: list[Examined]) -> None:
-        """Note which images of a batch the decoder refuses, though `decode` reads them; each once in a run."""
+        """Note which images of a batch the decoder refuses, though `decode_image` reads them; each once in a run."""
         for sample, (encoded, _) in zip(ids.tolist(), examined, strict=True):
             try:
                 decoder.decode([encoded])

@@ -1,9 +1,9 @@
 """An FFCV Loader that takes a given order, crops and flips, and whose failures reach the consumer.
 
 FFCV hands its decoder the sample numbers of a batch: rows of the array that its traversal order makes. Here a
-row holds more than the number (`ffcv_kernel.PLAN`), so that crops and flips travel the same way. FFCV's own are
-the reader, the memory map, the graph and its compilation, and the ring of buffers. The loop of its thread is written
-anew: FFCV's ends silently on an error, and the consumer waits for ever.
+row holds more than the number (`ffcv_kernel.PLAN`), so that crops and flips travel the same way. The reader, the
+memory map, the graph and its compilation, and the ring of buffers are FFCV's own. The loop of its thread is replaced:
+FFCV's ends silently on an error, and the consumer waits for ever.
 
 To be imported only where FFCV is known to be installed.
 """
@@ -89,7 +89,7 @@ class PlannedLoader(Loader):
 
 
 class PlannedOrder(TraversalOrder):
-    """The plan of the epoch that is about to start, whatever its number: a plan is made for one epoch."""
+    """The plan of the next epoch, whatever its number: a plan is made for one epoch."""
 
     plan: NDArray[np.void]
 
@@ -106,7 +106,7 @@ class PlannedEpoch(EpochIterator):
         super().__init__(loader, plan)  # starts the thread
 
     def run(self) -> None:
-        """In the thread."""
+        """The thread's loop: decode each batch of the plan and hand it over; an error is handed over, too."""
         slots = self.loader.batches_ahead + 2
         try:
             numba.set_num_threads(self.loader.num_workers)

@@ -1,6 +1,6 @@
-"""An image's way from its file to its place in a batch, and what happens when it cannot be read.
+"""From the file of an image to its place in a batch, and what happens when it cannot be read.
 
-This is the whole of it where the host decodes: all of the default pipeline's images, and those that FFCV cannot decode.
+The host decodes this way: all images of the default pipeline, and those that FFCV cannot decode.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ImageLoader:
     normalise: Normalise | None = None
     device_augment: DeviceAugment | None = None
     max_pixels: int = MAX_PIXELS  # of an image that is read
-    judged: NDArray[np.bool_] = field(init=False)  # the images that `decode` has approved, in this run or at conversion
+    judged: NDArray[np.bool_] = field(init=False)  # (n,), images that `decode_image` approved, now or at conversion
 
     def __post_init__(self) -> None:
         memory = mmap.mmap(-1, len(self.source) + 1)  # shared with the processes that are forked from this one
@@ -111,5 +111,5 @@ class ImageLoader:
 
 
 def judged_when_stored(source: Source) -> bool:
-    """Whether `decode` approved the images at conversion: then their checksums are compared on reading."""
+    """Whether `decode_image` approved the images at conversion: then their checksums are compared on reading."""
     return isinstance(source, (ShardSource, BetonSource))

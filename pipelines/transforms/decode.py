@@ -36,7 +36,7 @@ class Decoded(NamedTuple):
 
     pixels: NDArray[np.uint8]  # (H, W, 3), RGB
     what: str | None  # None: a plain colour JPEG; else what it is, in words for the manifest of a conversion
-    losses: tuple[Loss, ...] = ()  # what of it became no pixels
+    losses: tuple[Loss, ...] = ()  # what its pixels have lost
 
     @property
     def converted(self) -> bool:
@@ -90,7 +90,7 @@ def _decode_with_pillow(data: bytes | memoryview, max_pixels: int) -> tuple[NDAr
 
 
 def allow_pixels(max_pixels: int) -> None:
-    """Let Pillow open images of so many pixels: from its own limit on it warns, from twice that it refuses."""
+    """Let Pillow open images of so many pixels: it warns above its own limit, and refuses above twice that."""
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels
 

@@ -83,8 +83,8 @@ def join(device: str, timeout: float = 600.0) -> Ranks:
     """Join the ranks that torchrun started, or stand alone.
 
     Args:
-        timeout: seconds of silence after which a rank gives up; the watchdog's, see there. Exchanges wait a little
-            longer, so that the watchdog, which knows more, is the one to speak.
+        timeout: seconds of silence after which the `Watchdog` of a rank gives up. Exchanges wait a little longer, so
+            that the watchdog, which can name the cause, reports it first.
 
     Raises:
         SettingsError: a GPU is asked for and there is none, or fewer than ranks on this node.

@@ -31,7 +31,7 @@ def build_optimizer(name: str, model: nn.Module, beta2: float, *, zero: bool = F
 
     Args:
         zero: ZeRO-1 (Rajbhandari et al., 2020): each rank keeps the moments of its share of the parameters and updates
-            those. The state dict is the same as without, see `parallel.gather_state`; a run may change between the two.
+            those. The state dict is the same as without, see `data_parallel.gather_state`; a resumed run may switch.
 
     Raises:
         ValueError: an unknown name.
