@@ -128,7 +128,7 @@ class PretrainRun:
         return self.evaluator
 
     def restore(self, paths: list[Path]) -> None:
-        """Go on where the first of these checkpoints that can be read was written, at the very next batch."""
+        """Resume from the first of these checkpoints that can be read, at the next batch."""
         path, content = newest_readable(paths, read_resumable)
         if is_published(content):
             content = self._from_published(path, content)
@@ -137,7 +137,7 @@ class PretrainRun:
         self.state.restore(path, cast(RunContent, content), self.ranks)
 
     def monitor(self, logger: RunLogger, profile: Profile | None = None) -> Monitor:
-        """What collects the figures of the steps for a logger."""
+        """The monitor that collects the figures of the steps for `logger`."""
         return Monitor(
             logger,
             images_per_step=self.settings.data.batch_size,
@@ -150,7 +150,7 @@ class PretrainRun:
         )
 
     def logger(self, folder: Path | None) -> RunLogger:
-        """What shows them; nothing where `folder` is None."""
+        """The logger of the run; it shows nothing where `folder` is None."""
         run, at = self.settings.run, self.position
         return RunLogger(
             folder,
@@ -217,7 +217,7 @@ class PretrainRun:
         return Checkpointer(self.state, manager, steps=steps, seconds=seconds, after_epoch=after_epoch)
 
     def _from_published(self, path: Path, content: Content) -> Content:
-        """A full checkpoint of the published code as one of this run; what it has not, is as the run begins with it."""
+        """A full checkpoint of the published code as one of this run; what it lacks keeps the run's initial value."""
         found = published_run(path, content, self.model, self.optimizer, in_published_names(self.settings))
         step = found["epoch"] * self.position.steps_per_epoch
         return {**found, "step": step, "random_state": random_state(), "scaler": self.advance.scaler.state_dict()}

@@ -153,7 +153,7 @@ class TrainStep:
 def resolve_precision(asked: str, device: torch.device) -> str:
     """What `auto` means on this device: bf16 where it is native, fp16 on older GPUs, fp32 on the CPU.
 
-    Another one is taken as asked for, with a warning where the device has no instructions for it.
+    Any other precision is used as asked for, with a warning where the device has no instructions for it.
     """
     if asked != "auto":
         if asked != "fp32":

@@ -50,7 +50,7 @@ class BandAugment(DeviceAugment):
         self._normalise = normalise
 
     def __call__(self, cells: Tensor, crops: Tensor) -> Tensor:
-        """(B, *cell, C) of the batch's numbers and (B, 3) int64 as `put` returned them, both on the device."""
+        """Cells (B, *cell, C) of the batch's type and what `put` gave, (B, 3) int64, on the device -> (B, C, H, W)."""
         if cells.is_floating_point():  # beside a crop lies what was in the memory before: 0 * NaN is NaN
             down, across = (
                 torch.arange(side, device=cells.device) < crops[:, i, None]  # (B, rows), (B, columns)
