@@ -64,7 +64,7 @@ def _positions(num_samples: int, step: int, batch_size: int, rank: int, world_si
 
 
 def uniform(seed: int, draw_ids: ArrayLike, sample_ids: ArrayLike, n: int) -> NDArray[np.float64]:
-    """n numbers in [0, 1) per sample, a function of (seed, draw, sample) alone; (len(sample_ids), n).
+    """n numbers in [0, 1) per sample, (samples, n), a function of seed, draw and sample alone.
 
     `draw_ids`, one for all or one a sample, are the epoch where no sample is repeated in it, see `Share`.
     """

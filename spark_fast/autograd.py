@@ -1,4 +1,4 @@
-"""What the autograd functions of this project share: the type of their `ctx`, and the casts of autocast."""
+"""The type of `ctx` in the autograd functions of this project, and the casts that autocast does not make for them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class AutogradContext(Protocol):
     needs_input_grad: tuple[bool, ...]
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
-        """Keep tensors for the backward pass."""
+        """Keep tensors, of any shape, for the backward pass."""
 
     def mark_dirty(self, *tensors: Tensor) -> None:
-        """Say which inputs the forward pass changed in place."""
+        """Say which inputs, of any shape, the forward pass changed in place."""
 
 
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as autocast would hand them to a convolution: it does not know functions of our own."""
+    """The tensors, of any shape, cast as autocast would for a convolution: it casts nothing for custom functions."""
     device = tensors[0].device.type
     if tensors[0].is_meta or not torch.is_autocast_enabled(device):
         return tensors

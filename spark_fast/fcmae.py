@@ -72,7 +72,7 @@ class FCMAE(Method):
             module.apply(_initialize)
 
     def decode(self, features: list[Tensor], visible: VisiblePatches, on: VisiblePatches) -> Tensor:
-        """Decode the grid, predict pixels in the order (row, column, channel): see `Method.decode`."""
+        """See `Method.decode`: (M, C, p, p). The head gives p*p*C numbers a patch, channels innermost, as published."""
         cells = _pointwise(self.proj, features[-1])  # (V, width, 1, 1)
         grid = self.decoder(visible.unpack(cells, fill=self.mask_token.flatten()))  # (B*K, width, h, w)
         pixels = _pointwise(self.pred, on.pack(grid))  # (M, p*p*C, 1, 1)

@@ -1,8 +1,8 @@
-"""What every method of masked image modelling has: an encoder of visible patches, and a loss on the masked ones.
+"""The base of all methods of masked image modelling: an encoder of visible patches, and a loss on the masked ones.
 
 A method is one class in one file (`spark.py`, `fcmae.py`): it makes its decoder, says in `decode` what stands in the
-masked patches, and names its defaults in a `Recipe`. The trainer, checkpoints, pictures and the dry run know no more
-of a method than this file; `docs/explanation/methods.md` shows how to write one.
+masked patches, and names its defaults in a `Recipe`. The trainer, checkpoints, pictures and the dry run use
+nothing of a method but what this file has; `docs/explanation/methods.md` shows how to write one.
 
 Names: B images of H x W and C channels, K masks per image, patch p px, grid (h, w) = (H/p, W/p), L visible patches
 per mask.
@@ -41,7 +41,10 @@ METHODS = {"spark": "spark_fast.spark:SparK", "fcmae": "spark_fast.fcmae:FCMAE"}
 
 
 def decays_by_default(name: str, value: Tensor) -> bool:
-    """Not on 1-d tensors, biases, mask tokens and layer scale, as in SparK (pretrain/utils/lr_control.py)."""
+    """Whether weight decay acts on a parameter `value` of any shape, as in SparK (pretrain/utils/lr_control.py).
+
+    It does not on 1-d tensors, biases, mask tokens and layer scale.
+    """
     exempt = ("cls_token", "pos_embed", "mask_token", "gamma")
     return value.dim() != 1 and not name.endswith(".bias") and not any(part in name for part in exempt)
 
@@ -52,9 +55,9 @@ class Recipe:
 
     Attributes:
         settings: defaults of the command's settings, by their names, where they differ.
-        first_lr: share of the peak rate at which the warm-up begins.
-        last_lr: share of it at which the half cosine ends.
-        closed: the cosine is over at the last step; else it would be one step later.
+        first_lr: learning rate at the first step of the warm-up, as a share of the peak.
+        last_lr: learning rate at the end of the half cosine, as a share of the peak.
+        closed: the half cosine ends at the last step; else one step later.
         decays: whether weight decay acts on a parameter, by its name and value.
     """
 
@@ -81,7 +84,7 @@ class Method(nn.Module):
     Attributes:
         options: the class's further arguments; each is a setting of the command, of the same name.
         recipe: how the method is trained by default.
-        rounds_down: the number of visible patches; else it is rounded.
+        rounds_down: the number of visible patches is rounded down; else to the nearest.
         in_chans: channels of the images, C.
         patch: pixels per patch side.
         grid: (h, w), patches per image.
@@ -107,10 +110,10 @@ class Method(nn.Module):
 
         Args:
             features: per level of the encoder, finest first, (V, C_i, b_i, b_i).
-            visible, on: of B*K masks, those of one image next to one another.
+            visible, on: patches of B*K masks, those of one image next to one another.
 
         Returns:
-            (M, C, p, p) for the M patches of `on`, each less its mean and in units of its deviation.
+            (M, C, p, p) for the M patches of `on`, each normalised by its own mean and standard deviation.
         """
         raise NotImplementedError
 
@@ -119,7 +122,7 @@ class Method(nn.Module):
         return num_visible(self.grid, mask_ratio, down=self.rounds_down)
 
     def layer_by_layer(self) -> AbstractContextManager[None]:
-        """Compute every layer by itself, as the method is published: for the count of what it costs."""
+        """A context in which every layer is computed by itself, as in the published code: to count its FLOPs."""
         return nullcontext()
 
     def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -130,7 +133,7 @@ class Method(nn.Module):
         Args:
             images: (B, C, H, W).
             visible: bool (B*K, h, w), True where visible; or int64 (B*K, L), the visible patches of each mask as
-                y*w + x ascending, which needs no look at the data; one mask an image is drawn when None.
+                y*w + x ascending, which needs no host sync; None: one mask per image is drawn.
 
         Raises:
             ValueError: images of another size, or a mask that keeps unequal numbers of patches.
@@ -141,7 +144,10 @@ class Method(nn.Module):
         return self.loss(images, patches, on=patches.complement())
 
     def loss(self, images: Tensor, visible: VisiblePatches, on: VisiblePatches) -> Tensor:
-        """The squared error on the patches `on`, each in units of its own deviation: a scalar."""
+        """The mean squared error on the patches `on`, each normalised by its own mean and standard deviation: a scalar.
+
+        `images` is (B, C, H, W). Raises ValueError if `decode` returns another shape than the patches'.
+        """
         predicted = self.decode(self.encoder(images, visible), visible, on)
         wide = torch.float64 if images.dtype == torch.float64 else torch.float32
         target = on.pack(images).to(wide)
@@ -156,7 +162,7 @@ class Method(nn.Module):
     def reconstruct(self, images: Tensor, visible: Tensor) -> Tensor:
         """Fill in the masked patches; visible pixels are kept to the bit.
 
-        Patches are predicted less their mean and in units of their deviation, which are taken from `images`.
+        Predicted patches are normalised; their means and standard deviations are taken from `images`.
 
         Args:
             images: (B, C, H, W).
@@ -209,7 +215,7 @@ class Method(nn.Module):
         return sample_visible(seed, step, positions, self.grid, keep, masks)
 
     def visible_patches(self, images: Tensor, visible: Tensor | None) -> VisiblePatches:
-        """The patches that `visible` says, in either of its forms; drawn when None.
+        """The patches of `visible` for `images`, (B, C, H, W): bool (B*K, h, w) or int64 (B*K, L), see `forward`.
 
         Raises:
             ValueError: images of another size than the model's, or a mask of another shape.

@@ -80,7 +80,7 @@ class SparK(Method):
                 block.merge = merge
 
     def decode(self, features: list[Tensor], visible: VisiblePatches, on: VisiblePatches) -> Tensor:
-        """Densify every level, decode the whole image: see `Method.decode`."""
+        """See `Method.decode`: (M, C, p, p). Every level is densified and the whole image decoded."""
         levels, kernels = [], self.encoder.context.kernels
         layers = zip(self.densify_norms, self.mask_tokens, self.densify_projs, strict=True)
         for level, (norm, token, project) in zip(reversed(features), layers, strict=True):

@@ -99,7 +99,7 @@ class KeptStream:
                 self._write(f"what is printed is no longer copied to {self._path}: {error}\n")
 
     def _do_without(self, error: OSError) -> None:
-        """Point the stream's descriptor nowhere: what is still buffered, and other writers to it, then fail no more."""
+        """Point the stream's descriptor at /dev/null, so that buffered text and other writers no longer fail."""
         if error.errno not in READER_GONE:
             raise error
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -4,11 +4,11 @@ Three stages: `workers` threads read the files and examine them; a decoder takes
 with their boxes and flips; the device normalises. Order, boxes and flips come from `sampler` and `crops`, as for
 every backend.
 
-The decoder gets only what it decodes as the other backends do: colour and grey JPEGs. All else (CMYK, PNG ...) is
-decoded by `decode` and handed over as pixels. These decoders turn a damaged scan into grey without an error, or raise
-one that does not name the image. So `decode` checks each image strictly the first time it is read, and its checksum is
-kept (4 bytes an image). As long as the checksum is the same, the image goes straight to the decoder. This costs a
-second decoding in a pipeline's first epoch, and none after it.
+The decoder gets only what it decodes as the other backends do: colour and grey JPEGs. `decode_image` decodes all else
+(CMYK, PNG ...), which is handed over as pixels. These decoders turn a damaged scan into grey without an error, or raise
+an error that does not name the image. So `decode_image` checks each image strictly the first time it is read, and its
+checksum is kept (4 bytes an image). While the checksum is the same, the image goes straight to the decoder. This costs
+a second decoding in a pipeline's first epoch, and none after it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class BatchDecoder(Protocol):
     def decode(self, images: Sequence[Encoded]) -> Tensor:
         """The images on the device, in memory that no later call writes to.
 
-        Raises DecoderError when one of them cannot be decoded; the decoder can be used again.
+        They are (n, H, W, 3) uint8, or (n, 3, H, W) if the decoder normalises too. Raises DecoderError when one of
+        them cannot be decoded; the decoder can be used again.
         """
         ...
 
@@ -96,7 +97,7 @@ class EncodedPipeline(Backend):
 
     def __init__(self, source: Source, sampler: Sampler, options: LoaderOptions) -> None:
         super().__init__(source, sampler, options)
-        self._sound = np.zeros(len(source), np.uint32)  # checksums of the images that `decode` approved
+        self._sound = np.zeros(len(source), np.uint32)  # checksums of the images that `decode_image` approved
         self._refused: set[int] = set()  # samples that the decoder cannot decode, though they are sound
         self._logged = False
         # On CUDA two take turns: one is fed while the other decodes.
@@ -113,7 +114,7 @@ class EncodedPipeline(Backend):
 
     @abstractmethod
     def _finished(self, decoded: Tensor) -> Tensor:
-        """What the decoder gave as a batch's images, (B, 3, H, W)."""
+        """The decoder's output as the images of a batch, (B, 3, H, W)."""
 
     def close(self) -> None:
         """Stop the threads, close the decoders and close the source."""
@@ -216,7 +217,7 @@ class EncodedPipeline(Backend):
         return pixels, [loaded for _, loaded in examined]
 
     def _find_refused(self, decoder: BatchDecoder, ids: NDArray[np.int64], examined: list[Examined]) -> None:
-        """Note which images of a batch the decoder refuses, though `decode` reads them; each once in a run."""
+        """Note which images of a batch the decoder refuses, though `decode_image` reads them; each once in a run."""
         for sample, (encoded, _) in zip(ids.tolist(), examined, strict=True):
             try:
                 decoder.decode([encoded])

@@ -19,12 +19,17 @@ from torch import Tensor
 
 
 def fresh(size: int) -> NDArray[np.uint8]:
-    """Memory of this process, (size,)."""
+    """Memory of this process, (size,) uint8."""
     return np.empty(size, np.uint8)
 
 
 class Buffers:
-    """Tensors of one shape and dtype; at most `kept` idle ones are remembered. `allocate` makes their memory."""
+    """Tensors of one shape, (*shape,), and one dtype.
+
+    Args:
+        kept: memory of so many tensors is kept while nobody holds them.
+        allocate: bytes -> memory, (bytes,) uint8.
+    """
 
     def __init__(
         self,
@@ -37,7 +42,7 @@ class Buffers:
         self._idle: deque[NDArray[np.uint8]] = deque(maxlen=kept)
 
     def take(self) -> Tensor:
-        """A tensor of undefined content. Its memory comes back by itself, when no view of it is left."""
+        """A tensor, (*shape,), of undefined content. Its memory comes back by itself when no view of it is left."""
         try:
             memory = self._idle.pop()
         except IndexError:

@@ -1,9 +1,9 @@
 """An FFCV Loader that takes a given order, crops and flips, and whose failures reach the consumer.
 
 FFCV hands its decoder the sample numbers of a batch: rows of the array that its traversal order makes. Here a
-row holds more than the number (`ffcv_kernel.PLAN`), so that crops and flips travel the same way. FFCV's own are
-the reader, the memory map, the graph and its compilation, and the ring of buffers. The loop of its thread is written
-anew: FFCV's ends silently on an error, and the consumer waits for ever.
+row holds more than the number (`ffcv_kernel.PLAN`), so that crops and flips travel the same way. The reader, the
+memory map, the graph and its compilation, and the ring of buffers are FFCV's own. The loop of its thread is replaced:
+FFCV's ends silently on an error, and the consumer waits for ever.
 
 To be imported only where FFCV is known to be installed.
 """
@@ -79,17 +79,17 @@ class PlannedLoader(Loader):
         prepare: Prepare,
         finish: Finish,
     ) -> PlannedEpoch:
-        """Start to decode `plan`, whole batches of rows.
+        """Start to decode `plan`, (n,) PLAN rows in whole batches.
 
-        In FFCV's thread and batch by batch, `prepare(rows)` sets boxes and flips, and `finish(rows, what prepare
-        returned, pixels)` may read the faults and repair the pixels.
+        Both callbacks run in FFCV's thread, once a batch. `prepare(rows)` sets boxes and flips.
+        `finish(rows, what prepare returned, pixels)` may read the faults and repair the pixels, (B, H, W, 3) uint8.
         """
         self.traversal_order.plan = plan
         return PlannedEpoch(self, self.traversal_order.sample_order(self.next_epoch), prepare, finish)
 
 
 class PlannedOrder(TraversalOrder):
-    """The plan of the epoch that is about to start, whatever its number: a plan is made for one epoch."""
+    """The plan of the next epoch, whatever its number: a plan is made for one epoch."""
 
     plan: NDArray[np.void]
 
@@ -99,14 +99,14 @@ class PlannedOrder(TraversalOrder):
 
 
 class PlannedEpoch(EpochIterator):
-    """The thread that decodes one epoch some batches ahead, and the iterator over what it made."""
+    """The thread that decodes `plan`, (n,) PLAN, some batches ahead, and the iterator over what it decoded."""
 
     def __init__(self, loader: PlannedLoader, plan: NDArray[np.void], prepare: Prepare, finish: Finish) -> None:
         self._prepare, self._finish = prepare, finish
         super().__init__(loader, plan)  # starts the thread
 
     def run(self) -> None:
-        """In the thread."""
+        """The thread's loop: decode each batch of the plan and hand it over; an error is handed over, too."""
         slots = self.loader.batches_ahead + 2
         try:
             numba.set_num_threads(self.loader.num_workers)

@@ -1,6 +1,6 @@
-"""An image's way from its file to its place in a batch, and what happens when it cannot be read.
+"""From the file of an image to its place in a batch, and what happens when it cannot be read.
 
-This is the whole of it where the host decodes: all of the default pipeline's images, and those that FFCV cannot decode.
+The host decodes this way: all images of the default pipeline, and those that FFCV cannot decode.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ImageLoader:
     normalise: Normalise | None = None
     device_augment: DeviceAugment | None = None
     max_pixels: int = MAX_PIXELS  # of an image that is read
-    judged: NDArray[np.bool_] = field(init=False)  # the images that `decode` has approved, in this run or at conversion
+    judged: NDArray[np.bool_] = field(init=False)  # (n,), images that `decode_image` approved, now or at conversion
 
     def __post_init__(self) -> None:
         memory = mmap.mmap(-1, len(self.source) + 1)  # shared with the processes that are forked from this one
@@ -68,7 +68,7 @@ class ImageLoader:
 
         Args:
             draws: the sample's DRAWS or ALL_DRAWS numbers in [0, 1), which decide crop and turn.
-            out: (H, W, 3) uint8, or of the dtype of `normalise`; with `device_augment` a cell, larger than the input.
+            out: (H, W, 3) uint8, or of the dtype of `normalise`; with `device_augment` a cell, (2H, 2W, 3).
             crop: (3,) int64, where height, width and turn of what is in the cell go; only with `device_augment`.
 
         Raises:
@@ -92,24 +92,24 @@ class ImageLoader:
         raise none_readable(self.source, sample, reason)
 
     def read(self, i: int) -> Read:
-        """Image i itself. Raises ImageError or OSError when it cannot be read."""
+        """Image i, (h, w, 3). Raises ImageError or OSError when it cannot be read."""
         data = read_patiently(self.source, i)
         image, what, losses = decode_image(data, self.max_pixels, judged=bool(self.judged[i]))
         return Read(image, what is not None, losses)
 
     def place(self, image: NDArray, box: Box, turn: int, out: Tensor) -> None:
-        """Bring the crop of an image to its place."""
+        """The crop `box` of an image (h, w, 3), resized and turned, into its place `out`, (H, W, 3)."""
         if self.normalise:
             self.normalise.into(out, resized_crop(image, box, turn, self.augmentation.input_size))
         else:
             cut(image, box, turn, out)
 
     def place_cell(self, image: NDArray, box: Box, turn: int, cell: Tensor) -> tuple[int, int, int]:
-        """Bring it to its cell, for the device to resize; returns height, width and turn of what is there."""
+        """Copy the crop into `cell`, (2H, 2W, 3), for the device to resize; returns as `DeviceAugment.put`."""
         assert self.device_augment is not None
         return self.device_augment.put(image, box, turn, cell)
 
 
 def judged_when_stored(source: Source) -> bool:
-    """Whether `decode` approved the images at conversion: then their checksums are compared on reading."""
+    """Whether `decode_image` approved the images at conversion: then their checksums are compared on reading."""
     return isinstance(source, (ShardSource, BetonSource))

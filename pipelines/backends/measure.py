@@ -1,4 +1,4 @@
-"""The statistics of images that bring none: measured on a sample of the files, the same one whoever measures.
+"""Statistics of images that come without them: measured on a sample of the files, the same one on every rank.
 
 Order, threads and ranks do not matter: each image is measured alone, and the results are added in the sample's order.
 """

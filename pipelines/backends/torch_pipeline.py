@@ -1,12 +1,12 @@
 """The default pipeline: CPU threads decode, crop and resize; the device normalises.
 
-Who the threads belong to is decided by `worker_processes`: to this process (`decoder_threads`) or to several others
+`worker_processes` decides whether the threads belong to this process (`decoder_threads`) or to several others
 (`decoder_processes`). Either way every image has its place in a batch's memory, so the result does not depend on who
-finishes first, and at most `prefetch` batches are in preparation while the consumer works on one.
+finishes first. At most `prefetch` batches are in preparation while the consumer works on one.
 
 For CUDA that memory holds bytes, a quarter of what fp32 would put over the bus, and is pinned. Without it the
 threads normalise too, image by image while it is in their cache. With `augment_on="device"` the threads only decode
-and copy the crops, and all the rest is the device's (`device_augment`).
+and copy the crops, and the device does all the rest (`device_augment`).
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class TileSource(FileSource):
             return npy_of(scene.read(Window(*window)))
 
     def subset(self, ids: NDArray[np.int64]) -> TileSource:
-        """The samples `ids`, renumbered from 0."""
+        """The samples `ids`, (m,), renumbered from 0."""
         windows = self._windows[ids]
         kept, windows[:, 0] = np.unique(windows[:, 0], return_inverse=True)
         return TileSource(self._scenes.subset(kept), windows, self._expected)

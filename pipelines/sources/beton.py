@@ -38,7 +38,7 @@ def checks_path(beton: Path) -> Path:
 
 
 def sealed_checks(checks: NDArray[np.void], beton: BinaryIO) -> bytes:
-    """The second file of the open, whole `beton`: CHECKS rows as .npy, sha256 of FFCV's tables, sha256 of all that."""
+    """The file beside an open, whole `beton`: (n,) CHECKS as .npy, sha256 of FFCV's tables, sha256 of all that."""
     buffer = io.BytesIO()
     np.save(buffer, checks)
     content = buffer.getvalue() + _tables_sha256(checks, beton)

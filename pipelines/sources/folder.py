@@ -30,7 +30,7 @@ MAX_FILE_BYTES = 256 * 2**20  # no image of at most 64 Mpx is larger: 4 bytes a 
 
 
 class FileSource:
-    """Images in files of their own, listed by their paths below `root`."""
+    """Images in files of their own, listed by their paths below `root`; `labels` is (n,), None without classes."""
 
     max_file_bytes = MAX_FILE_BYTES  # of a file that is read
 
@@ -67,7 +67,7 @@ class FileSource:
         return self.path(i).decode("utf-8", "backslashreplace")
 
     def subset(self, ids: NDArray[np.int64]) -> FileSource:
-        """The samples `ids`, renumbered from 0."""
+        """The samples `ids`, (m,), renumbered from 0."""
         labels = None if self.labels is None else self.labels[ids]
         part = FileSource(self.root, map(self.path, ids.tolist()), labels, self.classes)
         part.max_file_bytes = self.max_file_bytes

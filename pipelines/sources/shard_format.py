@@ -182,9 +182,9 @@ def dali_index(records: Iterable[Record], suffix: str = JPG) -> str:
 
 
 def read_record(file: BinaryIO, name: str, row: NDArray[np.void], offset: int, kind: str = "shard") -> bytes:
-    """The bytes at `offset` that an index `row` (size, crc) promises in `file`, the `kind` called `name`.
+    """The bytes at `offset` of `file`, the `kind` called `name`: as many as `row`, a scalar with size and crc, says.
 
-    Raises ImageError when the file was cut short or holds others.
+    Raises ImageError when the file was cut short or the checksum differs.
     """
     size = int(row["size"])
     data = os.pread(file.fileno(), size, offset)

@@ -99,7 +99,7 @@ class ShardSource:
 
 
 def member_name(file: BinaryIO, row: NDArray[np.void]) -> str:
-    """What the tar's header calls the image of an index row."""
+    """The name of an image in its tar header; `row` is its index row, a scalar."""
     header = os.pread(file.fileno(), 100, int(row["offset"]) - 512)
     return header.split(b"\0")[0].decode("ascii", "backslashreplace")
 

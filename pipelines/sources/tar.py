@@ -49,7 +49,7 @@ class TarSource(FileSource):
         return read_member(self.root, offset, size, self.name(i), self.max_file_bytes)
 
     def subset(self, ids: NDArray[np.int64]) -> TarSource:
-        """The samples `ids`, renumbered from 0."""
+        """The samples `ids`, (m,), renumbered from 0."""
         labels = None if self.labels is None else self.labels[ids]
         part = TarSource(self.root, [self.path(i) for i in ids.tolist()], labels, self.classes, self._ranges[ids])
         part.max_file_bytes = self.max_file_bytes

@@ -2,8 +2,8 @@
 
 The semantics are torchvision's `RandomResizedCrop.get_params` and `RandomHorizontalFlip`
 (torchvision/transforms/transforms.py), with the random numbers handed in: the crop of a sample is a
-function of (seed, epoch, sample, image size). One image costs about 2 us of plain Python, which is less
-than numpy needs for its first call on so few numbers, and leaves one implementation for all backends.
+function of (seed, epoch, sample, image size). One image costs about 2 us of plain Python, less
+than NumPy's first call on so few numbers needs, and all backends share one implementation.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Augmentation:
         return random_box(draws, height, width, self.scale, self.ratio)
 
     def flips(self, draws: Sequence[float]) -> bool:
-        """Whether the sample is mirrored; of an augmentation without `vflip` and `rot90` that is all."""
+        """Whether the sample is mirrored; without `vflip` and `rot90` it is turned in no other way."""
         return self.random and self.flip and draws[DRAWS - 1] < 0.5
 
     def turn(self, draws: Sequence[float]) -> int:

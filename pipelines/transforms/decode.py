@@ -36,7 +36,7 @@ class Decoded(NamedTuple):
 
     pixels: NDArray[np.uint8]  # (H, W, 3), RGB
     what: str | None  # None: a plain colour JPEG; else what it is, in words for the manifest of a conversion
-    losses: tuple[Loss, ...] = ()  # what of it became no pixels
+    losses: tuple[Loss, ...] = ()  # what its pixels have lost
 
     @property
     def converted(self) -> bool:
@@ -47,7 +47,7 @@ class Decoded(NamedTuple):
 def decode(
     data: bytes | memoryview, max_pixels: int = MAX_PIXELS, *, fast_chroma: bool = False
 ) -> tuple[NDArray[np.uint8], bool]:
-    """Decode one image: its pixels, and whether they were converted; see `decode_image`."""
+    """The pixels of an image, (H, W, 3) RGB, and whether they were converted; else as `decode_image`."""
     decoded = decode_image(data, max_pixels, fast_chroma=fast_chroma)
     return decoded.pixels, decoded.converted
 
@@ -55,9 +55,10 @@ def decode(
 def decode_image(
     data: bytes | memoryview, max_pixels: int = MAX_PIXELS, *, fast_chroma: bool = False, judged: bool = False
 ) -> Decoded:
-    """Decode one image.
+    """Decode one image, (H, W, 3) RGB.
 
     Args:
+        max_pixels: larger images are refused.
         fast_chroma: repeat a JPEG's coarser chroma where it would be interpolated.
         judged: these bytes were decoded before.
 
@@ -89,7 +90,7 @@ def _decode_with_pillow(data: bytes | memoryview, max_pixels: int) -> tuple[NDAr
 
 
 def allow_pixels(max_pixels: int) -> None:
-    """Let Pillow open images of so many pixels: from its own limit on it warns, from twice that it refuses."""
+    """Let Pillow open images of so many pixels: it warns above its own limit, and refuses above twice that."""
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels
 

@@ -35,10 +35,10 @@ class DeviceAugment:
         return height <= self.cell[0] and width <= self.cell[1]
 
     def put(self, image: NDArray, box: Box, turn: int, cell: Tensor) -> tuple[int, int, int]:
-        """On the host: copy the crop `box` of `image` (h, w, C) into the corner of `cell`, of size `cell`.
+        """On the host: copy the crop `box` of `image` (h, w, C) into the corner of `cell`, (2H, 2W, C).
 
-        A `turn` that transposes does so here. Returns (height, width, turn) of what is there; of the turn its flips
-        are left to do. A crop that does not fit is resized here, to the input's size.
+        A `turn` that transposes is transposed here; its flips are left to the device. A crop that does not fit is
+        resized here, to the input's size. Returns height, width and remaining turn of the pixels in the cell.
         """
         height, width = (box.width, box.height) if turn & Turn.TRANSPOSED else (box.height, box.width)
         if self.holds(height, width):
@@ -52,12 +52,12 @@ class DeviceAugment:
         cut(image, box, turn, out)
 
     def __call__(self, cells: Tensor, crops: Tensor) -> Tensor:
-        """(B, *cell, 3) uint8 and (B, 3) int64 as `put` returned them, both on the device."""
+        """Cells (B, *cell, 3) uint8 and what `put` returned for each, (B, 3) int64, on the device -> (B, 3, H, W)."""
         images = (self._resized(cells, crops).clamp(0, 255) - self._mean) / self._std
         return images.to(self._dtype, memory_format=torch.channels_last)
 
     def _resized(self, cells: Tensor, crops: Tensor) -> Tensor:
-        """(B, *cell, C) of any numbers -> (B, C, H, W) fp32, in their units."""
+        """(B, *cell, C) of any dtype -> (B, C, H, W) fp32, in the same units."""
         count, rows, columns, channels = cells.shape
         height, width = self.input_size
         across = _flipped(bicubic_weights(crops[:, 1], columns, width), crops, Turn.MIRRORED)  # (B, W, columns)
@@ -75,7 +75,7 @@ def _flipped(weights: Tensor, crops: Tensor, flip: Turn) -> Tensor:
 
 
 def cubic(x: Tensor) -> Tensor:
-    """Keys' cubic kernel with a = -1/2 at a distance of x."""
+    """The cubic convolution kernel with a = -1/2 (R. Keys, IEEE ASSP 29, 1981) at distances `x` of any shape."""
     x = x.abs()
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2

@@ -1,6 +1,6 @@
-"""What a file is that cannot be read as an image, told by its first bytes, and the words that say so.
+"""The kind of a file that cannot be read as an image, by its first bytes, and the message that names it.
 
-Who trains on what nobody reads (arrays, medical volumes, films) is told which kind it is, what is read, and which page
+Such files are arrays, medical volumes, films. The message names their kind, the kinds that are read, and the page that
 tells more.
 """
 

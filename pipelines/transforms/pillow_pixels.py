@@ -1,6 +1,6 @@
 """Pillow's images, of every mode, as (H, W, 3) uint8 RGB, and what is lost on the way.
 
-All that is learned from is three channels of 8 bits. Deeper pixels keep their upper 8 bits, and a band beside the
+Training takes three channels of 8 bits. Deeper pixels keep their upper 8 bits, and a band beside the
 colours is dropped. Both may go unnoticed (12 bits stored in 16 are nearly black, near infrared stored as alpha is
 gone), so each image says what it lost; `losses` counts and tells it.
 """

@@ -1,7 +1,7 @@
 """From decoded pixels to network input: crop, antialiased bicubic resize, flip; then normalise.
 
 The first three run per image on the CPU, in uint8, straight into the batch's buffer. The resize is
-torch's uint8 kernel, an offspring of Pillow's: it differs from the PIL resize of the published code by
+torch's uint8 kernel, derived from Pillow's: it differs from the PIL resize of the published code by
 0.02/255 on average, and costs half. Normalising is left to the device and the whole batch: bytes are a
 quarter of what fp32 would put through memory and over the bus.
 """
@@ -35,7 +35,7 @@ def resized_crop(image: NDArray[np.uint8], box: Box, turn: int, size: tuple[int,
 
 
 def crop(image: NDArray, box: Box) -> NDArray:
-    """What of an image, (h, w, C), lies in a box: a view."""
+    """The part of an image, (h, w, C), inside a box, as a view."""
     return image[box.top : box.top + box.height, box.left : box.left + box.width]
 
 
@@ -82,7 +82,7 @@ class Normalise:
         self._dtype = dtype
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Normalise a batch on the device where its pixels are, in fp32, then round to dtype."""
+        """Normalise a batch in fp32 on the device of its pixels, then cast to dtype."""
         rows = torch.addcmul(self._offset, pixels.flatten(-2), self._factor)  # (B, H, W * C)
         return rows.to(self._dtype).view(pixels.shape).permute(0, 3, 1, 2)  # -> (B, C, H, W), channels_last
 

@@ -28,11 +28,11 @@ T = TypeVar("T")
 FORMAT = 1
 RUN_STATE = {"model", "optimizer", "step", "epoch", "loss", "settings", "num_samples", "random_state", "scaler"}
 
-Content = dict[str, Any]  # of a file that anybody may have written: what is in it must be looked at
+Content = dict[str, Any]  # of a file from anywhere: every entry must be checked
 
 
 class RunContent(TypedDict):
-    """What is in a checkpoint that a run can go on from; fine-tuning adds more."""
+    """The content of a checkpoint that a run can resume from; fine-tuning adds more."""
 
     format: int
     model: dict[str, Tensor]
@@ -163,7 +163,7 @@ def read(path: Path) -> Content:
 
 
 def read_run(path: Path) -> RunContent:
-    """Read a checkpoint that a run can go on from.
+    """Read a checkpoint that a run can resume from.
 
     Raises:
         CheckpointError: it is none.
@@ -172,7 +172,7 @@ def read_run(path: Path) -> RunContent:
 
 
 def check_run(path: Path, content: Content) -> RunContent:
-    """Raise CheckpointError for what no run can go on from."""
+    """Raise CheckpointError for content that no run can resume from."""
     check_format(path, content)
     if content.get("format") != FORMAT or not set(content) >= RUN_STATE:
         raise CheckpointError(
@@ -183,7 +183,7 @@ def check_run(path: Path, content: Content) -> RunContent:
 
 
 def check_format(path: Path, content: Content) -> None:
-    """Raise CheckpointError for what another version wrote in a way that this one does not know."""
+    """Raise CheckpointError for a format of another version that this one does not know."""
     if isinstance(content.get("format"), int) and content["format"] != FORMAT:
         raise CheckpointError(f"{path} is of format {content['format']}, this version reads {FORMAT}")
 
@@ -205,7 +205,7 @@ def restore(path: Path, content: RunContent, model: nn.Module, optimizer: torch.
 
 
 def random_state() -> dict[str, Tensor]:
-    """The state of torch's generators on this rank."""
+    """The states of torch's generators on this rank, by device type: (bytes,) uint8 each, on the host."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

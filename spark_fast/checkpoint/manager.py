@@ -73,7 +73,7 @@ class CheckpointManager:
     def _prune(self, newest: int) -> None:
         """Drop what is neither among the newest nor kept for good; of each pair the checksum last."""
         steps = published(self.folder)
-        # later ones are of a course that this run has left by going on from an earlier checkpoint, or damaged
+        # newer than the step resumed from (an abandoned branch), or damaged
         spare = [s for s in steps if s > newest]
         spare += [s for s in steps if s <= newest][self.keep_last :]
         for step in spare:
@@ -82,7 +82,7 @@ class CheckpointManager:
                 sidecar(steps[step]).unlink(missing_ok=True)
 
     def clean(self, begun: int) -> None:
-        """Remove what a killed run left half written, and say which; link the checkpoint that this run goes on from.
+        """Remove files that a killed run left half written, and log them; link the checkpoint resumed from.
 
         Args:
             begun: its step. Checkpoints ahead of it are named: they will go with the first save.
@@ -154,12 +154,12 @@ def check_space(folder: Path, size: int, keep_last: int) -> None:
 
 
 def read_newest(paths: list[Path]) -> tuple[Path, RunContent]:
-    """The first checkpoint that a run can go on from, and what is in it; raises as `newest_readable`."""
+    """The first checkpoint that a run can resume from, and its content; raises as `newest_readable`."""
     return newest_readable(paths, read_run)
 
 
 def newest_readable(paths: list[Path], reader: Callable[[Path], C]) -> tuple[Path, C]:
-    """The first checkpoint that can be read, and what is in it; those before it are named in a warning.
+    """The first checkpoint that can be read, and its content; those before it are named in a warning.
 
     Args:
         reader: raises CheckpointError for a file that it cannot use.

@@ -1,4 +1,4 @@
-"""State dicts as files hold them: where they lie, what wrappers add to their names, loaded whole or not at all."""
+"""State dicts in files: where they lie, which prefixes wrappers add to names, and loading whole or not at all."""
 
 from __future__ import annotations
 
@@ -23,10 +23,13 @@ def strip_prefixes(name: str) -> str:
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], unknown: list[str] | None = None) -> None:
-    """Load a state dict whole, or not at all, with a message that names what does not fit.
+    """Load a state dict, tensors of any shape by name, whole or not at all.
+
+    Args:
+        unknown: more names that this model has not, for the message.
 
     Raises:
-        ValueError: tensors missing, unknown, or of another shape.
+        ValueError: tensors are missing, unknown or of another shape than the model's; the message names them.
     """
     own = model.state_dict()
     unknown = (unknown or []) + [name for name in state if name not in own]

@@ -47,7 +47,7 @@ def check_sha256(path: Path) -> bool:
 
 
 def check_safetensors(path: Path) -> None:
-    """Refuse a header beyond all measure.
+    """Refuse a safetensors file whose header is too long.
 
     Raises:
         RefusedError: longer than the file, or than any network needs.

@@ -16,10 +16,10 @@ from spark_fast.encoder.layers.batch_norm import by_kernels, projected
 
 
 class ReLU6(nn.ReLU6):
-    """In place, saving its output for backward: torch's own saves its input, and so copies what it then overwrites."""
+    """In place; saves its output for backward. torch's own saves its input, and so copies what it then overwrites."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(...) -> (...), the same memory."""
+        """Of any shape; the output is the input's memory."""
         return _ReLU6.apply(x)
 
 

@@ -38,8 +38,8 @@ class Record:
     """A run of a network.
 
     Attributes:
-        maps: call -> its input and its outputs, dense maps, in the order of completion.
-        events: (what, the module's path, the function's name), what being "enter", "leave" or "function".
+        maps: call -> its input and its outputs, dense maps (B, C, H, W), in the order of completion.
+        events: ("enter", "leave" or "function", the module's path, the function's name).
     """
 
     maps: dict[Call, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
@@ -52,9 +52,9 @@ class Difference:
 
     Attributes:
         path: of the module, "" for the network itself.
-        own_code: it is the code of its `forward`, and no layer in it.
+        own_code: the code of its `forward` differs, none of its layers.
         before, after: the layers between which that code stands; "": it is the first, or the last.
-        functions: that it calls there.
+        functions: those that it calls there.
     """
 
     path: str
@@ -145,7 +145,10 @@ def recorded(network: nn.Module, dense: Callable[[Tensor], Tensor]) -> Iterator[
 
 
 def first_difference(one: Record, other: Record, differs: Callable[[Tensor, Tensor], bool]) -> Difference | None:
-    """The first place, in the order of execution, where `other` is not what `one` is; None: nowhere."""
+    """The first place, in the order of execution, where `other` differs from `one`; None: nowhere.
+
+    `differs(map of other, map of one)` compares two (B, C, H, W).
+    """
 
     def wrong(call: Call, side: int) -> bool:
         pairs = zip(one.maps[call][side], other.maps[call][side], strict=False)
@@ -160,7 +163,7 @@ def first_difference(one: Record, other: Record, differs: Callable[[Tensor, Tens
                 continue
             children = [e for e in one.events if e[0] == "leave" and _parent(e[1]) == path and e[1]]
             return _in_code(one, path, len(one.events), "") if children else Difference(path)
-        # a container that passes its input on is no better: whose code made the input of the outermost such module?
+        # a container may only pass a wrong input on: blame the code that made the input of the outermost such module
         while path and (_parent(path), number) in one.maps and wrong((_parent(path), number), 0):
             path = _parent(path)
         entries = [i for i, e in enumerate(one.events) if e[:2] == ("enter", path)]

@@ -102,7 +102,10 @@ def find_pyramid(
 
 
 def run_on_meta(module: nn.Module, *args: object) -> list[Tensor]:
-    """`module(*args)` in evaluation mode on the meta device, to learn shapes: nothing is computed, nothing changed."""
+    """`module(*args)` in evaluation mode on the meta device, to learn shapes; nothing is computed, nothing changed.
+
+    Returns its output, for a network its maps (B, C_i, H_i, W_i).
+    """
     modes = [(m, m.training) for m in module.modules()]
     tensors = itertools.chain(module.named_parameters(), module.named_buffers())
     state = {name: torch.empty_like(t, device="meta") for name, t in tensors}

@@ -52,7 +52,10 @@ def require() -> ModuleType:
 
 
 def sites(visible: VisiblePatches, b: int) -> tuple[Tensor, object]:
-    """(height and width of the map, Metadata) of the visible cells, b x b a patch, in the order of the packed rows."""
+    """Height and width of the map, (2,) int64, and the Metadata of its visible cells, in the order of the packed rows.
+
+    b x b cells per patch. Raises SparseConvNetError: see `require`; or it was built without CUDA.
+    """
 
     def make() -> tuple[Tensor, object]:
         scn, (h, w) = require(), visible.grid

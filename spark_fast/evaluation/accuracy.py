@@ -13,11 +13,11 @@ from spark_fast.run.distributed import Ranks
 
 
 class Confusion(NamedTuple):
-    """How often which class was taken for which: only what occurred, as the square of 21,841 classes takes gigabytes.
+    """A sparse confusion matrix: a dense one of 21,841 classes takes gigabytes.
 
     Attributes:
         classes: how many there are.
-        rows: (R, 3) int64: a class, what it was taken for, of how many images. Sorted, each pair once.
+        rows: (R, 3) int64: true class, predicted class, number of images. Sorted, each pair once.
     """
 
     classes: int
@@ -77,7 +77,7 @@ class Scores:
         return Confusion(self.classes, torch.stack([found // self.classes, found % self.classes, counts], dim=1))
 
     def accuracy(self) -> dict[str, float]:
-        """`top1` and `top5` in percent, and `images`, how many they are of."""
+        """`top1` and `top5` in percent, and `images`, their number."""
         confusion = self.confusion
         images, right = int(confusion.images.sum()), int(confusion.right.sum())
         return {"top1": 100 * right / images, "top5": 100 * int(self.in_top5) / images, "images": images}

@@ -24,8 +24,8 @@ class Labelled:
     """Batches of images and labels, with a pulse for the watchdog.
 
     Args:
-        numbers: (classes of the pipeline,) int64, the label that each of its own stands for; None: itself.
-        alive: called with the step before each batch; equally often on all ranks, also where one has no share of the
+        numbers: (classes,) int64, the label of each class of the pipeline; None: the pipeline's own numbers.
+        alive: called with the step before each batch; as often on every rank, even on one without a share of the
             last batch.
     """
 
@@ -46,11 +46,11 @@ class Labelled:
                 yield batch.images, labels
 
     def seen_through(self, features: Callable[[Tensor], Tensor]) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
-        """What gives the batches of an epoch with `features` of the images in their place."""
+        """epoch -> batches of features and labels; `features` maps images (B, C, H, W) to (B, F)."""
         return lambda epoch: ((features(images), labels) for images, labels in self.epoch(epoch))
 
     def close(self) -> None:
-        """Let go of threads and files."""
+        """Stop threads and close files."""
         self.pipeline.close()
 
 
@@ -61,10 +61,10 @@ def central(settings: Evaluation, split: str = "train") -> View:
 
 
 def open_train(settings: Evaluation, ranks: Ranks, view: View, statistics: Statistics | None = None) -> Pipeline:
-    """The training images of this rank, normalised by these statistics, those of the run of the weights.
+    """The training images of this rank, normalised by `statistics`, those that the weights were trained with.
 
     Raises:
-        DataError: they cannot be used, or have no labels.
+        DataError: the images cannot be used, or have no labels.
     """
     pipeline = _open(settings, ranks, settings.data.data_path, view, statistics)
     if pipeline.num_classes == 0:
@@ -77,7 +77,7 @@ def open_val(settings: Evaluation, ranks: Ranks, train: Pipeline, alive: Callabl
     """The validation images, centrally cropped, in order, each once.
 
     Raises:
-        DataError: they cannot be used, have no labels, or classes that the training images have not.
+        DataError: the images cannot be used, have no labels, or have classes that the training images have not.
     """
     path = settings.data.val_path or settings.data.data_path
     split = "all" if settings.data.val_path else "val"
@@ -100,7 +100,7 @@ def _open(settings: Evaluation, ranks: Ranks, path: str, view: View, statistics:
 
 
 def _numbers(path: str, train: Pipeline, val: Pipeline, device: torch.device) -> Tensor | None:
-    """The training images' number of each class of the others, by name where both have names."""
+    """For each class of `val` its number in `train`, (classes,) int64, by name; None where the numbers are the same."""
     if val.num_classes == 0:
         raise DataError(f"{path} {NO_LABELS}")
     if train.classes and val.classes:

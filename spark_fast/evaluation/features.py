@@ -26,7 +26,7 @@ def frozen(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Feat
 
 
 def extract(features: Features, data: Labelled) -> tuple[Tensor, Tensor]:
-    """(N, C) and (N,): this rank's images, in their order; none where the rank has none."""
+    """Features (N, C) and labels (N,) of this rank's images, in their order; N is 0 where the rank has none."""
     found = [(features(images), labels) for images, labels in data.epoch()]
     if not found:
         return torch.empty(0, 0), torch.empty(0, dtype=torch.int64)

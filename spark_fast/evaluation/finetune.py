@@ -48,21 +48,21 @@ from spark_fast.weights.timm_keys import write_encoder
 
 
 class Objective(nn.Module):
-    """(images, targets) -> loss, what `TrainStep` calls."""
+    """images (B, C, H, W), targets (B, classes) -> loss, a scalar: the model that `TrainStep` calls."""
 
     def __init__(self, network: nn.Module, criterion: nn.Module) -> None:
         super().__init__()
         self.network, self.criterion = network, criterion
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """The loss in fp32 of (B, C, H, W) against (B, classes)."""
+        """The loss of the network's logits, (B, classes), in fp32."""
         return self.criterion(self.network(images).float(), targets)
 
 
 class FinetuneStep:
-    """(step, batch) -> loss and gradient norm: augments, mixes, advances.
+    """step, batch -> loss and gradient norm: augments, mixes, advances.
 
-    Whatever is random in a step depends on (seed, step, rank) alone.
+    All random numbers of a step depend on seed, step and rank alone.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class FinetuneStep:
         self.seed, self.rank, self.after = seed, rank, after
 
     def __call__(self, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Advance by this rank's share of a global batch."""
+        """Advance by this rank's share of a global batch; returns loss and gradient norm, scalars on the device."""
         seed = step_seed(self.seed, step, self.rank)
         torch.manual_seed(seed)
         random.seed(seed)  # RandomErasing draws from it,

@@ -22,7 +22,7 @@ CHUNK = 1024  # queries compared with a bank at a time
 def nearest(
     queries: Tensor, bank: Tensor, labels: Tensor, k: int, alive: Callable[[int], None] = lambda step: None
 ) -> tuple[Tensor, Tensor]:
-    """The k most similar (fewer where the bank holds fewer) of a bank, for each query.
+    """The k images of a bank that are most similar to each query; fewer where the bank holds fewer.
 
     Args:
         queries: (Q, C); bank: (N, C), both normalised; labels: (N,).
@@ -57,7 +57,8 @@ def classify_by_neighbours(
     """Scores of the queries of all ranks.
 
     Args:
-        bank, queries: features and labels of this rank's training images, and of those to classify.
+        bank: features (N, C) and labels (N,) of this rank's training images.
+        queries: features (Q, C) and labels (Q,) of this rank's share of the images to classify.
         alive: see `nearest`; called equally often on all ranks.
     """
     asked = _of_all_ranks(queries, ranks)
@@ -72,7 +73,7 @@ def classify_by_neighbours(
         best.values.split(CHUNK), neighbours.gather(1, best.indices).split(CHUNK), asked[1].split(CHUNK), strict=True
     ):
         scores.add(votes(similar, voters, classes, temperature), truth)
-    return scores  # every rank has merged the same
+    return scores  # the same on every rank
 
 
 def _of_all_ranks(rows: tuple[Tensor, Tensor], ranks: Ranks) -> tuple[Tensor, Tensor]:

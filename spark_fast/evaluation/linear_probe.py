@@ -1,7 +1,8 @@
 """A linear layer on frozen features, with MAE's choices (He et al., CVPR 2022; main_linprobe.py of its code).
 
-BatchNorm without scale and shift comes before the layer, so that features of any size are learned from at one rate;
-LARS, no weight decay. Features are computed once, of central crops; or, as MAE does, of new random crops every epoch.
+The optimiser is LARS, without weight decay. BatchNorm without scale and shift comes before the layer, so that one
+learning rate suits features of any magnitude. Features are computed once, of central crops; or, as MAE does, of new
+random crops every epoch.
 """
 
 from __future__ import annotations
@@ -35,12 +36,15 @@ class LinearProbe(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits."""
+        """The logits, (B, classes)."""
         return self.head(self.norm(features))
 
 
 def shuffled(features: Tensor, labels: Tensor, share: int, steps: int, seed: int) -> Batches:
-    """Batches of `share` rows of this rank's features, in another order every epoch; those left over are for later."""
+    """Batches of `share` rows of `features`, (N, C), and `labels`, (N,), in another order every epoch.
+
+    An epoch has `steps` batches; the rows left over wait for another epoch.
+    """
 
     def epoch(number: int) -> Iterator[tuple[Tensor, Tensor]]:
         rows = torch.from_numpy(order(len(features), seed, number)).to(features.device)
@@ -59,13 +63,14 @@ def train_probe(
     ranks: Ranks,
     tell: Callable[[int, float, float], None],
 ) -> None:
-    """Train it; `tell(epochs done, mean loss, learning rate)` comes after every epoch.
+    """Train the probe; `tell(epochs done, mean loss, learning rate)` is called after every epoch.
 
     Args:
-        steps: per epoch; batch_size: over all ranks.
+        steps: per epoch.
+        batch_size: over all ranks.
 
     Raises:
-        NotFiniteError: the loss is no number any more.
+        NotFiniteError: the loss is not finite.
     """
     model = data_parallel(probe.train(), ranks, static=True, gradients_in_bf16=False)
     optimizer = _optimizer(probe, settings.optimizer)
@@ -93,7 +98,7 @@ def train_probe(
 
 
 def _optimizer(probe: LinearProbe, name: str) -> torch.optim.Optimizer:
-    """LARS adapts the layer's weight, not its bias; weight decay is for the weight alone, too."""
+    """LARS adapts the rate of the layer's weight, not of its bias; weight decay acts on the weight alone, too."""
     groups = [
         {"params": [probe.head.weight], "decays": True, "always_adapt": True},
         {"params": [probe.head.bias], "decays": False, "always_adapt": False},

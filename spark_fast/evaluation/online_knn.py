@@ -167,7 +167,7 @@ def _rows(table: tuple[Tensor, Tensor], which: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _random_numbers_kept(ranks: Ranks):
-    """Meanwhile random numbers may be drawn; afterwards the generators are as they were."""
+    """A context that restores the random generators at its end."""
     return torch.random.fork_rng([ranks.device] if ranks.device.type == "cuda" else [])
 
 

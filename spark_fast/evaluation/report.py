@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: result.json, the confusion picture, lines of metrics, and what is printed."""
+"""The output of an evaluation: result.json, a picture of the confusion matrix, lines of metrics, printed lines."""
 
 from __future__ import annotations
 

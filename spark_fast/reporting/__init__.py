@@ -1,1 +1,1 @@
-"""What a run tells of itself: log, metrics, TensorBoard, W&B, FLOPs and MFU, timers, profiles, pictures."""
+"""What a run reports: log, metrics, TensorBoard, W&B, FLOPs and MFU, timers, profiles, pictures."""

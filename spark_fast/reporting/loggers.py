@@ -1,7 +1,7 @@
 """Where the figures of a run are shown: metrics.jsonl, TensorBoard, Weights & Biases. None of them can stop training.
 
-A logger that fails (a full disk, no network, an error of its own) is warned of once; what it could not take is lost,
-and it is tried again at the next log point.
+A logger may fail: a full disk, no network, an error of its own. The log warns once, what the logger could not take is
+lost, and it is tried again at the next log point.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Logger(Protocol):
         ...
 
     def picture(self, grid: Tensor, step: int) -> None:
-        """(3, H, W) uint8 on the host."""
+        """A picture (3, H, W) uint8 on the host, after `step` steps."""
         ...
 
     def close(self) -> None:
@@ -42,7 +42,7 @@ class Logger(Protocol):
 
 
 class NeverRaises:
-    """Calls what may fail without harm: an error is a warning, the first time, and the call returns None."""
+    """Calls functions that may fail: an error makes the call return None; the first one is logged as a warning."""
 
     def __init__(self, name: str) -> None:
         self._name, self._warned = name, False
@@ -60,7 +60,7 @@ class NeverRaises:
 
 
 class SafeLogger:
-    """A logger that never raises; one that cannot be opened is none."""
+    """A logger that never raises. One that cannot be opened logs nothing."""
 
     def __init__(self, name: str, open_logger: Callable[[], Logger]) -> None:
         self._harmless = NeverRaises(name)
@@ -72,7 +72,7 @@ class SafeLogger:
             self._harmless(self._logger.point, row, step, group)
 
     def picture(self, grid: Tensor, step: int) -> None:
-        """As `Logger`."""
+        """(3, H, W), as `Logger`."""
         if self._logger is not None:
             self._harmless(self._logger.picture, grid, step)
 
@@ -95,7 +95,7 @@ class TensorBoard:
                 self._writer.add_scalar(f"{group}/{key}", value, step)
 
     def picture(self, grid: Tensor, step: int) -> None:
-        """As `Logger`."""
+        """(3, H, W), as `Logger`."""
         self._writer.add_image("reconstruction", grid, step)
 
     def close(self) -> None:
@@ -106,7 +106,7 @@ class TensorBoard:
 class WandB:
     """A run of Weights & Biases, the same one after a resume: its id is kept in the run folder.
 
-    Where it is sent, offline mode and login are W&B's own matter (WANDB_MODE, WANDB_API_KEY, ...).
+    Server, offline mode and login are set as W&B documents them (WANDB_MODE, WANDB_API_KEY, ...).
     """
 
     def __init__(self, folder: Path, project: str, name: str, config: Mapping[str, object]) -> None:
@@ -129,7 +129,7 @@ class WandB:
         self._run.log({f"{group}/{k}": v for k, v in row.items() if k != "step"}, step=step)
 
     def picture(self, grid: Tensor, step: int) -> None:
-        """As `Logger`."""
+        """(3, H, W), as `Logger`."""
         self._run.log({"reconstruction": self._wandb.Image(grid.permute(1, 2, 0).numpy())}, step=step)
 
     def close(self) -> None:
@@ -153,7 +153,7 @@ def open_loggers(
     """The loggers of a run; none on ranks that do not write (`folder` is None).
 
     Args:
-        step: where this process begins.
+        step: steps of the run done when this process begins.
         wandb: a project of Weights & Biases, "" for none; `name` and `config` are shown there.
     """
     if folder is None:

@@ -1,12 +1,12 @@
-"""A finite loss that jumps: told within a log interval, with the samples that were in the batch.
+"""Warns of a finite loss that jumps, within a log interval, with the samples of the batch.
 
 The rule: a step's loss is a spike if it lies above
 
     median + 6 * deviation      of the last 100 losses, once there are 20
 
-where the deviation is 1.4826 times the median distance from the median, which is the standard deviation of normally
-distributed losses and is not moved by the spikes themselves, and half a percent of the median at least. A loss that
-stays high becomes the rule after 50 steps and is no spike any more.
+where the deviation is 1.4826 times the median distance from the median, and at least half a percent of the median. For
+normally distributed losses that is the standard deviation, and the spikes themselves do not move it. A loss that stays
+high moves the median after 50 steps and is then no spike any more.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Spikes:
 
         Args:
             step: steps of the run done.
+            mean_over_ranks: the mean of (steps,) losses over the ranks, on the device.
         """
         if not self._losses:
             return
@@ -62,7 +63,7 @@ class Spikes:
         found = []
         for i, loss in enumerate(losses):
             if not math.isfinite(loss):
-                continue  # not this rule's matter
+                continue  # `NonfiniteReport` tells of it
             allowed = limit(self._window)
             if loss > allowed:
                 found.append((loss, allowed, len(self._window), i))

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line of JSON for each log point and evaluation, whole at any time, and none twice after a resume."""
+"""metrics.jsonl: a line of JSON for each log point and evaluation. All lines are whole, and a resume repeats none."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 class MetricsFile:
     """A logger (see `loggers.Logger`) that is a file.
 
-    Lines are appended by one call each, so a reader sees whole ones; one that does not fit on the disk is taken back.
+    A line is appended by one call, so that a reader sees it whole; one that does not fit on the disk is removed again.
 
     Args:
-        step: where this process begins; lines of steps that will be run again are dropped.
+        step: steps of the run done when this process begins; lines of later steps are dropped, as they run again.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -25,7 +25,7 @@ class MetricsFile:
             lines = path.read_bytes().splitlines(keepends=True)
             kept = path.with_name(path.name + ".partial")
             kept.write_bytes(b"".join(line for line in lines if _step_of(line) <= step))
-            kept.replace(path)  # whoever reads it meanwhile, or a kill, finds the old lines or the new
+            kept.replace(path)  # atomic: a reader, or a kill, finds the old lines or the new
         self._path = path
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
@@ -41,7 +41,7 @@ class MetricsFile:
             raise
 
     def picture(self, grid: Tensor, step: int) -> None:
-        """Pictures are files of their own."""
+        """Ignores a picture (3, H, W): pictures are files of their own."""
 
     def close(self) -> None:
         """Close the file."""

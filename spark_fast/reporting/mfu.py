@@ -1,11 +1,11 @@
-"""What the device could do and what a run makes of it: its matrix product rate, MFU, and the peak of memory.
+"""How much of the device a run uses: its matrix product rate, MFU, and the peak of memory.
 
 MFU (model FLOPs utilisation; Chowdhery et al., PaLM, 2022, appendix B) is here
 
     images/s of one rank * FLOP per image / the device's measured rate of matrix products
 
-with the FLOP that the task needs (`cost.Cost.flop_per_image`). The denominator is measured at the start, in the run's
-precision, not taken from a data sheet, so a CPU has one too and 100 % is what this very machine gives.
+with the FLOP that the task needs (`flops.Cost.flop_per_image`). The denominator is measured at the start, in the run's
+precision, not taken from a data sheet, so a CPU has one too, and 100 % is what this machine reaches.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torch import Tensor
 from spark_fast.reporting.flops import Cost
 
 FIRST, LAST = 256, 4096  # sides of the matrices tried
-LONG_ENOUGH = 5e-3  # seconds of a product whose rate is that of the arithmetic, not of its start
-REPEATS, PATIENCE = 10, 0.1  # products timed, or the seconds after which fewer do
+LONG_ENOUGH = 5e-3  # seconds; the time of a shorter product is that of its launch, not of its arithmetic
+REPEATS, PATIENCE = 10, 0.1  # products timed; after so many seconds fewer are enough
 
 
 class MfuMeter:
@@ -77,7 +77,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def is_emulated(rate: float, fp32_rate: float) -> bool:
     """Whether a precision of this `matmul_rate` is one that the device has no instructions for.
 
-    Where there are some it is as fast as fp32 or many times faster, where there are none many times slower.
+    With such instructions products are as fast as in fp32 or faster, without them many times slower.
     """
     return rate < fp32_rate / 2
 
@@ -98,7 +98,7 @@ def _wait(device: torch.device) -> None:
 
 @contextmanager
 def _precision_of_convolutions() -> Iterator[None]:
-    """fp32 products as convolutions do them: torch lets these use TF32 by default, and products not."""
+    """Matrix products use TF32 here if convolutions do: by default torch allows it for convolutions alone."""
     products = torch.backends.cuda.matmul
     before = products.fp32_precision
     cudnn: Any = torch.backends.cudnn  # its type knows no `conv`

@@ -1,6 +1,6 @@
-"""The figures of a run between its log points: losses, gradient norms, times, and what was made of the device.
+"""The figures of a run between its log points: losses, gradient norms, times, and use of the device.
 
-Losses stay on the device between log points; reading them there is the only time the host waits for it.
+Losses stay on the device between log points. The host waits for the device only where it reads them, at a log point.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ class Meter:
         self.since = time.perf_counter()
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
-        """Count one step; nothing is read back from the device. Steps that are not finite were skipped: not so here."""
+        """Count one step by its loss and gradient norm, scalars on the device, without a host sync.
+
+        A step where one of them is not finite was skipped, and is left out of the means.
+        """
         finite = loss.isfinite() & grad_norm.isfinite()
         self.loss = self.loss.to(loss.device) + torch.where(finite, loss, 0.0)
         self.finite = self.finite.to(loss.device) + finite
@@ -67,7 +70,10 @@ class Meter:
             yield batch
 
     def read(self, images_per_step: int, mean_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means since the last reading, and start over. Synchronises host and device."""
+        """Means since the last reading, and start over. Synchronises host and device.
+
+        `mean_over_ranks` is given a scalar on the device.
+        """
         loss = mean_over_ranks(self.loss / self.finite).item()
         norm = self.grad_norm.item()  # the same on every rank
         seconds = time.perf_counter() - self.since
@@ -92,8 +98,8 @@ class Monitor:
         images_per_step: over all ranks.
         clock: of the step's phases.
         rates: (learning rate, weight decay) of a step, counted from 0.
-        mean_over_ranks: the mean of a tensor over the ranks, on the device.
-        mfu, spikes, profile: None: not measured, not looked for, not taken.
+        mean_over_ranks: the mean of a tensor of any shape over the ranks, on the device.
+        mfu, spikes, profile: None: MFU is not measured, spikes are not looked for, no profile is taken.
     """
 
     def __init__(
@@ -119,7 +125,7 @@ class Monitor:
         return self.meter.timed(batches)
 
     def add(self, step: int, loss: Tensor, grad_norm: Tensor, ids: Tensor) -> None:
-        """One step is done, the `step`-th: its loss and gradient norm, () on the device, and its samples, (B,)."""
+        """Step number `step`, from 1, is done: loss and gradient norm, scalars on the device, and sample ids, (B,)."""
         self.meter.add(loss, grad_norm)
         if self.spikes is not None:
             self.spikes.add(loss, ids)

@@ -1,4 +1,4 @@
-"""What pre-training tells: its loggers (metrics.jsonl, ...) at every log point, log.txt every epoch, a progress bar.
+"""What pre-training logs: its loggers (metrics.jsonl, ...) at every log point, log.txt every epoch, a progress bar.
 
 An evaluation's figures are a row of their own.
 
@@ -160,7 +160,7 @@ class RunLogger:
         self.epoch_sums["steps"] += steps
 
     def _take_up(self, step: int) -> None:
-        """After a resume amid an epoch: the sums of its steps before, from metrics.jsonl, where it has them all."""
+        """After a resume in mid-epoch: the sums of the epoch's earlier steps, if metrics.jsonl has them all."""
         assert self.folder is not None
         done = step % self.steps_per_epoch
         try:

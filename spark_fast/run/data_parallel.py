@@ -25,7 +25,7 @@ def data_parallel(model: nn.Module, ranks: Ranks, *, static: bool, gradients_in_
         return model
     give_gradients_strides_of_weights(model)
     with warnings.catch_warnings():
-        # torch 2.14 calls broadcast_buffers deprecated, 2.11 knows nothing else
+        # deprecated in torch 2.14, but torch 2.11 has no other name for it
         warnings.simplefilter("ignore", FutureWarning)
         wrapped = DistributedDataParallel(
             model,
@@ -63,7 +63,7 @@ def gather_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def share_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Average the running statistics of all ranks, so that all judge by the same."""
+    """Average the running statistics of all ranks, so that all ranks evaluate with the same ones."""
     for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.copy_(ranks.mean(buffer))

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others."""
+    """This process among the others. Tensors that are exchanged may have any shape, the same on all ranks."""
 
     rank: int
     world_size: int
@@ -34,7 +34,7 @@ class Ranks:
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank raised its flag; a host-side exchange, no synchronisation with a GPU."""
+        """Whether `flag` is True on any rank; exchanged between the hosts, without waiting for a GPU."""
         if self.control is None:
             return flag
         value = torch.tensor([int(flag)])
@@ -42,7 +42,7 @@ class Ranks:
         return bool(value)
 
     def gather(self, value: T) -> list[T]:
-        """What every rank has, in their order: anything that pickles; a host-side exchange."""
+        """The value of every rank, by rank; anything that pickles, exchanged between the hosts."""
         if self.control is None:
             return [value]
         values = [value] * self.world_size
@@ -50,24 +50,24 @@ class Ranks:
         return values
 
     def max(self, value: Tensor) -> Tensor:
-        """The maximum of a tensor over the ranks, on the device."""
+        """The maximum over the ranks of a tensor of any shape, on the device; written into `value` too."""
         if self.world_size > 1:
             dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return value
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean of a tensor over the ranks, on the device."""
+        """The mean over the ranks of a tensor of any shape, on the device."""
         return self.sum(value) / self.world_size if self.world_size > 1 else value
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over the ranks, on the device."""
+        """The sum over the ranks of a tensor of any shape, on the device."""
         if self.world_size > 1:
             value = value.clone()
             dist.all_reduce(value)
         return value
 
     def first(self, value: Tensor) -> Tensor:
-        """What the first rank has of a tensor, on the device."""
+        """The tensor of rank 0, of any shape, on the device."""
         if self.world_size > 1:
             value = value.clone()
             dist.broadcast(value, 0)
@@ -83,8 +83,8 @@ def join(device: str, timeout: float = 600.0) -> Ranks:
     """Join the ranks that torchrun started, or stand alone.
 
     Args:
-        timeout: seconds of silence after which a rank gives up; the watchdog's, see there. Exchanges wait a little
-            longer, so that the watchdog, which knows more, is the one to speak.
+        timeout: seconds of silence after which the `Watchdog` of a rank gives up. Exchanges wait a little longer, so
+            that the watchdog, which can name the cause, reports it first.
 
     Raises:
         SettingsError: a GPU is asked for and there is none, or fewer than ranks on this node.

@@ -1,8 +1,8 @@
 """A whole training step as one CUDA graph: the host says "again" instead of launching thousands of kernels.
 
-The first steps run as ever, on a side stream: they compile kernels, choose algorithms and make the optimiser's state.
-The next one is captured (its kernels are recorded, with the addresses that they read and write, and do not run) and
-from then on every step is a replay. So whatever changes from step to step must lie in the same place on the device:
+The first steps run in the ordinary way, on a side stream: they compile kernels, choose algorithms and make the
+optimiser's state. The next step is captured: its kernels are recorded with the addresses that they read and write, and
+do not run. From then on every step is a replay. So all that changes between steps must keep its place on the device:
 images and mask are copied into tensors held here, rates are device scalars (`Lamb.put_rates`), the number of steps is
 counted in place. Random numbers follow the device generator's seed at the time of the replay.
 """
@@ -23,8 +23,9 @@ class StepGraph:
     """Calls `work`, and replays it once it is captured.
 
     Args:
-        work: tensors in, tensors out; no value of theirs may be looked at, and shapes stay.
-        clock: stands still during the capture; a replay is its phase "graph".
+        work: tensors of any shape -> tensors of any shape. It may not read their values on the host, and their shapes
+            must not change.
+        clock: stopped during the capture; a replay is its phase "graph".
     """
 
     def __init__(self, work: Callable[..., tuple[Tensor, ...]], device: torch.device, clock: StepClock) -> None:
@@ -36,7 +37,7 @@ class StepGraph:
         self._outputs: tuple[Tensor, ...] = ()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Each call does the work once, whichever way; the results are the caller's own.
+        """Do the work once, by launches or by a replay; the results are the caller's own tensors.
 
         Raises:
             ValueError: inputs of another shape or dtype than those captured.

@@ -1,4 +1,4 @@
-"""`--dry_run`: what a run would cost, told after two of its steps, without a trace on the disk.
+"""`--dry_run`: what a run would cost, measured in two of its steps; nothing is written to the disk.
 
 The first step warms up (allocation, algorithms, compilation), the second is measured; so times are rough, sizes exact.
 """

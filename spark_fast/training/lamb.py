@@ -3,9 +3,9 @@
 LAMB is Adam's direction with weight decay, u, scaled per tensor by |weights| / |u|. It comes from torch's fused AdamW
 kernel, which is given -decay * weights and subtracts Adam's direction from it: what is left is -u. Two things come with
 that kernel: it runs on CPU and CUDA over all tensors at once, and it obeys `found_inf`, the convention of torch's own
-fused optimisers: where that device scalar is 1, nothing changes, and the host never asks. Weight decay is applied
-beforehand, and the learning rate goes into the factors of the end, so that both may be device scalars: a captured step
-(`step_graph`) then follows the schedule.
+fused optimisers: where that device scalar is 1, nothing changes, without a host sync. Weight decay is applied
+beforehand, and the learning rate goes into the last factors, so that both may be device scalars: a captured step
+(`cuda_graph`) then follows the schedule.
 
 What it costs is reading and writing memory: 14 passes over the weights.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LONG = 1e9  # steps after which no correction is left in any precision
+LONG = 1e9  # a step count at which the bias correction is 1 in any precision
 
 
 class Lamb(torch.optim.Optimizer):
@@ -28,12 +28,12 @@ class Lamb(torch.optim.Optimizer):
         params: as for any optimiser; groups may have their own `lr` and `weight_decay`.
         betas: decay of the first and the second moment; `eps` is added to the root of the second.
         always_adapt: scale by the trust ratio also in groups without weight decay.
-        bias_correction: divide the moments by what their decay has not let them gather yet.
+        bias_correction: apply Adam's bias correction, 1 / (1 - beta^t).
     """
 
     _step_supports_amp_scaling = True  # to torch.amp.GradScaler: hand over found_inf, do not look at it
-    found_inf: Tensor | None = None  # () float on the device; 1: leave weights and moments as they are
-    grad_scale: Tensor | None = None  # what gradients are multiplied by, to be divided out
+    found_inf: Tensor | None = None  # a float scalar on the device; 1: leave weights and moments as they are
+    grad_scale: Tensor | None = None  # the scale of the gradients, which is divided out
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Lamb(torch.optim.Optimizer):
         self._rates: list[Tensor] = []  # (lr, weight decay) of each group on the device, after `put_rates`
 
     def put_rates(self) -> None:
-        """Write the groups' rates to the device, from where every later step takes them; nothing waits."""
+        """Write the groups' rates to the device, where every later step reads them; without a host sync."""
         if not self._rates:
             any_ = next(p for group in self.param_groups for p in group["params"])
             self._rates = [torch.empty(2, dtype=any_.dtype, device=any_.device) for _ in self.param_groups]
@@ -119,7 +119,7 @@ def _laid_out_as(weights: Tensor, other: Tensor) -> Tensor:
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of each tensor, (n,) for n of them, on their device.
 
-    torch takes the norm of a whole tensor in one thread on a CPU, and those of its rows in all: so rows come first.
+    On a CPU torch takes the norm of a whole tensor in one thread, but norms of rows in all threads: so rows come first.
     """
     if not tensors[0].is_cuda:
         rows = [tuple(range(1, t.dim())) for t in tensors]

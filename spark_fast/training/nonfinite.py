@@ -26,8 +26,8 @@ class NonfiniteGuard:
     """Watches the steps of one model.
 
     Args:
-        agree: the largest of a flag over all ranks, on the device; they must all skip or none.
-        overflow_is_normal: under fp16 gradients overflow now and then; those steps are skipped, but not counted as bad.
+        agree: the maximum of (2,) flags over all ranks, on the device: either all ranks skip a step or none.
+        overflow_is_normal: in fp16, gradients overflow now and then; such steps are skipped, but not counted as bad.
     """
 
     def __init__(self, model: nn.Module, agree: Callable[[Tensor], Tensor], *, overflow_is_normal: bool) -> None:
@@ -38,13 +38,13 @@ class NonfiniteGuard:
         self._bad: list[Tensor] = []  # a flag for each step since the last reading
 
     def before_step(self) -> None:
-        """Remember the buffers."""
+        """Copy the buffers, for `judge` to put back."""
         self._before = [_flat(buffers) for buffers in self._buffers]
 
     def judge(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether this step is to be skipped, and whether it was bad: () float32 on the device, 1 or 0.
+        """Whether to skip this step, and whether it was bad: two scalars, float32 on the device, 1 or 0.
 
-        Where it is skipped, the buffers are put back.
+        `loss` and `norm` are scalars. Where the step is skipped, the buffers are put back.
         """
         no_loss, no_norm = ~loss.isfinite(), ~norm.isfinite()
         flags = torch.stack([no_loss | no_norm, no_loss if self._overflow_is_normal else no_loss | no_norm])
@@ -55,7 +55,7 @@ class NonfiniteGuard:
         return skip, bad
 
     def note(self, bad: Tensor) -> None:
-        """Keep a step's second flag until it is read."""
+        """Keep the second flag of `judge`, a scalar, until `bad_steps` reads it."""
         self._bad.append(bad)
 
     def bad_steps(self) -> list[bool]:
@@ -70,7 +70,7 @@ def _kind(buffer: Tensor) -> tuple[str, str]:
 
 
 def _flat(buffers: Sequence[Tensor]) -> Tensor:
-    """All values of tensors of one dtype: a launch for a hundred of them, where copies would take one each."""
+    """The values of tensors of one dtype, (n,): one kernel launch for a hundred tensors, where copies take one each."""
     return torch.cat([buffer.flatten() for buffer in buffers])
 
 
@@ -90,13 +90,13 @@ class NonfiniteReport:
         self.in_a_row = self.count = 0  # until the last report, in this process
 
     def add(self, ids: Tensor) -> None:
-        """The ids, (B,) on the host, of the samples of one step of this rank."""
+        """One step is done: the ids of this rank's samples, (B,) on the host."""
         self._ids.append(ids)
 
     def report(self, step: int, folder: Path | None) -> None:
-        """Warn of the bad steps since the last report, on all ranks together; `step` steps of the run are done.
+        """Warn of the bad steps since the last report; `step` steps of the run are done. All ranks call it together.
 
-        Raises NotFiniteError after `limit` of them in a row.
+        Raises NotFiniteError after `limit` bad steps in a row.
         """
         ids, self._ids = self._ids, []
         for number, bad in enumerate(self._guard.bad_steps(), step - len(ids) + 1):

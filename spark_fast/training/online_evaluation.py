@@ -1,6 +1,6 @@
-"""An evaluation between the epochs of a run, which it does not touch: when one is due, and that each is done once.
+"""Evaluations between the epochs of a run, which they do not change: when one is due, and that each is done once.
 
-What is measured is handed in (`Evaluator`), as evaluation stands on training, not under it.
+The measurement is passed in (`Evaluator`), because evaluation imports training, not the reverse.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ class Evaluator(Protocol):
         ...
 
     def unreadable(self) -> list[str]:
-        """Images that others stood in for so far, each with the reason; the first ones."""
+        """The first few images that could not be read, each with the reason."""
         ...
 
     def close(self) -> None:
-        """Let go of threads and files."""
+        """Stop threads and close files."""
         ...
 
 
 class StoppedError(Exception):
-    """An evaluation is given up on all ranks, as one of them was told to stop."""
+    """All ranks abandon an evaluation, because one of them was told to stop."""
 
 
 def stoppable(position: Position, ranks: Ranks, watchdog: Watchdog, interrupt: Interrupt) -> Callable[[int], None]:
@@ -57,8 +57,8 @@ def stoppable(position: Position, ranks: Ranks, watchdog: Watchdog, interrupt: I
 class OnlineEvaluation:
     """Evaluates before the first step, every `every` epochs and after the last; called at the end of each epoch.
 
-    The run has been saved by then, so an evaluation that is given up, or killed, is made up for at the resume. Which
-    ones are done, metrics.jsonl knows.
+    The run has been saved by then, so an evaluation that is abandoned or killed is repeated after the resume.
+    metrics.jsonl tells which ones are done.
 
     Args:
         network: of the encoder.

@@ -31,7 +31,7 @@ def build_optimizer(name: str, model: nn.Module, beta2: float, *, zero: bool = F
 
     Args:
         zero: ZeRO-1 (Rajbhandari et al., 2020): each rank keeps the moments of its share of the parameters and updates
-            those. The state dict is the same as without, see `parallel.gather_state`; a run may change between the two.
+            those. The state dict is the same as without, see `data_parallel.gather_state`; a resumed run may switch.
 
     Raises:
         ValueError: an unknown name.
@@ -51,10 +51,10 @@ def build_optimizer(name: str, model: nn.Module, beta2: float, *, zero: bool = F
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale all gradients together to `max_norm` if they exceed it (0: never); returns the norm before, on device."""
+    """Scale all gradients to a joint norm of at most `max_norm` (0: never); returns the norm before, a scalar."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = torch.linalg.vector_norm(norms(grads))
-    if max_norm > 0 and (norm.is_cuda or norm > max_norm):  # to ask costs a GPU more than to multiply by 1
+    if max_norm > 0 and (norm.is_cuda or norm > max_norm):  # branching on a CUDA tensor would synchronise
         torch._foreach_mul_(grads, (max_norm / norm).clamp(max=1.0))
     return norm
 
@@ -62,10 +62,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 def learning_rate(
     step: int, peak: float, warmup: float, total: int, first: float = 0.005, last: float = 0.001, closed: bool = True
 ) -> float:
-    """Linear from `first` of the peak over `warmup` steps, then a half cosine to `last` of it.
+    """Linear from `first` of the peak over `warmup` steps, then a half cosine to `last` of the peak.
 
     Args:
-        closed: the cosine is over at the last step; else it would be one step later.
+        first, last: shares of the peak.
+        closed: the half cosine ends at the last step; else one step later.
     """
     warmup = round(warmup)
     if step < warmup:
@@ -79,7 +80,7 @@ def weight_decay(step: int, start: float, end: float, total: int) -> float:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, decay: float) -> None:
-    """Write this step's rates into the groups; one with an `lr_scale` (layer-wise decay) gets that much of `lr`."""
+    """Write this step's rates into the groups; `lr` is multiplied by a group's `lr_scale` (layer-wise decay)."""
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = lr * group.get("lr_scale", 1.0), decay if group["decays"] else 0.0
 

@@ -145,9 +145,9 @@ def open_images(
 
 
 def pictured_images(settings: Settings, ranks: Ranks, statistics: Statistics | None = None) -> Tensor | None:
-    """A few images for the reconstruction pictures, the same ones all through the run, centrally cropped.
+    """At most PICTURED images for the reconstruction pictures, (N, C, H, W): normalised, centrally cropped.
 
-    `statistics`: of the run's images.
+    They are the same ones all through the run; None where no pictures are asked for. `statistics`: of the run's images.
     """
     if not settings.run.picture_every:
         return None

@@ -49,9 +49,9 @@ MOMENTS = {"lamb": 2, "adamw": 2, "sgd": 1}  # tensors that an optimiser keeps f
 
 
 class PretrainStep:
-    """(step, batch) -> loss and gradient norm: draws the masks and advances.
+    """step, batch -> loss and gradient norm: draws the masks and advances.
 
-    Whatever is random in a step depends on (seed, step, rank) alone.
+    All random numbers of a step depend on seed, step and rank alone.
     """
 
     def __init__(self, model: Method, advance: TrainStep, seed: int, rank: int, share: int, masks: int = 1) -> None:
@@ -59,7 +59,7 @@ class PretrainStep:
         self.positions = torch.arange(share, device=advance.device) + rank * share  # in the global batch
 
     def __call__(self, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Advance by this rank's share of a global batch."""
+        """Advance by this rank's share of a global batch; returns loss and gradient norm, scalars on the device."""
         torch.manual_seed(step_seed(self.seed, step, self.rank))
         visible = self.model.sample_masks(self.seed, step, self.positions, self.masks)
         return self.advance(step, batch.images, visible)
@@ -128,7 +128,7 @@ class PretrainRun:
         return self.evaluator
 
     def restore(self, paths: list[Path]) -> None:
-        """Go on where the first of these checkpoints that can be read was written, at the very next batch."""
+        """Resume from the first of these checkpoints that can be read, at the next batch."""
         path, content = newest_readable(paths, read_resumable)
         if is_published(content):
             content = self._from_published(path, content)
@@ -137,7 +137,7 @@ class PretrainRun:
         self.state.restore(path, cast(RunContent, content), self.ranks)
 
     def monitor(self, logger: RunLogger, profile: Profile | None = None) -> Monitor:
-        """What collects the figures of the steps for a logger."""
+        """The monitor that collects the figures of the steps for `logger`."""
         return Monitor(
             logger,
             images_per_step=self.settings.data.batch_size,
@@ -150,7 +150,7 @@ class PretrainRun:
         )
 
     def logger(self, folder: Path | None) -> RunLogger:
-        """What shows them; nothing where `folder` is None."""
+        """The logger of the run; it shows nothing where `folder` is None."""
         run, at = self.settings.run, self.position
         return RunLogger(
             folder,
@@ -217,7 +217,7 @@ class PretrainRun:
         return Checkpointer(self.state, manager, steps=steps, seconds=seconds, after_epoch=after_epoch)
 
     def _from_published(self, path: Path, content: Content) -> Content:
-        """A full checkpoint of the published code as one of this run; what it has not, is as the run begins with it."""
+        """A full checkpoint of the published code as one of this run; what it lacks keeps the run's initial value."""
         found = published_run(path, content, self.model, self.optimizer, in_published_names(self.settings))
         step = found["epoch"] * self.position.steps_per_epoch
         return {**found, "step": step, "random_state": random_state(), "scaler": self.advance.scaler.state_dict()}
@@ -254,7 +254,7 @@ class PretrainRun:
 
 
 class EndOfEpoch:
-    """What the end of an epoch brings: a line of log.txt, the save, and now and then a picture."""
+    """Ends an epoch: writes a line of log.txt, saves, and every few epochs draws `pictured`, (N, C, H, W)."""
 
     def __init__(self, run: PretrainRun, logger: RunLogger, folder: Path | None, pictured: Tensor | None) -> None:
         self.run, self.logger, self.folder, self.pictured = run, logger, folder, pictured

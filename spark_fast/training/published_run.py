@@ -1,4 +1,4 @@
-"""A full checkpoint of the published code, as the state from which a run here goes on (pretrain/utils/misc.py).
+"""A full checkpoint of the published code, as a state that a run here resumes from (pretrain/utils/misc.py).
 
 It holds the model, the optimiser, the last epoch, and the settings as text. torch numbers an optimiser's parameters
 through its groups, in the order of `named_parameters`. A state dict has that order too, so the names in the file say
@@ -33,7 +33,7 @@ MOMENTS = {  # what an optimiser keeps of a parameter
 
 
 def read_resumable(path: Path) -> Content:
-    """Read what a run can go on from: a checkpoint of ours, or a full one of the published code.
+    """Read a checkpoint that a run can resume from: one of ours, or a full one of the published code.
 
     Raises:
         CheckpointError: it is neither.

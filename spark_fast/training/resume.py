@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it is the same run."""
+"""Which checkpoint a run resumes from, and whether it is the same run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spark_fast.versions import versions
 
 log = logging.getLogger("spark_fast")
 
-# settings that change nothing of what is computed but rounding, or only where it is stored and told
+# settings that change only rounding, or where results are stored and reported
 HARMLESS = {
     "data": {
         *("data_path", "val_path", "pipeline", "decode", "augment", "workers", "prefetch", "max_bad_fraction"),
@@ -50,7 +50,7 @@ def checkpoints_to_resume(asked: str, folder: Path) -> list[Path]:
 
 
 def check_same_run(path: Path, state: RunContent, settings: Settings, data: Pipeline) -> None:
-    """Refuse to go on with other settings or data, which would silently be another run.
+    """Refuse to resume with other settings or data, which would silently be another run.
 
     What is compared is what the settings mean: `res50` is `resnet50`, a default is the value it stands for.
 
@@ -78,7 +78,7 @@ def in_published_names(settings: Settings) -> dict[str, object]:
 
 
 def differing(before: dict, now: dict, harmless: dict[str, set[str]]) -> list[str]:
-    """The settings that are others now, but for the harmless ones, in words."""
+    """The settings that differ now, without the harmless ones, in words."""
     return [
         f"{name} was {before[group].get(name)!r}, is {value!r}"
         for group, values in now.items()

@@ -98,7 +98,7 @@ class RunState:
         )
 
     def restore(self, path: Path, state: RunContent, ranks: Ranks) -> None:
-        """Go on where the checkpoint `state`, read from `path`, was written, at the very next batch.
+        """Resume from the checkpoint `state`, read from `path`, at the next batch.
 
         Raises:
             CheckpointError: it is of another model, or the ranks have read different ones.

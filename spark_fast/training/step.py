@@ -29,7 +29,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate and weight decay at every step of a run; the last three as `learning_rate` takes them."""
+    """Learning rate and weight decay at every step of a run; for the last three fields see `learning_rate`."""
 
     peak_lr: float
     warmup_steps: float
@@ -41,7 +41,7 @@ class Schedule:
     closed: bool = True
 
     def at(self, step: int) -> tuple[float, float]:
-        """(learning rate, weight decay) of a step, counted from 0."""
+        """Learning rate and weight decay of a step, counted from 0."""
         shape = self.first, self.last, self.closed
         lr = learning_rate(step, self.peak_lr, self.warmup_steps, self.total_steps, *shape)
         return lr, weight_decay(step, self.weight_decay, self.weight_decay_end, self.total_steps)
@@ -51,12 +51,12 @@ class TrainStep:
     """A model with its optimiser, advanced one batch at a time.
 
     Args:
-        model: called as model(images, visible) -> loss; may be compiled or wrapped for data parallelism. What goes
-            with the images is for it to know: patches in pre-training, targets in fine-tuning.
+        model: called as model(images, visible) -> loss; may be compiled or wrapped for data parallelism. `visible` is
+            passed on unread: the visible patches in pre-training, the targets in fine-tuning.
         precision: bf16, fp16 or fp32.
         clip: largest norm of all gradients together, 0 for no clipping.
         accumulate: the batch is cut into so many parts, whose gradients are averaged.
-        agree: the maximum of a tensor over all ranks.
+        agree: the maximum of a tensor of any shape over all ranks.
         cuda_graph: replay the whole step as one CUDA graph, after a few ordinary steps; see `StepGraph`.
 
     Raises:
@@ -153,7 +153,7 @@ class TrainStep:
 def resolve_precision(asked: str, device: torch.device) -> str:
     """What `auto` means on this device: bf16 where it is native, fp16 on older GPUs, fp32 on the CPU.
 
-    Another one is taken as asked for, with a warning where the device has no instructions for it.
+    Any other precision is used as asked for, with a warning where the device has no instructions for it.
     """
     if asked != "auto":
         if asked != "fp32":

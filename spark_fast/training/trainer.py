@@ -1,6 +1,6 @@
 """The loop of a run, the same for pre-training and fine-tuning: steps, log points, saves, and how a run is left.
 
-What differs is handed in: what a step does with a batch, and what the end of an epoch brings besides the save.
+What differs is passed in: the step, and what happens at the end of an epoch besides the save.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from spark_fast.training.nonfinite import NonfiniteReport
 
 log = logging.getLogger("spark_fast")
 
-Step = Callable[[int, Batch], tuple[Tensor, Tensor]]  # (step, batch) -> loss and gradient norm, () on the device
+Step = Callable[[int, Batch], tuple[Tensor, Tensor]]  # step, batch -> loss and gradient norm, scalars on the device
 EpochEnd = Callable[[Callable[[], None]], None]  # is given what saves the run, and calls it
 BetweenEpochs = Callable[[], bool]  # True on all ranks: it was told to stop
 
@@ -70,7 +70,7 @@ class Trainer:
         """Train to the last epoch: True; or until interrupted: False, and the checkpoint is written.
 
         Raises:
-            NotFiniteError: loss or gradient are no numbers any more; weights and last checkpoint are good.
+            NotFiniteError: loss or gradient are not finite; weights and last checkpoint are good.
             CheckpointError: the last checkpoint could not be written, twice.
         """
         at = self.position

@@ -29,10 +29,12 @@ def is_published_fcmae(names: Mapping[str, object]) -> bool:
 
 
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published names and layouts -> canonical names (`spark_keys`) and those of dense layers.
+    """A published state dict under canonical names (`spark_keys`), in the layouts of dense layers.
+
+    Kernels become (out, in, k, k), vectors (C,), other tensors of any shape stay as they are.
 
     Raises:
-        ValueError: a kernel whose taps are no square, by name.
+        ValueError: the taps of a kernel are no square; the message names it.
     """
     found = {}
     for name, value in state.items():
@@ -46,7 +48,7 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def canonical_fcmae_name(name: str) -> str:
-    """The canonical name of a tensor of FCMAE, from its published name in the dense layout, or ours."""
+    """The canonical name of a tensor of FCMAE, from our name for it, or from the published one of a dense layer."""
     if ENCODER_LAYER.match(name):
         return ENCODER + network_name(name.removeprefix("encoder."))
     if DECODER.match(name):

@@ -13,10 +13,10 @@ HUB = "hf-hub:"
 
 
 def read_from_hub(name: str) -> tuple[str, dict[str, Tensor]]:
-    """The network of such a name, and its weights as timm loads them (from its cache, or over the network).
+    """The network's name in timm and its weights, name -> tensor of any shape, from timm's cache or the network.
 
     Raises:
-        CheckpointError: they cannot be had.
+        CheckpointError: they cannot be loaded.
     """
     try:
         network: Any = timm.create_model(name, pretrained=True)

@@ -1,4 +1,4 @@
-"""Which network a file of weights is of: as it says itself, or else by the shapes of its tensors."""
+"""To which network a file of weights belongs: by what the file says, or else by the shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ RECOGNISED = (
     *("resnet18", "resnet34", "convnext_tiny", *PUBLISHED_MODELS.values()),
     *(f"convnextv2_{size}" for size in ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")),
 )
-# those that weights which do not fit are compared with besides, to say what they are
+# networks that weights which fit no model are compared with too, to say what they are
 LOOKALIKES = (
     *("resnet10t", "resnet14t", "resnet26", "resnet50d", "resnext50_32x4d", "wide_resnet50_2", "seresnet50"),
     *("resnetv2_50", "convnext_atto", "convnext_femto", "convnext_pico", "convnext_nano", "convnext_xlarge"),
     *("efficientnet_b0", "efficientnet_b3", "mobilenetv2_100", "mobilenetv3_large_100", "regnety_016", "regnety_040"),
     *("densenet121", "vgg16", "vit_small_patch16_224", "vit_base_patch16_224", "swin_tiny_patch4_window7_224"),
 )
-FEWEST = 20  # tensors; none of them has so few
+FEWEST = 20  # tensors; each of these networks has more
 
 
 def named_network(path: Path, content: Mapping[str, object], settings: Mapping[str, object]) -> str:
@@ -47,25 +47,25 @@ def named_network(path: Path, content: Mapping[str, object], settings: Mapping[s
 
 
 def recognise(state: Mapping[str, Tensor]) -> str:
-    """Which of the networks in RECOGNISED these tensors are of; "" for none.
+    """The network in RECOGNISED to which these tensors belong; "" for none.
 
-    The largest one whose every tensor is there: the layers of resnet50 are also in resnet101.
+    It is the largest whose tensors are all there: the layers of resnet50 are also in resnet101.
 
     Args:
-        state: under canonical names, or those of the plain network.
+        state: tensors of any shape, under canonical names or those of the plain network.
     """
     tensors = {ENCODER + network_name(name.removeprefix(ENCODER)): value for name, value in state.items()}
     return next((name for name in _largest_first() if holds(tensors, _shapes(name))), "")
 
 
 def recognise_beneath(tensors: Mapping[str, Tensor]) -> str:
-    """The same of a network that lies somewhere in a file.
+    """As `recognise`, for a network anywhere in a file.
 
     Args:
-        tensors: all of the file, see `named_tensors.flatten`.
+        tensors: all of the file, of any shape, see `named_tensors.flatten`.
 
     Raises:
-        ValueError: it is there several times, with the places.
+        ValueError: it is there several times; the message has the places.
     """
     for name in _largest_first() if tensors else ():
         places = places_of(_shapes(name), tensors)
@@ -77,11 +77,12 @@ def recognise_beneath(tensors: Mapping[str, Tensor]) -> str:
 
 
 def lookalike(state: State, tensors: Mapping[str, Tensor], named: str) -> str:
-    """Which network of timm these weights are of, as far as a few dozen tell; "" for none of them.
+    """The network of timm to which these weights belong, of the few dozen compared; "" for none of them.
 
     Args:
-        state: what lies in the usual places of the file; tensors: as for `recognise_beneath`.
-        named: the network that the file names, which is compared first.
+        state: the tensors in the usual places of the file.
+        tensors: all of the file, of any shape, see `named_tensors.flatten`.
+        named: the network that the file names; it is compared first.
     """
     if max(len(state.tensors), len(tensors)) < FEWEST:
         return ""
@@ -94,7 +95,9 @@ def lookalike(state: State, tensors: Mapping[str, Tensor], named: str) -> str:
 
 
 def image_channels(network: str, state: State, tensors: Mapping[str, Tensor]) -> int:
-    """Channels of the images that weights of this network are for; 3 where it is your own, or the tensors do not tell.
+    """The channels of the images that weights of this network are for.
+
+    They are those of its first kernel, (O, C, ky, kx); 3 for a network of your own, or where the tensors do not tell.
 
     Args:
         state, tensors: as for `lookalike`.

@@ -133,7 +133,7 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor], unknown: list[str] | 
     """`load_strictly`, but a counter of batches may be missing, and no tensor may be what a network cannot have.
 
     Raises:
-        ValueError: as `load_strictly`, or a tensor of integers for one of fractions, without data, or not finite.
+        ValueError: as `load_strictly`, or a tensor is of integers instead of floats, without data, or not finite.
     """
     own = model.state_dict()
     tensors = {

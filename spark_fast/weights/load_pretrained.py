@@ -1,4 +1,4 @@
-"""A checkpoint as a model, whoever wrote it: a run folder, a file of ours, a published one, or an encoder alone."""
+"""A model from a checkpoint of any origin: a run folder, a file of ours, a published one, or an encoder alone."""
 
 from __future__ import annotations
 

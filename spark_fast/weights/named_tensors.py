@@ -1,8 +1,8 @@
 """The tensors of a file under canonical names, wherever they lie in it.
 
-A file may hold them beneath dictionaries (`state_dict`, `teacher`), and a wrapper may have put its own name before
-theirs (`model.`, `backbone.`, `module.encoder_q.`). Both make one dotted prefix, and the prefix is found by what is
-looked for: it counts where every tensor of a network lies behind it, with its shape.
+A file may hold them in nested dictionaries (`state_dict`, `teacher`), and a wrapper may have put its own name before
+theirs (`model.`, `backbone.`, `module.encoder_q.`). Both make one dotted prefix. A prefix is taken if every tensor of
+the network in question follows it, with its shape.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ LEFT_OUT = "optimizer"  # its tensors are no weights, and twice as large
 
 @dataclass(frozen=True)
 class State:
-    """The tensors of a model, whoever wrote them.
+    """The tensors of a model, whichever program wrote them.
 
     Attributes:
-        tensors: under canonical names (see `spark_keys`).
+        tensors: of any shape, under canonical names (see `spark_keys`).
         names: canonical name -> name in the file, for messages.
-        others: what stands among the tensors and is none, by name.
+        others: names of entries that are no tensors.
         has_decoder: False for a plain network (the encoder alone, perhaps with a classifier).
         prefix: where in the file they lie, "" for the usual places (see `tensors_of`).
     """
@@ -75,10 +75,12 @@ def read_state(content: Mapping) -> State:
 
 
 def flatten(content: Mapping) -> dict[str, Tensor]:
-    """Every tensor in nested dictionaries, by its way there: `state_dict.model.conv1.weight`. An optimiser's are not.
+    """Every tensor in nested dictionaries, of any shape, by its path: `state_dict.model.conv1.weight`.
+
+    An optimiser's tensors are left out.
 
     Raises:
-        ValueError: two tensors of one name; dictionaries in each other without end.
+        ValueError: two tensors have one name, or there are more than MOST_DICTIONARIES dictionaries.
     """
     found: dict[str, Tensor] = {}
     todo = [("", content)]
@@ -98,7 +100,7 @@ def flatten(content: Mapping) -> dict[str, Tensor]:
 
 
 def beneath(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those whose names begin so, without it."""
+    """The tensors, of any shape, whose names begin with `prefix`, under the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
@@ -107,7 +109,7 @@ def places_of(shapes: Shapes, tensors: Mapping[str, Tensor]) -> list[State]:
 
     Args:
         shapes: of the network, under canonical names.
-        tensors: all of the file, see `flatten`.
+        tensors: all of the file, of any shape, see `flatten`.
     """
     sought = max((name for name in shapes if not name.endswith(COUNTER)), key=len, default="")
     anchor = set(spellings(sought.removeprefix(ENCODER)))
@@ -120,9 +122,9 @@ def places_of(shapes: Shapes, tensors: Mapping[str, Tensor]) -> list[State]:
 
 
 def holds(tensors: Mapping[str, Tensor], shapes: Shapes) -> bool:
-    """Whether every tensor of a model is among these, with its shape (see `same_shape`).
+    """Whether every tensor of a model is among `tensors`, with its shape (see `same_shape`).
 
-    The images may have another number of channels: it shows in the first layer alone.
+    One difference is allowed: images of another number of channels, C of the first kernel, (O, C, ky, kx).
     """
     found = matches(shapes, tensors)
     whole = all(
@@ -134,14 +136,14 @@ def holds(tensors: Mapping[str, Tensor], shapes: Shapes) -> bool:
 
 
 def other_channels(found: torch.Size, wanted: torch.Size) -> bool:
-    """Whether two convolutions differ in the channels of their input alone."""
+    """Whether two kernels (O, C, ky, kx) differ in C alone."""
     return len(found) == len(wanted) == 4 and found[1] != wanted[1] and (found[0], found[2:]) == (wanted[0], wanted[2:])
 
 
 def channels_of(tensors: Mapping[str, Tensor], shapes: Shapes) -> set[tuple[int, int]]:
-    """The numbers of channels, (in the tensors, in the model), of convolutions that differ in these alone.
+    """Pairs of C in the tensors and in the model, for kernels (O, C, ky, kx) that differ in C alone.
 
-    Of one network they are those of its images, or there are none.
+    For tensors of this network there is at most one pair, the channels of its images.
     """
     pairs = ((tensors[key].shape, shapes[name]) for name, key in matches(shapes, tensors).items())
     return {(found[1], wanted[1]) for found, wanted in pairs if other_channels(found, wanted)}
@@ -159,20 +161,20 @@ def same_shape(found: torch.Size, wanted: torch.Size) -> bool:
 
 
 def matches(names: Iterable[str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Canonical names of a model -> those of their tensors in a file; what has none is left out."""
+    """Canonical name in a model -> name of its tensor, of any shape, in a file; names without a tensor are left out."""
     found = {name: next((key for key in _candidates(name) if key in tensors), None) for name in names}
     return {name: key for name, key in found.items() if key is not None}
 
 
 def wrapper_of(shapes: Shapes, state: State) -> str:
-    """What a file of a network has put before its names, where they are found in spite of it (see WRAPPERS); or ""."""
+    """The wrapper of WRAPPERS that a file of a network has before its names; "" for none."""
     name, key = next(iter(matches(shapes, state.tensors).items()), ("", ""))
     inner = name.removeprefix(ENCODER)
     return key.removeprefix(ENCODER).removesuffix(inner).rstrip("_") if len(key) > len(name) else ""
 
 
 def which_of(prefixes: Iterable[str]) -> str:
-    """What is said where several places fit."""
+    """The message where several places fit."""
     names = [prefix.rstrip(".") for prefix in prefixes]
     return (
         f"several models in it fit: {', '.join(name or 'the one without a prefix' for name in names)}. Say which, "
@@ -197,7 +199,7 @@ def _state(named: Mapping[str, object], *, has_decoder: bool, prefix: str = "") 
 
 
 def _before(anchor: set[str], name: str) -> str | None:
-    """What stands before one of these canonical names in a name of a file; None where it ends with none of them."""
+    """The part of a file's name before one of these canonical names; None where it ends with none of them."""
     cuts = [0, *(match.end() for match in re.finditer(r"\.", name))]
     return next((name[:cut] for cut in reversed(cuts) if network_name(name[cut:]) in anchor), None)
 

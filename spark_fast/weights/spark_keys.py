@@ -46,14 +46,14 @@ OFFICIAL = [
 
 
 def spark_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model from `build_spark` under their published names: what `load_spark_state_dict` reads."""
+    """A model of `build_spark` as `load_spark_state_dict` reads it: published name -> tensor of any shape."""
     state = model.state_dict()
     convnext = any(name.startswith("encoder.network.stages_0.blocks.0.conv_dw.") for name in state)
     return {_publish(name, convnext): value.detach().cpu().contiguous() for name, value in state.items()}
 
 
 def published_encoder(model: nn.Module) -> dict[str, Tensor]:
-    """The encoder's tensors as the published code saves them by themselves: for ResNets timm's names."""
+    """The encoder as the published code saves it alone: name (for ResNets timm's) -> tensor of any shape."""
     prefix = "sparse_encoder.sp_cnn."
     return {k.removeprefix(prefix): v for k, v in spark_state_dict(model).items() if k.startswith(prefix)}
 

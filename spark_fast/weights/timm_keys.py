@@ -17,7 +17,7 @@ WRAPPERS = ("model_", "body_")
 
 
 def spellings(name: str) -> Iterator[str]:
-    """A name with underscores for dots, as it is and without what timm wraps some networks of `features_only` in."""
+    """A name with underscores for dots: as it is, and without a wrapper that timm's `features_only` may add."""
     yield name
     yield from (name.removeprefix(wrapper) for wrapper in WRAPPERS)
 
@@ -56,21 +56,21 @@ def encoder_names(model: Method, name: str) -> dict[str, str]:
 
 
 def renamed(state: Mapping[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    """The tensors of a state dict that have a new name, on the host."""
+    """The tensors, of any shape, of a state dict that have a new name in `names`, under it, copied to the host."""
     return {new: state[name].detach().cpu().contiguous() for name, new in names.items()}
 
 
 def encoder_state_dict(model: Method, name: str) -> dict[str, Tensor]:
-    """The encoder's tensors under their `encoder_names`.
+    """The encoder's tensors, of any shape, under their `encoder_names`.
 
-    Every tensor of the encoder is there. What timm's classifier has beyond it (a final norm, in some networks) was
-    not trained and is left out: `load_state_dict(..., strict=False)` then reports just that as missing.
+    Every tensor of the encoder is there. A tensor that only timm's classifier has, such as the final norm of some
+    networks, was not trained and is left out: `load_state_dict(..., strict=False)` then reports it as missing.
     """
     return renamed(model.state_dict(), encoder_names(model, name))
 
 
 def write_encoder(state: dict[str, Tensor], name: str, folder: Path) -> Path:
-    """Write an `encoder_state_dict` as safetensors into `folder`, whole or not at all; returns the file."""
+    """Write an `encoder_state_dict`, name -> tensor of any shape, atomically into `folder`; returns the file."""
     own = ":" in name
     path = folder / ("encoder.safetensors" if own else f"{name}_timm.safetensors")
     content = save(state, metadata={"format": "pt", "architecture": name})

@@ -39,7 +39,7 @@ class BatchMemory(Protocol):
         ...
 
     def give_back(self, place: Place) -> None:
-        """It is not written to any more; if it is pinned it is filled again, once its copy is done."""
+        """Its batch is complete. Pinned memory is filled again once its copy to the device is done."""
         ...
 
 
@@ -60,13 +60,13 @@ class Layout:
         return -(-math.prod(self.shape) * self.dtype.itemsize // ALIGNED) * ALIGNED
 
     def views(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels and crops in `memory`, (size,) uint8."""
+        """Pixels (B, H, W, C) and crops (B, 3) int64, as views of `memory`, (size,) uint8."""
         pixels = memory[: math.prod(self.shape) * self.dtype.itemsize].view(self.dtype).view(self.shape)
         return pixels, memory[self._pixel_bytes :].view(torch.int64).view(-1, CROP)
 
 
 class HostMemory:
-    """Places that come back by themselves, when nobody holds a batch made of them."""
+    """Places that come back by themselves when nobody holds a batch made of them; `allocate` makes (bytes,) uint8."""
 
     def __init__(self, layout: Layout, kept: int, allocate: Callable[[int], NDArray[np.uint8]] = fresh) -> None:
         self._layout = layout
@@ -82,7 +82,7 @@ class HostMemory:
 
 
 class Slot:
-    """Pinned memory of one batch, refilled once its copy to the CUDA device is done."""
+    """Pinned memory of one batch, (size,) uint8, refilled once its copy to the CUDA device is done."""
 
     def __init__(self, layout: Layout, memory: Tensor) -> None:
         self.pixels, self.crops = layout.views(memory)

@@ -1,4 +1,4 @@
-"""What fills batches with images, and how many threads and processes do."""
+"""The interface that fills batches with images, and the choice of threads and processes for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the trainer's process and the worker processes say to each other; a batch's pixels are never sent."""
+"""Messages between the trainer's process and the worker processes; a batch's pixels are never sent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spark_fast.pipelines.backends.image_loader import ImageLoader
 from spark_fast.pipelines.backends.workers.batch_memory import Layout
 from spark_fast.pipelines.sources.bad_images import Loaded
 
-PLAIN = Loaded(False, None)  # what is said of nearly every image, and so not sent
+PLAIN = Loaded(False, None)  # the result of nearly every image, which is therefore not sent
 
 
 class Setup(NamedTuple):
@@ -23,7 +23,7 @@ class Setup(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """A worker process's first word."""
+    """A worker process's first message."""
 
     pid: int
 
@@ -36,7 +36,7 @@ class Lend(NamedTuple):
 
 
 class Forget(NamedTuple):
-    """A block is no more."""
+    """A block is no longer used: unmap it."""
 
     block: int
 
@@ -52,7 +52,7 @@ class Order(NamedTuple):
 
 
 class Cancel(NamedTuple):
-    """Nobody wants a batch any more; its orders are answered all the same."""
+    """A batch is no longer needed; its orders are answered all the same."""
 
     batch: int
 

@@ -1,4 +1,4 @@
-"""Worker processes as the trainer's process sees them: started, looked at, ended."""
+"""Worker processes from the trainer's side: starting, watching and ending them."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class Worker:
         self.file = new_file(16 * threads)
         self._progress = progress_of(self.file, threads)
         self._progress[:] = 0, NOTHING
-        self.pid: int | None = None  # when it has said a word
+        self.pid: int | None = None  # known from its first message
         self.images = 0  # of its orders that are not answered
-        self.silent = 0.0  # seconds without a word or an image, of those in which this process ran
+        self.silent = 0.0  # seconds without a message or an image, while this process ran
         self._done = 0
         self._lent: set[int] = set()
 
@@ -63,7 +63,7 @@ class Worker:
                 send_handle(self.pipe, block.file, self.pid)
 
     def forget(self, block: int) -> None:
-        """Have it unmap a block that is no more."""
+        """Have it unmap a block that is no longer used."""
         if block in self._lent:
             self._lent.discard(block)
             self.send(Forget(block))
@@ -104,7 +104,7 @@ class ProcessGroup:
             theirs.close()
             os.close(file)
         self._started = 0
-        self.ready = threading.Event()  # to be set when a worker has said a word
+        self.ready = threading.Event()  # set at the first message of a worker
         self._alive = weakref.finalize(self, _end, self._first, self._control, self.ready)  # at Python's end, too
 
     def fork(self, threads: int) -> Worker:

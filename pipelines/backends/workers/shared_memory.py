@@ -35,7 +35,7 @@ def new_file(size: int) -> int:
 
 
 def mapped(file: int, size: int) -> NDArray[np.uint8]:
-    """The memory behind a descriptor, (size,)."""
+    """The memory behind a descriptor, (size,) uint8."""
     return np.frombuffer(mmap.mmap(file, size), np.uint8)
 
 
@@ -51,7 +51,7 @@ class SharedBlocks:
         return len(self._blocks)
 
     def allocate(self, size: int) -> NDArray[np.uint8]:
-        """A new block, (size,); it is dropped when nobody holds this array."""
+        """A new block, (size,) uint8; it is dropped when nobody holds this array."""
         file = new_file(size)
         memory = mapped(file, size)
         self._made += 1
@@ -60,7 +60,7 @@ class SharedBlocks:
         return memory
 
     def of(self, pixels: Tensor) -> Block:
-        """The block that begins with these pixels."""
+        """The block that begins with these pixels, a tensor of any shape."""
         return self._blocks[pixels.data_ptr()]
 
     def _drop(self, address: int) -> None:
@@ -70,7 +70,7 @@ class SharedBlocks:
 
 
 def pinned_by(blocks: SharedBlocks) -> Callable[[int], Tensor]:
-    """Makes blocks that CUDA copies from without the host's help, as (size,) uint8."""
+    """Allocates blocks in page-locked memory, which CUDA copies asynchronously: bytes -> (size,) uint8."""
 
     def allocate(size: int) -> Tensor:
         memory = blocks.allocate(size)

@@ -46,7 +46,10 @@ def plan(sequence: NDArray[np.integer], start: int = 0) -> Plan:
 
 
 def plan_from(sampler: Sampler, shards: NDArray[np.integer], epoch: int, start_step: int) -> Plan:
-    """The plan for the rest of an epoch from a step on, and for the one after it, whose positions go on behind it."""
+    """The plan for an epoch from `start_step` on, and for the next one, whose positions continue those of this one.
+
+    `shards`, (n,), is the shard of each sample.
+    """
     used = min(len(sampler) * sampler.batch_size, sampler.num_samples)
     used = -(-used // sampler.repeats)
 

@@ -54,7 +54,7 @@ class WebDatasetSource(FileSource):
         return read_member(self._tars[tar], offset, size, self.name(i), self.max_file_bytes)
 
     def subset(self, ids: NDArray[np.int64]) -> WebDatasetSource:
-        """The samples `ids`, renumbered from 0."""
+        """The samples `ids`, (m,), renumbered from 0."""
         labels = None if self.labels is None else self.labels[ids]
         names = [self.path(i) for i in ids.tolist()]
         part = WebDatasetSource(self.root, names, labels, self.classes, self._tars, self._ranges[ids])

@@ -1,4 +1,4 @@
-"""NumPy's .npy and .npz: the header is read first, and nothing that is pickled is ever loaded."""
+"""Images in NumPy's .npy and .npz: the header is checked first, and pickled objects are never loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from spark_fast.errors import ImageError
 from spark_fast.pipelines.transforms.bands.expected import Expected, Stored
 
-_PARSING = threading.Lock()  # NumPy parses a header by `ast`, whose count of its depth several threads would share
+_PARSING = threading.Lock()  # NumPy parses a header by `ast`, whose recursion count is shared by threads
 
 NPY, NPZ = npy.MAGIC_PREFIX, b"PK\x03\x04"  # how the files begin
 
@@ -29,14 +29,14 @@ class Header(NamedTuple):
 
 
 def read_npy(data: bytes | memoryview, expected: Expected) -> Stored:
-    """A view of the file's bytes: nothing is copied."""
+    """The image of a .npy file, (H, W, C), as a view of its bytes: nothing is copied. Raises ImageError."""
     file = io.BytesIO(data)
     header = checked_header(file, expected)
     return _stored(np.frombuffer(data, np.uint8, offset=file.tell()), header, expected)
 
 
 def read_npz(data: bytes | memoryview, expected: Expected) -> Stored:
-    """The array of the key asked for, or the only one."""
+    """The image (H, W, C) of the .npz key asked for, or its only array. Raises ImageError."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
         key = expected.npz_key or (names[0] if len(names) == 1 else "")
@@ -50,14 +50,14 @@ def read_npz(data: bytes | memoryview, expected: Expected) -> Stored:
 
 
 def npy_of(pixels: NDArray) -> bytes:
-    """A .npy file: row by row, little-endian."""
+    """An image (H, W, C) as a .npy file: row by row, little-endian."""
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(pixels, pixels.dtype.newbyteorder("<")))
     return buffer.getvalue()
 
 
 def checked_header(file: IO[bytes], expected: Expected) -> Header:
-    """The header of an array that is as expected; the file is left where the numbers begin."""
+    """The header of an array; the file is left where the numbers begin. Raises ImageError if it is not as expected."""
     version = npy.read_magic(file)
     with _PARSING:
         header = Header(*(npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(file))

@@ -1,4 +1,4 @@
-"""Crop, resize and turn of images of any channels and numbers, in float64 on the host, in float32 on the device."""
+"""Crop, resize and turn images of any number of channels, of any type: float64 on the host, float32 on the device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spark_fast.pipelines.transforms.resize import crop
 def resized_bands(image: NDArray, box: Box, turn: int, size: tuple[int, int]) -> Tensor:
     """The crop `box` of `image` (h, w, C), antialiased bicubic, turned: (*size, C).
 
-    float64, not cut off where a bicubic curve overshoots; the image's own numbers where nothing is to be resized.
+    In float64, without clipping where the bicubic kernel overshoots. An image that needs no resize keeps its own dtype.
     """
     pixels = turned(crop(image, box), turn)
     return torch.from_numpy(np.array(pixels)) if pixels.shape[:2] == size else resized(pixels, size)
@@ -30,7 +30,7 @@ def turned(pixels: NDArray, turn: int) -> NDArray:
 
 
 def store_numbers(out: Tensor, pixels: Tensor) -> None:
-    """Put pixels into a batch that crosses the bus; its numbers are rounded to if they are integers."""
+    """Write `pixels` into `out`, its place in a batch, both (h, w, C); rounded and clipped if `out` holds integers."""
     numbers = pixels.numpy()
     dtype = out.numpy().dtype
     if dtype.kind in "ui" and numbers.dtype != dtype:
@@ -40,7 +40,7 @@ def store_numbers(out: Tensor, pixels: Tensor) -> None:
 
 
 class BandAugment(DeviceAugment):
-    """Crops in cells to normalised images, as `DeviceAugment`, for any channels and numbers."""
+    """Crops in cells to normalised images, as `DeviceAugment`, for any number of channels of any type."""
 
     def __init__(
         self, input_size: tuple[int, int], device: torch.device, dtype: torch.dtype, normalise: BandNormalise
@@ -50,7 +50,7 @@ class BandAugment(DeviceAugment):
         self._normalise = normalise
 
     def __call__(self, cells: Tensor, crops: Tensor) -> Tensor:
-        """(B, *cell, C) of the batch's numbers and (B, 3) int64 as `put` returned them, both on the device."""
+        """Cells (B, *cell, C) of the batch's type and what `put` gave, (B, 3) int64, on the device -> (B, C, H, W)."""
         if cells.is_floating_point():  # beside a crop lies what was in the memory before: 0 * NaN is NaN
             down, across = (
                 torch.arange(side, device=cells.device) < crops[:, i, None]  # (B, rows), (B, columns)

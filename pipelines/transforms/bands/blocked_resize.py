@@ -1,10 +1,10 @@
 """An antialiased bicubic resize in float64, as two batched products of small dense matrices.
 
-To resize lines of pixels is to multiply them by a banded matrix: an output line is a sum of some six input lines.
+A resize of lines of pixels is a product with a banded matrix: an output line is a sum of some six input lines.
 Blocks of 16 output lines depend on some 30 input lines each, which begin at equal distances. So the blocks' inputs are
 overlapping views of one tensor, and all blocks are one batched product of dense matrices. torch's `interpolate` adds
 floating point term by term, which takes two to three times as long; and a thread that makes few calls seldom waits for
-Python's lock. float64, as torch rounds products in float32 to bfloat16 where one of its options says so.
+Python's lock. It is float64 because an option of torch's rounds products of float32 to bfloat16.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _AT_ONCE = 2**24  # numbers that are copied to float64 at a time
 
 
 def resized(pixels: NDArray, size: tuple[int, int]) -> Tensor:
-    """(h, w, C) of any numbers -> (*size, C) float64, not cut off where a bicubic curve overshoots; a view."""
+    """(h, w, C) of any dtype -> (*size, C) float64, not clipped where the bicubic kernel overshoots; a view."""
     fewer_rows = _resized_lines(pixels, size[0])  # (H, w, C)
     columns = fewer_rows.numpy().transpose(1, 0, 2)  # -> (w, H, C)
     return _resized_lines(columns, size[1]).transpose(0, 1)  # (W, H, C) -> (H, W, C)

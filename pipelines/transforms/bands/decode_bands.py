@@ -35,7 +35,7 @@ class Bands(NamedTuple):
 
 
 def decode_bands(data: bytes | memoryview, expected: Expected, *, judged: bool = False) -> Bands:
-    """Decode one image.
+    """Decode one image, (H, W, in_chans).
 
     Args:
         judged: these bytes were decoded before.

@@ -1,4 +1,4 @@
-"""What is asked of each file of images of any number of channels, told from its header before memory is allocated."""
+"""Checks of image files with any number of channels, made on their headers before memory is allocated."""
 
 from __future__ import annotations
 

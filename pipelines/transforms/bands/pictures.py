@@ -1,4 +1,4 @@
-"""PNG, JPEG, PGM and PPM, BMP, GIF and WebP as stored: a channel a band, 16 bits as 16."""
+"""PNG, JPEG, PGM and PPM, BMP, GIF and WebP as stored: one channel per band, all 16 bits kept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OTHERS = ("PNG", "BMP", "GIF", "WEBP")
 
 
 def read_jpeg(data: bytes | memoryview, expected: Expected, *, judged: bool = False) -> Stored:
-    """Grey as one channel, all else as RGB; judged strictly, as every JPEG is."""
+    """(H, W, 1) for grey, (H, W, 3) RGB for all else; judged strictly, as every JPEG is."""
     frame = None
     with suppress(ImageError):  # what is wrong, `decode_jpeg` says
         frame = read_frame(data)

@@ -1,8 +1,8 @@
 """From stored numbers to network input: one type a batch, scaled to about [0, 1] as asked, and normalised.
 
-A batch crosses the bus in the numbers of its files: a uint16 is half of a float32. So an image is scaled and
-normalised in one step, on the device where there is one: clip((x * a + b)), less the mean, over the deviation. What is
-resized is rounded to the batch's numbers only where they are integers and the device normalises.
+A batch crosses the bus in the type of its files: a uint16 has half the bytes of a float32. So an image is scaled and
+normalised in one step, on the device where there is one: (clip(x) - mean) / std, with the scale folded into both.
+Resized pixels are rounded only where the batch holds integers and the device normalises.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def batch_dtype(dtypes: Iterable[np.dtype]) -> str:
 
 
 def as_batch(pixels: NDArray, statistics: Statistics) -> NDArray:
-    """The pixels in the numbers of the batch. With `--scale dtype` the largest of one type is the largest of the other.
+    """An image (H, W, C) in the type of the batch.
 
-    Raises ImageError where the batch's numbers cannot hold them.
+    With `--scale dtype` the largest number of its own type becomes the largest of the batch's, or 1 in a float batch.
+    Raises ImageError where the batch's type cannot hold its numbers.
     """
     stored, wanted = pixels.dtype, np.dtype(statistics.dtype)
     if stored == wanted:
@@ -51,9 +52,9 @@ def as_batch(pixels: NDArray, statistics: Statistics) -> NDArray:
 
 
 class BandNormalise:
-    """(B, H, W, C) of the batch's numbers, or floating point in their units -> dtype (B, C, H, W), channels_last.
+    """(B, H, W, C) in the type of the batch, or floating point in its units -> (B, C, H, W) of `dtype`, channels_last.
 
-    Scaled as the statistics say, `(x - mean) / std` of it. A channel without deviation is only shifted.
+    Pixels are scaled as the statistics say, then `(x - mean) / std`. A channel without deviation is only shifted.
     """
 
     def __init__(self, statistics: Statistics, width: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -78,7 +79,7 @@ class BandNormalise:
         self._dtype = dtype
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Normalise a batch on the device where its pixels are, in fp32, then round to dtype."""
+        """Normalise a batch in fp32 on the device of its pixels, then cast to dtype."""
         rows = pixels.flatten(-2).to(torch.float32, copy=True)  # (B, H, W * C)
         return self._normalised(rows).to(self._dtype).view(pixels.shape).permute(0, 3, 1, 2)
 
@@ -97,7 +98,7 @@ class BandNormalise:
 
 
 def scaled(pixels: NDArray, statistics: Statistics) -> NDArray[np.float64]:
-    """An image's numbers as `--scale` maps them, in float64; the pixels in the batch's numbers."""
+    """An image in the type of the batch, as `--scale` maps it: (H, W, C) -> (H, W, C) float64."""
     if statistics.scale == "percentile":
         low, high = np.array(statistics.low), np.array(statistics.high)
         return (pixels.clip(low, high) - low) / np.where(high > low, high - low, 1.0)
@@ -105,5 +106,5 @@ def scaled(pixels: NDArray, statistics: Statistics) -> NDArray[np.float64]:
 
 
 def _row(channels: NDArray, width: int, device: torch.device) -> Tensor:
-    """A number a channel, along a whole row of pixels: broadcasting over an innermost dimension of few is slow."""
+    """(C,) -> (width * C,), repeated along a row of pixels: broadcasting over a short innermost dimension is slow."""
     return torch.from_numpy(np.tile(channels, width)).float().to(device)

@@ -43,7 +43,7 @@ class Scene(Protocol):
     width: int
 
     def read(self, window: Window) -> NDArray:
-        """(window.height, window.width, channels), as stored. Raises ImageError or OSError."""
+        """The pixels of a window, (height, width, channels), as stored. Raises ImageError or OSError."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What is measured of images: the mean and deviation of each channel, exactly, and percentiles; parts are merged."""
+"""Statistics of images: exact mean and deviation of each channel, and percentiles. Those of parts can be merged."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ S = TypeVar("S", bound=_Sum)
 
 @dataclass(frozen=True)
 class Statistics:
-    """By what the images of a data set are scaled and normalised; a number a channel.
+    """What the images of a data set are scaled and normalised by; one number per channel.
 
-    A run keeps them, so that it goes on with the same ones, and so that its weights are evaluated with them.
+    A run keeps them: it resumes with the same ones, and its weights are evaluated with them.
     """
 
     scale: str  # dtype, percentile or none: how stored numbers become the scaled ones
@@ -64,7 +64,7 @@ class Moments:
 
     count: int
     mean: NDArray[np.float64]  # (channels,)
-    squares: NDArray[np.float64]
+    squares: NDArray[np.float64]  # (channels,), sums of squared deviations from the mean
 
     @classmethod
     def none(cls, channels: int) -> Moments:
@@ -92,7 +92,7 @@ class Moments:
 
     @property
     def std(self) -> NDArray[np.float64]:
-        """The population deviation of each channel (divided by the number of pixels)."""
+        """The population standard deviation of each channel (divided by the number of pixels), (channels,)."""
         return np.sqrt(self.squares / max(self.count, 1))
 
 
@@ -104,8 +104,8 @@ class Counts:
     that a percentile is off by at most 1 in 65,000 of itself.
     """
 
-    keys: NDArray[np.uint32]  # ascending; ordered as the numbers are
-    counts: NDArray[np.int64]
+    keys: NDArray[np.uint32]  # (n,) ascending; in the order of the numbers
+    counts: NDArray[np.int64]  # (n,)
 
     @classmethod
     def none(cls) -> Counts:
@@ -114,7 +114,7 @@ class Counts:
 
     @classmethod
     def of(cls, numbers: NDArray) -> Counts:
-        """Of one channel of an image, any shape."""
+        """Of one channel of an image, of any shape."""
         if numbers.dtype.itemsize <= 2 and numbers.dtype.kind in "ui":
             lowest = np.iinfo(numbers.dtype).min
             return cls.of_table(np.bincount(numbers.ravel().astype(np.int64) - lowest), lowest)
@@ -122,13 +122,13 @@ class Counts:
 
     @classmethod
     def of_table(cls, every: NDArray[np.int64], lowest: int) -> Counts:
-        """Of whole numbers from `lowest` up, how often each occurs."""
+        """From a histogram `every`, (n,): how often lowest, lowest + 1, ... occur."""
         there = np.flatnonzero(every)
         return cls(_keys((there + lowest).astype(np.float32)), every[there])
 
     @property
     def numbers(self) -> NDArray[np.float64]:
-        """Those that occur, ascending."""
+        """The numbers that occur, (n,), ascending."""
         return _numbers(self.keys)
 
     def __add__(self, other: Counts) -> Counts:
@@ -138,7 +138,7 @@ class Counts:
         return Counts(keys, counts)
 
     def percentile(self, share: float) -> float:
-        """The number below which this share of all lies, between two of them by their distance, as NumPy does it."""
+        """The number below which this share of all lies, interpolated linearly, as `numpy.percentile` does."""
         ends = np.cumsum(self.counts)
         rank = share * (ends[-1] - 1)
         below, above = (
@@ -149,10 +149,10 @@ class Counts:
 
 @dataclass
 class Measured:
-    """What is known of some images: add those of each image, or of each part of a conversion."""
+    """Moments and counts of some images; those of several images, or of parts of a conversion, are added."""
 
     moments: Moments
-    counts: list[Counts]  # a channel each
+    counts: list[Counts]  # one per channel
 
     @classmethod
     def none(cls, channels: int) -> Measured:
@@ -174,7 +174,7 @@ class Measured:
 
 
 def clipped(counts: list[Counts], low: tuple[float, ...], high: tuple[float, ...]) -> Moments:
-    """Of the numbers as `--scale percentile` maps them: 0 at `low` and below it, 1 at `high` and above it."""
+    """The moments after `--scale percentile`, which maps `low` and below to 0, `high` and above to 1."""
     means, squares = [], []
     for channel, least, most in zip(counts, low, high, strict=True):
         numbers = (channel.numbers.clip(least, most) - least) / (most - least if most > least else 1.0)
@@ -184,7 +184,7 @@ def clipped(counts: list[Counts], low: tuple[float, ...], high: tuple[float, ...
 
 
 def total(parts: Iterable[S]) -> S | None:
-    """The sum of parts in their order, added as in a balanced tree: few additions to what is large; None of none."""
+    """The sum of the parts in order, None of no parts; added pairwise, which keeps rounding errors small."""
     sums: list[tuple[int, S]] = []  # how many times a sum was doubled, and the sum
     for part in parts:
         level = 0
@@ -198,7 +198,7 @@ def total(parts: Iterable[S]) -> S | None:
 
 
 def _keys(numbers: NDArray[np.float32]) -> NDArray[np.uint32]:
-    """Whole numbers in the order of these: a float32's bits, all turned below 0, the sign alone from 0 up; rounded."""
+    """Unsigned keys that sort as the numbers: rounded bits of a float32, all flipped if negative, else the sign."""
     bits = (numbers + np.float32(0)).view(np.uint32)  # -0 becomes 0
     half = np.uint32(1 << (_COARSE - 1))
     bits = (bits + half) >> np.uint32(_COARSE) << np.uint32(_COARSE)
@@ -206,6 +206,6 @@ def _keys(numbers: NDArray[np.float32]) -> NDArray[np.uint32]:
 
 
 def _numbers(keys: NDArray[np.uint32]) -> NDArray[np.float64]:
-    """What `_keys` was made of."""
+    """The inverse of `_keys`, up to its rounding."""
     bits = np.where(keys & _SIGN, keys & ~_SIGN, ~keys)
     return bits.astype(np.uint32).view(np.float32).astype(np.float64)

@@ -37,7 +37,7 @@ def open_tiff(file: IO[bytes]) -> Any:
     """A TiffFile. Raises SettingsError where tifffile or imagecodecs is not installed."""
     library = scientific("tifffile", "TIFF files")
     scientific("imagecodecs", "compressed TIFF files")
-    if (said := logging.getLogger("tifffile")).level != logging.CRITICAL:  # to set it anew costs as much as a header
+    if (said := logging.getLogger("tifffile")).level != logging.CRITICAL:  # setting it costs as much as a header
         said.setLevel(logging.CRITICAL)  # what it finds odd in a file that it reads
     return library.TiffFile(file, is_ome=False)  # an OME-TIFF may name other files
 

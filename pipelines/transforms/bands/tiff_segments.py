@@ -1,4 +1,4 @@
-"""A window of a compressed TIFF page: only those of its strips or tiles are unpacked in which it lies, one by one."""
+"""A window of a compressed TIFF page: only the strips or tiles that it overlaps are unpacked, one by one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Segments:
             )
 
     def read(self, window: tuple[int, int, int, int]) -> NDArray:
-        """(height, width, channels) of the window's top, left, height and width."""
+        """The pixels of a window, (height, width, channels), given by its top, left, height and width."""
         top, left, height, width = window
         rows, columns = self._size
         out = np.empty((height, width, self._page.samplesperpixel), self._page.dtype)

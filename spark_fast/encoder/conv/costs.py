@@ -1,4 +1,4 @@
-"""Which algorithm of `spark_fast.encoder.conv.convolve` computes a convolution soonest, by a model of each device.
+"""Which algorithm of `spark_fast.encoder.conv.convolve` is the fastest for a convolution, by a model of each device.
 
 The choice follows from static shapes, the visible share and the device alone, so that compiled code never changes.
 """
@@ -34,7 +34,7 @@ def choose_algorithm(
 ) -> str:
     """The algorithm of least `algorithm_costs`, or of least `gpu_costs` for a weight on CUDA or with the GPU kernels.
 
-    A depthwise layer is `direct` where the kernels can.
+    `weight` is (O, C/groups, ky, kx). With the kernels a depthwise layer is always `direct`.
     """
     if kernels and groups == weight.shape[0] > 1 and weight.shape[1] == 1:
         return "direct"
@@ -90,7 +90,7 @@ def gpu_costs(
     gathering again. Launches are not counted: what they cost depends on the batch.
 
     Args:
-        b, axes, weight, groups, keep: as for `algorithm_costs`.
+        b, axes, weight, groups, keep: as for `algorithm_costs`; the weight is (O, C/groups, ky, kx).
         kernels: `halo` by the GPU kernels, else by index tables.
         rates: of the GPU.
     """

@@ -1,8 +1,8 @@
 """Batch norms by the GPU kernels, together with the sum and the activation after them.
 
-In training, on CUDA, one operator computes activation(norm(x) + residual): fewer times the map is written and read than
-by PyTorch, in eager code as the compiler does it in compiled code. What it does not take, PyTorch computes: evaluation,
-other devices and float64, statistics over all ranks (SyncBatchNorm), cumulative running statistics (momentum=None).
+In training on CUDA, one operator computes activation(norm(x) + residual). The map is then written and read fewer times
+than by PyTorch's eager code. PyTorch computes all else: evaluation, compiled code (its compiler fuses the same), other
+devices and float64, statistics over all ranks (SyncBatchNorm), cumulative running statistics (momentum=None).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from spark_fast.encoder.conv import kernels as gpu
 from spark_fast.encoder.layers.converted import ConvertedLayer
 
-TAKEN = (nn.BatchNorm2d, tl.BatchNormAct2d)  # subclasses compute something else
+TAKEN = (nn.BatchNorm2d, tl.BatchNormAct2d)  # not their subclasses, which compute something else
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.Identity: "", nn.ReLU: "relu", nn.ReLU6: "relu6"}
 
 LEAST_ELEMENTS = 0
 """Of a map, from which the kernels are taken, unless they are forced. `benchmarks/device_report.py --only layers`
 measures both ways and prints what fits. No GPU has been met yet: by bytes and launches the kernels always win."""
 IN_COMPILED_CODE = False
-"""Whether compiled code takes them too, instead of what its compiler makes of PyTorch's."""
+"""Whether compiled code calls the kernels too, instead of what the compiler makes of PyTorch's layers."""
 
 
 def normalize(
@@ -48,7 +48,7 @@ def normalize(
 def by_kernels(
     norm: nn.Module, x: Tensor, activation: str = "", residual: Tensor | None = None, kernels: bool | None = None
 ) -> Tensor | None:
-    """As `normalize`, for an activation of `ACTIVATIONS` by name; None where PyTorch has to compute it."""
+    """As `normalize`, (N, C, H, W), with an activation of `ACTIVATIONS` by name; None where PyTorch must compute it."""
     if torch.compiler.is_compiling() and not IN_COMPILED_CODE:
         return None
     statistics = _statistics(norm, x, residual, kernels)
@@ -60,7 +60,7 @@ def by_kernels(
 def projected(norm: nn.Module, project: nn.Conv2d, x: Tensor, kernels: bool | None = None) -> Tensor | None:
     """project(norm(x)) for a 1x1 convolution to a few channels, (N, C, H, W) -> (N, O, H, W), as `by_kernels`.
 
-    In compiled code too: what the compiler makes of it writes the map between.
+    In compiled code too, where the compiler would write the map between the two layers.
     """
     if (
         project.kernel_size != (1, 1)
@@ -78,7 +78,7 @@ def projected(norm: nn.Module, project: nn.Conv2d, x: Tensor, kernels: bool | No
 def _statistics(
     norm: nn.Module, x: Tensor, residual: Tensor | None, kernels: bool | None
 ) -> tuple[Tensor, Tensor] | None:
-    """Mean and 1 / deviation of each channel, which the running statistics take in; None: left to PyTorch."""
+    """Mean and 1 / sqrt(var + eps), (C,); updates the running statistics. None where PyTorch must compute the norm."""
     if not (isinstance(norm, nn.BatchNorm2d) and norm.training and _fits(norm, x, residual)):
         return None
     if (kernels is None and x.numel() < LEAST_ELEMENTS) or not gpu.use_kernels(kernels, x):
@@ -106,8 +106,8 @@ class PackedBatchNorm(ConvertedLayer):
     """Mixin: a norm over the batch of packed patches, whose statistics are those of the visible cells.
 
     Attributes:
-        followed_by: the activation that comes next, where nothing else sees the norm's output: the norm computes it,
-            and `Activated` leaves it out. BatchNormAct2d has its own.
+        followed_by: the next activation, where nothing else reads the norm's output. The norm computes it, and
+            `Activated` leaves it out. BatchNormAct2d has its own.
     """
 
     followed_by = ""
@@ -129,10 +129,10 @@ class PackedBatchNorm(ConvertedLayer):
 
 
 class Activated(ConvertedLayer):
-    """Mixin: an activation behind a norm, which may have computed it."""
+    """Mixin: an activation after a norm. It returns its input where the norm has computed the activation already."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape, the same comes back."""
+        """Of any shape; the output has the same."""
         if self.context.activated is not x:
             return super().forward(x)
         self.context.activated = None

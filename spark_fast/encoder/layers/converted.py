@@ -1,7 +1,7 @@
-"""What the mixins of all converted layers have in common.
+"""The bases of the mixins of converted layers.
 
-A converted layer is an object of a class (mixin, its own class), made by `spark_fast.encoder.convert_network`: it keeps
-its parameters, and `super().forward` in a mixin is the forward of the layer that it was.
+`spark_fast.encoder.convert_network` gives a layer a new class with two bases, the mixin and the layer's own class. The
+layer keeps its parameters, and `super().forward` in a mixin is the forward of the original layer.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class PaddedLayer(ConvertedLayer):
     """A convolution or pooling, which may take over the padding of a layer before it.
 
     Attributes:
-        folded_padding: that padding, (left, right, top, bottom) cells.
-        fill: the value that it holds.
+        folded_padding: that padding in cells: left, right, top, bottom.
+        fill: the value of padded cells.
     """
 
     folded_padding = (0, 0, 0, 0)
@@ -44,5 +44,5 @@ class FoldedPadding(ConvertedLayer):
     """Mixin: a padding layer whose padding the layer after it has taken over."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The input itself while patches are visible: a patch has no border to pad."""
+        """(V, C, b, b), returned as it is: a patch has no border to pad. A dense map (B, C, H, W) is padded."""
         return super().forward(x) if self.context.visible is None else x

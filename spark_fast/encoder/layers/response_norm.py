@@ -1,4 +1,4 @@
-"""Global response normalisation of ConvNeXt V2 (Woo et al., CVPR 2023, section 3.2) in few passes over the cells.
+"""Global response normalisation of ConvNeXt V2 (Woo et al., CVPR 2023, section 4) in few passes over the cells.
 
 With g the norm of a channel over the visible cells of an image, and n = g / (mean of g over channels + eps),
 

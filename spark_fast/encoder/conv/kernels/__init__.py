@@ -56,14 +56,14 @@ __all__ = [
 
 
 def use_kernels(wanted: bool | None, like: Tensor) -> bool:
-    """Whether tensors such as `like` (device and dtype) go to the kernels.
+    """Whether the kernels compute with tensors such as `like`.
 
     Args:
-        wanted: None: on CUDA, where Triton is installed and the dtype is fp32, bf16 or fp16, and if not the log says
-            so once. True or False forces it.
+        wanted: True or False forces it. None: on CUDA; if they cannot run there, the log says so once.
+        like: of any shape. They can run where Triton is installed and its dtype is fp32, bf16 or fp16.
 
     Raises:
-        RuntimeError: forced, where they cannot run.
+        RuntimeError: they are forced and cannot run.
     """
     if wanted is False or like.is_meta or (wanted is None and not like.is_cuda):
         return False
@@ -76,10 +76,10 @@ def use_kernels(wanted: bool | None, like: Tensor) -> bool:
 
 
 def use_fused(wanted: bool | None, like: Tensor) -> bool:
-    """Whether norms, activations and residuals go to the kernels too: in eager mode, under autocast.
+    """Whether the kernels compute norms, activations and residuals too: in eager mode, under autocast.
 
-    Without autocast there are no casts to save, and results stay PyTorch's to the bit. Compiled, they are the
-    compiler's, which fuses them with their neighbours.
+    `like`: of any shape, as for `use_kernels`. Without autocast there are no casts to save, and results stay
+    PyTorch's to the bit. In compiled code the compiler fuses these layers with their neighbours.
     """
     if torch.compiler.is_compiling() or like.is_meta or not torch.is_autocast_enabled(like.device.type):
         return False

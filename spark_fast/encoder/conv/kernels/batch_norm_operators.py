@@ -73,7 +73,7 @@ def batch_norm_apply(
 
     Args:
         x, residual: (N, C, H, W), of one dtype, in which the output is rounded once.
-        mean, inverse: what `batch_norm_statistics` gives for this x.
+        mean, inverse: (C,), what `batch_norm_statistics` gives for this x.
         weight, bias: (C,), or neither.
         activation: "relu", "relu6", or "": none.
     """
@@ -96,11 +96,13 @@ def batch_norm_sums(
     grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, inverse: Tensor, weight: Tensor | None,
     bias: Tensor | None, activation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of bias and weight, (2, C) fp32, and the gradient before the activation.
+    """The gradients of bias and weight, (2, C) fp32, and the gradient before the activation, (N, C, H, W).
 
     Args:
-        y: the output, where there was a residual; None: what passed the activation is computed again from x, and the
-            gradient before it is not written: the second is empty.
+        grad: the gradient of the output, (N, C, H, W).
+        y: the output (N, C, H, W), where there was a residual. None: which elements passed the activation is
+            computed again from x, and the gradient before it is not written: the second result is empty, (0,).
+        x, mean, inverse, weight, bias, activation: as for `batch_norm_apply`.
     """
     grad, x = map_rows(grad), map_rows(x)
     passed = map_like(x) if y is not None else x.new_empty(0)
@@ -123,10 +125,13 @@ def batch_norm_input_gradient(
     grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None, sums: Tensor,
     activation: str,
 ) -> Tensor:  # fmt: skip
-    """The gradient of `batch_norm_apply` with respect to x, `sums` being what `batch_norm_sums` gives.
+    """The gradient of `batch_norm_apply` with respect to x, (N, C, H, W).
 
     Args:
+        grad: the gradient of the output, (N, C, H, W).
+        sums: (2, C), of `batch_norm_sums`.
         activation: "" if `grad` is the gradient before the activation already.
+        x, mean, inverse, weight, bias: as for `batch_norm_apply`.
     """
     grad, x, out = map_rows(grad), map_rows(x), map_like(x)
     channels, rows = x.shape[1], x.numel() // x.shape[1]
@@ -140,12 +145,12 @@ def batch_norm_input_gradient(
 
 
 def _affine(mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
-    """The arguments of the kernels; without weight and bias something that is not read."""
+    """The arguments of the kernels; a missing weight or bias is replaced by a tensor that they do not read."""
     return mean, inverse, *(mean if of_channel is None else of_channel.contiguous() for of_channel in (weight, bias))
 
 
 def _units(channels: int) -> tuple[int, int]:
-    """Channels as a product of a number given when the kernel runs and one, at most 8, that it is compiled for."""
+    """Channels as a product: a factor given at run time, and one of at most 8 that the kernel is compiled for."""
     unit = min(channels & -channels, 8)
     return channels // unit, unit
 

@@ -122,7 +122,7 @@ def rows_of(*tensors: Tensor) -> None:
 
 
 def map_rows(x: Tensor) -> Tensor:
-    """A map (N, C, H, W) in channels_last, whose rows are its cells; raises as `rows_of`."""
+    """A map (N, C, H, W) in channels_last, whose rows are its cells. Raises ValueError: see `rows_of`."""
     rows_of(x.permute(0, 2, 3, 1))
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -133,12 +133,16 @@ def map_like(x: Tensor) -> Tensor:
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device: make it the tensor's. Nothing on a CPU."""
+    """Make the device of `tensor`, of any shape, the current one, on which Triton launches. No effect on a CPU."""
     return torch.cuda.device_of(tensor)
 
 
 def reach_of(neighbours: Tensor, axes: tuple[Axis, Axis], b: int) -> int:
-    """Patches that the table reaches, checked against those that the layer sees."""
+    """The reach in patches of a table `neighbours`, (V, 2*reach+1, 2*reach+1).
+
+    Raises:
+        ValueError: the layer looks further.
+    """
     reach = neighbours.shape[1] // 2
     furthest = max(max(axis.lo, axis.hi) for axis in axes)
     if furthest > reach * b:
