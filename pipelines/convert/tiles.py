@@ -32,7 +32,7 @@ class Tiling:
 
     def __post_init__(self) -> None:
         if self.tile < 1 or self.stride < 1:
-            raise SettingsError(f"tile and stride are numbers of pixels, 1 or more; got {self.tile} and {self.stride}")
+            raise SettingsError(f"tile and stride must be 1 pixel or more, got {self.tile} and {self.stride}")
 
     def windows(self, height: int, width: int) -> list[Window]:
         """The tiles of a scene, row by row."""
@@ -63,7 +63,7 @@ class TileSource(FileSource):
         Raises SettingsError for scenes that are no files of their own.
         """
         if type(scenes) is not FileSource:
-            raise SettingsError(f"--tile reads windows of files of their own: unpack {scenes.root} first")
+            raise SettingsError(f"--tile reads windows of files, not of tars: unpack {scenes.root} first")
         rows = []
         for number in range(len(scenes)):
             try:

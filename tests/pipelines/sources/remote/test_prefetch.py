@@ -128,7 +128,7 @@ def test_a_shard_that_cannot_be_had_is_left_to_the_one_who_needs_it(source, monk
     monkeypatch.setattr(Server, "download", fails)
     prefetch = ShardPrefetch(source)
     prefetch.follow(plan(np.array([2, 1])))
-    wait_for(lambda: held(source) == [1] and "it is asked for again" in caplog.text)
+    wait_for(lambda: held(source) == [1] and "it is requested again" in caplog.text)
     failing.clear()
     assert source.read(8) == JPEGS[8]
     prefetch.stop()
