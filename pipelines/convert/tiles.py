@@ -79,7 +79,7 @@ class TileSource(FileSource):
         number, *window = self._windows[i].tolist()
         with open_scene(_path(self._scenes, number), self._expected) as scene:
             if not window[2]:
-                raise ImageError("it could not be read when the scenes were listed, and has changed since")
+                raise ImageError("it has changed since the scenes were listed, when it could not be read")
             return npy_of(scene.read(Window(*window)))
 
     def subset(self, ids: NDArray[np.int64]) -> TileSource:

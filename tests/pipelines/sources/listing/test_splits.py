@@ -115,7 +115,7 @@ def test_a_root_of_several_splits_is_refused_with_the_path_to_give(tmp_path, fol
     write(tmp_path, *(f"{folder}/n1/{i}.jpg" for i, folder in enumerate(folders)))
     with pytest.raises(DataError, match=r"holds several splits \(.*Give one of them: (\S+)\. \(To") as error:
         detect_source(tmp_path)
-    assert f"mean: {tmp_path}/{meant}. (" in str(error.value)
+    assert f"Give one of them: {tmp_path}/{meant}. (" in str(error.value)
     assert len(detect_source(tmp_path / meant)) == 1
 
 

@@ -112,14 +112,14 @@ def test_worker_processes_share_the_cache_and_give_the_same_batches(over_http, s
 
 @pytest.mark.usefixtures("_impatient")
 @pytest.mark.parametrize(("fault", "said"), [
-    ("500", "after 9 attempts: ClientResponseError: 500"), ("404", "after 3 attempts: the server has no such file"),
-    ("truncated", "after 9 attempts: ClientPayloadError"), ("short", r"9 attempts: DamagedError: \d+ bytes arrived"),
-    ("wrong", "after 9 attempts: DamagedError: its sha256 differs"), ("reset", "after 9 attempts: "),
+    ("500", "9 attempts: ClientResponseError: 500"), ("404", "3 attempts: the server has no such file"),
+    ("truncated", "9 attempts: ClientPayloadError"), ("short", r"9 attempts: DamagedError: \d+ bytes arrived"),
+    ("wrong", "9 attempts: DamagedError: its sha256 differs"), ("reset", "9 attempts: "),
 ])  # fmt: skip
 def test_a_server_that_never_delivers_is_named(over_http, cache, fault, said):
     source = RemoteShardSource(over_http.url, "train", cache)
     over_http.always = fault
-    with pytest.raises(DataError, match=rf"{over_http.url}/shard-000000.tar cannot be had {said}"):
+    with pytest.raises(DataError, match=rf"{over_http.url}/shard-000000.tar cannot be read after {said}"):
         source.read(7)
     assert left_behind(cache) == []
 

@@ -180,7 +180,7 @@ def test_splits_in_folders_of_their_own(tmp_path, caplog):
 def test_tars_beside_images_are_refused(wds):
     (wds / "wds" / "a").mkdir()
     (wds / "wds" / "a" / "1.jpg").write_bytes(b"1")
-    with pytest.raises(DataError, match=r"holds images and tars of images, such as imagenet1k-train-0000.tar images"):
+    with pytest.raises(DataError, match=r"holds images and tars of images, such as imagenet1k-train-0000.tar"):
         detect_source(wds / "wds")
 
 
