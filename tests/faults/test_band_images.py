@@ -271,7 +271,7 @@ def test_a_full_disk_leaves_whole_shards_and_with_room_it_goes_on(tmp_path, smal
     process = start(src, dst, "shards", made, "--in_chans", str(CHANNELS))
     said, _ = process.communicate()
     assert process.returncode == 6, said
-    assert "the disk is full. Finished shards are kept: make room and run the same command again" in said
+    assert "the disk is full. Finished shards are kept: free some space and run the same command again" in said
     left = [path.name for path in dst.iterdir()]
     assert any(name.endswith(".tar") for name in left)
     assert MANIFEST not in left

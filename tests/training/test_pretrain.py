@@ -62,7 +62,7 @@ def test_it_runs_in_a_thread_and_says_once_that_signals_do_not_reach_it(few, tmp
     thread.start()
     thread.join()
     assert found[0].metrics["step"] == 3
-    assert sum("not the main thread" in message for message in caplog.messages) == 1
+    assert sum("not in the main thread" in message for message in caplog.messages) == 1
 
 
 def test_the_command_runs_in_a_thread_too(few, tmp_path):

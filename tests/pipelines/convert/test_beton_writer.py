@@ -30,7 +30,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
 def test_a_share_that_is_none_is_refused(share):
-    with pytest.raises(SettingsError, match=r"ffcv_raw .* is no share"):
+    with pytest.raises(SettingsError, match=r"ffcv_raw must be from 0"):
         BetonSettings(share)
 
 

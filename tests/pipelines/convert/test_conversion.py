@@ -302,7 +302,7 @@ def test_destinations_that_would_destroy_something_are_refused(image_folder, tmp
         with pytest.raises(SettingsError, match=r"holds something else already \(thesis.tex\)"):
             convert(root, other, settings(), overwrite=overwrite)
     (other / "thesis.tex").rename(tmp_path / "file")
-    with pytest.raises(SettingsError, match="is no folder"):
+    with pytest.raises(SettingsError, match="is not a folder"):
         convert(root, tmp_path / "file", settings())
     (other / "train").mkdir()
     (other / "train" / "notes.md").write_text("")

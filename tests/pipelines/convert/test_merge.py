@@ -157,7 +157,7 @@ def test_an_interrupted_merge_is_repeated(images, whole, tmp_path, monkeypatch, 
 
 
 def test_missing_parts_are_named_and_nothing_is_written(images, tmp_path):
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         merge(tmp_path / "out")
     convert_part(images, tmp_path / "out", SETTINGS, Part(3, 4))
     before = contents(tmp_path / "out")

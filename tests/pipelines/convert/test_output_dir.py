@@ -25,7 +25,7 @@ def test_two_conversions_cannot_write_to_one_folder(image_folder, tmp_path):
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (errno.ENOSPC, "the disk is full. Finished shards are kept: make room and run the same command again"),
+        (errno.ENOSPC, "the disk is full. Finished shards are kept: free some space and run the same command again"),
         (errno.EIO, "Input/output error. Finished shards are kept: repair the storage and run the same command again"),
     ],
 )
