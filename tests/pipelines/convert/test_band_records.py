@@ -204,7 +204,7 @@ def test_how_arrays_were_laid_out_is_no_matter_once_they_are_converted(tmp_path)
     [
         (5, {}, "holds images of 5 channels, stored losslessly: use --in_chans 5$"),
         (5, {"in_chans": 4}, "take --in_chans 5$"),
-        (3, {}, "of 3 channels, stored losslessly: take --in_chans 3 --scale dtype, or percentile or none$"),
+        (3, {}, "of 3 channels, stored losslessly: use --in_chans 3 --scale dtype, or percentile or none$"),
         (3, {"pipeline": "dali"}, "take --in_chans 3 --scale dtype"),
     ],
 )
