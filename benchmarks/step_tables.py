@@ -13,7 +13,7 @@ from learning_table import line, put_between_marks, table
 from measuring import RESULTS
 
 MARKS = ("<!-- steps: the table -->", "<!-- steps: its end -->")
-TITLES = ("method", "network", "mask", "precision", "encoder", "whole step", "step beside the published way")
+TITLES = ("method", "network", "mask", "precision", "encoder", "whole step", "step vs published code")
 METHODS = {"spark": "SparK", "fcmae": "FCMAE"}
 PUBLISHED = "masked fp32 NCHW, published decoder"
 

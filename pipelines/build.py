@@ -87,17 +87,17 @@ def choose_pipeline(source: Source) -> tuple[str, str]:
     """The fastest installed pipeline for these data, as benchmarks/README.md measures them, and why it is that one."""
     if isinstance(source, BetonSource) and (source.checks["mode"] == RAW).any():
         try:
-            require_ffcv("taking the raw pixels in this .beton as they are")
+            require_ffcv("reading the raw pixels of this .beton")
         except SettingsError as error:
             return "torch", str(error)
-        return "ffcv", "it takes the raw pixels in this .beton as they are"
+        return "ffcv", "it reads the raw pixels of this .beton"
     return "torch", "it decodes JPEGs faster than the others on a CPU"
 
 
 def open_source(data_path: str | Path | None, options: LoaderOptions) -> Source:
     """The encoded images of a pipeline, for the caller to close; raises as `build_pipeline` does."""
     if data_path is None:
-        raise SettingsError("no data_path: name a folder of images, of class folders or of shards, or a file list")
+        raise SettingsError("no data_path: give a folder of images, class folders or shards, or a file list")
     if is_remote(data_path):
         return _remote_source(data_path, options)
     if options.pipeline == "ffcv":
@@ -113,7 +113,7 @@ def open_source(data_path: str | Path | None, options: LoaderOptions) -> Source:
 
 def _remote_source(url: str, options: LoaderOptions) -> RemoteShardSource:
     if options.pipeline == "ffcv":
-        raise SettingsError(f"pipeline ffcv reads a .beton on a disk, not {url}: take pipeline torch, or copy the data")
+        raise SettingsError(f"pipeline ffcv reads a .beton on a disk, not {url}: use pipeline torch, or copy the data")
     folder = Path(options.cache_dir).expanduser() if options.cache_dir else default_folder()
     source = RemoteShardSource(url, options.view.split, ShardCache(folder, bytes_of(options.cache_size)))
     _check_channels(source, options)
@@ -134,7 +134,7 @@ def _check_channels(source: ShardSource, options: LoaderOptions) -> None:
             " --scale dtype, or percentile or none" if source.in_chans == 3 else ""
         )
         raise SettingsError(
-            f"{source.folder} holds images of {source.in_chans} channels, stored losslessly: take {flags}"
+            f"{source.folder} holds images of {source.in_chans} channels, stored losslessly: use {flags}"
         )
 
 
@@ -155,16 +155,16 @@ def _backend(source: Source, options: LoaderOptions) -> type[Backend]:
 def _only_pipeline(options: LoaderOptions) -> tuple[str, str] | None:
     """The pipeline that can do alone what is asked for, and why; None: the data decide."""
     if options.on_device:
-        return "torch", "it leaves work to the device"
+        return "torch", "it can use the device for decoding and augmentation"
     if not options.photographs:
         return "torch", "it reads any number of channels and any depth"
-    return ("torch", "it turns images") if options.view.vflip or options.view.rot90 else None
+    return ("torch", "it supports --vflip and --rot90") if options.view.vflip or options.view.rot90 else None
 
 
 def _sampler(options: LoaderOptions, num_samples: int, where: str, source: Source | None = None) -> Sampler:
     view = options.view
     if view.shuffle_block and not isinstance(source, ShardSource):
-        raise SettingsError(f"shuffle_block is for shards, which {where} is not: convert it, or take shuffle_block 0")
+        raise SettingsError(f"shuffle_block is for shards, which {where} is not: convert it, or use shuffle_block 0")
     sampler = Sampler(
         num_samples,
         options.batch_size,
@@ -182,6 +182,6 @@ def _sampler(options: LoaderOptions, num_samples: int, where: str, source: Sourc
     if not len(sampler):
         raise DataError(
             f"a global batch of {options.batch_size} is larger than the {num_samples} images of {where}:"
-            f" an epoch would have no step. Take a batch_size of {num_samples} or less, or more data."
+            f" an epoch would have no step. Use a batch_size of {num_samples} or less, or more data."
         )
     return sampler

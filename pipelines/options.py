@@ -102,14 +102,14 @@ class LoaderOptions:
             raise SettingsError(f"max_pixels must be 1 (million) or more, got {self.max_pixels}")
         if self.on_device and self.pipeline not in ("auto", "torch", "synthetic"):
             raise SettingsError(
-                f"pipeline {self.pipeline} cannot leave its work to the device as asked: take torch, or the host"
+                f"pipeline {self.pipeline} cannot use the device for decoding or augmentation: use torch, or the host"
             )
         self._check_worker_processes()
         if self.batch_size < 1 or self.world_size < 1 or self.batch_size % self.world_size:
             lower = max(self.batch_size, 0) // max(self.world_size, 1) * self.world_size
             raise SettingsError(
                 f"a global batch of {self.batch_size} cannot be shared equally by {self.world_size} processes:"
-                f" take a multiple of {self.world_size}, such as {lower or self.world_size}"
+                f" use a multiple of {self.world_size}, such as {lower or self.world_size}"
             )
 
     def _check_worker_processes(self) -> None:
@@ -119,26 +119,26 @@ class LoaderOptions:
         if asked < 0:
             raise SettingsError(f"worker_processes must be 0 or more, or auto, got {asked}")
         if asked > 0 and (self.pipeline in ("dali", "ffcv") or self.decode_on == "device"):
-            raise SettingsError("worker processes are for pipeline torch, decoding on the host: take 0 or auto")
+            raise SettingsError("worker_processes needs pipeline torch and decoding on the host: use 0 or auto")
 
     def _check_bands(self) -> None:
         """Raise SettingsError for what does not go together with the channels and the turns asked for."""
         for name, given in (("mean", self.mean), ("std", self.std)):
             if given and len(given) != self.in_chans:
-                raise SettingsError(f"{name} takes a number a channel, {self.in_chans} of them; got {len(given)}")
+                raise SettingsError(f"{name} needs one number per channel, {self.in_chans} in all; got {len(given)}")
             if given and self.photographs:
-                raise SettingsError(f"{name} goes with --scale or --in_chans: photographs are normalised by ImageNet's")
+                raise SettingsError(f"{name} needs --scale or --in_chans: photographs are normalised by ImageNet's")
         if any(value <= 0 for value in self.std):
             raise SettingsError(f"std must be positive, got {' '.join(map(str, self.std))}")
         able = self.pipeline in ("auto", "torch", "synthetic") and self.decode_on == "host"
         where = f"pipeline {self.pipeline}" if self.decode_on == "host" else "decoding on the device"
         if not able and not self.photographs:
             raise SettingsError(
-                f"{where} reads photographs, three channels of 8 bits, and no more: take pipeline torch for --in_chans"
+                f"{where} reads only photographs, three channels of 8 bits: use pipeline torch for --in_chans"
                 f" {self.in_chans} and --scale {self.scaling}"
             )
         if not able and (self.view.vflip or self.view.rot90):
-            raise SettingsError(f"{where} knows neither --vflip nor --rot90: take pipeline torch")
+            raise SettingsError(f"{where} supports neither --vflip nor --rot90: use pipeline torch")
 
     @property
     def photographs(self) -> bool:

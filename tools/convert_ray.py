@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("src")
     parser.add_argument("dst")
     parser.add_argument("--parts", type=int, default=8, help="tasks (%(default)s)")
-    parser.add_argument("--cpus", type=int, default=16, help="cores that Ray keeps for a task (%(default)s)")
+    parser.add_argument("--cpus", type=int, default=16, help="cores that Ray reserves for a task (%(default)s)")
     given, flags = parser.parse_known_args(argv)
     import ray  # here, so that --help needs no Ray
 

@@ -70,8 +70,8 @@ def demo(out: Path, data_path: Path | None, pictures: Sequence[str], training: S
     run([sys.executable, "-m", "spark_fast.train", "demo", *flags, *where, *training])
     rows = read_metrics(folder)
     if len(rows) == before:
-        print("This run was complete already.")
-    _title("4. what came of it")
+        print("This run was already complete.")
+    _title("4. results")
     print(summary(folder, rows))
 
 
@@ -116,7 +116,7 @@ def summary(folder: Path, rows: Sequence[dict]) -> str:
     lines = {
         "loss": f"{rows[0]['loss']:.2f} -> {rows[-1]['loss']:.2f} in {before} steps",
         "speed": f"{before / seconds:.1f} images/s, {waited / seconds:.1%} of the time waiting for data",
-        "picture": f"{pictures[-1] if pictures else 'none'} (image, what the network sees, what it fills in)",
+        "picture": f"{pictures[-1] if pictures else 'none'} (image, visible patches, prediction)",
         "weights": ", ".join(str(path) for path in folder.glob("*_timm.safetensors")),
         "curves": f"{sys.executable} -m tensorboard.main --logdir {folder / 'tensorboard'}",
     }
@@ -128,9 +128,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--data_path", type=Path, help="your own image folder instead of made pictures")
-    parser.add_argument("--out", type=Path, default=Path("demo_run"), help="where all goes (%(default)s)")
-    parser.add_argument("--pictures", type=int, default=512, help="how many to make (%(default)s)")
+    parser.add_argument("--data_path", type=Path, help="your own image folder instead of generated pictures")
+    parser.add_argument("--out", type=Path, default=Path("demo_run"), help="output folder (%(default)s)")
+    parser.add_argument("--pictures", type=int, default=512, help="number of pictures to generate (%(default)s)")
     parser.add_argument("--picture_size", type=int, default=256, help="their shorter side (%(default)s)")
     args, training = parser.parse_known_args(argv)
     pictures = [f"--train={args.pictures}", "--val=64", f"--size={args.picture_size}"]
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         demo(args.out, args.data_path, pictures, training)
     except CommandError as error:
         if error.code in (INTERRUPTED, 130):
-            print("\nstopped; the same command goes on from here", file=sys.stderr)
+            print("\nstopped; the same command continues", file=sys.stderr)
         return error.code
     except OSError as error:
         print(f"demo: {error}", file=sys.stderr)

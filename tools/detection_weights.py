@@ -62,12 +62,12 @@ def detection_weights(
         model: The network, where the file does not tell (timm name).
     """
     if out.suffix != ".pth" or out.exists():
-        raise SettingsError(f"{out} must end with .pth and not be there yet")
+        raise SettingsError(f"{out} must end with .pth and must not exist yet")
     pretrained = load_pretrained(source, model)
     network = pretrained.spec.network
     family = next((programs for name, programs in NETWORKS.items() if network.startswith(name)), ())
     if to not in family:
-        raise SettingsError(f"{network} is no backbone of {to} that this script knows ({NETWORKS})")
+        raise SettingsError(f"this script has no backbone {network} for {to} ({NETWORKS})")
     encoder = published_encoder(pretrained.model)
     state = {NAMES[to](name): value for name, value in encoder.items() if not name.endswith("num_batches_tracked")}
     with atomic_write(out) as file:

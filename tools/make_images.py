@@ -256,13 +256,13 @@ def _blurred(canvas: np.ndarray, radius: float) -> np.ndarray:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 2 arguments, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dst", type=Path, metavar="DST", help="the folder: new, empty, or made by this command")
-    parser.add_argument("--train", type=int, default=512, help="pictures to train on (%(default)s)")
-    parser.add_argument("--val", type=int, default=64, help="pictures kept apart (%(default)s)")
-    parser.add_argument("--classes", type=int, default=8, help="kinds of picture (%(default)s)")
-    parser.add_argument("--size", type=int, default=256, help="shorter side in pixels, about (%(default)s)")
+    parser.add_argument("dst", type=Path, metavar="DST", help="the output folder: new, empty, or made by this command")
+    parser.add_argument("--train", type=int, default=512, help="number of training pictures (%(default)s)")
+    parser.add_argument("--val", type=int, default=64, help="number of validation pictures (%(default)s)")
+    parser.add_argument("--classes", type=int, default=8, help="number of classes (%(default)s)")
+    parser.add_argument("--size", type=int, default=256, help="approximate shorter side in pixels (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=0, help="processes; 0 is one for each core")
+    parser.add_argument("--workers", type=int, default=0, help="number of processes; 0: one per core")
     args = parser.parse_args(argv)
     if min(args.train, args.classes, args.size) < 1 or min(args.val, args.seed, args.workers) < 0:
         parser.error("--train, --classes and --size must be at least 1, the others at least 0")
@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"make_images: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("make_images: interrupted. The same command goes on from here.", file=sys.stderr)
+        print("make_images: interrupted. The same command continues.", file=sys.stderr)
         return 130
     total = args.train + args.val
     print(f"{args.dst}: {total} pictures, {f'{made} of them made now' if made else 'all made earlier'}")

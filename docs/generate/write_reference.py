@@ -39,13 +39,13 @@ TOOLS_HEAD = """# Every command
 
 | command | what it does |
 | --- | --- |
-| [`spark-fast-convert`](#spark-fast-convert) | images into shards that are read fast |
+| [`spark-fast-convert`](#spark-fast-convert) | convert images into shards, which are read faster |
 | [`spark-fast-train`](settings.md#spark-fast-train) | pre-training; under torchrun `python -m spark_fast.train` |
 | [`spark-fast-eval`](settings.md#spark-fast-eval-knn) | k-NN, linear probe and fine-tuning of a pre-trained encoder |
 | [`spark-fast-export`](#spark-fast-export) | weights for timm, torchvision, the Hub or the published code |
 | [`spark-fast-reconstruct`](#spark-fast-reconstruct) | a picture: input, visible patches, prediction |
 | [`spark-fast-plot`](#spark-fast-plot) | curves of runs as one picture |
-| [`spark-fast-doctor`](#spark-fast-doctor) | what of this machine can be used |
+| [`spark-fast-doctor`](#spark-fast-doctor) | check what this machine supports and what is missing |
 
 Every command takes `--help` and `--version`. `python docs/generate/write_reference.py` writes this
 page from the commands.
@@ -61,15 +61,15 @@ page from the commands.
 | 4 | loss or gradient were not finite for several steps in a row |
 | 5 | a rank was lost, or the run stalled |
 | 6 | a file cannot be read or written |
-| 75 | stopped early, everything is saved: the same command goes on with `--resume auto` (0 under torchrun) |
+| 75 | stopped early, everything is saved: the same command with `--resume auto` continues (0 under torchrun) |
 | 130 | Ctrl-C, of the commands that do not train |
-| 141 | nobody reads the output any more (`\\| head`) |
+| 141 | the output was closed (`\\| head`) |
 """
 HEAD = """# Every setting
 
-Written by `python docs/generate/write_reference.py` from the settings themselves. A flag may also be written with
-dashes and as `--name=value`; `--config file.toml` takes the same names in a table for each group (`--print_config`
-prints one), and flags win over it.
+`python docs/generate/write_reference.py` writes this page from the code. A flag may also be written with
+dashes, and as `--name=value`. `--config file.toml` takes the same names in a table for each group (`--print_config`
+prints such a file). Flags override the file.
 """
 
 

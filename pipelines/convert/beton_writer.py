@@ -48,7 +48,7 @@ class BetonSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.raw <= 1:
-            raise SettingsError(f"ffcv_raw {self.raw} is no share: take 0 (all JPEG) to 1 (all raw)")
+            raise SettingsError(f"ffcv_raw must be from 0 (all JPEG) to 1 (all raw), got {self.raw}")
 
 
 def mark(folder: Path, alone: bool) -> None:
@@ -75,8 +75,8 @@ def with_beton(
         return manifest
     if settings.alone and not (made and made.alone) and not (folder / _ALONE).exists():
         raise SettingsError(
-            f"{folder} holds shards, which --format ffcv would delete: --format both puts the .beton beside them;"
-            " or choose another folder, or --overwrite"
+            f"{folder} holds shards, which --format ffcv would delete: use --format both to keep them, another folder,"
+            " or --overwrite"
         )
     if made is None or made.raw != settings.raw or not _is_there(folder, made):
         made = _write(folder, settings, workers, on_record)
@@ -92,13 +92,10 @@ def with_beton(
 def _refuse_to_change(folder: Path, made: BetonFiles, settings: BetonSettings | None) -> None:
     """Raise SettingsError unless `settings` ask for the .beton alone that is there: its shards are gone."""
     if settings is None or not settings.alone:
-        raise SettingsError(
-            f"{folder} holds a .beton alone, its shards are gone: choose another folder, or --overwrite"
-        )
+        raise SettingsError(f"{folder} holds only a .beton, its shards are gone: choose another folder, or --overwrite")
     if made.raw != settings.raw or not _is_there(folder, made):
         raise SettingsError(
-            f"{folder} holds a .beton alone, with other settings or no longer whole: choose another folder,"
-            " or --overwrite"
+            f"{folder} holds only a .beton, with other settings or incomplete: choose another folder, or --overwrite"
         )
 
 

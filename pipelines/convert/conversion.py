@@ -135,10 +135,10 @@ class _Images(NamedTuple):
 def _splits(src: Path, dst: Path, endings: tuple[str, ...]) -> list[tuple[_Images, Path]]:
     """Pairs of a source and the folder its shards go to, which holds nothing but a conversion."""
     if not src.exists():
-        raise DataError(f"{src} does not exist: give the folder of images, or the file list, to convert")
+        raise DataError(f"{src} does not exist: SRC must be a folder of images or a file list")
     real_src, real_dst = src.resolve(), dst.resolve()
     if real_dst == real_src or real_src in real_dst.parents:
-        raise SettingsError(f"the shards would be written into the images' own folder {src}: choose another")
+        raise SettingsError(f"the shards would be written into the folder of the images, {src}: choose another")
     tars = {split: src / tar for split, tar in TARS.items() if (src / tar).is_file()}
     found = {split: _Images(path, split) for split, path in tars.items()}
     if src.is_dir():
@@ -154,7 +154,7 @@ def _splits(src: Path, dst: Path, endings: tuple[str, ...]) -> list[tuple[_Image
 def _refuse_others(dst: Path, splits: set[str] | None) -> None:
     """Refuse a DST with files that no conversion writes: they are neither mixed with shards nor deleted."""
     if dst.exists() and not dst.is_dir():
-        raise SettingsError(f"{dst} exists and is no folder: choose another destination")
+        raise SettingsError(f"{dst} exists and is not a folder: choose another destination")
     for entry in sorted(dst.iterdir()) if dst.exists() else []:
         if splits and entry.name in splits:
             _refuse_others(entry, None)
@@ -249,8 +249,8 @@ def _source(images: _Images, settings: ConvertSettings) -> FileSource:
     source = settings.images.samples(images_to_convert(images.path, images.split, settings.images.endings))
     if source.labels is None:
         logger.warning(
-            "%s names no classes: its images are converted without labels (pre-training needs none). For labels"
-            " convert, in its place, class folders, or a file list: lines of `path label`, beside the unpacked images.",
+            "%s has no class names, so its images are converted without labels. Pre-training needs none. For labels,"
+            " unpack it, and convert class folders, or a file list of lines `path label` next to the images.",
             images.path,
         )
     return source
@@ -291,7 +291,7 @@ def _finished_shards(dst: Path, paths: Iterable[Path], made_from: dict[str, obje
             if path.with_suffix(".idx").exists() and file_sha256(dst / shard.file) == shard.sha256:
                 kept.add(shard.file)
         except (OSError, ValueError, KeyError, TypeError) as error:  # noqa: PERF203
-            logger.warning("%s is damaged (%s): its shard is written again", path, error)
+            logger.warning("%s is damaged (%s): its shard will be written again", path, error)
     return kept
 
 

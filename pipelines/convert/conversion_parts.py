@@ -30,7 +30,9 @@ class Part:
         """From "I/N"; SettingsError when that is none."""
         found = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text, re.ASCII)
         if not found or not 1 <= int(found[1]) <= int(found[2]):
-            raise SettingsError(f"part {text!r} is no I/N with 1 <= I <= N <= 9999: 2/4 is the second of four")
+            raise SettingsError(
+                f"part must be I/N with 1 <= I <= N <= 9999, such as 2/4 for the second of four; got {text!r}"
+            )
         return cls(int(found[1]), int(found[2]))
 
     def __str__(self) -> str:
@@ -78,15 +80,19 @@ def read_parts(folder: Path) -> list[PartManifest]:
     """
     parts = [_read_part(path) for path in sorted(folder.glob("part-????-of-????.json"))]
     if not parts:
-        raise DataError(f"no part is finished in {folder}: it holds no part-I-of-N.json. Run --part I/N for each first")
+        raise DataError(
+            f"no part is finished in {folder}: it has no part-I-of-N.json. First run --part I/N for each part"
+        )
     if len(divisions := sorted({p.of for p in parts})) > 1:
-        raise DataError(f"{folder} holds parts of different divisions (into {divisions}): remove all but one kind")
+        raise DataError(
+            f"{folder} holds parts of different divisions (into {divisions}): keep the parts of only one of them"
+        )
     if missing := sorted(set(range(1, parts[0].of + 1)) - {p.number for p in parts}):
         names = ", ".join(f"{number}/{parts[0].of}" for number in missing)
         raise DataError(f"{folder}: part {names} is missing: run it, or copy its files here, then merge again")
     for p in parts[1:]:
         if found := _differences(parts[0], p):
-            raise DataError(f"{folder}: part {p.part} was made otherwise than part {parts[0].part} ({found})")
+            raise DataError(f"{folder}: part {p.part} was made with other settings than part {parts[0].part} ({found})")
     return parts
 
 
@@ -94,7 +100,7 @@ def _read_part(path: Path) -> PartManifest:
     try:
         manifest = PartManifest(**json.loads(path.read_bytes()))
         if path.stem != manifest.part.name:
-            raise ValueError(f"it is of part {manifest.part}")
+            raise ValueError(f"it belongs to part {manifest.part}")
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}): run this part again") from error
     return manifest

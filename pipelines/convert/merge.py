@@ -24,7 +24,7 @@ def merge(dst: Path) -> list[tuple[Path, Manifest]]:
     """
     folders = [dst / split for split in SPLITS if (dst / split).is_dir()] or [dst]
     if not dst.is_dir():
-        raise DataError(f"{dst} is no folder: give the one that the parts were written to")
+        raise DataError(f"{dst} is not a folder: give the folder of the parts")
     with storage(dst):
         parts = {folder: read_parts(folder) for folder in folders if not (folder / MANIFEST).exists()}
         for folder, found in parts.items():
@@ -35,7 +35,7 @@ def merge(dst: Path) -> list[tuple[Path, Manifest]]:
 
 def _check_splits(dst: Path, folder: Path, splits: list[str]) -> None:
     if missing := [split for split in splits if not (dst / split).is_dir()]:
-        raise DataError(f"{folder} was converted together with {', '.join(missing)}, of which no part is in {dst}")
+        raise DataError(f"{folder} was converted together with {', '.join(missing)}, but {dst} has no part of these")
 
 
 def _check_shards(folder: Path, parts: list[PartManifest]) -> None:
@@ -51,8 +51,8 @@ def _check_shards(folder: Path, parts: list[PartManifest]) -> None:
                 raise DataError(f"{path} of part {part.part} is missing or damaged ({error}): copy it again") from error
             if not fits:
                 raise DataError(
-                    f"{path} is not the one that part {part.part} wrote, or not all of it: copy .tar, .idx and .json"
-                    " again, or run the part again"
+                    f"{path} is not from part {part.part}, or it is incomplete: copy its .tar, .idx and .json again, or"
+                    " run the part again"
                 )
 
 
@@ -64,5 +64,7 @@ def _merge_split(folder: Path, parts: list[PartManifest] | None) -> Manifest:
             return manifest
         shards = sorted(name for part in parts for name in part.shards)
         if shards != [shard_name(i) for i in range(len(shards))]:
-            raise DataError(f"the parts in {folder} do not make a whole: they list {len(shards)} shards, not in a row")
+            raise DataError(
+                f"the parts in {folder} do not fit together: they list {len(shards)} shards, whose numbers have gaps"
+            )
         return finish(folder, [folder / name for name in shards], parts[0].root, parts[0].labelled, parts[0].classes)

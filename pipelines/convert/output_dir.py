@@ -23,8 +23,8 @@ def storage(dst: Path) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise StorageError(
-            f"writing to {dst} failed: {'the disk is full' if full else error}. Whole shards are kept:"
-            f" {'make room' if full else 'repair the storage'} and run the same command again."
+            f"writing to {dst} failed: {'the disk is full' if full else error}. Finished shards are kept:"
+            f" {'free some space' if full else 'repair the storage'} and run the same command again."
         ) from error
 
 
@@ -56,4 +56,4 @@ def _lock(file: int, dst: Path, kind: int) -> None:
     except BlockingIOError:
         raise StorageError(f"another conversion is writing to {dst}: wait for it, or stop it") from None
     except OSError:
-        logger.warning("%s cannot be locked: take care that only one conversion writes there", dst)
+        logger.warning("%s cannot be locked: make sure that only one conversion writes there", dst)

@@ -137,8 +137,8 @@ def _hear(
         if code := worker.process.exitcode:
             how = f"exit code {code}" if code > 0 else f"{signal.Signals(-code).name}, exit code {code}"
             raise StorageError(
-                f"a worker process died ({how}; SIGKILL usually means that memory ran out) at"
-                f" {_place(worker, describe)}. Whole shards are kept: run the same command again, with fewer --workers."
+                f"a worker process died ({how}; SIGKILL usually means out of memory) at {_place(worker, describe)}."
+                " Finished shards are kept: run the same command again, with fewer --workers."
             ) from None
         del children[pipe]
         pipe.close()
@@ -160,11 +160,11 @@ def _look_after(worker: _Worker[Job], passed: float, describe: Describe[Job]) ->
         return
     state = process_state(worker.process.pid)
     report = (
-        f"worker process {worker.process.pid} has said nothing for {worker.silent:.0f} s"
+        f"worker process {worker.process.pid} has been silent for {worker.silent:.0f} s"
         f" ({_STATES.get(state, f'state {state}')}) at {_place(worker, describe)}"
     )
     if state in "Tt" or worker.silent >= STALL_SECONDS:
-        raise StorageError(f"{report}: given up. Whole shards are kept: run the same command again.")
+        raise StorageError(f"{report}: given up. Finished shards are kept: run the same command again.")
     at_work = worker.started and worker.job is not None
     if before < (SILENT_SECONDS if at_work else IDLE_SECONDS) <= worker.silent:
         logger.warning("%s: given up after %.0f s", report, STALL_SECONDS)

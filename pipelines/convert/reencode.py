@@ -42,10 +42,10 @@ class StoredSize:
     def __post_init__(self) -> None:
         if self.short_side and self.max_side:
             raise SettingsError(
-                f"short_side {self.short_side} and max_side {self.max_side} exclude each other: give one"
+                f"short_side {self.short_side} and max_side {self.max_side} exclude each other: choose one"
             )
         if self.short_side < 0 or self.max_side < 0:
-            raise SettingsError("short_side and max_side are numbers of pixels, or 0 to keep the size")
+            raise SettingsError("short_side and max_side must be numbers of pixels, or 0 to keep the size")
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Stored height and width of an image."""
@@ -73,7 +73,7 @@ class Reencode(StoredSize):
         super().__post_init__()
         check_max_pixels(self.max_pixels)
         if not 1 <= self.quality <= 100:
-            raise SettingsError(f"quality {self.quality} is no JPEG quality: take 1 to 100, 90 is usual")
+            raise SettingsError(f"quality must be from 1 to 100 (90 is usual), got {self.quality}")
 
     def samples(self, source: FileSource) -> FileSource:
         """The source of the records: one a file."""
@@ -107,7 +107,7 @@ class Reencode(StoredSize):
 def check_max_pixels(max_pixels: int) -> None:
     """Raise SettingsError where no image can be so small."""
     if max_pixels < 1:
-        raise SettingsError("max_pixels is a number of (million) pixels, 1 or more")
+        raise SettingsError("max_pixels must be 1 (million) or more")
 
 
 def _is_plain(data: bytes | memoryview) -> bool:

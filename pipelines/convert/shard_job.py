@@ -91,5 +91,5 @@ def _check_source_is_there(root: Path) -> None:
         os.close(os.open(root, os.O_RDONLY))  # a folder, or a tar
     except OSError as error:
         raise DataError(
-            f"{root} is gone ({error}). Whole shards are kept: bring it back and run the same command again."
+            f"{root} is gone ({error}). Finished shards are kept: make it available and run the same command again."
         ) from error

@@ -32,7 +32,7 @@ class Tiling:
 
     def __post_init__(self) -> None:
         if self.tile < 1 or self.stride < 1:
-            raise SettingsError(f"tile and stride are numbers of pixels, 1 or more; got {self.tile} and {self.stride}")
+            raise SettingsError(f"tile and stride must be 1 pixel or more, got {self.tile} and {self.stride}")
 
     def windows(self, height: int, width: int) -> list[Window]:
         """The tiles of a scene, row by row."""
@@ -63,7 +63,7 @@ class TileSource(FileSource):
         Raises SettingsError for scenes that are no files of their own.
         """
         if type(scenes) is not FileSource:
-            raise SettingsError(f"--tile reads windows of files of their own: unpack {scenes.root} first")
+            raise SettingsError(f"--tile reads windows of files, not of tars: unpack {scenes.root} first")
         rows = []
         for number in range(len(scenes)):
             try:
@@ -79,7 +79,7 @@ class TileSource(FileSource):
         number, *window = self._windows[i].tolist()
         with open_scene(_path(self._scenes, number), self._expected) as scene:
             if not window[2]:
-                raise ImageError("it could not be read when the scenes were listed, and has changed since")
+                raise ImageError("it has changed since the scenes were listed, when it could not be read")
             return npy_of(scene.read(Window(*window)))
 
     def subset(self, ids: NDArray[np.int64]) -> TileSource:

@@ -44,7 +44,7 @@ def candidates(source: Source, sample: int) -> Iterator[int]:
 
 def none_readable(source: Source, sample: int, reason: str | None) -> DataError:
     """What to raise when no candidate can be read, the sample itself for this `reason`."""
-    question = "" if IS_NOT_READ in (reason or "") else ": is the storage still there?"
+    question = "" if IS_NOT_READ in (reason or "") else ": is the storage still available?"
     return DataError(
         f"image {sample} ({source.name(sample)}) cannot be read ({reason}), and neither can the {SUBSTITUTES}"
         f" images after it{question}"
@@ -103,4 +103,4 @@ class BadImages:
         name = self._source.name(i)
         if len(self.counts.first_substituted) < NAMED:
             self.counts.first_substituted.append(f"{i} {name}: {reason}")
-        logger.warning("image %d (%s) is unreadable, the next readable one stands in: %s", i, name, reason)
+        logger.warning("image %d (%s) is unreadable and replaced by the next readable one: %s", i, name, reason)

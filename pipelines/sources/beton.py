@@ -65,7 +65,7 @@ def find_beton(data_path: str | Path, split: str = "train") -> Path:
     if not found:
         raise DataError(
             f"--pipeline ffcv reads a .beton, and there is none at {path}: make one with"
-            f" {command('convert')} SRC DST --format ffcv, or take another --pipeline"
+            f" {command('convert')} SRC DST --format ffcv, or use another --pipeline"
         )
     return found[0]
 
@@ -86,8 +86,8 @@ class BetonSource:
             size, end = self.size(), int((self.checks["ptr"] + self.checks["size"]).max())
             self.close()
             raise DataError(
-                f"{path}, {size} bytes with its last record ending at {end}, is damaged or cut short, or"
-                f" {checks_path(path).name} is of another: copy both again, or convert again"
+                f"{path}, {size} bytes with its last record ending at {end}, is damaged or truncated, or"
+                f" {checks_path(path).name} belongs to another file: copy both again, or convert again"
             )
 
     def _open(self) -> None:
@@ -141,7 +141,7 @@ def _read_checks(beton: Path) -> tuple[NDArray[np.void], bytes]:
         whole = path.read_bytes()
     except FileNotFoundError:
         raise DataError(
-            f"{beton} has no {path.name} beside it, without which damage in it would go unnoticed: copy both, or"
+            f"{path.name}, the checksums of {beton}, is missing, so damage would go unnoticed: copy both, or"
             f" make them with {command('convert')} --format ffcv"
         ) from None
     except OSError as error:

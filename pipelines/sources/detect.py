@@ -85,13 +85,13 @@ def images_to_convert(path: Path, split: str = "train", endings: tuple[str, ...]
     tars = tars_in(path)
     if any(looks_like_webdataset(tar, endings) for tar in tars[:4]):  # one of them may be damaged
         if holds_images(path, endings):
-            raise DataError(f"{path} holds tars of images, such as {tars[0].name}, and images: move either elsewhere")
+            raise DataError(f"{path} holds images and tars of images, such as {tars[0].name}: move one kind elsewhere")
         return webdataset_source(path, split, endings)
     return folder_source(path, mixed=split == "all", endings=endings)
 
 
 def _no_split(path: Path, split: str) -> DataError:
-    return DataError(f"{path} holds no folder {split}/, which should lie beside train/")
+    return DataError(f"{path} holds no folder {split}/, which should be next to train/")
 
 
 def _nearest_existing(path: Path) -> str:
@@ -108,11 +108,11 @@ def _refuse_unfinished(path: Path, *endings: str) -> None:
     if not any(_SHARD.fullmatch(name) or name.endswith(endings) for name in names):
         return
     if MANIFEST in names:
-        raise DataError(f"{path} is converted already: give what it was made from")
+        raise DataError(f"{path} is already converted: give the original images")
     raise DataError(
         f"{path} holds shards but no {MANIFEST}: the conversion was not finished. Run"
-        f" {command('convert')} again with the same settings; it goes on where it stopped. (Shards of another"
-        " program? Then give them other names than shard-NNNNNN.tar.)"
+        f" {command('convert')} again with the same settings; it continues where it stopped. (If another program"
+        " wrote them, rename them: spark_fast uses the names shard-NNNNNN.tar.)"
     )
 
 
@@ -130,5 +130,5 @@ def _no_tars(path: Path, tars: list[str]) -> DataError:
         what, src = f"{path} holds {len(tars)} tars ({tars[0]} ...)", Path("THE_TAR_THEY_WERE_IN")
     return DataError(
         f"{what}, which training does not read. Convert once: {command('convert')} {src} DST,"
-        " then --data_path DST. (Unpacked already? Then move what is packed elsewhere.)"
+        " then --data_path DST. (If it is already unpacked, move the tar elsewhere.)"
     )

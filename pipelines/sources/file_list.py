@@ -62,7 +62,7 @@ def list_source(path: Path) -> FileSource:
         raise DataError(f"cannot read the file list {path}: {error}") from error
     rows = list(_rows(path, _as_text(path, content)))
     if not rows:
-        raise DataError(f"the file list {path} is empty: expected one image path a line.")
+        raise DataError(f"the file list {path} is empty: expected one image path per line.")
     inside = _Inside(path)
     names = [inside(row) for row in rows]
     labels, classes = _labels(path, rows)
@@ -70,8 +70,8 @@ def list_source(path: Path) -> FileSource:
     source = FileSource(path.parent, names, labels, classes)
     if not any(os.path.exists(os.fsencode(path.parent) + b"/" + name) for name in names[:16]):  # noqa: PTH110
         raise DataError(
-            f"the file list {path} names no existing file: {path.parent / source.name(0)} is missing, and so"
-            " are those after it. Paths are relative to the list's folder."
+            f"the files of the list {path} do not exist: {path.parent / source.name(0)} is missing, and so"
+            " are the next ones. Paths are relative to the list's folder."
         )
     return source
 
@@ -82,9 +82,9 @@ def _as_text(path: Path, content: bytes) -> bytes:
         try:
             content = content.decode("utf-16").encode()
         except UnicodeError as error:
-            raise DataError(f"{path} is no file list: it begins as UTF-16 text, but {error}") from error
+            raise DataError(f"{path} is not a file list: it begins as UTF-16 text, but {error}") from error
     if b"\0" in content:
-        raise DataError(f"{path} is no file list: it holds binary data. Expected one image path a line.")
+        raise DataError(f"{path} is not a file list: it holds binary data. Expected one image path per line.")
     return content.removeprefix(b"\xef\xbb\xbf")
 
 
@@ -160,8 +160,8 @@ def _header(path: Path, number: int, line: bytes) -> tuple[str, int, int, int | 
         if several := next((found for found in (paths, labels) if len(found) > 1), None):
             one, other = (names[i] for i in several[:2])
             raise DataError(
-                f"{path}, line {number}, column {several[1] + 1}: the columns {one!r} and {other!r} may both be meant."
-                " Name one column `path`, one `label`, and the rest otherwise."
+                f"{path}, line {number}, column {several[1] + 1}: the columns {one!r} and {other!r} are ambiguous."
+                " Name one column `path`, one `label`, and the others differently."
             )
         left = [name for i, name in enumerate(names) if i not in paths + labels]
         if left:
@@ -179,7 +179,7 @@ def _table_rows(
         if len(fields) != width:
             raise DataError(
                 f"{path}, line {number}, column {min(len(fields), width) + 1}: there are {len(fields)} columns, but the"
-                f" first line names {width}. A path with {separator!r} in it stands in double quotes."
+                f" first line names {width}. Put a path that contains {separator!r} in double quotes."
             )
         label = None if labels is None else os.fsencode(fields[labels].strip())
         yield Row(number, os.fsencode(fields[paths].strip()), label, (labels or 0) + 1)
@@ -232,4 +232,4 @@ def _log_repeated(path: Path, rows: list[Row], names: list[bytes]) -> None:
     if repeated := len(names) - len(first):
         other = sum(first[name] != row.label for row, name in zip(rows, names, strict=True))
         labels = f", {other} of them with another label" if other else ""
-        logger.warning("%s: %d lines name an image again%s; each line counts", path, repeated, labels)
+        logger.warning("%s: %d lines repeat an image%s; each line counts", path, repeated, labels)

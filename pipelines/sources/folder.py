@@ -58,7 +58,7 @@ class FileSource:
         with os.fdopen(file, "rb", buffering=0) as opened:
             status = os.fstat(file)
             if not stat.S_ISREG(status.st_mode):
-                raise ImageError("it is a folder, pipe or device, no plain file")
+                raise ImageError("it is a folder, pipe or device, not a regular file")
             check_file_size(status.st_size, self.max_file_bytes)
             return opened.read()
 
@@ -110,7 +110,7 @@ def folder_source(root: Path, *, mixed: bool = False, endings: tuple[str, ...] =
     for where, names in tree.images.items():
         of_class[where.split("/", 1)[0]] += names
     if empty := [name for name, names in of_class.items() if not names]:
-        logger.warning("%s: %d class folders hold no image: %s", root, len(empty), listed(empty))
+        logger.warning("%s: %d class folders have no images: %s", root, len(empty), listed(empty))
     labels = np.repeat(np.arange(len(of_class), dtype=np.int32), [len(names) for names in of_class.values()])
     return FileSource(root, chain.from_iterable(of_class.values()), labels, tree.folders)
 

@@ -189,7 +189,7 @@ def read_record(file: BinaryIO, name: str, row: NDArray[np.void], offset: int, k
     size = int(row["size"])
     data = os.pread(file.fileno(), size, offset)
     if len(data) != size:
-        raise ImageError(f"{name} was cut short while in use")
+        raise ImageError(f"{name} was truncated while in use")
     if zlib.crc32(data) != row["crc"]:
         raise ImageError(f"checksum differs, the {kind} is damaged: see {command('convert')} --verify")
     return data
@@ -280,7 +280,7 @@ def read_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
 def parse_index(content: bytes, manifest: Manifest, path: Path | str) -> NDArray[np.void]:
     """The INDEX rows in the file `path`, (count,); DataError when they do not belong to the manifest."""
     if hashlib.sha256(content).hexdigest() != manifest.index.sha256:
-        raise DataError(f"{path} is not the one that {MANIFEST} belongs to (sha256 differs): convert again")
+        raise DataError(f"{path} does not belong to {MANIFEST} (sha256 differs): convert again")
     index = np.load(io.BytesIO(content), allow_pickle=False)
     sizes = np.array([shard.bytes for shard in manifest.shards], dtype=np.int64)
     if (

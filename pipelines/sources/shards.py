@@ -114,7 +114,7 @@ def _open_shard(folder: Path, shard: ShardFile) -> BinaryIO:
     if size != shard.bytes:
         file.close()
         raise DataError(
-            f"{path} has {size} bytes, {MANIFEST} says {shard.bytes}: it was cut short or changed."
+            f"{path} has {size} bytes, {MANIFEST} says {shard.bytes}: it was truncated or changed."
             " Copy it again, or delete it and convert again."
         )
     return file

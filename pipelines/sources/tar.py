@@ -72,7 +72,7 @@ def tar_source(path: Path, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> FileS
         for name in loose:
             del found[name]
     if not found:
-        raise DataError(f"no images in {path}: nothing in it ends in {', '.join(endings)}")
+        raise DataError(f"no images in {path}: no file in it ends in {', '.join(endings)}")
     refuse_mixed_splits(path, {posixpath.dirname(name) for name in found})
     left_out = listing.left_out()
     left_out.endings[".cls"] += sum(len(part.labels) for part in listing.parts)
@@ -81,7 +81,7 @@ def tar_source(path: Path, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> FileS
     number = {name: i for i, name in enumerate(classes)}
     labels = np.array([number[name.split("/")[0]] for name in names], dtype=np.int32) if classes else None
     if labels is not None and (empty := sorted(set(classes) - {classes[i] for i in np.unique(labels)})):
-        logger.warning("%s: %d classes hold no image: %s", path, len(empty), listed(empty))
+        logger.warning("%s: %d classes have no images: %s", path, len(empty), listed(empty))
     ranges = np.array([found[name] for name in names], dtype=np.int64)
     return TarSource(path, [os.fsencode(name) for name in names], labels, classes, ranges)
 
@@ -94,7 +94,7 @@ def _images_of(listing: TarListing) -> tuple[dict[str, tuple[int, int]], list[st
         folder = posixpath.basename(name).removesuffix(".tar")
         if folder in archives:
             raise DataError(
-                f"{listing.path} holds the class {folder} twice, {archives[folder]} and {name}: which is meant?"
+                f"{listing.path} holds the class {folder} twice, in {archives[folder]} and {name}: remove one of them"
             )
         archives[folder] = name
         images |= {f"{folder}/{image}": where for image, where in contents.images.items()}

@@ -1,11 +1,11 @@
-"""Convert images into shards, or a .beton for FFCV, that any of the pipelines reads fast.
+"""Convert images into shards, or into a .beton for FFCV. Training reads them faster than the original files.
 
     spark-fast-convert /data/imagenet /data/imagenet_256
 
-then train with --data_path /data/imagenet_256. Stopped, it goes on where it was when started again.
+Then train with --data_path /data/imagenet_256. A conversion that was stopped continues with the same command.
 Exit codes: 0 done, 2 settings, 3 data, 6 storage, 130 Ctrl-C.
 
-Several machines share the work: on machine I of N add --part I/N, then once, with all files in one folder,
+To use several machines, add --part I/N on machine I of N. When all files are in one folder, run once:
 
     spark-fast-convert /data/imagenet_256 --merge
 """
@@ -44,31 +44,31 @@ LINE_SECONDS = 10  # between progress lines when the output is no terminal
 
 @dataclass
 class Bands:
-    """Images that are no photographs: their numbers are stored as they are, in .npy records."""
+    """Images that are not photographs: their values are stored unchanged, in .npy records."""
 
     in_chans: int = 3
-    """Channels of the images; other than 3: lossless."""
+    """Channels of the images; any number but 3 is stored losslessly."""
     lossless: bool = False
-    """Store the numbers of three channels as they are, too, instead of JPEGs of 8 bits."""
+    """Store three channels losslessly, too, instead of as 8-bit JPEGs."""
     channels_first: bool = False
     """Arrays in .npy and .npz are (C, H, W), not (H, W, C)."""
     npz_key: str = ""
-    """The array of an .npz to read, where it holds several."""
+    """Name of the array to read, for an .npz with several arrays."""
     tile: int = 0
     """Cut large scenes (TIFF, .npy) into tiles of this side, read one by one; lossless, short_side 0 by default."""
     stride: int = 0
-    """Pixels from one tile to the next; 0: tiles side by side."""
+    """Pixels from one tile to the next; 0: the side of a tile, without overlap."""
 
     def settings(self, size: Reencode) -> BandRecords | None:
         """How they are stored; None: photographs are."""
         if self.stride and not self.tile:
-            raise SettingsError("--stride goes with --tile")
+            raise SettingsError("--stride needs --tile")
         if self.in_chans == 3 and not (self.lossless or self.tile):
             if self.channels_first or self.npz_key:
-                raise SettingsError("--channels_first and --npz_key go with --lossless, --in_chans or --tile")
+                raise SettingsError("--channels_first and --npz_key need --lossless, --in_chans or --tile")
             return None
         if size.quality != Reencode.quality:
-            raise SettingsError("--quality is of JPEGs, and these images are stored losslessly")
+            raise SettingsError("--quality is for JPEGs, but these images are stored losslessly: leave it out")
         return BandRecords(
             size.short_side,
             size.max_side,
@@ -106,38 +106,38 @@ def convert_images(
 
     Args:
         src: ImageNet folder (train/, val/, or the tars as downloaded), tar, folder of class folders, of images or of
-            WebDataset tars, or file list. With merge: the folder of the parts.
-        dst: Where the shards go: a new or empty folder, or an unfinished conversion.
+            WebDataset tars, or file list. With --merge: the folder of the parts.
+        dst: Folder for the shards: a new or empty one, or an unfinished conversion.
         short_side: Reduce larger images to this shorter side; 0 keeps their size.
         max_side: Reduce larger images to this longer side, instead of short_side.
-        quality: JPEG quality, of photographs.
-        max_pixels: Million (2**20) pixels of an image; a larger one is left out, as it may be made to fill the memory.
-        images_per_shard: 0 chooses: 4096 for ImageNet (about 120 MB), fewer for small data sets.
-        seed: Of the order in which the shards hold the images.
-        workers: Processes; 0 is one for each core.
+        quality: JPEG quality of photographs.
+        max_pixels: Largest image in million (2**20) pixels; larger ones are left out, because they may fill the memory.
+        images_per_shard: Images per shard; 0: 4096 for ImageNet (about 120 MB), fewer for small data sets.
+        seed: Decides the order of the images in the shards.
+        workers: Number of processes; 0: one per core.
         overwrite: Delete an earlier conversion in dst first.
-        format: tar shards (any pipeline reads them), a .beton for FFCV alone, or both.
-        ffcv_raw: Share, 0 to 1, of the .beton's records stored as pixels: no decoding, six times the space.
-        part: I/N converts the I-th of N parts alone; merge joins them.
-        merge_parts: Join the parts in a folder: writes the manifest that makes them one conversion.
+        format: Tar shards (any pipeline reads them), only a .beton for FFCV, or both.
+        ffcv_raw: Share of the .beton's records, 0 to 1, stored as pixels: no decoding, six times the space.
+        part: I/N: convert only the I-th of N parts; --merge joins them.
+        merge_parts: Join the parts in a folder into one conversion, by writing its manifest.
         verify: Read everything again and compare: checksums, counts, indices, images.
     """
     short_side = (0 if max_side or bands.tile else 256) if short_side is None else short_side
     if images_per_shard < 0 or workers < 0:
-        raise SettingsError("images_per_shard and workers are counts, or 0 to let the program choose")
+        raise SettingsError("images_per_shard and workers must be counts, or 0 for the default")
     images = Reencode(short_side, max_side, quality, max_pixels * MEGAPIXEL)
     settings = ConvertSettings(bands.settings(images) or images, images_per_shard, seed)
     beton = _beton(format, ffcv_raw, settings)
     workers = workers or usable_cores()
     if merge_parts:
         if dst or part or overwrite:
-            raise SettingsError("--merge takes one folder, that of the parts, and neither --part nor --overwrite")
+            raise SettingsError("--merge takes only the folder of the parts, without --part or --overwrite")
         return _report(merge(src), verify, workers)
     if dst is None:
-        raise SettingsError("give SRC and DST: what to convert, and the folder for the shards")
+        raise SettingsError("SRC and DST are needed: the images to convert, and the folder for the shards")
     if part:
         if beton or overwrite or verify:
-            raise SettingsError("--part goes neither with --overwrite nor, before --merge, with --format or --verify")
+            raise SettingsError("--part does not work with --overwrite; give --format and --verify with --merge only")
         return _convert_part(src, dst, settings, Part.parse(part), workers)
     with Display() as display:
         show = display.show
@@ -149,7 +149,7 @@ def _beton(format: str, raw: float, settings: ConvertSettings) -> BetonSettings 
     if format == "shards":
         return None
     if isinstance(settings.images, BandRecords):
-        raise SettingsError(f"--format {format} stores three channels of 8 bits and no more: take shards")
+        raise SettingsError(f"--format {format} stores only three channels of 8 bits: use --format shards")
     require_ffcv(f"--format {format}")
     return BetonSettings(raw, alone=format == "ffcv")
 
@@ -158,7 +158,7 @@ def _convert_part(src: Path, dst: Path, settings: ConvertSettings, part: Part, w
     with Display() as display:
         written = convert_part(src, dst, settings, part, workers=workers, on_progress=display.show)
     for folder, manifest in written:
-        print(f"{folder}: part {part} is done, {len(manifest.shards)} shards; --merge makes one of all parts")
+        print(f"{folder}: part {part} is done, {len(manifest.shards)} shards; --merge joins all parts")
     return 0
 
 
@@ -169,7 +169,7 @@ def _report(written: list[tuple[Path, Manifest]], verify_too: bool, workers: int
         faults = [f"{folder}/{fault}" for folder, _ in written for fault in verify_shards(folder, workers)]
         if faults:
             raise DataError("\n".join([*faults, f"{len(faults)} faults: convert again with --overwrite"]))
-        print("verified: every shard, record and index is as written")
+        print("verified: every shard, record and index is intact")
     return 0
 
 
@@ -227,7 +227,7 @@ class Display:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    kept = "interrupted. Whole shards are kept: the same command goes on from there."
+    kept = "interrupted. Finished shards are kept: the same command continues."
     return run_tool("convert", convert_images, argv, interrupted=kept)
 
 

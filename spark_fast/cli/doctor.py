@@ -1,8 +1,8 @@
-"""What of this machine training can use, what is missing, and what to install or set.
+"""Check what this machine supports, what is missing, and what to install or set.
 
     spark-fast-doctor [--data_path FOLDER] [--exp_dir FOLDER]
 
-With a data path it also says how many images a second these cores can load, what limits that, and what to do.
+With a data path it also shows how many images a second these cores can load, what limits them, and what to do.
 
 Exit codes: 0 training can run, 1 something that it needs is missing.
 """
@@ -71,14 +71,14 @@ def doctor(
     input_size: int = 224,
     workers: int = 0,
 ) -> int:
-    """Say what of this machine training can use, and what to install or set.
+    """Check what this machine supports, and what to install or set.
 
     Args:
-        data_path: Also measure how fast the images there are read, decoded and resized, and what limits that.
-        exp_dir: Where runs will be written: free space and speed.
+        data_path: Also measure how fast these images are read, decoded and resized, and what limits the loader.
+        exp_dir: Folder for runs; its free space and speed are checked.
         in_chans: Channels of the images at data_path.
-        input_size: Pixels of a side that they are resized to.
-        workers: Decoder threads to measure with; 0: as many as there are cores.
+        input_size: Side in pixels to which they are resized.
+        workers: Number of decoding threads to measure; 0: one per core.
     """
     findings = [*packages()]
     broken = next((package for package in IMPORTED if _is_missing(_load(package))), "")
@@ -199,7 +199,7 @@ def limits() -> Iterator[Finding]:
     yield Finding("open files", f"{soft} of at most {hard}", f"ulimit -n {hard}" if soft < OPEN_FILES else "")
     if SHARED_MEMORY.exists():
         size = shutil.disk_usage(SHARED_MEMORY).total
-        advice = "several GPUs (NCCL) want 1 GiB; docker run --shm-size=1g" if size < 2**30 else ""
+        advice = "several GPUs (NCCL) need 1 GiB: docker run --shm-size=1g" if size < 2**30 else ""
         yield Finding("shared memory", f"{size / 2**20:.0f} MiB", advice)
 
 
@@ -242,7 +242,7 @@ def read_from(data_path: Path) -> Finding:
         return Finding(what, "nothing to read", "check --data_path", needed=True)
     seconds = time.perf_counter() - start
     small = read / count < 2**20
-    advice = f"many small files: {command('convert')} makes shards of them" if small else ""
+    advice = f"many small files: convert them into shards with {command('convert')}" if small else ""
     return Finding(
         what, f"{read / 2**20 / seconds:.0f} MB/s, {count / seconds:.0f} files/s", advice, rate=read / seconds
     )

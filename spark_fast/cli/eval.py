@@ -1,4 +1,4 @@
-"""The command `spark-fast-eval`: what an encoder is worth, by nearest neighbours, a linear probe, or fine-tuning.
+"""The command `spark-fast-eval`: evaluate an encoder by nearest neighbours, a linear probe, or fine-tuning.
 
     spark-fast-eval finetune NAME --data_path imagenet --weights output_my_run
     torchrun --nproc_per_node=8 -m spark_fast.evaluate knn NAME --data_path imagenet --weights resnet50_timm.safetensors
@@ -192,10 +192,10 @@ def _statistics(before: RunContent) -> Statistics | None:
 
 def _check_sizes(settings: Evaluation, train: Pipeline) -> None:
     if isinstance(settings, Knn) and settings.knn.k > train.num_samples:
-        raise SettingsError(f"--k {settings.knn.k} neighbours are more than the {train.num_samples} training images")
+        raise SettingsError(f"--k {settings.knn.k} is larger than the number of training images, {train.num_samples}")
     if isinstance(settings, Linear) and settings.batch_size > train.num_samples:
         raise SettingsError(
-            f"--batch_size {settings.batch_size} is more than the {train.num_samples} training images: take less"
+            f"--batch_size {settings.batch_size} is larger than the number of training images, {train.num_samples}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Write pre-trained weights in the form that others read, with a model card, proven by loading them.
+"""Export pre-trained weights for other programs, with a model card. The file is loaded and compared before it is kept.
 
     spark-fast-export output_my_run --to timm --out resnet50.safetensors
 
@@ -28,15 +28,15 @@ def export_weights(
     out: Path,
     model: str = "",
 ) -> int:
-    """Write pre-trained weights in the form that others read.
+    """Export pre-trained weights for other programs.
 
     Args:
         source: Run folder, or .pth or .safetensors file.
-        to: timm and hf_folder: all of timm's network but the classifier. torchvision: all of its network. safetensors:
-            the encoder's tensors and no others. spark: encoder and decoder as the published pre-training saves them.
-            spark_encoder: the encoder as the published fine-tuning reads it (ConvNeXts in the official names).
+        to: timm and hf_folder: timm's network without the classifier. torchvision: the whole network. safetensors: only
+            the encoder's tensors. spark: encoder and decoder as saved by the published pre-training. spark_encoder:
+            the encoder as read by the published fine-tuning (ConvNeXts in the official names).
         out: File to write (.safetensors or .pth), or folder for hf_folder.
-        model: The network, where the file does not tell (timm name), or if it is your own (package.module:function).
+        model: The network, if the file does not name it (timm name), or if it is your own (package.module:function).
     """
     import_from_current_folder(model)
     pretrained = load_pretrained(source, model)

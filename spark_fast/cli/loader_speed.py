@@ -47,16 +47,16 @@ class LoaderSpeed:
         """
         if disk is not None and disk / self.bytes < self.rate:
             return f"the storage: {disk / self.bytes:.0f} images/s", (
-                f"keep the images on a faster disk, or store them smaller: {command('convert')} --short_side"
+                f"put the images on a faster disk, or store them smaller: {command('convert')} --short_side"
             )
         if self.reading > max(self.decoding, self.resizing):
-            return "reading", f"keep the images on a local disk, in shards: {command('convert')}"
+            return "reading", f"put the images on a local disk, in shards: {command('convert')}"
         if self.decoding > self.resizing and self.pixels > 1.5 * STORED:
             fewer = self.pixels / STORED
             return "decoding", f"{command('convert')} --short_side 256 leaves {fewer:.1f} times fewer pixels to decode"
         what = "decoding" if self.decoding > self.resizing else "resizing"
         on_gpu = "decode" if what == "decoding" else "augment"
-        return what, f"more cores and --workers, or on a GPU --{on_gpu} device"
+        return what, f"use more cores and --workers, or on a GPU --{on_gpu} device"
 
 
 def loader_speed(data_path: str | Path, options: LoaderOptions) -> LoaderSpeed:
@@ -75,7 +75,7 @@ def loader_speed(data_path: str | Path, options: LoaderOptions) -> LoaderSpeed:
             except (ImageError, OSError) as error:  # noqa: PERF203
                 reasons.append(f"{source.name(i)}: {error}")
         if not found:
-            raise DataError(f"none of {len(reasons)} images at {data_path} can be read; {reasons[0]}")
+            raise DataError(f"none of {len(reasons)} images at {data_path} can be read; the first: {reasons[0]}")
     finally:
         source.close()
     reading, decoding, size, pixels = (sum(column) / len(found) for column in zip(*found, strict=True))

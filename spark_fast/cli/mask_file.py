@@ -38,7 +38,7 @@ def read_mask(words: Sequence[str], grid: tuple[int, int]) -> Tensor:
     else:
         mask = _from_rows(words, grid)
     if mask.all() or not mask.any():
-        raise ValueError(f"the mask hides {'every' if not mask.any() else 'no'} patch: there must be some of each")
+        raise ValueError(f"the mask hides {'every' if not mask.any() else 'no'} patch: hide some and show some")
     return mask
 
 

@@ -1,4 +1,4 @@
-"""Draw loss, learning rate, throughput, data wait and, where it was measured, k-NN of runs, as one PNG.
+"""Draw loss, learning rate, throughput, data wait and, if it was measured, k-NN accuracy of runs as one PNG.
 
     spark-fast-plot output_my_run output_other --out runs.png
 
@@ -37,7 +37,7 @@ def plot_run(
     *,
     out: Path = Path("runs.png"),
 ) -> int:
-    """Draw loss, learning rate, throughput, data wait and, where it was measured, k-NN of runs, as one PNG.
+    """Draw loss, learning rate, throughput, data wait and, if it was measured, k-NN accuracy of runs as one PNG.
 
     Args:
         runs: Run folders, or metrics.jsonl files.
@@ -46,7 +46,7 @@ def plot_run(
     if out.suffix != ".png":
         raise SettingsError(f"{out} must end with .png")
     if not runs:
-        raise SettingsError("give one run folder or more")
+        raise SettingsError("one or more run folders are needed")
     curves = {str(run): _rows(run) for run in runs}
     picture = draw(curves)
     with atomic_write(out) as file:
@@ -99,9 +99,9 @@ def _rows(run: Path) -> list[dict[str, float]]:
     try:
         rows = read_metrics(path)
     except OSError as error:
-        raise SettingsError(f"{run} is no run folder: {path} cannot be read ({error.strerror})") from None
+        raise SettingsError(f"{run} is not a run folder: {path} cannot be read ({error.strerror})") from None
     if any("loss" not in row and "eval_seconds" not in row for row in rows):
-        raise SettingsError(f"{path} is no metrics.jsonl of a pre-training run: it has rows without a loss")
+        raise SettingsError(f"{path} is not the metrics.jsonl of a pre-training run: it has rows without a loss")
     if not any("loss" in row for row in rows):
         raise SettingsError(f"{path} has no log point yet")
     return rows

@@ -1,4 +1,4 @@
-"""Draw what a pre-trained model makes of images: input, what the network sees, prediction, a row per image.
+"""Draw what a pre-trained model predicts: input, what the network sees, prediction, one row per image.
 
     spark-fast-reconstruct output_my_run photo.jpg other.png --out grid.png
     spark-fast-reconstruct output_my_run pictures --count 8 --out drawn
@@ -61,33 +61,33 @@ def reconstruct(
     channels_first: bool = False,
     npz_key: str = "",
 ) -> int:
-    """Draw what a pre-trained model makes of images.
+    """Draw what a pre-trained model predicts.
 
     Args:
         source: Run folder, or .pth or .safetensors file with a decoder (also a published one).
-        images: Images, or folders of them at any depth, as the run read them, cropped in the centre and resized.
-        out: The picture to write, .png; or a folder, for a picture of each image.
-        count: Images drawn of a folder at most, evenly spread over it; 0 is all.
-        overwrite: Replace pictures that are there.
-        mask_ratio: Share of patches hidden; by default that of the training (0.6 where the file does not say).
-        seed: Of the masks; each image has its own.
-        mask: One mask for all images: rows of `.` (visible) and `#` (hidden), a character per patch; or a text file of
-            such rows; or a picture, bright where visible.
-        model: The network, where the file does not tell (timm name), or if it is your own (package.module:function).
+        images: Images like those of the run, or folders of them at any depth; cropped in the centre and resized.
+        out: The picture to write, .png; or a folder, for one picture per image.
+        count: Largest number of images to draw from a folder, evenly spread; 0: all.
+        overwrite: Replace existing pictures.
+        mask_ratio: Share of hidden patches; by default as in training (0.6 if the file does not say).
+        seed: Decides the masks; each image has its own.
+        mask: One mask for all images: rows of `.` (visible) and `#` (hidden), one character per patch; or a text file
+            of such rows; or a picture that is bright where patches are visible.
+        model: The network, if the file does not name it (timm name), or if it is your own (package.module:function).
         input_size: Pixels, N or HxW; by default as in training.
-        picture_channels: Shown as red, green and blue, or one as grey; by default the first three.
-        channels_first: .npy and .npz hold (C, H, W), not (H, W, C).
-        npz_key: The array of an .npz, where it holds several.
+        picture_channels: Three channels to show as red, green and blue, or one as grey; by default the first three.
+        channels_first: Arrays in .npy and .npz are (C, H, W), not (H, W, C).
+        npz_key: Name of the array to read, for an .npz with several arrays.
     """
     one = out.suffix == ".png" and not out.is_dir()
     if out.suffix and not one and not out.is_dir():
         raise SettingsError(f"{out} must end with .png, or be a folder")
     if mask and mask_ratio is not None:
-        raise SettingsError("--mask says which patches are hidden, --mask_ratio how many: choose one of them")
+        raise SettingsError("--mask and --mask_ratio both set the hidden patches: choose one of them")
     if not images:
         raise SettingsError("give one image or more, or a folder")
     if count < 0:
-        raise SettingsError(f"--count is a number of images, or 0 for all, got {count}")
+        raise SettingsError(f"--count must be a number of images, or 0 for all, got {count}")
     import_from_current_folder(model)
     pretrained = _with_decoder(load_pretrained(source, model, input_size), picture_channels)
     bands = _bands(pretrained, channels_first, npz_key)
@@ -109,7 +109,7 @@ def _with_decoder(pretrained: Pretrained, channels: tuple[int, ...]) -> Pretrain
     """The same, or why nothing can be reconstructed with it, or shown by these channels."""
     if not pretrained.weights.state.has_decoder:
         raise CheckpointError(
-            f"{pretrained.path} holds an encoder alone, nothing can be reconstructed without the decoder: give the "
+            f"{pretrained.path} has only an encoder, nothing can be reconstructed without the decoder: use the "
             f"run folder, its checkpoint, or the published file *_withdecoder_1kpretrained_spark_style.pth"
         )
     check_picture_channels(channels, pretrained.spec.in_chans)
@@ -121,12 +121,12 @@ def _bands(pretrained: Pretrained, channels_first: bool, npz_key: str) -> BandFi
     known, in_chans = pretrained.weights.statistics, pretrained.spec.in_chans
     if are_photographs(in_chans, known.scale if known else "auto"):
         if channels_first or npz_key:
-            raise SettingsError(f"{pretrained.path} is for photographs: --channels_first and --npz_key are of arrays")
+            raise SettingsError(f"{pretrained.path} is for photographs: --channels_first and --npz_key are for arrays")
         return None
     if known is None:
         raise SettingsError(
-            f"{pretrained.path} is for images of in_chans {in_chans}, and does not say by which mean and deviation "
-            f"they are normalised: give the folder or a checkpoint of a run that read images from files"
+            f"{pretrained.path} is for images of in_chans {in_chans}, but has no mean and standard deviation to "
+            f"normalise them: use the folder or a checkpoint of a run that read images from files"
         )
     return BandFiles(Expected(in_chans, channels_first=channels_first, npz_key=npz_key), known)
 
@@ -164,9 +164,9 @@ def _pictures(paths: list[Path], out: Path, one: bool, overwrite: bool) -> list[
     sources = {path.resolve() for path in paths}
     for picture in named.values():
         if picture.resolve() in sources:
-            raise SettingsError(f"{picture} is one of the images: take another --out")
+            raise SettingsError(f"{picture} is one of the images: choose another --out")
         if picture.exists() and not overwrite:
-            raise SettingsError(f"{picture} exists already: take another --out, or --overwrite to replace it")
+            raise SettingsError(f"{picture} exists already: choose another --out, or --overwrite to replace it")
     return list(named.values())
 
 

@@ -29,39 +29,41 @@ class Data:
     """labelled training images: class folders (with train/ and val/), a file list with labels, shards or a .beton; or
     the URL of shards"""
     val_path: str = ""
-    """the validation images, if they are not in the folder val/ of data_path"""
+    """validation images, if they are not in val/ of data_path"""
     pipeline: str = "auto"
     """auto (the fastest for the data), torch, dali, ffcv (both extras), or synthetic (random images: no input)"""
     input_size: str = "224"
     """pixels, N or HxW"""
     in_chans: int | None = None
-    """channels of the images; default: as the weights say, or 3"""
+    """channels of the images; default: those of the weights, or 3"""
     batch_size: Annotated[int | None, arg(aliases=["--bs"])] = None
     """images per step over all ranks; default: 256, or the recipe's"""
     crop_pct: float | None = None
-    """share of the shorter side that a central crop has; default: 0.875 (224 of 256), fine-tuning: the recipe's"""
+    """side of the central crop as a share of the shorter side; default: 0.875 (224 of 256), or the recipe's"""
     workers: Annotated[int, arg(aliases=["--dataloader_workers"])] = 8
     """decoding threads per rank"""
     prefetch: int = 2
     """batches decoded ahead"""
     cache_dir: str = ""
-    """where shards of a data_path on a server are kept; default: spark_fast/shards in $XDG_CACHE_HOME or ~/.cache"""
+    """local cache for shards on a server; default: spark_fast/shards in $XDG_CACHE_HOME or ~/.cache"""
     cache_size: str = "50GB"
-    """at most so much of them, the least recently used ones are removed; 500MB, 1.5TB, 200GiB"""
+    """largest size of the cache, e.g. 500MB, 1.5TB, 200GiB; the least recently used shards are removed"""
     max_bad_fraction: float = 0.01
-    """stop when more than this share of the images is unreadable (judged after 1000)"""
+    """stop if more than this share of the images is unreadable (checked after 1000 images)"""
     max_pixels: int = 64
-    """million (2**20) pixels of an image; a larger one counts as unreadable, as it may be made to fill the memory"""
+    """largest image in million (2**20) pixels; larger ones count as unreadable, because they may fill the memory"""
     scale: Literal["auto", "dtype", "percentile", "none"] = "auto"
-    """stored numbers to [0, 1]: dtype, percentile (0.1 to 99.9), none; auto: as the weights' run had it"""
+    """how stored values are mapped to [0, 1]: dtype (by the type's largest value), percentile (0.1 to 99.9 become 0 to
+    1), none; auto: as in the run of the weights"""
     mean: tuple[float, ...] = ()
-    """of the scaled images, a number a channel; default: those of the weights' run, or measured on up to 1000 files"""
+    """mean of the scaled images, one number per channel; default: as in the run of the weights, or measured on up to
+    1000 files"""
     std: tuple[float, ...] = ()
-    """their deviation, likewise"""
+    """standard deviation of the scaled images, one number per channel; default: as for --mean"""
     channels_first: bool = False
-    """.npy and .npz hold (C, H, W), not (H, W, C)"""
+    """arrays in .npy and .npz are (C, H, W), not (H, W, C)"""
     npz_key: str = ""
-    """the array of an .npz to read, where it holds several"""
+    """name of the array to read, for an .npz with several arrays"""
 
 
 @dataclass
@@ -71,9 +73,9 @@ class Model:
     weights: str = ""
     """a run folder, a checkpoint (published ones too), an exported encoder, an hf-hub: name; none: from scratch"""
     model: str = ""
-    """a timm name, res50 ... cnxL, or your own as package.module:function; default: as the weights say"""
+    """a timm name, res50 ... cnxL, or your own as package.module:function; default: the network of the weights"""
     stages: int = 0
-    """levels of the pyramid that were pre-trained; 0: as the weights say, or all"""
+    """number of pre-trained pyramid levels; 0: as in the weights, or all"""
 
 
 @dataclass
@@ -93,7 +95,7 @@ class Run:
     threads: int = 0
     """CPU threads of the model; 0: as torch chooses"""
     timeout: float = 600.0
-    """seconds without a step after which the run ends, saying where it stands and for which rank it waits"""
+    """end the run after this many seconds without a step, and print where it is and which rank it waits for"""
     resume: ClassVar[str] = ""
 
 
@@ -102,17 +104,17 @@ class FinetuneRunSettings(Run):
     """Where the run lives and how it computes."""
 
     resume: Annotated[str, arg(aliases=["--resume_from"])] = ""  # type: ignore[misc]
-    """go on from this checkpoint; auto: the folder's newest that is whole, if it has any"""
+    """resume from this checkpoint; auto: from the newest intact one of the folder, if there is any"""
     sync_batchnorm: Annotated[bool, arg(aliases=["--sbn"])] = True
     """batch statistics over all ranks"""
     log_every: int = 50
     """steps between log lines"""
     keep_last: int = 2
-    """checkpoints kept, the newest; 2 or more"""
+    """number of newest checkpoints to keep; 2 or more"""
     max_bad_steps: int = 3
-    """a step with a loss or gradient that is not finite is skipped; so many in a row end the run"""
+    """steps whose loss or gradient is not finite are skipped; this many in a row end the run"""
     max_steps: int = 0
-    """stop after so many steps of this process, as Ctrl-C would; 0: never"""
+    """stop after this many steps of this process, as after Ctrl-C; 0: never"""
 
 
 @dataclass
@@ -120,9 +122,9 @@ class Neighbours:
     """How neighbours vote."""
 
     k: int = 20
-    """neighbours that vote"""
+    """number of neighbours that vote"""
     temperature: float = 0.07
-    """a vote weighs exp(cosine similarity / temperature)"""
+    """a vote has the weight exp(cosine similarity / temperature)"""
 
 
 @dataclass
@@ -134,13 +136,14 @@ class Probe:
     warmup_epochs: Annotated[int, arg(aliases=["--wp_ep"])] = 10
     """epochs of linear warm-up"""
     optimizer: Annotated[Literal["lars", "sgd", "adamw"], arg(aliases=["--opt"])] = "lars"
-    """lars (as MAE), sgd (momentum 0.9), adamw"""
+    """lars (as in MAE), sgd (momentum 0.9), adamw"""
     base_lr: float = 0.1
     """learning rate per 256 images: lr = base_lr * batch_size / 256"""
     weight_decay: Annotated[float, arg(aliases=["--wd"])] = 0.0
     """weight decay"""
     augment: bool = False
-    """new random crops every epoch (as MAE; each is a pass through the network) instead of central crops, seen once"""
+    """new random crops in every epoch, as in MAE, each a pass through the network; default: central crops, computed
+    once"""
 
 
 @dataclass
@@ -205,7 +208,7 @@ class Evaluation(Tree):
 
 @dataclass
 class Knn(Evaluation):
-    """Classify each image as its nearest neighbours are (frozen features; nothing is trained)."""
+    """Classify each image by its nearest neighbours (frozen features; nothing is trained)."""
 
     mode: ClassVar[str] = "knn"
     knn: OmitArgPrefixes[Neighbours] = field(default_factory=Neighbours)
@@ -221,7 +224,7 @@ class Linear(Evaluation):
 
 @dataclass
 class Finetune(Evaluation):
-    """Train the whole network on labels, by the recipe published for it."""
+    """Train the whole network on labels, with the recipe published for it."""
 
     mode: ClassVar[str] = "finetune"
     run: OmitArgPrefixes[FinetuneRunSettings] = field(default_factory=FinetuneRunSettings)
@@ -249,7 +252,7 @@ class Finetune(Evaluation):
         if not photographs and whole.recipe.augment != "none":
             raise SettingsError(
                 f"--augment {whole.recipe.augment} is for photographs, and the images have {whole.in_chans} "
-                f"channel{'s' * (whole.in_chans != 1)} and --scale {whole.scaling(known)}: take --augment none"
+                f"channel{'s' * (whole.in_chans != 1)} and --scale {whole.scaling(known)}: use --augment none"
             )
         return whole
 

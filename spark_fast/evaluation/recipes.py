@@ -17,7 +17,7 @@ log = logging.getLogger("spark_fast")
 
 @dataclass
 class Recipe:
-    """How the network is fine-tuned; what is not given is published for the network."""
+    """How the network is fine-tuned; the defaults are the recipe published for it."""
 
     epochs: Annotated[int | None, arg(aliases=["--ep"])] = None
     """passes over the data"""
@@ -28,33 +28,33 @@ class Recipe:
     base_lr: float | None = None
     """learning rate per 256 images: lr = base_lr * batch_size / 256"""
     layer_decay: Annotated[float | None, arg(aliases=["--lr_scale"])] = None
-    """learning rate of a layer as a share of the next one's; 1: the same for all"""
+    """learning rate of a layer as a share of the next layer's; 1: the same for all"""
     weight_decay: Annotated[float | None, arg(aliases=["--wd"])] = None
     """weight decay"""
     loss: Literal["bce", "ce"] | None = None
-    """binary cross-entropy of each class, or cross-entropy"""
+    """bce (binary cross-entropy of each class) or ce (cross-entropy)"""
     mixup: float | None = None
     """alpha of mixup; 0: none"""
     cutmix: float | None = None
-    """alpha of cutmix, which takes turns with mixup; 0: none"""
+    """alpha of cutmix, which alternates with mixup; 0: none"""
     smoothing: float | None = None
     """label smoothing"""
     repeats: Annotated[int | None, arg(aliases=["--rep_aug"])] = None
-    """repeated augmentation: views of an image in an epoch, which then has so many times fewer images; 1: none"""
+    """repeated augmentation: views per image in an epoch, which then has that many times fewer images; 1: none"""
     augment: Literal["trivial", "auto", "rand", "none"] | None = None
-    """TrivialAugmentWide, AutoAugment, RandAugment, or nothing beyond crop and flip"""
+    """trivial (TrivialAugmentWide), auto (AutoAugment), rand (RandAugment), or none (only crop and flip)"""
     erase: float | None = None
     """probability of random erasing"""
     min_scale: float | None = None
-    """least share of an image's area that a random crop has"""
+    """smallest share of an image's area in a random crop"""
     drop_path: Annotated[float | None, arg(aliases=["--dp"])] = None
     """stochastic depth"""
     ema: float | None = None
     """decay of the moving average of the weights, per step; 0: none"""
     clip: float | None = None
-    """largest norm of all gradients together; 0: no clipping"""
+    """clip the total gradient norm to this value; 0: no clipping"""
     accumulate: int | None = None
-    """backward passes per step; the batch of each rank is cut into so many parts"""
+    """backward passes per step; the batch of each rank is split into that many parts"""
 
 
 SHARED = Recipe(
@@ -103,7 +103,7 @@ def recipe_for(network: str, size: tuple[int, int], photographs: bool = True) ->
     """
     kin = "convnext_small" if "convnext" in network else "resnet50"
     if network not in RECIPES:
-        log.info("no recipe is published for %s: what you do not set is as for %s", network, kin)
+        log.info("no recipe is published for %s: the defaults are those of %s", network, kin)
     batch_size, recipe = RECIPES.get(network, RECIPES[kin])
     crop_pct, augment = 0.95, recipe.augment
     if min(size) >= LARGE:
@@ -111,6 +111,6 @@ def recipe_for(network: str, size: tuple[int, int], photographs: bool = True) ->
         if network == "convnext_large":
             batch_size, recipe = LARGE_384
     if not photographs:
-        log.info("the recipe's augmentation is for photographs: these images go without")
+        log.info("the recipe's augmentation is for photographs: it is not used for these images")
         augment = "none"
     return batch_size, crop_pct, replace(recipe, augment=augment)  # the caller's own

@@ -61,7 +61,7 @@ def on_ranks(settings: S, run: Callable[[S, Ranks, Watchdog], T]) -> T:
     ranks = join(settings.run.device, settings.run.timeout)
     try:
         if ranks.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0) and not settings.run.resume:
-            log.info("torchrun restarted this run: going on as with --resume auto")
+            log.info("torchrun restarted this run: it resumes as with --resume auto")
             settings.resume_newest()
         kept = partial(what_is_kept, settings.folder)
         with Watchdog(settings.run.timeout, ranks.rank, ranks.world_size, ranks.store, kept) as watchdog:
@@ -77,7 +77,7 @@ def code_when_stopped(folder: Path) -> int:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return INTERRUPTED
-    log.info("exit code 0 for torchrun; that the run is not finished, %s says", folder / STOPPED)
+    log.info("exit code 0 for torchrun; %s marks the run as unfinished", folder / STOPPED)
     return 0
 
 
@@ -102,7 +102,7 @@ def running(settings: Tree, ranks: Ranks, watchdog: Watchdog) -> Iterator[tuple[
         except RuntimeError as error:
             if lost := watchdog.lost():  # signals are still held back: torchrun sends one when it sees the other end
                 kept = what_is_kept(settings.folder)
-                text = f"rank {ranks.rank} leaves, as another is gone: {'; '.join(lost)}; {kept}"
+                text = f"rank {ranks.rank} exits because another rank is gone: {'; '.join(lost)}; {kept}"
                 raise LostRankError(text) from error
             raise
 

@@ -151,7 +151,7 @@ class Tree:
             refuse_credentials(path)
         bytes_of(self.data.cache_size)
         if (keep_last := getattr(self.run, "keep_last", 2)) < 2:
-            raise SettingsError(f"--keep_last must be 2 or more, as the last one may be damaged; got {keep_last}")
+            raise SettingsError(f"--keep_last must be 2 or more, because the last one may be damaged; got {keep_last}")
 
     def check_numbers(self, positive: Iterable[str], up_to_one: Iterable[str] = ()) -> None:
         """Raise SettingsError for a number that is infinite or below 0; these must be above 0, those 1 at most."""
@@ -190,7 +190,7 @@ def read(
     config, argv = take_option(argv, "--config")
     rate, argv = take_option(argv, "--lr")
     if rate is not None:
-        log.warning("--lr %s is ignored, as by the published code: the rate is --base_lr times --bs / 256", rate)
+        log.warning("--lr %s is ignored, as in the published code: the rate is --base_lr times --bs / 256", rate)
     show = "--print_config" in argv
     argv = [a for a in argv if a != "--print_config"]
     flags = _flags_of(find_config(config), kind()) if config is not None else []
@@ -200,8 +200,8 @@ def read(
         args=words,
         default=kind() if defaults is None else defaults(words),
         prog=kind.prog,
-        description=f"{kind.__doc__}\n\nBesides: --config FILE.toml, or spark/resnet50 and others that come with"
-        " spark_fast, reads settings; --print_config prints them.",
+        description=f"{kind.__doc__}\n\n--config reads settings from a TOML file, or from one that comes with"
+        " spark_fast, such as spark/resnet50; --print_config prints them.",
         use_underscores=True,
     )
     if show:
@@ -222,7 +222,7 @@ def set_by_name(settings: Tree, given: Mapping[str, object]) -> None:
     home = {f.name: group for group in groups for f in dataclasses.fields(group)}
     for name, value in given.items():
         if name not in home:
-            raise TypeError(f"{name!r} is no setting{nearest(name, home)}")
+            raise TypeError(f"{name!r} is not a setting{nearest(name, home)}")
         hint = get_type_hints(type(home[name]))[name]
         kind, *words = get_args(hint) if get_origin(hint) is Union else (hint,)  # a number, or a word like "auto"
         if any(value in get_args(word) for word in words):
@@ -328,7 +328,7 @@ def _flags_of(path: Path, known_settings: Any) -> list[str]:
     for section, values in tree.items():
         names = {f.name for f in dataclasses.fields(known_settings)}
         if section not in names or not isinstance(values, dict):
-            raise SettingsError(f"{path}: [{section}] is no section; there are {', '.join(sorted(names))}")
+            raise SettingsError(f"{path}: [{section}] is not a section; there are {', '.join(sorted(names))}")
         known = {f.name for f in dataclasses.fields(getattr(known_settings, section))}
         for key, value in values.items():
             if key not in known:

@@ -96,7 +96,7 @@ def join(device: str, timeout: float = 600.0) -> Ranks:
     if on_gpu and local >= torch.cuda.device_count():
         raise SettingsError(
             f"rank {local} of this node has no GPU of its own: {torch.cuda.device_count()} GPUs are visible; "
-            f"start as many processes per node"
+            f"start that many processes per node"
         )
     where = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:

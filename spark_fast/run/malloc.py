@@ -19,7 +19,7 @@ def keep_heap() -> None:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
-        log.info("this C library has no mallopt; large tensors are paged in anew at every step")
+        log.info("this C library has no mallopt, so large tensors are allocated again in every step, which is slower")
         return
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -55,14 +55,14 @@ def refuse_another_run(folder: Path) -> None:
     left = (CHECKPOINT, RECORD, RESULT)
     if any(os.path.lexists(folder / name) for name in left) or published(folder):
         raise SettingsError(
-            f"{folder} holds a run already: go on with --resume auto, or choose another <experiment_name>"
+            f"{folder} holds a run already: continue it with --resume auto, or choose another <experiment_name>"
         )
 
 
 def what_is_kept(folder: Path) -> str:
     """For the message of a failure: whether a run has left something to go on from."""
     if os.path.lexists(folder / CHECKPOINT) or published(folder):
-        return "the last checkpoint is kept: go on with --resume auto"
+        return "the last checkpoint is kept: continue with --resume auto"
     return "nothing was saved before"
 
 

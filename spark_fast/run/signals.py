@@ -24,7 +24,7 @@ class Interrupt:
             self._before = {s: signal.signal(s, self._remember) for s in self.SIGNALS}
         else:  # Python lets nobody else handle signals
             self._before = {}
-            log.info("this is not the main thread: Ctrl-C and signals do not reach the run, --max_steps ends it early")
+            log.info("not in the main thread: Ctrl-C and signals do not stop this run; use --max_steps")
 
     def _remember(self, number: int, frame: object) -> None:
         if not self.asked:

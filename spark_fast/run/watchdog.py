@@ -78,7 +78,7 @@ class Watchdog:
         time.sleep(3 * PULSE)
         after = self._pulses()
         if not after:
-            return ["the process that kept the ranks' store: rank 0, unless it is torchrun's"]
+            return ["the process with the store of the ranks: rank 0, or torchrun"]
         return [
             f"rank {rank} ({pulse['host']}, pid {pulse['pid']}), last heard of at step {pulse['step']}, "
             f"{pulse['doing']}"

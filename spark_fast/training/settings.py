@@ -39,60 +39,63 @@ class Data:
     """The images and how they reach the device."""
 
     data_path: str = ""
-    """image folder (ImageNet layout or flat), file list, or shards or a .beton made by spark-fast-convert; or the URL
+    """image folder (ImageNet layout or flat), file list, shards or a .beton written by spark-fast-convert, or the URL
     of shards: s3://, gs://, https:// (extra remote)"""
     val_path: str = ""
-    """labelled images for --eval_every: with train/ and val/, or one set, where every 5th of a class is a query"""
+    """labelled images for --eval_every: a folder with train/ and val/, or one set, whose every 5th image per class is
+    classified by the others"""
     pipeline: str = "auto"
     """auto (the fastest for the data), torch, dali, ffcv (both extras), or synthetic (random images: no input)"""
     ffcv_resize: Literal["bicubic", "area"] = "bicubic"
-    """how --pipeline ffcv resizes: bicubic as all others, or area, FFCV's own"""
+    """how --pipeline ffcv resizes: bicubic like all other pipelines, or FFCV's own area"""
     decode: Literal["host", "device"] = "host"
-    """where JPEGs are decoded; device: nvJPEG, and the augmentation with it (--pipeline torch)"""
+    """where JPEGs are decoded; device: by nvJPEG, and the augmentation runs there, too (--pipeline torch)"""
     augment: Literal["host", "device"] = "host"
-    """where crops are resized, flipped and normalised; device spares the host's cores (--pipeline torch)"""
+    """where crops are resized, flipped and normalised; device takes this work off the host (--pipeline torch)"""
     input_size: str = "224"
     """pixels, N or HxW; a multiple of the network's total stride"""
     in_chans: int = 3
     """channels of the images"""
     min_crop: float = 0.67
-    """smallest share of an image's area that a random crop takes; the largest is the whole"""
+    """smallest share of an image's area in a random crop; the largest is 1"""
     crop_scale: tuple[float, ...] = ()
-    """smallest and largest share, LOW HIGH; default: --min_crop and 1"""
+    """smallest and largest share of an image's area in a random crop, LOW HIGH; default: --min_crop and 1"""
     hflip: bool = True
-    """mirror half of the crops; `--no_hflip` never does"""
+    """flip half of the crops horizontally; `--no_hflip` flips none"""
     vflip: bool = False
-    """turn half of them upside down, for images that have no up (--pipeline torch)"""
+    """flip half of the crops vertically, for images without an up (--pipeline torch)"""
     rot90: bool = False
-    """turn them by 0 to 3 quarters, likewise"""
+    """rotate the crops by 0 to 3 quarter turns, for images without an up (--pipeline torch)"""
     scale: Literal["auto", "dtype", "percentile", "none"] = "auto"
-    """stored numbers to [0, 1]: dtype, percentile (0.1 to 99.9), none; auto: dtype, three channels as 8-bit RGB"""
+    """how stored values are mapped to [0, 1]: dtype (by the type's largest value), percentile (0.1 to 99.9 become 0 to
+    1), none; auto: 8-bit RGB for three channels, dtype for others"""
     mean: tuple[float, ...] = ()
-    """of the scaled images, a number a channel; default: measured on up to 1000 files"""
+    """mean of the scaled images, one number per channel; default: measured on up to 1000 files"""
     std: tuple[float, ...] = ()
-    """their deviation, likewise"""
+    """standard deviation of the scaled images, one number per channel; default: as for --mean"""
     channels_first: bool = False
-    """.npy and .npz hold (C, H, W), not (H, W, C)"""
+    """arrays in .npy and .npz are (C, H, W), not (H, W, C)"""
     npz_key: str = ""
-    """the array of an .npz to read, where it holds several"""
+    """name of the array to read, for an .npz with several arrays"""
     batch_size: Annotated[int, arg(aliases=["--bs"])] = 4096
     """images per step over all ranks"""
     workers: Annotated[int, arg(aliases=["--dataloader_workers"])] = 8
     """decoding threads per rank"""
     worker_processes: int | Literal["auto"] = "auto"
-    """processes that these are spread over; 0: the trainer's own; auto: one a thread, 16 at most, none for 2 threads"""
+    """processes for the decoding threads; 0: the trainer's own process; auto: one per thread, at most 16, and 0 for up
+    to 2 threads"""
     prefetch: int = 2
     """batches decoded ahead"""
     shuffle_block: int = 0
-    """shards whose images are shuffled with each other, for shards on a server (docs/how_to/remote.md); 0: all"""
+    """number of shards whose images are shuffled together, for shards on a server (docs/how_to/remote.md); 0: all"""
     cache_dir: str = ""
-    """where shards of a data_path on a server are kept; default: spark_fast/shards in $XDG_CACHE_HOME or ~/.cache"""
+    """local cache for shards on a server; default: spark_fast/shards in $XDG_CACHE_HOME or ~/.cache"""
     cache_size: str = "50GB"
-    """at most so much of them, the least recently used ones are removed; 500MB, 1.5TB, 200GiB"""
+    """largest size of the cache, e.g. 500MB, 1.5TB, 200GiB; the least recently used shards are removed"""
     max_bad_fraction: float = 0.01
-    """stop when more than this share of the images is unreadable (judged after 1000)"""
+    """stop if more than this share of the images is unreadable (checked after 1000 images)"""
     max_pixels: int = 64
-    """million (2**20) pixels of an image; a larger one counts as unreadable, as it may be made to fill the memory"""
+    """largest image in million (2**20) pixels; larger ones count as unreadable, because they may fill the memory"""
 
 
 @dataclass
@@ -100,27 +103,28 @@ class Model:
     """The network, the method, and what is hidden."""
 
     method: str = "spark"
-    """spark, fcmae (ConvNeXt V2), or your own as package.module:Class; decides the defaults of other settings"""
+    """spark, fcmae (ConvNeXt V2), or your own as package.module:Class; it sets the defaults of other settings"""
     model: str = "resnet50"
     """a timm name, res50 res101 res152 res200 cnxS cnxB cnxL, or your own as package.module:function"""
     stages: int = 0
-    """levels of the pyramid to keep, from stride 4 upwards: 3 gives patches of 16 px, 2 of 8 px; 0: all"""
+    """number of pyramid levels to keep, from stride 4 upwards: 3 gives patches of 16 px, 2 gives 8 px; 0: all"""
     mask_ratio: Annotated[float, arg(aliases=["--mask"])] = 0.6
-    """share of the patches hidden"""
+    """share of hidden patches"""
     drop_path: Annotated[float | Literal["auto"], arg(aliases=["--dp"])] = "auto"
     """stochastic depth; 0: none; auto: the published rate of the model"""
     masks_per_image: int = 1
-    """masks of each loaded image, all in one batch; no two of them show the same patch"""
+    """masks per loaded image, all in one batch; no patch is visible in two of them"""
     decoder_width: int = 768
     """channels of the decoder at its coarsest level"""
     decoder_depth: int = 1
     """blocks of the decoder (fcmae)"""
     encoder: Literal["packed", "masked", "sparseconvnet"] = "packed"
-    """packed (the visible patches alone), masked (the published way), or sparseconvnet (optional install)"""
+    """packed (only the visible patches), masked (dense, as published), or sparseconvnet (optional install)"""
     verify: Literal["auto", "always", "never"] = "auto"
-    """check at the start that the packed network computes what the network does; auto: unless verified before"""
+    """check at the start that the packed network equals the original; auto: unless it is in the table of verified
+    networks"""
     sparse_conv: bool = False
-    """the published flag for --encoder sparseconvnet"""
+    """the flag of the published code for --encoder sparseconvnet"""
     init_weight: str = ""
     """start from the weights of a run folder, a checkpoint (published ones too), an encoder, or an hf-hub: name"""
 
@@ -132,27 +136,27 @@ class Optim:
     epochs: Annotated[int, arg(aliases=["--ep"])] = 1600
     """passes over the data"""
     warmup_epochs: Annotated[int | Literal["auto"], arg(aliases=["--wp_ep"])] = "auto"
-    """epochs of linear warm-up; auto: 40 (published), and at most a tenth of --epochs"""
+    """epochs of linear warm-up; auto: 40 as published, but at most a tenth of --epochs"""
     base_lr: float = 2e-4
     """learning rate per 256 images: lr = base_lr * batch_size / 256"""
     optimizer: Annotated[Literal["lamb", "adamw", "sgd"], arg(aliases=["--opt"])] = "lamb"
     """lamb (published), adamw or sgd"""
     beta2: Annotated[float, arg(aliases=["--ada"])] = 0.0
-    """second moment's decay; 0: 0.95 for ResNets, 0.999 for other networks"""
+    """decay of the second moment; 0: 0.95 for ResNets, 0.999 for other networks"""
     weight_decay: Annotated[float, arg(aliases=["--wd"])] = 0.04
     """weight decay at the start"""
     weight_decay_end: Annotated[float, arg(aliases=["--wde"])] = 0.2
     """weight decay at the end; 0: as at the start"""
     clip: float = 5.0
-    """largest norm of all gradients together; 0: no clipping"""
+    """clip the total gradient norm to this value; 0: no clipping"""
     accumulate: int = 1
-    """backward passes per step; the batch of each rank is cut into so many parts"""
+    """backward passes per step; the batch of each rank is split into that many parts"""
     allreduce: Literal["fp32", "bf16"] = "fp32"
-    """precision in which the ranks exchange gradients; bf16 halves the bytes"""
+    """precision of the gradient exchange between ranks; bf16 halves the bytes"""
     zero: bool = False
-    """ZeRO-1: the ranks share the optimiser's state, for large networks"""
+    """ZeRO-1: shard the optimiser's state over the ranks, for large networks"""
     max_bad_steps: int = 3
-    """a step with a loss or gradient that is not finite is skipped; so many in a row end the run"""
+    """steps whose loss or gradient is not finite are skipped; this many in a row end the run"""
 
 
 @dataclass
@@ -164,7 +168,8 @@ class Run:
     exp_dir: str = ""
     """run folder; default output_<exp_name>"""
     resume: Annotated[str, arg(aliases=["--resume_from"])] = ""
-    """go on from this checkpoint, ours or a full published one; auto: the run folder's newest whole one, if any"""
+    """resume from this checkpoint, of spark_fast or a full published one; auto: from the newest intact one of the run
+    folder, if there is any"""
     seed: int = 0
     """decides order, crops, masks and initial weights"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -172,7 +177,7 @@ class Run:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on the CPU"""
     compile: Compile = "off"
-    """torch.compile the model (the first step takes a minute), in this mode; without a value: default"""
+    """mode of torch.compile for the model (the first step takes a minute); without a value: default"""
     cuda_graph: bool = False
     """replay the whole step as one CUDA graph: one GPU, LAMB, no accumulation"""
     sync_batchnorm: Annotated[bool, arg(aliases=["--sbn"])] = True
@@ -182,27 +187,27 @@ class Run:
     log_every: int = 50
     """steps between log lines"""
     save_every: str = "0"
-    """checkpoints beside those of every epoch's end: 500 (steps) or 10min (at the next log line); 0: none"""
+    """extra checkpoints within an epoch, every 500 (steps) or 10min (at the next log line); 0: only at its end"""
     keep_last: int = 2
-    """checkpoints kept, the newest; 2 or more"""
+    """number of newest checkpoints to keep; 2 or more"""
     keep_every: int = 0
-    """keep every Nth epoch's checkpoint for good; 0: none"""
+    """keep the checkpoint of every Nth epoch permanently; 0: none"""
     picture_every: int = 1
     """epochs between reconstruction pictures; 0: none"""
     eval_every: int = 0
-    """epochs between k-NN evaluations on --val_path, the first before step 1, the last after all; 0: none"""
+    """epochs between k-NN evaluations on --val_path, also before the first and after the last step; 0: none"""
     picture_channels: tuple[int, ...] = ()
-    """channels shown as red, green and blue, or one as grey; default: the first three, of fewer the first as grey"""
+    """three channels to show as red, green and blue, or one to show as grey; default: the first three, or the first"""
     timeout: float = 600.0
-    """seconds without a step after which the run ends, saying where it stands and for which rank it waits"""
+    """end the run after this many seconds without a step, and print where it is and which rank it waits for"""
     max_steps: int = 0
-    """stop after so many steps of this process, as Ctrl-C would; 0: never"""
+    """stop after this many steps of this process, as after Ctrl-C; 0: never"""
     wandb: str = ""
-    """log to this project of Weights & Biases too (extra wandb); empty: not"""
+    """also log to this Weights & Biases project (extra wandb); empty: no"""
     dry_run: bool = False
-    """build everything, take two steps, print what the run would cost, and end; nothing is written"""
+    """build everything, take two steps, print what the run would cost, and exit; nothing is written"""
     profile: bool = False
-    """record steps 5 to 8 of this process with torch's profiler, into the run folder; training goes on"""
+    """record steps 5 to 8 of this process with torch's profiler, into the run folder; training continues"""
 
     def __post_init__(self) -> None:
         if isinstance(self.compile, bool):  # as checkpoints of earlier versions have it
@@ -266,13 +271,13 @@ class Settings(Tree):
         super().check()
         _ = self.save_every
         if self.run.resume and self.model.init_weight:
-            raise SettingsError("--resume continues a run, --init_weight begins one: choose one of them")
+            raise SettingsError("--resume continues a run, --init_weight starts a new one: choose one of them")
         if self.model.sparse_conv and self.model.encoder == "masked":
             raise SettingsError("--sparse_conv=1 and --encoder masked contradict each other: choose one of them")
         if self.run.compile == "reduce-overhead" and (self.run.cuda_graph or self.optim.accumulate > 1):
             raise SettingsError(
-                "--compile reduce-overhead makes CUDA graphs of its own, which go neither with --cuda_graph nor with "
-                "--accumulate: take --compile or --compile max-autotune"
+                "--compile reduce-overhead makes CUDA graphs of its own, and works neither with --cuda_graph nor with "
+                "--accumulate: use --compile or --compile max-autotune"
             )
         if not 0 < self.model.mask_ratio < 1:
             raise SettingsError(f"--mask_ratio must be between 0 and 1, got {self.model.mask_ratio}")
@@ -287,7 +292,7 @@ class Settings(Tree):
         if self.run.eval_every and not self.data.val_path:
             raise SettingsError(f"--eval_every {self.run.eval_every} needs --val_path: labelled images to evaluate on")
         if self.data.val_path and not self.run.eval_every:
-            raise SettingsError(f"--val_path {self.data.val_path} is for --eval_every, which says how often: give both")
+            raise SettingsError(f"--val_path {self.data.val_path} needs --eval_every, the epochs between evaluations")
         if (crop := self.data.crop_scale) and not (len(crop) == 2 and 0 < crop[0] <= crop[1] <= 1):
             raise SettingsError(f"--crop_scale takes two numbers, 0 < LOW <= HIGH <= 1, got {' '.join(map(str, crop))}")
         check_picture_channels(self.run.picture_channels, self.in_chans)

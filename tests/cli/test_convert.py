@@ -164,7 +164,9 @@ def test_tars_train_after_the_command_that_their_refusal_names(src, tmp_path):
     ended = run(tars, dst)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("\n") == 1, ended.stderr
-    assert f"WARNING: {tars / TARS['val']} names no classes: its images are converted without labels" in ended.stderr
+    assert (
+        f"WARNING: {tars / TARS['val']} has no class names, so its images are converted without labels" in ended.stderr
+    )
     assert len(detect_source(dst)) == 35
 
 
@@ -183,7 +185,7 @@ def test_ctrl_c_leaves_whole_shards_and_says_how_to_go_on(src, tmp_path, workers
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
     _, stderr = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 130
-    assert stderr == "convert_imagenet.py: interrupted. Whole shards are kept: the same command goes on from there.\n"
+    assert stderr == "convert_imagenet.py: interrupted. Finished shards are kept: the same command continues.\n"
     left = [path.name for path in dst.rglob("*") if path.is_file()]
     assert not any(name.endswith(".partial") or name == "manifest.json" for name in left)
     convert_here(src, dst)  # goes on without a complaint
@@ -210,10 +212,10 @@ def test_a_failing_write_is_exit_code_6(src, tmp_path):
         (["--max_side", "300"], "exclude each other"),
         (["--quality", "0"], "quality 0"),
         (["--workers", "-1"], "counts"),
-        (["--max_pixels", "0"], "max_pixels is a number of (million) pixels, 1 or more"),
-        (["--part", "3/2"], "part '3/2' is no I/N"),
-        (["--part", "1/2", "--overwrite"], "--part goes neither with --overwrite"),
-        (["--merge"], "--merge takes one folder"),
+        (["--max_pixels", "0"], "max_pixels must be 1 (million) or more"),
+        (["--part", "3/2"], "such as 2/4 for the second of four; got '3/2'"),
+        (["--part", "1/2", "--overwrite"], "--part does not work with --overwrite"),
+        (["--merge"], "--merge takes only the folder of the parts"),
         (["--no_such_option", "1"], "no_such_option"),
     ],
 )

@@ -61,13 +61,13 @@ def test_tiles_are_cut_at_full_size_unless_a_side_is_given(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--stride=4"], "--stride goes with --tile"),
-        (["--tile=4", "--stride=-1"], "tile and stride are numbers of pixels, 1 or more; got 4 and -1"),
+        (["--stride=4"], "--stride needs --tile"),
+        (["--tile=4", "--stride=-1"], "tile and stride must be 1 pixel or more, got 4 and -1"),
         (["--in_chans=0"], "in_chans must be 1 or more, got 0"),
-        (["--channels_first"], "go with --lossless, --in_chans or --tile"),
-        (["--npz_key=a"], "go with --lossless, --in_chans or --tile"),
-        (["--lossless", "--quality=95"], "--quality is of JPEGs, and these images are stored losslessly"),
-        (["--in_chans=1", "--format=ffcv"], "--format ffcv stores three channels of 8 bits and no more: take shards"),
+        (["--channels_first"], "need --lossless, --in_chans or --tile"),
+        (["--npz_key=a"], "need --lossless, --in_chans or --tile"),
+        (["--lossless", "--quality=95"], "--quality is for JPEGs, but these images are stored losslessly"),
+        (["--in_chans=1", "--format=ffcv"], "--format ffcv stores only three channels of 8 bits: use --format shards"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(tmp_path, flags, message):

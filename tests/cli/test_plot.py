@@ -57,9 +57,9 @@ def test_noise_in_the_last_digit_of_a_loss_is_drawn_flat(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere"], "nowhere is no run folder: nowhere cannot be read"),
+        (["nowhere"], "nowhere is not a run folder: nowhere cannot be read"),
         (["empty"], "empty/metrics.jsonl has no log point yet"),
-        (["other.jsonl"], "other.jsonl is no metrics.jsonl of a pre-training run"),
+        (["other.jsonl"], "other.jsonl is not the metrics.jsonl of a pre-training run"),
         (["empty", "--out", "a.pdf"], "a.pdf must end with .png"),
     ],
 )

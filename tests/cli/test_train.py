@@ -288,7 +288,7 @@ def test_a_stopped_run_leaves_a_word_until_it_is_gone_on_with(unbroken, tmp_path
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     done = here(*words, "--max_steps=1")
     assert note.read_text().startswith("stopped at step 1 of 18; saved ")
-    assert f"exit code 0 for torchrun; that the run is not finished, {note} says" in done.stderr
+    assert f"exit code 0 for torchrun; {note} marks the run as unfinished" in done.stderr
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     here(*words, "--resume=auto", "--max_steps=1", code=75)
     assert note.read_text().startswith("stopped at step 2 of 18; saved ")

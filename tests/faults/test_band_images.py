@@ -165,7 +165,7 @@ def test_data_of_odd_shape_trains_or_is_refused_with_the_remedy(tmp_path):
     for path in (one, tmp_path / "shards"):
         (batch,) = batches(path, batch_size=1, in_chans=CHANNELS)
         assert batch.images.shape == (1, CHANNELS, 32, 32)
-        with pytest.raises(DataError, match="Take a batch_size of 1 or less"):
+        with pytest.raises(DataError, match="Use a batch_size of 1 or less"):
             build(path, batch_size=4, **READ_AS)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no file ending in .*\.npy.* Point data_path at"):
@@ -214,7 +214,7 @@ def test_a_record_that_changes_under_the_loader_is_replaced_and_named(tmp_path):
     os.truncate(shard, 600)  # within the first of its four records
     list(pipeline.epoch(2))
     pipeline.close()
-    cut = [line for line in pipeline.bad_images.first_substituted if "was cut short while in use" in line]
+    cut = [line for line in pipeline.bad_images.first_substituted if "was truncated while in use" in line]
     assert sorted(int(line.split()[0]) for line in cut) == sorted(set(np.flatnonzero(shards == row["shard"])) - {5})
 
 
@@ -271,7 +271,7 @@ def test_a_full_disk_leaves_whole_shards_and_with_room_it_goes_on(tmp_path, smal
     process = start(src, dst, "shards", made, "--in_chans", str(CHANNELS))
     said, _ = process.communicate()
     assert process.returncode == 6, said
-    assert "the disk is full. Whole shards are kept: make room and run the same command again" in said
+    assert "the disk is full. Finished shards are kept: free some space and run the same command again" in said
     left = [path.name for path in dst.iterdir()]
     assert any(name.endswith(".tar") for name in left)
     assert MANIFEST not in left
@@ -298,7 +298,7 @@ def test_a_thread_that_fails_or_would_wait_for_ever_is_told_with_the_image(tmp_p
     pipeline = build(path, batch_size=6, input_size=32, max_bad_fraction=1.0, **READ_AS)
     list(pipeline.epoch(0))
     (named,) = pipeline.bad_images.first_substituted
-    assert "no plain file" in named
+    assert "not a regular file" in named
     read: Callable[[int], bytes] = pipeline._source.read  # type: ignore[attr-defined]
     pipeline._source.read = lambda i: read(i) if i != 4 else 1 / 0  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match=r"while loading image 4 \(0004.tif\): ZeroDivisionError"):

@@ -169,7 +169,7 @@ def test_a_full_disk_leaves_whole_shards_and_with_room_it_goes_on(tmp_path, smal
     process = start(src, dst, form, made)
     said, _ = process.communicate()
     assert process.returncode == 6, said
-    assert "the disk is full. Whole shards are kept: make room and run the same command again" in said
+    assert "the disk is full. Finished shards are kept: free some space and run the same command again" in said
     assert "Traceback" not in said
     left = [path.name for path in dst.iterdir()]
     assert any(name.endswith(".tar") for name in left)
@@ -216,12 +216,12 @@ def test_a_worker_that_dies_or_is_stopped_is_named_with_its_image(
             convert_with_signal(root, out, made, number, k)
         message = str(caught.value)
         if number == signal.SIGSTOP:
-            assert "has said nothing for" in message
+            assert "has been silent for" in message
             assert "s (stopped) at" in message
         else:
             assert f"a worker process died ({number.name}, exit code -{number}" in message
         assert f"at {out / 'train' / 'shard-00000'}" in message or "at no job" in message
-        assert "Whole shards are kept: run the same command again" in message
+        assert "Finished shards are kept: run the same command again" in message
         assert not multiprocessing.active_children()
         assert not list(out.rglob(f"*{PARTIAL}"))
         convert(root, out, made)
@@ -253,7 +253,7 @@ def test_a_worker_that_hangs_is_reported_and_then_given_up(monkeypatch, caplog):
         pytest.raises(StorageError, match="at job 600: given up"),
     ):
         run_jobs(jobs.silent, [600.0] * 2, 2, nowhere, lambda job, done: f"job {job:.0f}")
-    assert "has said nothing for" in caplog.text
+    assert "has been silent for" in caplog.text
     assert not multiprocessing.active_children()
 
 

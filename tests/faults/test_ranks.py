@@ -58,7 +58,7 @@ def test_when_a_rank_is_killed_the_other_leaves_and_names_it(pictures, tmp_path,
     for i in range(times(1, 10)):
         words = [*flags, "--timeout=7200", f"--exp_dir={tmp_path / str(i)}"]  # it is not this that ends the other
         done = torchrun(tmp_path / f"{i}.ledger", f"saved,{i % 2}:4:kill", *words, code=1)
-        told = [text for text in done.stderr.splitlines() if f"rank {1 - i % 2} leaves, as another is gone" in text]
+        told = [text for text in done.stderr.splitlines() if f"rank {1 - i % 2} exits because another rank" in text]
         assert len(told) == 1, done.stderr
         assert re.search(
             rf"rank {i % 2} \(.*, pid \d+\), last heard of at step \d, (in the step|waiting for data|saving)", told[0]
@@ -73,7 +73,7 @@ def test_killed_ranks_come_back_with_torchruns_restarts_to_the_same_bits(request
     folder, flags = request.getfixturevalue(of)
     plan = times("1:3:kill,0:8:kill", "1:3:kill,0:5:kill,1:8:kill,0:11:kill,1:15:kill")
     done = torchrun(tmp_path / "ledger", plan, *flags, f"--exp_dir={tmp_path / 'run'}", restarts=5)
-    assert "torchrun restarted this run: going on as with --resume auto" in done.stderr
+    assert "torchrun restarted this run: it resumes as with --resume auto" in done.stderr
     assert len(list(tmp_path.glob("ledger.*"))) == times(2, 5), "all were killed"
     assert_same_weights(folder / "run", tmp_path / "run")
     assert samples(tmp_path / "ledger") == samples(folder / "ledger")

@@ -176,7 +176,7 @@ def test_a_run_that_stands_still_ends_with_5(pictures, tmp_path, method):  # noq
     done = run(tmp_path / "ledger", "0:2:hang", *flags, code=5)
     told = r"rank 0 has made no progress for \d+ s at step 2, waiting for data \(--timeout 30\)"
     assert re.search(told, done.stderr), done.stderr
-    assert "go on with --resume auto" in done.stderr
+    assert "continue with --resume auto" in done.stderr
     assert 1 <= weights(tmp_path / "run")["step"] <= 2
 
 

@@ -118,9 +118,9 @@ def labelled(root: Path, text: str) -> Path:
 REFUSED = {
     "empty": (lambda root: write(root), "no images in .* Point data_path at"),
     "missing": (lambda root: root / "nothing", r"does not exist: .* does, but holds no 'data'"),
-    "less than a batch": (lambda root: write(root, "a/0.jpg", "b/1.jpg"), "Take a batch_size of 2 or less"),
+    "less than a batch": (lambda root: write(root, "a/0.jpg", "b/1.jpg"), "Use a batch_size of 2 or less"),
     "some labels missing": (lambda root: labelled(root, "a.jpg 1\nb.jpg\n"), "line 2: either all lines have a label"),
-    "list of nothing": (lambda root: labelled(root, "c.jpg 1\nd.jpg 2\n"), "names no existing file"),
+    "list of nothing": (lambda root: labelled(root, "c.jpg 1\nd.jpg 2\n"), "do not exist"),
 }
 
 

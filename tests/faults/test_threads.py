@@ -56,4 +56,4 @@ def test_what_would_block_a_thread_for_ever_is_replaced_and_named(image_folder, 
     list(pipeline.epoch(0))
     pipeline.close()
     assert pipeline.bad_images.substituted == 1
-    assert "no plain file" in pipeline.bad_images.first_substituted[0]
+    assert "not a regular file" in pipeline.bad_images.first_substituted[0]

@@ -34,7 +34,7 @@ def test_a_batch_larger_than_the_data_is_refused_with_both_numbers(image_folder)
 
 
 def test_no_data_path_is_refused():
-    with pytest.raises(SettingsError, match="no data_path: name a folder"):
+    with pytest.raises(SettingsError, match="no data_path: give a folder"):
         build(None, batch_size=4)
 
 

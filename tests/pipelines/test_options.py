@@ -60,8 +60,8 @@ def test_a_batch_of_nothing_is_refused(batch):
         ({"ffcv_resize": "cubic"}, "ffcv_resize 'cubic' is unknown; there are: bicubic, area"),
         ({"in_chans": 0}, "in_chans must be 1 or more, got 0"),
         ({"worker_processes": -1}, "worker_processes must be 0 or more, or auto, got -1"),
-        ({"worker_processes": 2, "pipeline": "ffcv"}, "worker processes are for pipeline torch, decoding on the host"),
-        ({"worker_processes": 1, "decode_on": "device"}, "worker processes are for pipeline torch, decoding on the"),
+        ({"worker_processes": 2, "pipeline": "ffcv"}, "worker_processes needs pipeline torch and decoding on the host"),
+        ({"worker_processes": 1, "decode_on": "device"}, "worker_processes needs pipeline torch and decoding on"),
     ],
 )
 def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(settings, message):
@@ -73,7 +73,7 @@ def test_a_choice_that_does_not_exist_is_refused_with_those_that_do(settings, me
 @pytest.mark.parametrize("work", ["augment_on", "decode_on"])
 def test_only_torch_leaves_work_to_the_device(pipeline, work):
     if pipeline in ("dali", "ffcv"):
-        with pytest.raises(SettingsError, match=f"pipeline {pipeline} cannot leave its work to the device"):
+        with pytest.raises(SettingsError, match=f"pipeline {pipeline} cannot use the device for decoding"):
             LoaderOptions(6, pipeline, **{work: "device"})
     else:
         assert LoaderOptions(6, pipeline, **{work: "device"}).on_device

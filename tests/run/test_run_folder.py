@@ -69,7 +69,7 @@ def test_a_folder_with_a_checkpoint_is_refused_unless_it_is_resumed(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / CHECKPOINT).write_bytes(b"earlier")
-    with pytest.raises(SettingsError, match=f"{folder} holds a run already: go on with --resume auto"):
+    with pytest.raises(SettingsError, match=f"{folder} holds a run already: continue it with --resume auto"):
         open_folder(settings(folder), RunLock(folder))
     assert [p.name for p in folder.iterdir()] == [CHECKPOINT], "nothing was written"
     with opened(settings(folder, "--resume=auto")):

@@ -35,4 +35,4 @@ def test_in_another_thread_signals_are_left_alone(caplog):
     thread.start()
     thread.join()
     assert [signal.getsignal(s) for s in Interrupt.SIGNALS] == before
-    assert "not the main thread" in caplog.text
+    assert "not in the main thread" in caplog.text

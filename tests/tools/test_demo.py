@@ -71,7 +71,7 @@ def test_stopped_it_saves_and_the_same_command_goes_on(finished, tmp_path):
         os.kill(process.pid, number)
         _, told = process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == 75
-        assert "goes on from here" in told
+        assert "the same command continues" in told
         return metrics.read_text().splitlines()
 
     first = stopped_after(2, signal.SIGINT)

@@ -77,7 +77,7 @@ def test_names_of_a_convnext_are_those_of_mmdetection(source, tmp_path, capsys):
     assert set(written(path, "mmdetection", tmp_path, "convnext_tiny")) == names
     out = tmp_path / "a.pth"
     assert detection_weights.main([str(path), "--to=detectron2", f"--out={out}", "--model=convnext_tiny"]) == 2
-    assert "convnext_tiny is no backbone of detectron2" in capsys.readouterr().err
+    assert "no backbone convnext_tiny for detectron2" in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -85,5 +85,5 @@ def test_names_of_a_convnext_are_those_of_mmdetection(source, tmp_path, capsys):
 def test_a_file_that_cannot_be_written_is_refused(out, resnet50, tmp_path, capsys):
     (tmp_path / "there.pth").write_bytes(b"mine")
     assert detection_weights.main([str(resnet50[0]), "--to", "detectron2", "--out", str(tmp_path / out)]) == 2
-    assert "must end with .pth and not be there yet" in capsys.readouterr().err
+    assert "must end with .pth and must not exist yet" in capsys.readouterr().err
     assert (tmp_path / "there.pth").read_bytes() == b"mine"

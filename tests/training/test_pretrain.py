@@ -62,7 +62,7 @@ def test_it_runs_in_a_thread_and_says_once_that_signals_do_not_reach_it(few, tmp
     thread.start()
     thread.join()
     assert found[0].metrics["step"] == 3
-    assert sum("not the main thread" in message for message in caplog.messages) == 1
+    assert sum("not in the main thread" in message for message in caplog.messages) == 1
 
 
 def test_the_command_runs_in_a_thread_too(few, tmp_path):
@@ -78,7 +78,7 @@ def test_the_command_runs_in_a_thread_too(few, tmp_path):
 
 
 def test_mistakes_are_exceptions_that_name_the_setting(tmp_path):
-    with pytest.raises(TypeError, match=r"'decoder_widht' is no setting; did you mean decoder_width"):
+    with pytest.raises(TypeError, match=r"'decoder_widht' is not a setting; did you mean decoder_width"):
         spark_fast.pretrain("x", exp_name="a", decoder_widht=8)
     with pytest.raises(SettingsError, match=r"precision must be one of .*'bf16'.*, got 'fp8'"):
         spark_fast.pretrain("x", exp_name="a", precision="fp8")

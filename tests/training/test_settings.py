@@ -173,7 +173,7 @@ def test_a_checkpoint_from_when_compile_was_a_switch_is_understood():
 @pytest.mark.parametrize("word", ["--cuda_graph", "--accumulate=2"])
 def test_a_compiler_that_makes_graphs_goes_with_no_other_and_no_accumulation(word):
     assert parse([*NAMED, "--compile=max-autotune", word]).run.compile == "max-autotune"
-    with pytest.raises(SettingsError, match="take --compile or --compile max-autotune"):
+    with pytest.raises(SettingsError, match="use --compile or --compile max-autotune"):
         parse([*NAMED, "--compile=reduce-overhead", word])
 
 
@@ -240,7 +240,7 @@ def test_the_file_kept_in_a_run_folder_holds_every_setting():
     ("text", "message"),
     [("[optim]\nepoch = 3\n", r"\[optim\] has no setting 'epoch'; did you mean .*epochs"),
      ("[data]\nzzzz = 3\n", r"\[data\] has no setting 'zzzz'; there are augment"),
-     ("[optimizer]\nepochs = 3\n", r"\[optimizer\] is no section; there are data, model, optim, run"),
+     ("[optimizer]\nepochs = 3\n", r"\[optimizer\] is not a section; there are data, model, optim, run"),
      ("epochs = 3\n", r"\[epochs\] is no section"),
      ("[optim\n", "cannot be read")],
 )  # fmt: skip
@@ -327,7 +327,7 @@ def test_the_published_flag_that_was_ignored_is_ignored_and_said_to_be(words, ca
     """pretrain/README.md: "do not use `--lr` to specify a lr (that will be ignored)"."""
     assert parse([*NAMED, *words, "--bs=512"]) == parse([*NAMED, "--bs=512"])
     (message,) = caplog.messages
-    assert message == "--lr 0.1 is ignored, as by the published code: the rate is --base_lr times --bs / 256"
+    assert message == "--lr 0.1 is ignored, as in the published code: the rate is --base_lr times --bs / 256"
 
 
 def test_a_method_brings_its_own_defaults_and_flags_change_them(tmp_path):

@@ -47,14 +47,14 @@ def _problem(text: bytes, whole: bool) -> str:
         return "is missing"
     if not _WHOLE.fullmatch(text):
         if len(text) > MOST_BYTES or min(text) < 32:
-            return f"is no number or name of at most {MOST_BYTES} bytes"
+            return f"is not a number or a name of at most {MOST_BYTES} bytes"
         if _DECIMAL.fullmatch(text):
-            return "is no whole number"
-        return "is no number, unlike those before it" if whole else ""
+            return "is not a whole number"
+        return "is not a number, unlike those before it" if whole else ""
     if not whole:
         return "is a number, unlike those before it"
     if text.startswith(b"-") and text.strip(b"-0"):
-        return "is negative: classes are numbered from 0. To leave images unlabelled, leave out all labels"
+        return "is negative, but classes are numbered from 0. For unlabelled images, leave out all labels"
     if len(text.lstrip(b"-+0")) > 18 or int(text) >= MOST_CLASSES:
-        return f"is too large for the number of a class: the limit is {MOST_CLASSES - 1}"
+        return f"is too large for a class number: the limit is {MOST_CLASSES - 1}"
     return ""

@@ -78,10 +78,10 @@ class LeftOut:
         parts = []
         if any(self.endings.values()):
             kinds = [f"{kind} ({count})" for kind, count in self.endings.most_common() if count]
-            parts.append(f"{self.endings.total()} files by their ending: {listed(kinds)}")
+            parts.append(f"{self.endings.total()} files by extension: {listed(kinds)}")
         if self.machine_files or self.machine_folders:
             what = [f"{self.machine_files} files"] if self.machine_files else []
             if self.machine_folders:
                 what.append(f"{self.machine_folders.total()} folders ({listed(sorted(self.machine_folders))})")
-            parts.append(f"hidden or machine-made: {' and '.join(what)}")
+            parts.append(f"hidden or system: {' and '.join(what)}")
         return "; ".join(parts)

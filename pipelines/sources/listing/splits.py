@@ -74,7 +74,7 @@ class Splits(NamedTuple):
         if counted:
             level = logging.WARNING if self.others or loose else logging.INFO
             taken = ", ".join(f"{self.taken[name].name}/" for name in used)
-            logger.log(level, "%s: taken: %s; left out: %s", root, taken, ", ".join(counted))
+            logger.log(level, "%s: read: %s; left out: %s", root, taken, ", ".join(counted))
 
 
 def find_splits(root: Path, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> Splits:
@@ -128,14 +128,14 @@ def refuse_mixed_splits(root: Path, folders: Iterable[str]) -> None:
     if root.is_file():
         raise DataError(
             f"{root} holds several splits ({_folders(names, where)}), and all would be trained on. Unpack it, tar -xf"
-            f" {shlex.quote(str(root))}, and give the folder that you mean."
+            f" {shlex.quote(str(root))}, and give the folder of one split."
         )
     if len(mixed) == 1:
         raise _several(root / where, [root / where / name for name in names])
     meant = shlex.quote(f"*/{min(names, key=_preference)}/*")
     raise DataError(
         f"{root} holds {len(mixed)} folders with several splits each, such as {_folders(names, where)}: they would be"
-        " mixed. List the images that you mean:\n"
+        " mixed. List the images of one split:\n"
         f"  cd {shlex.quote(str(root))} && find . -type f -path {meant}"
         " | grep -Ei '[.](jpe?g|png|tiff?|bmp|webp)$' > list.txt\n"
         "then give the list."
@@ -150,12 +150,12 @@ def _as_classes(root: Path, found: Splits, splits: list[Path]) -> Splits:
             return found
         if _is_flat(path, endings) not in [_is_flat(other, endings) for other in others]:
             raise DataError(
-                f"{root} holds {path.name}/ and other folders with images ({listed([p.name for p in others])}): is"
-                f" {path.name} a split or a class? For the split give {path}; for classes, a file list of all images."
+                f"{root} holds {path.name}/ and other folders with images ({listed([p.name for p in others])}):"
+                f" {path.name} may be a split or a class. For the split give {path}; for classes, a list of all images."
             )
     if splits:
         logger.warning(
-            "%s: %s is taken for a class, as %s hold images, too. For that folder alone give %s",
+            "%s: %s is read as a class, because %s hold images, too. For that folder alone give %s",
             root, listed([p.name for p in splits]), listed([p.name for p in others]), splits[0],
         )  # fmt: skip
     return Splits({}, [], endings)
@@ -165,7 +165,7 @@ def _several(root: Path, splits: list[Path]) -> DataError:
     meant = min(splits, key=lambda path: _preference(path.name))
     return DataError(
         f"{root} holds several splits ({_folders([path.name for path in splits])}), and all would be trained on. Give"
-        f" the one that you mean: {meant}. (To train on all of them, give a file list.)"
+        f" one of them: {meant}. (To train on all of them, give a file list.)"
     )
 
 

@@ -116,7 +116,7 @@ class ShardPrefetch:
         try:
             self._source.fetch(self._source.files[shard], stop)
         except DataError as error:
-            logger.warning("%s; it is asked for again when an image of it is needed", error)
+            logger.warning("%s; it is requested again when one of its images is needed", error)
 
     def _take(self, stop: threading.Event) -> int | None:
         """The next shard, once there is room for it; None at the end."""
@@ -176,7 +176,7 @@ def check_cache(source: RemoteShardSource, sampler: Sampler, prefetch: int) -> N
     needed, size, count = _needed(source, sampler, prefetch), source.cache.size, len(source.files)
     if needed <= size:
         return
-    more = f"give --cache_size {-(-needed // 10**6)}MB or more"
+    more = f"use --cache_size {-(-needed // 10**6)}MB or more"
     what = f"{source.folder} has {count} shards, {in_gb(source.total_bytes)}, and --cache_size is {in_gb(size)}"
     if sampler.in_order:
         raise SettingsError(f"{what}: images are read in the order of their listing, from all shards at once: {more}")

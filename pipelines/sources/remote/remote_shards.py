@@ -159,7 +159,7 @@ class RemoteShardSource(ShardSource):
                     raise DataError(f"{self.folder} was closed while {shard.file} was being fetched") from None
         raise DataError(
             f"{shard.file} was removed from the cache {self.cache.folder} {REOPENED} times before it could be read:"
-            " give --cache_size more, or a --cache_dir that no other run uses"
+            " use a larger --cache_size, or a --cache_dir that no other run uses"
         )
 
     def _teller(self, shard: ShardFile) -> Callable[[int], None]:
@@ -223,10 +223,10 @@ def _find_manifest(url: str, split: str) -> tuple[str, Manifest]:
         folder, text = server.patiently(MANIFEST, attempt)
     except DataError as error:
         raise DataError(
-            f"{error}. A data path on a server is a folder of shards that {command('convert')} wrote, with {MANIFEST}:"
-            f" looked for in {' and '.join(folders)}"
+            f"{error}. A data path on a server must be a folder of shards from {command('convert')}, with {MANIFEST};"
+            f" searched in {' and '.join(folders)}"
         ) from None
     manifest = parse_manifest(text, f"{folder}/{MANIFEST}")
     if manifest.beton is not None and manifest.beton.alone:
-        raise DataError(f"{folder} holds a .beton alone, which is not read from a server: copy it, or upload shards")
+        raise DataError(f"{folder} holds only a .beton, which is not read from a server: copy it, or upload shards")
     return folder, manifest

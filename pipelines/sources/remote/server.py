@@ -68,7 +68,7 @@ class Server:
                 if stop.is_set():
                     raise StoppedError
                 if self.value > size:
-                    raise DamagedError(f"more than the {size} bytes that it has by the manifest")
+                    raise DamagedError(f"more than the {size} bytes of the manifest")
                 if time.monotonic() > end:
                     raise TimeoutError(f"slower than {SLOWEST // 1000} kB/s")
                 tell(self.value)
@@ -99,13 +99,13 @@ class Server:
             if pause is None or absent == TRIES_IF_ABSENT:
                 break
             logger.warning(
-                "%s/%s: try %d of %d failed, the next in %g s: %s",
+                "%s/%s: attempt %d of %d failed, the next in %g s: %s",
                 self.url, name, number, len(PAUSES) + 1, pause, reason,
             )  # fmt: skip
             if stop.wait(pause):
                 raise StoppedError
         self._given_up = True
-        raise DataError(f"{self.url}/{name} cannot be had after {number} tries: {reason}")
+        raise DataError(f"{self.url}/{name} cannot be read after {number} attempts: {reason}")
 
 
 def _open(url: str) -> tuple[Any, str]:
@@ -122,7 +122,7 @@ def _open(url: str) -> tuple[Any, str]:
             f"reading {url} needs a package that is not installed ({error}): {INSTALL_REMOTE}"
         ) from None
     except ValueError as error:
-        raise SettingsError(f"{url} is no place that fsspec knows: {without_credentials(str(error))}") from None
+        raise SettingsError(f"fsspec cannot open {url}: {without_credentials(str(error))}") from None
 
 
 def _timeouts(scheme: str) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class ShardCache:
                 return False
         except FileNotFoundError:
             return True
-        logger.warning("%s in the cache %s is damaged: it is fetched again", shard.file, self.folder)
+        logger.warning("%s in the cache %s is damaged: it is downloaded again", shard.file, self.folder)
         path.unlink(missing_ok=True)
         return True
 
@@ -217,7 +217,7 @@ def check_arrived(shard: ShardFile, path: Path) -> None:
     """Raise DamagedError unless a file is the one that the manifest promises."""
     size = path.stat().st_size
     if size != shard.bytes:
-        raise DamagedError(f"{size} bytes arrived, it has {shard.bytes} by the manifest")
+        raise DamagedError(f"{size} bytes arrived, but the manifest says {shard.bytes}")
     if file_sha256(path) != shard.sha256:
         raise DamagedError("its sha256 differs from the manifest's")
 

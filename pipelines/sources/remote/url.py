@@ -25,8 +25,8 @@ def refuse_credentials(url: str) -> None:
     """
     if is_remote(url) and (_USER.search(url) or _QUERY.search(url)):
         raise SettingsError(
-            f"the data path {without_credentials(url)} was given with a user, password or query: it would be logged and"
-            " stored. Leave them to the environment, where fsspec looks for them (docs/how_to/remote.md)."
+            f"the data path {without_credentials(url)} has a user, password or query, which would be logged and"
+            " stored. Put them into the environment, where fsspec looks for them (docs/how_to/remote.md)."
         )
 
 

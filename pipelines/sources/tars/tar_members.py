@@ -81,7 +81,7 @@ def read_member(path: Path, offset: int, size: int, name: str, limit: int) -> by
     with path.open("rb", buffering=0) as file:
         data = os.pread(file.fileno(), size, offset)
     if len(data) != size:
-        raise DataError(f"{path} ends within {name}: it was cut short after it was listed")
+        raise DataError(f"{path} ends within {name}: it was truncated after it was listed")
     return data
 
 
@@ -143,11 +143,11 @@ def _members(
             if name.startswith(("/", "../")) or name == "..":
                 raise DataError(f"{path}: {within}{member.name!r} lies outside the archive. Do not use this data.")
             if not (member.isdir() or (member.isfile() and not member.issparse())):
-                raise DataError(f"{path}: {within}{member.name!r} is a link, device or sparse file, no plain one")
+                raise DataError(f"{path}: {within}{member.name!r} is a link, device or sparse file, not a regular file")
             if not 0 <= member.size <= end - member.offset_data:
-                raise DataError(f"{path} is cut short: {within}{member.name} goes on beyond its end")
+                raise DataError(f"{path} is truncated: {within}{member.name} continues beyond its end")
             yield name, member
         # tarfile takes a damaged header for the end: look for the block of zeros that is the true one.
         file.seek(tar.offset)
         if tar.offset + _BLOCK > end or any(file.read(_BLOCK)):
-            raise DataError(f"{path} is cut short or damaged at byte {tar.offset}: {within}no header, no end mark")
+            raise DataError(f"{path} is truncated or damaged at byte {tar.offset}: {within}no header, no end marker")

@@ -107,12 +107,12 @@ def tars_of_split(folder: Path, split: str) -> list[Path]:
         return tars
     if unclear := [path.name for path, kind in kinds.items() if kind is None]:
         raise DataError(
-            f"{folder} holds tars of several splits, and {unclear[0]}, whose name tells none: move it elsewhere"
+            f"{folder} holds tars of several splits, and {unclear[0]}, whose name has no split: move it elsewhere"
         )
     taken = [path for path in tars if kinds[path] == split]
     if not taken:
         raise DataError(f"{folder} holds tars of several splits, but none of {split}: {listed([p.name for p in tars])}")
-    logger.info("%s: %d tars of %s are taken, %d others left out", folder, len(taken), split, len(tars) - len(taken))
+    logger.info("%s: %d tars of %s are read, %d others are left out", folder, len(taken), split, len(tars) - len(taken))
     return taken
 
 
@@ -137,7 +137,7 @@ def source_of_listings(
     """
     samples = [sample for number, listing in enumerate(listings) for sample in _samples(root, number, listing)]
     if not samples:
-        raise DataError(f"no images in {root}: nothing in its tars ends in {', '.join(endings)}")
+        raise DataError(f"no images in {root}: no file in its tars ends in {', '.join(endings)}")
     left_out = LeftOut()
     for listing in listings:
         left_out.add(listing.left_out())

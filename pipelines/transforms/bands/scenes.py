@@ -56,7 +56,7 @@ def open_scene(path: Path, expected: Expected) -> Iterator[Scene]:
     """
     with open(path, "rb", opener=_at_once) as opened:  # pathlib's takes no opener
         if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
-            raise ImageError("it is a pipe or device, no plain file")
+            raise ImageError("it is a pipe or device, not a regular file")
         try:
             yield _scene(opened, expected)
         except (ImageError, OSError, SettingsError):

@@ -285,18 +285,18 @@ def test_without_channels_arrays_are_no_images_and_splits_hold_only_what_is_read
     pipeline = build(tmp_path, batch_size=4, in_chans=2, input_size=16)
     assert pipeline.num_samples == 4
     pipeline.close()
-    with pytest.raises(DataError, match=r"Left out: 4 files by their ending: .npy"):
+    with pytest.raises(DataError, match=r"Left out: 4 files by extension: .npy"):
         build(tmp_path, batch_size=4, input_size=16)
 
 
 @pytest.mark.parametrize("pipeline", ["dali", "ffcv"])
 def test_other_pipelines_refuse_what_they_cannot_read(tmp_path, pipeline):
     with pytest.raises(
-        SettingsError, match=f"pipeline {pipeline} reads photographs, .* take pipeline torch for --in_chans 5"
+        SettingsError, match=f"pipeline {pipeline} reads only photographs, .* use pipeline torch for --in_chans 5"
     ):
         build(tmp_path, pipeline=pipeline, batch_size=4, in_chans=5)
     for turn in ("vflip", "rot90"):
-        with pytest.raises(SettingsError, match=f"pipeline {pipeline} knows neither --vflip nor --rot90"):
+        with pytest.raises(SettingsError, match=f"pipeline {pipeline} supports neither --vflip nor --rot90"):
             build(tmp_path, pipeline=pipeline, batch_size=4, **{turn: True})
     with pytest.raises(SettingsError, match="decoding on the device reads photographs"):
         build(tmp_path, batch_size=4, in_chans=1, decode_on="device")

@@ -131,9 +131,9 @@ def test_three_channels_with_a_scale_are_measured_as_any_others(image_folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mean": (1.0,)}, "mean goes with --scale or --in_chans: photographs are normalised by ImageNet's|mean takes"),
-        ({"mean": (1.0, 2.0, 3.0)}, "mean goes with --scale or --in_chans"),
-        ({"in_chans": 2, "std": (1.0,)}, "std takes a number a channel, 2 of them; got 1"),
+        ({"mean": (1.0,)}, "mean needs --scale or --in_chans: photographs are normalised by ImageNet's|mean needs one"),
+        ({"mean": (1.0, 2.0, 3.0)}, "mean needs --scale or --in_chans"),
+        ({"in_chans": 2, "std": (1.0,)}, "std needs one number per channel, 2 in all; got 1"),
         ({"in_chans": 1, "std": (0.0,)}, r"std must be positive, got 0\.0"),
         ({"scaling": "log"}, "scale 'log' is unknown; there are: auto, dtype, percentile, none"),
     ],

@@ -110,7 +110,7 @@ def test_a_record_of_other_channels_or_not_finite_is_refused():
     ("options", "message"),
     [
         ({"in_chans": 0}, "in_chans must be 1 or more, got 0"),
-        ({"in_chans": 1, "max_pixels": 0}, "max_pixels is a number"),
+        ({"in_chans": 1, "max_pixels": 0}, "max_pixels must be 1"),
         ({"in_chans": 1, "short_side": 3, "max_side": 3}, "exclude each other"),
     ],
 )
@@ -202,9 +202,9 @@ def test_how_arrays_were_laid_out_is_no_matter_once_they_are_converted(tmp_path)
 @pytest.mark.parametrize(
     ("channels", "asked", "message"),
     [
-        (5, {}, "holds images of 5 channels, stored losslessly: take --in_chans 5$"),
+        (5, {}, "holds images of 5 channels, stored losslessly: use --in_chans 5$"),
         (5, {"in_chans": 4}, "take --in_chans 5$"),
-        (3, {}, "of 3 channels, stored losslessly: take --in_chans 3 --scale dtype, or percentile or none$"),
+        (3, {}, "of 3 channels, stored losslessly: use --in_chans 3 --scale dtype, or percentile or none$"),
         (3, {"pipeline": "dali"}, "take --in_chans 3 --scale dtype"),
     ],
 )

@@ -137,7 +137,9 @@ def test_a_tar_without_classes_becomes_unlabelled_and_says_how_to_give_labels(tm
     (src / "ILSVRC2012_img_val.tar").write_bytes(tar_of(images))
     convert(src, tmp_path / "out", settings())
     assert read_manifest(tmp_path / "out" / "val").labelled is False
-    assert re.search(r"_val.tar names no classes: .* without labels.* a file list: lines of `path label`", caplog.text)
+    assert re.search(
+        r"_val.tar names no class names, .* without labels.* a file list of lines `path label`", caplog.text
+    )
     caplog.clear()
     for name, content in images.items():  # what it says: unpack, list, convert in its place
         (src / name).write_bytes(content)
@@ -188,7 +190,7 @@ def test_what_lies_beside_the_splits_is_told(tmp_path, caplog):
         (tmp_path / "src" / name / "1.jpg").write_bytes(jpeg(1))
     convert(tmp_path / "src", tmp_path / "out", settings())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train", "val"]
-    assert "taken: train/, val/; left out: validation/ (1 images)" in caplog.text
+    assert "read: train/, val/; left out: validation/ (1 images)" in caplog.text
 
 
 class StopError(Exception):
@@ -291,7 +293,7 @@ def test_destinations_that_would_destroy_something_are_refused(image_folder, tmp
     root = image_folder()
     before = contents(root)
     for dst in (root, root / "train" / "shards", root / "." / "train" / ".."):
-        with pytest.raises(SettingsError, match="would be written into the images' own folder"):
+        with pytest.raises(SettingsError, match="would be written into the folder of the images"):
             convert(root, dst, settings())
     other = tmp_path / "other"
     other.mkdir()
@@ -300,7 +302,7 @@ def test_destinations_that_would_destroy_something_are_refused(image_folder, tmp
         with pytest.raises(SettingsError, match=r"holds something else already \(thesis.tex\)"):
             convert(root, other, settings(), overwrite=overwrite)
     (other / "thesis.tex").rename(tmp_path / "file")
-    with pytest.raises(SettingsError, match="is no folder"):
+    with pytest.raises(SettingsError, match="is not a folder"):
         convert(root, tmp_path / "file", settings())
     (other / "train").mkdir()
     (other / "train" / "notes.md").write_text("")

@@ -10,7 +10,9 @@ from spark_fast.pipelines.convert.conversion_parts import Part
 
 @pytest.mark.parametrize("text", ["", "2", "0/4", "5/4", "1/0", "-1/4", "1/4/2", "a/b", "1.0/2", "1/99999", "1 / 2"])
 def test_what_is_no_part_is_refused_with_an_example(text):
-    with pytest.raises(SettingsError, match=r"is no I/N with 1 <= I <= N <= 9999: 2/4 is the second of four"):
+    with pytest.raises(
+        SettingsError, match=r"must be I/N with 1 <= I <= N <= 9999, such as 2/4 for the second of four"
+    ):
         Part.parse(text)
 
 

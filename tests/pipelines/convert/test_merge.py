@@ -157,7 +157,7 @@ def test_an_interrupted_merge_is_repeated(images, whole, tmp_path, monkeypatch, 
 
 
 def test_missing_parts_are_named_and_nothing_is_written(images, tmp_path):
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         merge(tmp_path / "out")
     convert_part(images, tmp_path / "out", SETTINGS, Part(3, 4))
     before = contents(tmp_path / "out")
@@ -167,7 +167,7 @@ def test_missing_parts_are_named_and_nothing_is_written(images, tmp_path):
     shutil.rmtree(tmp_path / "out/val")
     convert_parts(images, tmp_path / "out", 4)
     shutil.rmtree(tmp_path / "out/val")
-    with pytest.raises(DataError, match=r"train was converted together with val, of which no part is in"):
+    with pytest.raises(DataError, match=r"train was converted together with val, but .* has no part of these"):
         merge(tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no part is finished in"):
@@ -178,7 +178,7 @@ def test_parts_made_otherwise_are_refused_with_the_difference(images, tmp_path):
     convert_part(images, tmp_path / "out", SETTINGS, Part(1, 2))
     other = ConvertSettings(SETTINGS.images, SETTINGS.images_per_shard, seed=1)
     convert_part(images, tmp_path / "out", other, Part(2, 2))
-    with pytest.raises(DataError, match=r"part 2/2 was made otherwise than part 1/2 \(seed: 0 -> 1\)"):
+    with pytest.raises(DataError, match=r"part 2/2 was made with other settings than part 1/2 \(seed: 0 -> 1\)"):
         merge(tmp_path / "out")
     with pytest.raises(SettingsError, match=r"with other settings \(seed: 1 -> 0\)"):
         convert_part(images, tmp_path / "out", SETTINGS, Part(2, 2))

@@ -25,8 +25,8 @@ def test_two_conversions_cannot_write_to_one_folder(image_folder, tmp_path):
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (errno.ENOSPC, "the disk is full. Whole shards are kept: make room and run the same command again"),
-        (errno.EIO, "Input/output error. Whole shards are kept: repair the storage and run the same command again"),
+        (errno.ENOSPC, "the disk is full. Finished shards are kept: free some space and run the same command again"),
+        (errno.EIO, "Input/output error. Finished shards are kept: repair the storage and run the same command again"),
     ],
 )
 def test_a_failure_to_write_says_what_is_kept_and_what_to_do(tmp_path, number, message):

@@ -91,8 +91,8 @@ def test_real_images_lose_no_more_than_by_pillows_reduction_and_the_same_jpeg(im
     [
         ({"short_side": 256, "max_side": 400}, "exclude each other"),
         ({"short_side": -1}, "numbers of pixels"),
-        ({"quality": 0}, "quality 0 is no JPEG quality"),
-        ({"quality": 101}, "quality 101"),
+        ({"quality": 0}, "quality must be from 1 to 100"),
+        ({"quality": 101}, "got 101"),
     ],
 )
 def test_senseless_settings_are_refused(values, message):

@@ -22,7 +22,7 @@ def test_a_source_that_goes_away_is_not_taken_for_unreadable_images(image_folder
         if progress.done == 8:
             root.rename(tmp_path / "elsewhere")
 
-    with pytest.raises(DataError, match=r"train is gone .*Whole shards are kept"):
+    with pytest.raises(DataError, match=r"train is gone .*Finished shards are kept"):
         convert(root, tmp_path / "out", settings(), on_progress=unmount)
     assert (tmp_path / "out/train/shard-000000.tar").exists()
     assert not (tmp_path / "out/train" / MANIFEST).exists()

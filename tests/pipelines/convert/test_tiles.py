@@ -159,7 +159,7 @@ def test_a_scene_that_changes_while_it_is_converted_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("tile", "stride"), [(0, 3), (3, 0), (-1, 4)])
 def test_tiles_of_no_size_are_refused(tile, stride):
-    with pytest.raises(SettingsError, match="tile and stride are numbers of pixels, 1 or more"):
+    with pytest.raises(SettingsError, match="tile and stride must be 1 pixel or more"):
         Tiling(tile, stride)
 
 
@@ -170,7 +170,7 @@ def test_a_tile_larger_than_an_image_may_be_is_refused():
 
 def test_scenes_in_a_tar_are_to_be_unpacked(tmp_path):
     (tmp_path / "a.tar").write_bytes(tar_of({"a.tif": tiff_of(bands(1), planarconfig="contig")}))
-    with pytest.raises(SettingsError, match=r"--tile reads windows of files of their own: unpack .*a.tar first"):
+    with pytest.raises(SettingsError, match=r"--tile reads windows of files, not of tars: unpack .*a.tar first"):
         TileSource.of(images_to_convert(tmp_path / "a.tar"), Tiling(32, 32), Expected(5))
 
 

@@ -128,8 +128,8 @@ def check_tree(source, root: Path, text: str, seed: int) -> None:
     expected, others, hidden = reachable(taken)
     assert set(found) <= expected, seed
     assert len(found) + numbers(r"(\d+) images outside the class", text) == len(expected), seed
-    assert numbers(r"(\d+) files by their ending", text) == others, seed
-    assert numbers(r"machine-made: (\d+) files", text) == hidden, seed
+    assert numbers(r"(\d+) files by extension", text) == others, seed
+    assert numbers(r"system: (\d+) files", text) == hidden, seed
     if taken != root:
         beside = {path.name for path in root.iterdir() if path.is_dir() and reachable(path)[0]}
         left = beside - {taken.name} - set(MACHINE)
@@ -273,7 +273,7 @@ def test_any_tars_of_samples_have_the_labels_of_their_cls(tmp_path, said, seeds)
         right = [number % 3 for number in numbered] if labelled else None
         assert (None if source.labels is None else source.labels.tolist()) == right, (seed, form)
         others = sum(name.endswith((".json", ".txt")) for members in tars for name, _ in members)
-        assert numbers(r"(\d+) files by their ending", said.text) == others, (seed, form)
+        assert numbers(r"(\d+) files by extension", said.text) == others, (seed, form)
 
 
 @every_few

@@ -63,13 +63,13 @@ def test_a_damaged_record_is_an_error_of_its_image_and_damaged_tables_of_the_fil
     with pytest.raises(ImageError, match=r"checksum differs, the \.beton is damaged"):
         source.read(1)
     os.truncate(path, 300)
-    with pytest.raises(ImageError, match=r"images\.beton was cut short while in use"):
+    with pytest.raises(ImageError, match=r"images\.beton was truncated while in use"):
         source.read(2)
     source.close()
-    with pytest.raises(DataError, match=r"300 bytes with its last record ending at \d+, is damaged or cut short"):
+    with pytest.raises(DataError, match=r"300 bytes with its last record ending at \d+, is damaged or truncated"):
         BetonSource(path)
     flip(handmade(tmp_path), 5)
-    with pytest.raises(DataError, match="is damaged or cut short, or"):
+    with pytest.raises(DataError, match="is damaged or truncated, or"):
         BetonSource(path)
 
 
@@ -82,7 +82,7 @@ def test_without_its_checks_or_with_damaged_ones_it_is_refused(tmp_path, beton_f
         with pytest.raises(DataError, match=r"images\.beton\.npy is damaged"):
             BetonSource(path)
     checks_path(path).unlink()
-    with pytest.raises(DataError, match=r"no images\.beton\.npy beside it"):
+    with pytest.raises(DataError, match=r"images\.beton\.npy, the checksums of .*, is missing"):
         BetonSource(path)
 
 

@@ -41,7 +41,7 @@ def test_an_unfinished_conversion_is_never_opened(tmp_path, left):
         ([*TARS.values(), "LICENCE"], "", r"as downloaded \(ILSVRC2012_img_test.*{convert} {root} DST"),
         ([TARS["train"], "val/n1/a.jpg"], "", r"as downloaded \(.*_train.tar\).*{convert} {root} DST"),
         (["n1.tar", "n2.tar"], "", r"holds 2 tars \(n1.tar \.\.\.\), .*{convert} THE_TAR_THEY_WERE_IN DST"),
-        (["train/n1.tar", "train/n1/a.jpg"], "", r"train holds a tar, .*Unpacked already\? Then move"),
+        (["train/n1.tar", "train/n1/a.jpg"], "", r"train holds a tar, .*If it is already unpacked, move"),
         (["shard-000000.tar"], "shard-000000.tar", r"is one shard of a conversion: give its folder, {root}$"),
     ],
 )
@@ -55,7 +55,7 @@ def test_tars_of_images_are_refused_with_the_command_that_makes_them_usable(tmp_
 
 def test_the_validation_split_is_read_and_its_absence_is_told(image_folder, tmp_path):
     root = image_folder()
-    with pytest.raises(DataError, match=r"images holds no folder val/, which should lie beside train/"):
+    with pytest.raises(DataError, match=r"images holds no folder val/, which should be next to train/"):
         batches(root, split="val")
     with pytest.raises(DataError, match="holds no folder val/"):
         batches(root / "train", split="val")

@@ -109,33 +109,33 @@ def test_an_image_listed_again_counts_again_and_is_told(images, caplog):
     assert rows(source_of(images, "0.jpg 1\n1.jpg 1\n0.jpg 1\n0.jpg 2\n")) == [
         ("0.jpg", 1), ("1.jpg", 1), ("0.jpg", 1), ("0.jpg", 2),
     ]  # fmt: skip
-    assert "2 lines name an image again, 1 of them with another label; each line counts" in caplog.text
+    assert "2 lines repeat an image, 1 of them with another label; each line counts" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0.jpg -1\n1.jpg 0\n", "line 1, column 7: label '-1' is negative: .* leave out all labels"),
+        ("0.jpg -1\n1.jpg 0\n", "line 1, column 7: label '-1' is negative, .* leave out all labels"),
         ("0.jpg 1\n1.jpg 2000000000\n", "line 2, column 7: label '2000000000' is too large"),
         ("0.jpg 1\n\n# x\n1.jpg 99999999999999999999\n", "line 4, column 7: label '9+' is too large"),
         ("0.jpg 1\n1.jpg\n", r"line 2: either all lines have a label or none; this differs \(column 6\)"),
         ("0.jpg\n1.jpg 1\n", r"line 2: either all lines have a label or none; this differs \(column 7\)"),
-        ("0.jpg 1\n1.jpg cat\n", "line 2, column 7: label 'cat' is no number"),
+        ("0.jpg 1\n1.jpg cat\n", "line 2, column 7: label 'cat' is not a number"),
         ("0.jpg cat\nü 1.jpg 1\n", "line 2, column 9: label '1' is a number"),
-        ("0.jpg 1.0\n", "line 1, column 7: label '1.0' is no whole number"),
+        ("0.jpg 1.0\n", "line 1, column 7: label '1.0' is not a whole number"),
         ("0.jpg,\n1.jpg,1\n", "line 1, column 7: label '' is missing"),
         ("0.jpg,1,2\n", r"line 1, column 9: more than a path and a label: '0.jpg,1,2'. .*`path` and `label`"),
         (b"0.jpg 1 \xff 30\n", "line 1, column 9: more than a path and a label"),
-        (b"0.jpg \xff,3,4\n", "names no existing file"),
+        (b"0.jpg \xff,3,4\n", "do not exist"),
         ("0.jpg " + "9" * 300, "line 1, column 7: label '9{40}' is too large"),
-        ("x" * 5000, "names no existing file"),
+        ("x" * 5000, "do not exist"),
         ("0.jpg 1 20 30\n", "line 1, column 9: more than a path and a label"),
         ('"0.jpg",1,2\n', "line 1, column 9: more than a path"),
         ("path,label\n0.jpg,1\n1.jpg\n", "line 3, column 2: there are 1 columns, but the first line names 2"),
-        ("path,label\na, b.jpg,1\n", "line 2, column 3: there are 3 columns, .* stands in double quotes"),
+        ("path,label\na, b.jpg,1\n", "line 2, column 3: there are 3 columns, .*Put .* in double quotes"),
         ("path,label\n0.jpg,-1\n", "line 2, column 2: label '-1' is negative"),
         ("path,label\n,1\n", "line 2: no path"),
-        ("path,image,label\n0.jpg,1.jpg,1\n", "line 1, column 2: the columns 'path' and 'image' may both be meant"),
+        ("path,image,label\n0.jpg,1.jpg,1\n", "line 1, column 2: the columns 'path' and 'image' are ambiguous"),
         ("path,label\n", "is empty"),
         ("# nothing\n\n", "is empty"),
         (codecs.BOM_UTF16_LE + b"\x00\xd8", "begins as UTF-16 text, but"),

@@ -50,7 +50,7 @@ def test_an_empty_class_folder_keeps_its_number_and_is_named_once(tmp_path, capl
     source = detect_source(tmp_path)
     assert (source.labels.tolist(), source.classes) == (theirs.targets, theirs.classes)
     assert source.classes == ["a", "b", "c", "d"]
-    assert caplog.messages == [f"{tmp_path}: 2 class folders hold no image: b, d"]
+    assert caplog.messages == [f"{tmp_path}: 2 class folders have no images: b, d"]
 
 
 def test_strange_names_are_read_and_printable(tmp_path):
@@ -82,13 +82,13 @@ def test_a_list_names_images_with_or_without_labels(tmp_path, text, labels):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "is empty: expected one image path a line"),
+        (b"", "is empty: expected one image path per line"),
         (b"a.jpg 1\nb.jpg\n", "line 2: either all lines have a label or none"),
         (b"a.jpg\n../b.jpg\n", "line 2: '../b.jpg' lies outside the list's folder"),
         (b"a.jpg\nx/../../b.jpg\n", "line 2: .* lies outside"),
         (b"/etc/passwd\n", "line 1: '/etc/passwd' lies outside"),
-        (b"\0\1\2", "is no file list: it holds binary data"),
-        (b"missing.jpg\n", "names no existing file: .*missing.jpg is missing"),
+        (b"\0\1\2", "is not a file list: it holds binary data"),
+        (b"missing.jpg\n", "do not exist: .*missing.jpg is missing"),
     ],
 )
 def test_bad_lists_are_refused(tmp_path, text, message):

@@ -124,7 +124,7 @@ def test_a_changed_index_is_refused(tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"index.npy is not the one .* \(sha256 differs\)"):
+    with pytest.raises(DataError, match=r"index.npy does not belong to .* \(sha256 differs\)"):
         ShardSource(tmp_path)
     path.unlink()
     with pytest.raises(DataError, match=r"cannot read .*index.npy"):

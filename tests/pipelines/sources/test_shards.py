@@ -68,7 +68,7 @@ def test_a_missing_shard_is_named(tmp_path):
 def test_a_shard_cut_short_while_in_use_is_an_error_not_a_crash(tmp_path):
     source = ShardSource(write_all(tmp_path))
     os.truncate(tmp_path / "shard-000000.tar", 700)
-    with pytest.raises(ImageError, match=r"shard-000000.tar was cut short"):
+    with pytest.raises(ImageError, match=r"shard-000000.tar was truncated"):
         source.read(7)
     source.close()
 

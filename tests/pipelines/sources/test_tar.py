@@ -46,7 +46,7 @@ def test_a_tar_of_class_folders_of_arrays_lists_them_where_any_channels_are_read
     path = written(tmp_path, tar_of({"b/z.npy": b"1", "a/y.tif": b"2", "a/x.txt": b""}))
     source = tar_source(path, BAND_EXTENSIONS)
     assert (names(source), source.labels.tolist(), source.classes) == (["a/y.tif", "b/z.npy"], [0, 1], ["a", "b"])
-    with pytest.raises(DataError, match=r"nothing in it ends in .*\.npy"):
+    with pytest.raises(DataError, match=r"no file in it ends in .*\.npy"):
         tar_source(written(tmp_path, tar_of({"a/x.txt": b""})), BAND_EXTENSIONS)
 
 
@@ -82,7 +82,7 @@ def test_tars_list_no_machine_made_members_and_count_what_they_leave_out(tmp_pat
     members = {"a/1.jpg": b"1", "__MACOSX/a/._1.jpg": b"", "__MACOSX/2.jpg": b"", "b/.ipynb_checkpoints/3.jpg": b""}
     source = tar_source(written(tmp_path, tar_of({**members, "b/4.jfif": b"4", "a/notes.txt": b""})))
     assert (names(source), source.classes) == (["a/1.jpg", "b/4.jfif"], ["a", "b"])
-    assert "left out: 1 files by their ending: .txt (1); hidden or machine-made: 3 files" in caplog.text
+    assert "left out: 1 files by extension: .txt (1); hidden or system: 3 files" in caplog.text
 
 
 def test_a_tar_of_several_splits_is_refused(tmp_path):
@@ -100,12 +100,12 @@ def test_images_in_folders_beside_class_tars_are_left_out_too(tmp_path, caplog):
 def test_an_empty_class_of_a_tar_keeps_its_number_and_is_named(tmp_path, caplog):
     source = tar_source(written(tmp_path, tar_of({"a.tar": tar_of({"x.txt": b""}), "b.tar": tar_of({"1.jpg": b"1"})})))
     assert (source.labels.tolist(), source.classes) == ([1], ["a", "b"])
-    assert "1 classes hold no image: a" in caplog.text
+    assert "1 classes have no images: a" in caplog.text
 
 
 def test_two_tars_of_one_class_are_refused_naming_both(tmp_path):
     one, other = tar_of({"a.jpg": b"1"}), tar_of({"b.jpg": b"2"})
-    with pytest.raises(DataError, match=r"some.tar holds the class n1 twice, old/n1.tar and new/n1.tar: "):
+    with pytest.raises(DataError, match=r"some.tar holds the class n1 twice, in old/n1.tar and new/n1.tar: "):
         tar_source(written(tmp_path, tar_of({"old/n1.tar": one, "new/n1.tar": other})))
     assert names(tar_source(written(tmp_path, tar_of({"old/n1.tar": one, "new/n2.tar": other})))) == [
         "n1/a.jpg",
@@ -142,14 +142,14 @@ def test_every_truncation_is_found_and_names_the_file(archive):
 def test_a_damaged_header_is_not_taken_for_the_end(tmp_path):
     inner = bytearray(tar_of({"a.jpg": b"1", "b.jpg": b"2"}))
     inner[1024 + 3] ^= 1  # the second header's name: its checksum no longer fits
-    with pytest.raises(DataError, match=r"some.tar is cut short or damaged at byte \d+: n1.tar: no header"):
+    with pytest.raises(DataError, match=r"some.tar is truncated or damaged at byte \d+: n1.tar: no header"):
         tar_source(written(tmp_path, tar_of({"n1.tar": bytes(inner)})))
 
 
 def test_a_tar_cut_after_it_was_listed_is_no_bad_image(archive):
     source = tar_source(archive)
     archive.write_bytes(archive.read_bytes()[:2000])
-    with pytest.raises(DataError, match=r"train.tar ends within n0000/0007.JPEG: it was cut short"):
+    with pytest.raises(DataError, match=r"train.tar ends within n0000/0007.JPEG: it was truncated"):
         source.read(7)
 
 

@@ -208,7 +208,7 @@ def test_data_that_changed_before_the_workers_open_them_are_named(image_folder, 
     pipeline = build(folder, pipeline="torch", batch_size=6, input_size=32, workers=2, worker_processes=1)
     shard = next(folder.glob("*.tar"))
     shard.write_bytes(shard.read_bytes()[:-512])
-    with pytest.raises(DataError, match="it was cut short or changed") as caught:
+    with pytest.raises(DataError, match="it was truncated or changed") as caught:
         list(pipeline.epoch(0))
     assert shard.name in str(caught.value)
     pipeline.close()

@@ -24,10 +24,10 @@ def test_numbers_are_themselves_and_names_are_numbered_in_sorted_order(caplog):
         (["0", "-1"], "place 1: label '-1' is negative"),
         (["2000000000"], f"place 0: label '2000000000' is too large .* the limit is {MOST_CLASSES - 1}"),
         (["0", "9" * 6000], "place 1: label '9+' is too large"),
-        (["0", "cat"], "place 1: label 'cat' is no number, unlike those before it"),
+        (["0", "cat"], "place 1: label 'cat' is not a number, unlike those before it"),
         (["cat", "0"], "place 1: label '0' is a number, unlike those before it"),
-        (["0", "1.0"], "place 1: label '1.0' is no whole number"),
-        (["1e3"], "place 0: label '1e3' is no whole number"),
+        (["0", "1.0"], "place 1: label '1.0' is not a whole number"),
+        (["1e3"], "place 0: label '1e3' is not a whole number"),
         (["cat", ""], "place 1: label '' is missing"),
     ],
 )

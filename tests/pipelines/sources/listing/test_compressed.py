@@ -63,4 +63,4 @@ def test_an_archive_that_lies_beside_what_was_unpacked_from_it_is_left_alone(tmp
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.jpg").write_bytes(b"1")
     assert len(detect_source(tmp_path)) == 1
-    assert "left out: 1 files by their ending: .tar.gz (1)" in caplog.text
+    assert "left out: 1 files by extension: .tar.gz (1)" in caplog.text

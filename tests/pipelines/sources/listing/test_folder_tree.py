@@ -71,7 +71,7 @@ def test_splits_made_of_links_into_a_pool_beside_them_are_followed(tmp_path, cap
     link(tmp_path / "train" / "n1", "../pool/n1")
     with caplog.at_level(logging.INFO, "spark_fast.pipelines"):
         assert names_of(tmp_path) == ["n1/1.jpg"]
-    assert "taken: train/; left out: val/ (1 images), pool/ (2 images)" in caplog.text
+    assert "read: train/; left out: val/ (1 images), pool/ (2 images)" in caplog.text
 
 
 def test_a_link_to_a_file_is_the_file(tmp_path):

@@ -48,8 +48,7 @@ def test_what_is_left_out_is_counted_by_ending_the_commonest_first():
     left_out.folder("@eaDir")
     left_out.folder("@eaDir")
     assert left_out.describe() == (
-        "4 files by their ending: .txt (2), .json (1), no ending (1);"
-        " hidden or machine-made: 2 files and 2 folders (@eaDir)"
+        "4 files by extension: .txt (2), .json (1), no ending (1); hidden or system: 2 files and 2 folders (@eaDir)"
     )
     assert LeftOut().describe() == ""
 
@@ -58,7 +57,7 @@ def test_jfif_and_jpe_are_read_and_other_endings_named_once(tmp_path, caplog):
     write(tmp_path, "a/1.jfif", "a/2.jpe", "a/3.jpg", "a/4.heic", "b/5.jpg", "b/6.npy", "b/7.npy", "b/.DS_Store")
     with caplog.at_level(logging.INFO, "spark_fast.pipelines"):
         assert names_of(tmp_path) == ["a/1.jfif", "a/2.jpe", "a/3.jpg", "b/5.jpg"]
-    told = f"{tmp_path}: left out: 3 files by their ending: .npy (2), .heic (1); hidden or machine-made: 1 files"
+    told = f"{tmp_path}: left out: 3 files by extension: .npy (2), .heic (1); hidden or system: 1 files"
     assert [record.getMessage() for record in caplog.records] == [told]
     assert caplog.records[0].levelno == logging.WARNING
 
@@ -75,7 +74,7 @@ def test_machine_made_folders_are_no_classes_at_any_depth(tmp_path, caplog):
     assert [source.name(i) for i in range(len(source))] == ["a/1.jpg", "b/deep/2.jpg"]
     assert (source.labels.tolist(), source.classes) == ([0, 1], ["a", "b"])
     folders = "6 folders ($RECYCLE.BIN, .git, .ipynb_checkpoints, @eaDir, __MACOSX, lost+found)"
-    assert caplog.messages == [f"{tmp_path}: left out: hidden or machine-made: {folders}"]
+    assert caplog.messages == [f"{tmp_path}: left out: hidden or system: {folders}"]
     assert caplog.records[0].levelno == logging.INFO
 
 

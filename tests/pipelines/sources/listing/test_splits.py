@@ -42,8 +42,8 @@ def test_a_class_called_train_is_a_class(tmp_path, caplog):
     assert (len(source), source.classes) == (32, ["bus", "car", "train", "truck"])
     assert source.labels.tolist() == [i // 8 for i in range(32)]
     assert (
-        f"train is taken for a class, as bus, car, truck hold images, too. For that folder alone give {tmp_path}/train"
-        in caplog.text
+        "train is read as a class, because bus, car, truck hold images, too."
+        f" For that folder alone give {tmp_path}/train" in caplog.text
     )
     assert len(detect_source(tmp_path / "train")) == 8
 
@@ -62,7 +62,9 @@ def test_classes_with_folders_in_them_are_classes_too(tmp_path):
 @pytest.mark.parametrize("files", [("train/n1/1.jpg", "pictures/2.jpg"), ("train/1.jpg", "pictures/n1/2.jpg")])
 def test_a_split_or_class_that_is_built_otherwise_than_its_neighbours_is_refused(tmp_path, files):
     write(tmp_path, *files)
-    with pytest.raises(DataError, match=rf"is train a split or a class\? For the split give {tmp_path}/train; for cl"):
+    with pytest.raises(
+        DataError, match=rf"train may be a split or a class\. For the split give {tmp_path}/train; for cl"
+    ):
         detect_source(tmp_path)
     assert len(detect_source(tmp_path / "train")) == 1
 
@@ -72,14 +74,14 @@ def test_train_beside_val_and_test_is_taken_and_the_log_says_what_is_not(tmp_pat
     (tmp_path / "ImageSets").mkdir()
     with caplog.at_level(logging.INFO, "spark_fast.pipelines"):
         assert names_of(tmp_path) == ["n1/1.jpg"]
-    assert caplog.messages == [f"{tmp_path}: taken: train/; left out: val/ (2 images), test/ (1 images)"]
+    assert caplog.messages == [f"{tmp_path}: read: train/; left out: val/ (2 images), test/ (1 images)"]
     assert caplog.records[0].levelno == logging.INFO
 
 
 def test_what_else_lies_beside_the_splits_is_a_warning(tmp_path, caplog):
     write(tmp_path, "train/n1/1.jpg", "val/n1/2.jpg", "extra/3.jpg", "loose.jpg", "readme.txt")
     assert names_of(tmp_path) == ["n1/1.jpg"]
-    assert "taken: train/; left out: val/ (1 images), extra/ (1 images), 1 images in no folder" in caplog.text
+    assert "read: train/; left out: val/ (1 images), extra/ (1 images), 1 images in no folder" in caplog.text
     assert caplog.records[0].levelno == logging.WARNING
 
 
@@ -111,9 +113,9 @@ def test_junk_beside_a_train_folder_alone_does_not_make_it_a_class(tmp_path, cap
 )
 def test_a_root_of_several_splits_is_refused_with_the_path_to_give(tmp_path, folders, meant):
     write(tmp_path, *(f"{folder}/n1/{i}.jpg" for i, folder in enumerate(folders)))
-    with pytest.raises(DataError, match=r"holds several splits \(.*Give the one that you mean: (\S+)\. \(To") as error:
+    with pytest.raises(DataError, match=r"holds several splits \(.*Give one of them: (\S+)\. \(To") as error:
         detect_source(tmp_path)
-    assert f"mean: {tmp_path}/{meant}. (" in str(error.value)
+    assert f"Give one of them: {tmp_path}/{meant}. (" in str(error.value)
     assert len(detect_source(tmp_path / meant)) == 1
 
 
@@ -148,7 +150,7 @@ def test_a_converted_split_is_a_split_whatever_lies_beside_it(tmp_path, caplog):
     assert not caplog.text
     write(tmp_path, "pictures/1.jpg")
     assert train_folder(tmp_path) == tmp_path / "train"
-    assert caplog.messages == [f"{tmp_path}: taken: train/; left out: pictures/ (1 images)"]
+    assert caplog.messages == [f"{tmp_path}: read: train/; left out: pictures/ (1 images)"]
 
 
 def test_one_kind_of_split_in_several_places_is_no_mix(tmp_path):

@@ -128,7 +128,7 @@ def test_a_shard_that_cannot_be_had_is_left_to_the_one_who_needs_it(source, monk
     monkeypatch.setattr(Server, "download", fails)
     prefetch = ShardPrefetch(source)
     prefetch.follow(plan(np.array([2, 1])))
-    wait_for(lambda: held(source) == [1] and "it is asked for again" in caplog.text)
+    wait_for(lambda: held(source) == [1] and "it is requested again" in caplog.text)
     failing.clear()
     assert source.read(8) == JPEGS[8]
     prefetch.stop()
@@ -168,7 +168,7 @@ def test_a_cache_that_would_be_read_in_circles_is_refused(source):
         check_cache(source, Sampler(10, 2), 2)
     with pytest.raises(SettingsError, match="images are read in the order of their listing"):
         check_cache(source, Sampler(10, 2, in_order=True), 2)
-    with pytest.raises(SettingsError, match=r"blocks of 1 shards need 0.04096 MB: give --cache_size 1MB or more, or"):
+    with pytest.raises(SettingsError, match=r"blocks of 1 shards need 0.04096 MB: use --cache_size 1MB or more, or"):
         check_cache(source, Sampler(10, 1, block=1, shards=shards), 0)
     source.cache.size = 41_000
     check_cache(source, Sampler(10, 1, block=1, shards=shards), 0)

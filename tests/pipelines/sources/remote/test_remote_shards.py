@@ -115,14 +115,14 @@ def test_worker_processes_share_the_cache_and_give_the_same_batches(over_http, s
 
 @pytest.mark.usefixtures("_impatient")
 @pytest.mark.parametrize(("fault", "said"), [
-    ("500", "after 9 tries: ClientResponseError: 500"), ("404", "after 3 tries: the server has no such file"),
-    ("truncated", "after 9 tries: ClientPayloadError"), ("short", r"after 9 tries: DamagedError: \d+ bytes arrived"),
-    ("wrong", "after 9 tries: DamagedError: its sha256 differs"), ("reset", "after 9 tries: "),
+    ("500", "9 attempts: ClientResponseError: 500"), ("404", "3 attempts: the server has no such file"),
+    ("truncated", "9 attempts: ClientPayloadError"), ("short", r"9 attempts: DamagedError: \d+ bytes arrived"),
+    ("wrong", "9 attempts: DamagedError: its sha256 differs"), ("reset", "9 attempts: "),
 ])  # fmt: skip
 def test_a_server_that_never_delivers_is_named(over_http, cache, fault, said):
     source = RemoteShardSource(over_http.url, "train", cache)
     over_http.always = fault
-    with pytest.raises(DataError, match=rf"{over_http.url}/shard-000000.tar cannot be had {said}"):
+    with pytest.raises(DataError, match=rf"{over_http.url}/shard-000000.tar cannot be read after {said}"):
         source.read(7)
     assert left_behind(cache) == []
 
@@ -131,7 +131,9 @@ def test_a_server_that_is_not_there_is_named(over_http, cache):
     port = over_http.server_address[1]
     over_http.shutdown()
     over_http.server_close()
-    with pytest.raises(DataError, match=rf"127.0.0.1:{port}/{MANIFEST} cannot be had after 9 tries: ClientConnector"):
+    with pytest.raises(
+        DataError, match=rf"127.0.0.1:{port}/{MANIFEST} cannot be read after 9 attempts: ClientConnector"
+    ):
         RemoteShardSource(over_http.url, "train", cache)
 
 
@@ -147,9 +149,9 @@ def test_splits_are_folders_of_their_names(tmp_path, cache):
     assert RemoteShardSource(f"{url}/val", "all", cache).labels is None
     assert has_split(url, "val")
     assert not has_split(url, "test")
-    with pytest.raises(DataError, match=rf"wrote, with {MANIFEST}: looked for in {url}/test$"):
+    with pytest.raises(DataError, match=rf"with {MANIFEST}; searched in {url}/test$"):
         RemoteShardSource(url, "test", cache)
-    with pytest.raises(DataError, match=f"looked for in {url}/no and {url}/no/train$"):
+    with pytest.raises(DataError, match=f"searched in {url}/no and {url}/no/train$"):
         RemoteShardSource(f"{url}/no", "train", cache)
 
 
@@ -194,7 +196,7 @@ def test_a_full_disk_makes_room_and_is_named_if_that_does_not_help(in_memory, ca
     assert source.read(0) == JPEGS[0]
     assert not cache.holds(source.files[0]), "what was there has made room"
     full[0] = 99
-    with pytest.raises(DataError, match=f"after 9 tries: OSError: .* the disk of the cache {cache.folder} is full"):
+    with pytest.raises(DataError, match=f"after 9 attempts: OSError: .* the disk of the cache {cache.folder} is full"):
         source.read(8)
     assert left_behind(cache) == []
 

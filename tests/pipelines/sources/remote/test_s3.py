@@ -51,6 +51,8 @@ def test_what_is_not_in_the_bucket_is_named(image_folder, tmp_path, caplog):
     with s3_of(tmp_path / "shards") as url:
         assert has_split(url, "train")
         assert not has_split(url, "val")
-        with pytest.raises(DataError, match=f"{url}/manifest.json cannot be had after 3 tries: the server has no such"):
+        with pytest.raises(
+            DataError, match=f"{url}/manifest.json cannot be read after 3 attempts: the server has no such"
+        ):
             RemoteShardSource(url, "val", cache)
         assert len(batches(url, batch_size=2, cache_dir=str(cache.folder))) == 3

@@ -28,9 +28,9 @@ def test_what_fails_is_tried_again(server, monkeypatch, caplog):
 
     assert server.patiently("a.tar", attempt) == "done"
     assert [record.getMessage() for record in caplog.records] == [
-        "memory://somewhere/a.tar: try 1 of 4 failed, the next in 0.01 s: OSError: one",
-        "memory://somewhere/a.tar: try 2 of 4 failed, the next in 0.02 s: TimeoutError",
-        "memory://somewhere/a.tar: try 3 of 4 failed, the next in 0.04 s: DamagedError: three",
+        "memory://somewhere/a.tar: attempt 1 of 4 failed, the next in 0.01 s: OSError: one",
+        "memory://somewhere/a.tar: attempt 2 of 4 failed, the next in 0.02 s: TimeoutError",
+        "memory://somewhere/a.tar: attempt 3 of 4 failed, the next in 0.04 s: DamagedError: three",
     ]
 
 
@@ -50,13 +50,13 @@ def failing(error, count):
 
 def test_there_is_an_end_which_is_named_and_then_each_file_has_one_try(server):
     tries: list[Exception] = []
-    with pytest.raises(DataError, match=r"^memory://somewhere/a.tar cannot be had after 9 tries: OSError: gone$"):
+    with pytest.raises(DataError, match=r"^memory://somewhere/a.tar cannot be read after 9 attempts: OSError: gone$"):
         server.patiently("a.tar", failing(OSError("gone"), tries))
     assert len(tries) == 9
-    with pytest.raises(DataError, match=r"b.tar cannot be had after 1 tries"):
+    with pytest.raises(DataError, match=r"b.tar cannot be read after 1 attempts"):
         server.patiently("b.tar", failing(OSError("gone"), tries))
     assert server.patiently("c.tar", lambda: 1) == 1
-    with pytest.raises(DataError, match=r"a.tar cannot be had after 9 tries"):
+    with pytest.raises(DataError, match=r"a.tar cannot be read after 9 attempts"):
         server.patiently("a.tar", failing(OSError("gone"), tries))
 
 
@@ -66,7 +66,7 @@ def test_there_is_an_end_which_is_named_and_then_each_file_has_one_try(server):
 )
 def test_what_is_not_there_or_not_allowed_has_fewer_tries(server, error, said):
     tries: list[Exception] = []
-    with pytest.raises(DataError, match=f"after 3 tries: {said}"):
+    with pytest.raises(DataError, match=f"after 3 attempts: {said}"):
         server.patiently("a.tar", failing(error, tries))
     assert len(tries) == 3
 
@@ -119,5 +119,5 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 
 def test_a_url_of_nothing_known_is_refused():
     pytest.importorskip("fsspec")
-    with pytest.raises(SettingsError, match="nowhere://a is no place that fsspec knows: Protocol not known: nowhere"):
+    with pytest.raises(SettingsError, match="fsspec cannot open nowhere://a: Protocol not known: nowhere"):
         Server("nowhere://a")

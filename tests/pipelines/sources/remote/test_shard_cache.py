@@ -214,7 +214,9 @@ def test_room_is_made_on_a_full_disk(cache):
     assert not cache.make_room([FILES[0].sha256]), "what is needed next stays"
 
 
-@pytest.mark.parametrize(("content", "said"), [(b"x" * 99, "99 bytes arrived, it has 100"), (b"x" * 100, "sha256")])
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"x" * 99, "99 bytes arrived, but the manifest says 100"), (b"x" * 100, "sha256")]
+)
 def test_what_arrives_is_compared_with_the_manifest(tmp_path, content, said):
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(DamagedError, match=said):

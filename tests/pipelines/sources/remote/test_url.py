@@ -25,7 +25,7 @@ def test_anything_else_is_a_place_on_the_disk(path):
     "url", ["https://me:secret@host/a", "s3://key:secret@bucket/a", "https://host/a?X-Amz-Signature=secret"]
 )
 def test_a_url_with_a_secret_is_refused_without_saying_it(url):
-    with pytest.raises(SettingsError, match=r"user, password or query: it would be logged") as caught:
+    with pytest.raises(SettingsError, match=r"user, password or query, which would be logged") as caught:
         refuse_credentials(url)
     assert "secret" not in str(caught.value)
 

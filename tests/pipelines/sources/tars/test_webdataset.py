@@ -95,7 +95,7 @@ def test_captions_are_no_classes_and_neither_are_the_names_of_tars(tmp_path, pac
     source = detect_source(folder / "all.tar" if packed else folder)
     assert (source.labels, source.classes, len(source)) == (None, [], 4)
     assert [source.read(i) for i in range(4)] == [b"0 0", b"0 1", b"1 0", b"1 1"]
-    assert "left out: 8 files by their ending: .json (4), .txt (4)" in caplog.text
+    assert "left out: 8 files by extension: .json (4), .txt (4)" in caplog.text
 
 
 def test_names_in_the_cls_are_numbered_in_sorted_order(tmp_path):
@@ -121,9 +121,9 @@ def test_a_dot_in_a_name_and_masks_beside_images(tmp_path, caplog):
         (b"-1", "label '-1' is negative"),
         (b"2000000000", "label '2000000000' is too large"),
         (b"", "label '' is missing"),
-        (b"cat", "label 'cat' is no number, unlike"),
-        (b"\x80\x04\x01\x00", "0.tar, b.jpg: label .* is no number or name of at most 256 bytes"),
-        (b"x" * 300, "0.tar, b.jpg: label 'x{40}' is no number or name of at most 256 bytes"),
+        (b"cat", "label 'cat' is not a number, unlike"),
+        (b"\x80\x04\x01\x00", "0.tar, b.jpg: label .* is not a number or a name of at most 256 bytes"),
+        (b"x" * 300, "0.tar, b.jpg: label 'x{40}' is not a number or a name of at most 256 bytes"),
     ],
 )
 def test_a_label_that_is_no_class_is_refused_with_its_place(tmp_path, label, message):
@@ -142,7 +142,7 @@ def test_images_with_a_part_of_their_own_after_the_name_share_its_label(tmp_path
 def test_a_cls_that_belongs_to_no_image_is_no_label(tmp_path, caplog):
     (tmp_path / "0.tar").write_bytes(tar_of({"a.jpg": b"1", "article.cls": b"\\LoadClass" * 90}))
     assert images_to_convert(tmp_path / "0.tar").labels is None
-    assert "left out: 1 files by their ending: .cls (1)" in caplog.text
+    assert "left out: 1 files by extension: .cls (1)" in caplog.text
 
 
 def test_tars_that_name_their_split_are_kept_apart(tmp_path, caplog):
@@ -150,14 +150,14 @@ def test_tars_that_name_their_split_are_kept_apart(tmp_path, caplog):
         (tmp_path / f"{name}.tar").write_bytes(shard(first))
     with caplog.at_level(logging.INFO, "spark_fast.pipelines"):
         assert rows(detect_source(tmp_path)) == RIGHT
-    assert "2 tars of train are taken, 1 others left out" in caplog.text
+    assert "2 tars of train are read, 1 others are left out" in caplog.text
     assert [label for _, label in rows(detect_source(tmp_path, "val"))] == [0, 1, 0, 1]
     assert len(detect_source(tmp_path, "all")) == 12
     assert splits_of_tars(tmp_path) == ["train", "val"]
     with pytest.raises(DataError, match="holds no folder test/"):
         detect_source(tmp_path, "test")
     (tmp_path / "more.tar").write_bytes(shard(20))
-    with pytest.raises(DataError, match=r"tars of several splits, and more.tar, whose name tells none"):
+    with pytest.raises(DataError, match=r"tars of several splits, and more.tar, whose name has no split"):
         detect_source(tmp_path)
 
 
@@ -173,21 +173,21 @@ def test_splits_in_folders_of_their_own(tmp_path, caplog):
         (tmp_path / split / "0.tar").write_bytes(shard(first))
     with caplog.at_level(logging.INFO, "spark_fast.pipelines"):
         assert rows(detect_source(tmp_path)) == RIGHT[:4]
-    assert f"{tmp_path}: taken: train/; left out: val/ (tars)" in caplog.text
+    assert f"{tmp_path}: read: train/; left out: val/ (tars)" in caplog.text
     assert rows(detect_source(tmp_path, "val")) == RIGHT[4:]
 
 
 def test_tars_beside_images_are_refused(wds):
     (wds / "wds" / "a").mkdir()
     (wds / "wds" / "a" / "1.jpg").write_bytes(b"1")
-    with pytest.raises(DataError, match=r"holds tars of images, such as imagenet1k-train-0000.tar, and images"):
+    with pytest.raises(DataError, match=r"holds images and tars of images, such as imagenet1k-train-0000.tar"):
         detect_source(wds / "wds")
 
 
 def test_files_beside_the_tars_are_counted(wds, caplog):
     (wds / "wds" / "info.json").write_text("{}")
     detect_source(wds / "wds")
-    assert "left out: 1 files by their ending: .json (1)" in caplog.text
+    assert "left out: 1 files by extension: .json (1)" in caplog.text
 
 
 def test_imagenets_own_tars_are_still_classes(tmp_path):
@@ -220,8 +220,8 @@ def test_our_own_shards_are_read_by_their_folder_only(tmp_path):
     with pytest.raises(DataError, match=r"is one shard of a conversion: give its folder"):
         detect_source(tmp_path / "shard-000000.tar")
     for read in (detect_source, images_to_convert):
-        with pytest.raises(DataError, match=r"no manifest.json: .* give them other names than shard-NNNNNN.tar"):
+        with pytest.raises(DataError, match=r"no manifest.json: .* uses the names shard-NNNNNN.tar"):
             read(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(DataError, match=r"is converted already: give what it was made from"):
+    with pytest.raises(DataError, match=r"is already converted: give the original images"):
         images_to_convert(tmp_path)

@@ -118,7 +118,7 @@ def test_what_cannot_be_read_says_why_and_says_it_again(tmp_path, data, message)
 
 def test_what_is_no_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ImageError, match="no plain file"), open_scene(tmp_path / "pipe", Expected(5)):
+    with pytest.raises(ImageError, match="not a regular file"), open_scene(tmp_path / "pipe", Expected(5)):
         pass
     with pytest.raises(IsADirectoryError), open_scene(tmp_path, Expected(5)):
         pass
