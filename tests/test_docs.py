@@ -214,7 +214,7 @@ def flags_of_a_script(path):
 
 
 def test_every_flag_in_the_text_is_one_of_a_command():
-    known = {"help", "version", "config", "print_config", "full", "lr"}
+    known = {"help", "version", "config", "print_config", "full", "repeat_drills", "lr"}
     known |= set(
         re.findall(r"`--(\w+)`", (ROOT / "docs" / "reference" / "settings.md").read_text())
     )  # written from the settings

@@ -54,7 +54,7 @@ def test_no_number_is_in_no_range(name, value):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--eval_every=5"], "--eval_every 5 needs --val_path"), (["--val_path=v"], "--val_path v is for --eval_every"),
+    [(["--eval_every=5"], "--eval_every 5 needs --val_path"), (["--val_path=v"], "--val_path v needs --eval_every"),
      (["--eval_every=-1", "--val_path=v"], "--eval_every must not be negative, got -1")],
 )  # fmt: skip
 def test_an_evaluation_needs_images_and_how_often(words, message):

@@ -241,7 +241,7 @@ def test_the_file_kept_in_a_run_folder_holds_every_setting():
     [("[optim]\nepoch = 3\n", r"\[optim\] has no setting 'epoch'; did you mean .*epochs"),
      ("[data]\nzzzz = 3\n", r"\[data\] has no setting 'zzzz'; there are augment"),
      ("[optimizer]\nepochs = 3\n", r"\[optimizer\] is not a section; there are data, model, optim, run"),
-     ("epochs = 3\n", r"\[epochs\] is no section"),
+     ("epochs = 3\n", r"\[epochs\] is not a section"),
      ("[optim\n", "cannot be read")],
 )  # fmt: skip
 def test_what_a_file_cannot_say_is_an_error_that_names_it(tmp_path, text, message):
