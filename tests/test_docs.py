@@ -229,6 +229,15 @@ def test_every_flag_in_the_text_is_one_of_a_command():
         assert not named - {name.replace("-", "_") for name in known}, page.name
 
 
+def test_every_row_of_a_table_has_as_many_cells_as_its_header():
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+            rows = [re.sub(r"`[^`]*`", "", row).rstrip() for row in table.splitlines()]
+            assert all(row.endswith("|") for row in rows), f"{page.name}: {rows[0]}"
+            assert {row.count("|") for row in rows} == {rows[0].count("|")}, f"{page.name}: {rows[0]}"
+
+
 def test_links_between_pages_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):

@@ -1,8 +1,9 @@
 """Check what this machine supports, what is missing, and what to install or set.
 
-    spark-fast-doctor [--data_path FOLDER] [--exp_dir FOLDER]
+    spark-fast-doctor [--data_path PATH] [--exp_dir FOLDER]
 
-With a data path it also shows how many images a second these cores can load, what limits them, and what to do.
+With a data path, of any kind that training takes, it also shows how many images a second these cores can load, what
+limits them, and what to do.
 
 Exit codes: 0 training can run, 1 something that it needs is missing.
 """
@@ -17,11 +18,12 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -33,6 +35,9 @@ from spark_fast.cli.tool import run_tool
 from spark_fast.commands import INSTALL_DALI, INSTALL_FFCV, command
 from spark_fast.errors import SparkFastError
 from spark_fast.operating_system import usable_cores
+
+if TYPE_CHECKING:  # torch may not load
+    from spark_fast.pipelines.options import LoaderOptions
 
 IMPORTED = {  # module that training cannot do without, each needed by the next: how to get one that loads
     "torch": "https://pytorch.org/get-started/locally",
@@ -65,20 +70,25 @@ class Finding:
 
 
 def doctor(
-    data_path: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None,
+    data_path: Annotated[str, tyro.conf.arg(metavar="PATH")] = "",
     exp_dir: Annotated[Path, tyro.conf.arg(metavar="PATH")] = Path(),
     in_chans: int = 3,
     input_size: int = 224,
     workers: int = 0,
+    cache_dir: str = "",
+    cache_size: str = "50GB",
 ) -> int:
     """Check what this machine supports, and what to install or set.
 
     Args:
-        data_path: Also measure how fast these images are read, decoded and resized, and what limits the loader.
+        data_path: Also measure how fast these images are read, decoded and resized, and what limits the loader: a
+            folder, a file list, shards, or the URL of shards.
         exp_dir: Folder for runs; its free space and speed are checked.
         in_chans: Channels of the images at data_path.
         input_size: Side in pixels to which they are resized.
         workers: Number of decoding threads to measure; 0: one per core.
+        cache_dir: Where shards of a data_path on a server are kept, as in training.
+        cache_size: At most so much of them.
     """
     findings = [*packages()]
     broken = next((package for package in IMPORTED if _is_missing(_load(package))), "")
@@ -87,10 +97,11 @@ def doctor(
     if broken != "torch":
         findings += [*devices(), *decoders()]
     findings += [*optional_parts(), *limits(), written_to(exp_dir)]
-    if data_path is not None:
-        findings.append(read_from(data_path))
-        if not broken and not findings[-1].needed:
-            findings += loaded_from(data_path, findings[-1].rate, in_chans, input_size, workers or usable_cores())
+    if data_path and not broken:
+        asked = {"in_chans": in_chans, "input_size": input_size, "workers": workers or usable_cores()}
+        findings += images_at(data_path, **asked, cache_dir=cache_dir, cache_size=cache_size)
+    elif data_path and "://" not in data_path:
+        findings.append(read_from(Path(data_path)))
     table = Table(show_lines=False)
     for title in ("", "found"):
         table.add_column(title, overflow="fold")
@@ -225,17 +236,39 @@ def written_to(folder: Path) -> Finding:
     return Finding(what, f"{free:.0f} GiB free, written at {rate:.0f} MB/s", advice)
 
 
-def read_from(data_path: Path) -> Finding:
-    """How fast the files at `data_path` are read, from the disk where the system lets its cache be dropped."""
-    what, files = f"images at {data_path}", _files(data_path)
+def images_at(data_path: str, **asked: Any) -> Iterator[Finding]:
+    """How fast the images there are read and loaded; `asked`: of the `LoaderOptions`."""
+    from spark_fast.cli.storage_speed import listed_files
+    from spark_fast.pipelines.options import LoaderOptions, View
+    from spark_fast.pipelines.sources.remote.url import is_remote, refuse_credentials
+
+    refuse_credentials(data_path)
+    options = LoaderOptions(32, max_bad_fraction=1.0, **asked)
+    path = Path(data_path).expanduser()
+    if is_remote(data_path):
+        options = replace(options, view=View(shuffle_block=1))  # no need of all shards at once
+        read = fetched_from(data_path, options)
+    else:
+        try:
+            read = read_from(path, listed_files(path))
+        except SparkFastError as error:
+            read = Finding(f"images at {path}", str(error), "see the reason", needed=True)
+    yield read
+    if not read.needed:
+        yield from loaded_from(data_path, read.rate or None, options)
+
+
+def read_from(data_path: Path, files: Iterable[Path] | None = None) -> Finding:
+    """How fast files are read, from the disk where the system lets its cache be dropped; by default all at a path."""
+    what, files = f"images at {data_path}", _files(data_path) if files is None else files
     count = read = 0
     start = time.perf_counter()
     for path in files:
-        with path.open("rb") as file:
+        with suppress(FileNotFoundError), path.open("rb") as file:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             read += len(file.read(SAMPLE - read))
-        count += 1
+            count += 1
         if read >= SAMPLE:
             break
     if not read:
@@ -248,12 +281,26 @@ def read_from(data_path: Path) -> Finding:
     )
 
 
-def loaded_from(data_path: Path, disk: float, in_chans: int, input_size: int, workers: int) -> Iterator[Finding]:
-    """How long an image takes one core, how many the loader gives, and what limits it; `disk`: bytes a second."""
-    from spark_fast.cli.loader_speed import loader_speed
-    from spark_fast.pipelines.options import LoaderOptions
+def fetched_from(url: str, options: LoaderOptions) -> Finding:
+    """How fast shards come from a server into the cache."""
+    from spark_fast.cli.storage_speed import fetch_sample
 
-    options = LoaderOptions(32, in_chans=in_chans, input_size=input_size, workers=workers, max_bad_fraction=1.0)
+    what = f"shards at {url}"
+    try:
+        found = fetch_sample(url, options, SAMPLE)
+    except SparkFastError as error:
+        return Finding(what, str(error), "see the reason", needed=True)
+    if not found.bytes:
+        return Finding(what, f"the first {found.shards} are in the cache {found.folder} already")
+    rate = found.bytes / found.seconds
+    told = f"{rate / 2**20:.0f} MB/s into the cache {found.folder}, {found.shards} shards"
+    return Finding(what, told, rate=rate)
+
+
+def loaded_from(data_path: str, storage: float | None, options: LoaderOptions) -> Iterator[Finding]:
+    """How long an image takes one core, how many the loader gives, and what limits it; `storage`: bytes a second."""
+    from spark_fast.cli.loader_speed import loader_speed
+
     try:
         speed = loader_speed(data_path, options)
     except SparkFastError as error:
@@ -262,8 +309,8 @@ def loaded_from(data_path: Path, disk: float, in_chans: int, input_size: int, wo
     parts = {"reading": speed.reading, "decoding": speed.decoding, "resizing": speed.resizing}
     told = ", ".join(f"{name} {seconds * 1000:.2f} ms" for name, seconds in parts.items())
     yield Finding("an image on one core", f"{told}: {speed.of_one_core:.0f} images/s")
-    limit, remedy = speed.limit(disk)
-    yield Finding(f"loader, {workers} threads", f"{speed.rate:.0f} images/s, limited by {limit}", remedy)
+    limit, remedy = speed.limit(storage)
+    yield Finding(f"loader, {options.workers} threads", f"{speed.rate:.0f} images/s, limited by {limit}", remedy)
 
 
 def _files(data_path: Path) -> Iterator[Path]:

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from spark_fast.cli.storage_speed import reading_order
 from spark_fast.commands import command
 from spark_fast.errors import DataError, ImageError
 from spark_fast.pipelines.backends.image_loader import judged_when_stored
 from spark_fast.pipelines.build import build_pipeline, measure_statistics, open_source
 from spark_fast.pipelines.options import LoaderOptions
-from spark_fast.pipelines.sampler import order
+from spark_fast.pipelines.sources.remote.url import is_remote
 from spark_fast.pipelines.sources.source import Source, read_patiently
 from spark_fast.pipelines.transforms.bands.decode_bands import decode_bands
 from spark_fast.pipelines.transforms.decode import decode_image
@@ -33,6 +34,7 @@ class LoaderSpeed:
     workers: int
     bytes: float  # of an encoded image, mean
     pixels: float  # of a decoded one, mean
+    remote: bool = False  # from a server, by way of the cache
 
     @property
     def of_one_core(self) -> float:
@@ -43,13 +45,18 @@ class LoaderSpeed:
         """What limits the loader, and what to do.
 
         Args:
-            disk: bytes a second that the storage gives when nothing is in the page cache; None: not known.
+            disk: bytes a second that the storage gives when nothing is in the page cache, or the server when nothing
+                is in the cache; None: not known.
         """
         if disk is not None and disk / self.bytes < self.rate:
-            return f"the storage: {disk / self.bytes:.0f} images/s", (
-                f"put the images on a faster disk, or store them smaller: {command('convert')} --short_side"
+            place = "server" if self.remote else "storage"
+            remedy = "give --cache_size room for all shards" if self.remote else "put the images on a faster disk"
+            return f"the {place}: {disk / self.bytes:.0f} images/s", (
+                f"{remedy}, or store them smaller: {command('convert')} --short_side"
             )
         if self.reading > max(self.decoding, self.resizing):
+            if self.remote:
+                return "reading", "put the cache on a local disk: --cache_dir"
             return "reading", f"put the images on a local disk, in shards: {command('convert')}"
         if self.decoding > self.resizing and self.pixels > 1.5 * STORED:
             fewer = self.pixels / STORED
@@ -62,12 +69,14 @@ class LoaderSpeed:
 def loader_speed(data_path: str | Path, options: LoaderOptions) -> LoaderSpeed:
     """Measure the `torch` pipeline on a sample of the images at `data_path`, for some seconds.
 
+    Of a server they are those that are read first, whose shards should be in the cache.
+
     Raises DataError when none of the sample can be read, and what `build_pipeline` raises.
     """
     source = open_source(data_path, options)
     try:
         count = min(len(source), SAMPLE)
-        sample = order(len(source), 0, 0)[:count].tolist()
+        sample = reading_order(source, options)[:count].tolist()
         found, reasons = [], []
         for i in _for_a_while(sample):
             try:
@@ -84,7 +93,7 @@ def loader_speed(data_path: str | Path, options: LoaderOptions) -> LoaderSpeed:
     alone = _rate(data_path, replace(options, workers=1), count)
     rate = alone if options.workers == 1 else _rate(data_path, options, count)
     resizing = max(1 / alone - reading - decoding, 0.0)
-    return LoaderSpeed(reading, decoding, resizing, rate, options.workers, size, pixels)
+    return LoaderSpeed(reading, decoding, resizing, rate, options.workers, size, pixels, is_remote(data_path))
 
 
 def _for_a_while(sample: list[int]) -> Iterator[int]:

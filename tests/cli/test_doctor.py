@@ -15,9 +15,11 @@ import torch
 import tyro
 
 from spark_fast.cli import doctor
-from spark_fast.errors import SparkFastError
+from spark_fast.errors import SettingsError, SparkFastError
 from spark_fast.pipelines.ffcv_install import require_ffcv
+from spark_fast.pipelines.sources.remote import server
 from tests.pipelines.pictures import jpeg
+from tests.pipelines.sources.ten_images import write_all
 
 TOOL = Path(__file__).parents[2] / "tools" / "doctor.py"
 
@@ -136,6 +138,49 @@ def test_images_of_which_none_can_be_read_are_a_fault(tmp_path, capsys):
     code, told = run(capsys, "--data_path", tmp_path, "--exp_dir", tmp_path)
     assert code == 1
     assert "none of 1 images" in told
+
+
+def found_at(data_path, **asked):
+    return list(doctor.images_at(str(data_path), input_size=32, workers=1, **asked))
+
+
+def test_a_file_list_is_read_as_the_trainer_reads_it(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg(1))
+    (tmp_path / "list.csv").write_text("path,label\na.jpg,1\n")
+    files, _, loader = found_at(tmp_path / "list.csv")
+    assert files.rate > 0
+    assert "many small files" in files.advice
+    assert "images/s, limited by" in loader.found
+    (tmp_path / "a.jpg").unlink()
+    (finding,) = found_at(tmp_path / "list.csv")
+    assert finding.needed
+    assert "do not exist" in finding.found
+
+
+def test_shards_on_a_server_are_measured_through_the_cache(tmp_path):
+    pytest.importorskip("fsspec")
+    url, cache = f"file://{write_all(tmp_path / 'shards')}", str(tmp_path / "cache")
+    shards, _, loader = found_at(url, cache_dir=cache)
+    assert shards.what == f"shards at {url}"
+    assert shards.found.endswith(f"MB/s into the cache {cache}, 3 shards")
+    assert shards.rate > 0
+    assert "images/s, limited by" in loader.found
+    shards, *_ = found_at(url, cache_dir=cache)
+    assert (shards.found, shards.rate) == (f"the first 3 are in the cache {cache} already", 0)
+    (shards,) = found_at(url, cache_dir=cache, cache_size="9kB")
+    assert shards.needed
+    assert "more than --cache_size 9kB" in shards.found
+
+
+def test_a_server_that_is_gone_is_a_fault_and_a_password_is_not_repeated(tmp_path, monkeypatch):
+    pytest.importorskip("fsspec")
+    monkeypatch.setattr(server, "PAUSES", (0.0,) * 2)
+    (shards,) = found_at(f"file://{tmp_path}/gone")
+    assert shards.needed
+    assert "cannot be read after 3 attempts" in shards.found
+    with pytest.raises(SettingsError, match="user, password or query") as caught:
+        found_at("s3://me:secret@bucket/shards")
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("folder", ["nothing", "gone"])

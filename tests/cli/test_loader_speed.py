@@ -1,5 +1,7 @@
 """What the doctor says of a loader's speed: measured on real pipelines, and what follows from the figures."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tifffile
@@ -7,14 +9,19 @@ import tifffile
 from spark_fast.cli import loader_speed as measured
 from spark_fast.cli.loader_speed import LoaderSpeed, loader_speed
 from spark_fast.errors import DataError
-from spark_fast.pipelines.options import LoaderOptions
+from spark_fast.pipelines.options import LoaderOptions, View
 from tests.pipelines.pictures import jpeg
+from tests.pipelines.sources.ten_images import JPEGS, write_all
 
 MS = 1e-3
 
 
 def speed(reading: float, decoding: float, resizing: float, pixels: float = 256 * 341, rate: float = 100.0):
     return LoaderSpeed(reading * MS, decoding * MS, resizing * MS, rate, 2, bytes=1e5, pixels=pixels)
+
+
+def from_a_server(found: LoaderSpeed):
+    return replace(found, remote=True)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +32,8 @@ def speed(reading: float, decoding: float, resizing: float, pixels: float = 256 
         (speed(1, 5, 1, pixels=3 * 256 * 341), 5e8, "decoding", "3.0 times fewer pixels"),
         (speed(1, 5, 1), 5e8, "decoding", "--decode device"),
         (speed(1, 2, 5), None, "resizing", "--augment device"),
+        (from_a_server(speed(1, 2, 1)), 5e6, "the server: 50 images/s", "--cache_size room for all shards"),
+        (from_a_server(speed(5, 2, 1)), None, "reading", "--cache_dir"),
     ],
 )
 def test_the_slowest_part_is_named_with_a_remedy(found, disk, limit, remedy):
@@ -56,6 +65,16 @@ def test_bands_are_measured(tmp_path):
     found = loader_speed(tmp_path, LoaderOptions(2, in_chans=5, input_size=16, workers=2))
     assert found.pixels == 600
     assert found.workers == 2
+
+
+def test_shards_on_a_server_are_measured(tmp_path):
+    pytest.importorskip("fsspec")
+    url = f"file://{write_all(tmp_path / 'shards')}"
+    options = LoaderOptions(2, input_size=32, workers=1, cache_dir=str(tmp_path / "cache"), view=View(shuffle_block=1))
+    found = loader_speed(url, options)
+    assert found.remote
+    assert found.bytes == pytest.approx(np.mean([len(jpeg) for jpeg in JPEGS]))
+    assert found.rate > 0
 
 
 def test_the_sample_ends_early_where_images_are_slow(monkeypatch):
