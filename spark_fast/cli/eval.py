@@ -61,9 +61,10 @@ def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLo
     settings = asked.resolved(*_network(asked, weights))
     backbone = build_backbone(settings.network, settings.model.stages, weights, settings.in_chans)
     features = frozen(backbone, ranks.device, DTYPES[resolve_precision(settings.run.precision, ranks.device)])
-    fresh = isinstance(settings, Linear) and settings.probe.augment
+    fresh = isinstance(settings, Linear) and settings.is_shuffled
     statistics = weights.statistics if weights else None
-    train = open_train(settings, ranks, View(scale=(0.08, 1.0)) if fresh else central(settings), statistics)
+    view = View(scale=(0.08, 1.0), shuffle_block=settings.data.shuffle_block) if fresh else central(settings)
+    train = open_train(settings, ranks, view, statistics)
     learned = Labelled(train, train.num_classes, None, lambda step: watchdog.at(step, "reading the training images"))
     closing.callback(learned.close)
     val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "reading the validation images"))
@@ -138,7 +139,8 @@ def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, c
     statistics = _statistics(before[1]) if before else weights.statistics if weights else None
     settings = asked.resolved(network, stages, in_chans, statistics)
     recipe = settings.whole_recipe
-    view = View(scale=(recipe.min_scale, 1.0), repeats=recipe.repeats)
+    block = settings.data.shuffle_block
+    view = View(scale=(recipe.min_scale, 1.0), repeats=recipe.repeats, shuffle_block=block)
     train = open_train(settings, ranks, view, statistics)
     closing.callback(train.close)
     val = open_val(settings, ranks, train, lambda step: watchdog.at(step, "judging"))

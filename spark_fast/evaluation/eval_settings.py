@@ -17,13 +17,14 @@ from spark_fast.errors import SettingsError
 from spark_fast.evaluation.recipes import RECIPES, Recipe, recipe_for
 from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.run.config import Tree, nearest, read, switches_of
+from spark_fast.run.loading import Loading
 
 E = TypeVar("E", bound="Evaluation")
 
 
 @dataclass
-class Data:
-    """The images and how they reach the device."""
+class Images:
+    """The images and their normalisation."""
 
     data_path: str = ""
     """labelled training images: class folders (with train/ and val/), a file list with labels, shards or a .beton; or
@@ -40,18 +41,6 @@ class Data:
     """images per step over all ranks; default: 256, or the recipe's"""
     crop_pct: float | None = None
     """side of the central crop as a share of the shorter side; default: 0.875 (224 of 256), or the recipe's"""
-    workers: Annotated[int, arg(aliases=["--dataloader_workers"])] = 8
-    """decoding threads per rank"""
-    prefetch: int = 2
-    """batches decoded ahead"""
-    cache_dir: str = ""
-    """local cache for shards on a server; default: spark_fast/shards in $XDG_CACHE_HOME or ~/.cache"""
-    cache_size: str = "50GB"
-    """largest size of the cache, e.g. 500MB, 1.5TB, 200GiB; the least recently used shards are removed"""
-    max_bad_fraction: float = 0.01
-    """stop if more than this share of the images is unreadable (checked after 1000 images)"""
-    max_pixels: int = 64
-    """largest image in million (2**20) pixels; larger ones count as unreadable, because they may fill the memory"""
     scale: Literal["auto", "dtype", "percentile", "none"] = "auto"
     """how stored values are mapped to [0, 1]: dtype (by the type's largest value), percentile (0.1 to 99.9 become 0 to
     1), none; auto: as in the run of the weights"""
@@ -64,6 +53,11 @@ class Data:
     """arrays in .npy and .npz are (C, H, W), not (H, W, C)"""
     npz_key: str = ""
     """name of the array to read, for an .npz with several arrays"""
+
+
+@dataclass
+class Data(Loading, Images):
+    """The images and how they reach the device."""
 
 
 @dataclass
@@ -170,6 +164,11 @@ class Evaluation(Tree):
         return whole
 
     @property
+    def is_shuffled(self) -> bool:
+        """Whether the training images are shuffled in each epoch; else they are read once, in order."""
+        return False
+
+    @property
     def batch_size(self) -> int:
         """Of a resolved tree."""
         assert self.data.batch_size is not None
@@ -187,6 +186,8 @@ class Evaluation(Tree):
             raise SettingsError("--weights is missing: a run folder, a checkpoint, an exported encoder, or none")
         if self.model.weights == "none" and not self.model.model:
             raise SettingsError("--model is missing: with --weights none nothing else names the network")
+        if self.data.shuffle_block and not self.is_shuffled:
+            raise SettingsError("--shuffle_block is for images that are shuffled: finetune, and linear with --augment")
         positive = {
             "batch_size",
             "in_chans",
@@ -221,6 +222,11 @@ class Linear(Evaluation):
     mode: ClassVar[str] = "linear"
     probe: OmitArgPrefixes[Probe] = field(default_factory=Probe)
 
+    @property
+    def is_shuffled(self) -> bool:
+        """If its crops are drawn anew."""
+        return self.probe.augment
+
 
 @dataclass
 class Finetune(Evaluation):
@@ -232,7 +238,7 @@ class Finetune(Evaluation):
 
     HARMLESS: ClassVar[dict[str, set[str]]] = {  # what changes nothing that is computed, or only its rounding
         "data": {"data_path", "val_path", "pipeline", "workers", "prefetch", "max_bad_fraction", "max_pixels"}
-        | {"cache_dir", "cache_size"},
+        | {"worker_processes", "cache_dir", "cache_size"},
         "model": {"weights"},
         "run": {f.name for f in dataclasses.fields(FinetuneRunSettings)} - {"seed"},
         "recipe": {"accumulate"},
@@ -255,6 +261,11 @@ class Finetune(Evaluation):
                 f"channel{'s' * (whole.in_chans != 1)} and --scale {whole.scaling(known)}: use --augment none"
             )
         return whole
+
+    @property
+    def is_shuffled(self) -> bool:
+        """Always."""
+        return True
 
     @property
     def whole_recipe(self) -> Any:

@@ -133,7 +133,8 @@ class FinetuneRun:
         Raises:
             CheckpointError: it is of another run.
         """
-        before = {**state["settings"], "data": {"in_chans": 3, **state["settings"]["data"]}}  # as older versions had it
+        older = {"in_chans": 3, "shuffle_block": 0}  # before there were such settings
+        before = {**state["settings"], "data": {**older, **state["settings"]["data"]}}
         differences = differing(before, self.settings.meaning(), self.settings.HARMLESS)
         refuse_differences(path, state, differences, self.train_images, "another <name> to begin a new run")
         self.state.restore(path, state, self.ranks)

@@ -131,6 +131,7 @@ def as_evaluation(settings: Settings, ranks: Ranks) -> Knn:
             data_path=data.val_path,
             input_size=data.input_size,
             workers=data.workers,
+            worker_processes=data.worker_processes,
             prefetch=data.prefetch,
             max_bad_fraction=data.max_bad_fraction,
             max_pixels=data.max_pixels,

@@ -132,6 +132,7 @@ def open_pipeline(
         world_size=ranks.world_size,
         device=ranks.device,
         workers=settings.data.workers,
+        worker_processes=settings.data.worker_processes,
         prefetch=settings.data.prefetch,
         max_bad_fraction=settings.data.max_bad_fraction,
         max_pixels=settings.data.max_pixels,

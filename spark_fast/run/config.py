@@ -41,6 +41,7 @@ class DataGroup(Protocol):
     pipeline: str
     input_size: str
     workers: int
+    worker_processes: Any
     prefetch: int
     max_bad_fraction: float
     max_pixels: int

@@ -131,7 +131,6 @@ def open_images(
         ffcv_resize=settings.data.ffcv_resize,
         augment_on=settings.data.augment,
         decode_on=settings.data.decode,
-        worker_processes=settings.data.worker_processes,
         view=View(
             shuffle_block=settings.data.shuffle_block,
             augment=augment,

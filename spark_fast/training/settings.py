@@ -18,6 +18,7 @@ from spark_fast.method import Method, method_class
 from spark_fast.networks import import_from_current_folder
 from spark_fast.reporting.reconstructions import check_picture_channels
 from spark_fast.run.config import Tree, last_value, read, set_by_name, switch, switches_of
+from spark_fast.run.loading import Loading
 
 PUBLISHED_DROP_PATH = {
     "resnet50": 0.05,
@@ -35,8 +36,8 @@ Compile = Literal["off", "default", "max-autotune", "reduce-overhead"]
 
 
 @dataclass
-class Data:
-    """The images and how they reach the device."""
+class Images:
+    """The images and their augmentation."""
 
     data_path: str = ""
     """image folder (ImageNet layout or flat), file list, shards or a .beton written by spark-fast-convert, or the URL
@@ -79,23 +80,11 @@ class Data:
     """name of the array to read, for an .npz with several arrays"""
     batch_size: Annotated[int, arg(aliases=["--bs"])] = 4096
     """images per step over all ranks"""
-    workers: Annotated[int, arg(aliases=["--dataloader_workers"])] = 8
-    """decoding threads per rank"""
-    worker_processes: int | Literal["auto"] = "auto"
-    """processes for the decoding threads; 0: the trainer's own process; auto: one per thread, at most 16, and 0 for up
-    to 2 threads"""
-    prefetch: int = 2
-    """batches decoded ahead"""
-    shuffle_block: int = 0
-    """number of shards whose images are shuffled together, for shards on a server (docs/how_to/remote.md); 0: all"""
-    cache_dir: str = ""
-    """local cache for shards on a server; default: spark_fast/shards in $XDG_CACHE_HOME or ~/.cache"""
-    cache_size: str = "50GB"
-    """largest size of the cache, e.g. 500MB, 1.5TB, 200GiB; the least recently used shards are removed"""
-    max_bad_fraction: float = 0.01
-    """stop if more than this share of the images is unreadable (checked after 1000 images)"""
-    max_pixels: int = 64
-    """largest image in million (2**20) pixels; larger ones count as unreadable, because they may fill the memory"""
+
+
+@dataclass
+class Data(Loading, Images):
+    """The images and how they reach the device."""
 
 
 @dataclass

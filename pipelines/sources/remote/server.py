@@ -37,22 +37,38 @@ class DamagedError(Exception):
 
 
 class Server:
-    """The files in the folder at `url`; made again from its URL where it is unpickled.
+    """The files in the folder at `url`.
+
+    Unpickled, it is opened when it is first used: fsspec starts a thread, and refuses to work in a process that was
+    forked since.
 
     Raises SettingsError when the packages that read such a URL are not installed.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._files, self._path = _open(self.url)
+        self._opened: tuple[Any, str] | None = _open(self.url)
+        self._opening = threading.Lock()
         self._given_up = False
 
-    def __reduce__(self) -> tuple[type[Server], tuple[str]]:
-        return Server, (self.url,)
+    def __getstate__(self) -> str:
+        return self.url
+
+    def __setstate__(self, url: str) -> None:
+        import fsspec
+
+        self.url, self._opened, self._opening, self._given_up = url, None, threading.Lock(), False
+        fsspec.get_filesystem_class(fsspec.utils.get_protocol(url))  # imported here, before forks, which share it
+
+    def _folder(self) -> tuple[Any, str]:
+        with self._opening:
+            self._opened = self._opened or _open(self.url)
+        return self._opened
 
     def read(self, name: str) -> bytes:
         """A small file, by one try. Raises whatever fsspec does."""
-        return self._files.cat_file(f"{self._path}/{name}")
+        files, folder = self._folder()
+        return files.cat_file(f"{folder}/{name}")
 
     def download(self, name: str, size: int, path: Path, stop: threading.Event, tell: Callable[[int], None]) -> None:
         """A file of `size` bytes to `path`, by one try; `tell` is called with the bytes so far.
@@ -73,7 +89,8 @@ class Server:
                     raise TimeoutError(f"slower than {SLOWEST // 1000} kB/s")
                 tell(self.value)
 
-        self._files.get_file(f"{self._path}/{name}", str(path), callback=Watched())
+        files, folder = self._folder()
+        files.get_file(f"{folder}/{name}", str(path), callback=Watched())
 
     def patiently(self, name: str, attempt: Callable[[], T], stop: threading.Event | None = None) -> T:
         """What `attempt` returns, tried again when it fails.

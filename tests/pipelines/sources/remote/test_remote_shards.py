@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from spark_fast.errors import DataError, ImageError, SettingsError
-from spark_fast.pipelines.sources.remote import remote_shards, server
+from spark_fast.pipelines.sources.remote import prefetch, remote_shards, server
 from spark_fast.pipelines.sources.remote.remote_shards import RemoteShardSource, has_split
 from spark_fast.pipelines.sources.remote.shard_cache import ShardCache
 from spark_fast.pipelines.sources.shard_format import MANIFEST
@@ -98,6 +98,17 @@ def test_twenty_faults_while_a_pipeline_reads_change_no_batch(over_http, shards,
         if thread.name.startswith("fetch-"):  # for the epoch that would come next; on a busy machine it ends later
             thread.join()
     assert left_behind(ShardCache(Path(cache_dir), 0)) == []
+
+
+@pytest.mark.slow
+def test_worker_processes_download_by_themselves(over_http, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(prefetch, "DOWNLOADS", 0)  # else the trainer's process may be quicker
+    options = {"batch_size": 3, "input_size": 32, "shuffle_block": 1, "prefetch": 1}
+    local = build(shards, **options)
+    remote = build(over_http.url, **options, workers=2, worker_processes=2, cache_dir=str(tmp_path / "cache"))
+    assert same(list(local.epoch(0)), list(remote.epoch(0)))
+    local.close()
+    remote.close()
 
 
 @pytest.mark.slow

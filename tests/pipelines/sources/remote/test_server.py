@@ -111,6 +111,17 @@ def test_it_may_be_sent_to_another_process(in_memory):
     assert pickle.loads(pickle.dumps(Server(in_memory))).read("manifest.json")
 
 
+def test_in_another_process_it_is_opened_when_it_is_used(over_http, monkeypatch):
+    """That process may be forked in between, and the thread of fsspec does not survive a fork."""
+    sent = pickle.dumps(Server(over_http.url))
+    opened, really = [], tested._open
+    monkeypatch.setattr(tested, "_open", lambda url: opened.append(url) or really(url))
+    there = pickle.loads(sent)
+    assert not opened
+    assert there.read("manifest.json") == there.read("manifest.json")
+    assert opened == [over_http.url]
+
+
 def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(SettingsError, match=r"not installed .*: pip install 'spark-fast\[remote\]'"):
