@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from learning_forms import Options
-from learning_runs import FCMAE_VARIANT, PUBLISHED, Finetuning, Pretraining
+from learning_methods import FCMAE_VARIANT, PUBLISHED, Finetuning, Pretraining
 
 SCRATCH = "scratch"
 FCMAE, FCMAE_4 = "FCMAE", "FCMAE x 4"

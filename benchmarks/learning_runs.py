@@ -1,25 +1,21 @@
-"""What `learning.py` runs, each by the product's own parts in one process: pre-training, fine-tuning, a step.
-
-The variants of the ablations live here and not in the product: each changes one thing and keeps the rest.
-"""
+"""What `learning.py` runs, each by the product's own parts in one process: pre-training, fine-tuning, a step."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from learning_images import Images
+from learning_methods import FCMAE_VARIANT, SIZE, STAGES, Finetuning, Pretraining, build, own
 from measuring import clock, medians
 from torch import Tensor
 from ways import Shape, Way, inputs, train_step
 
-from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, VisiblePatches
 from spark_fast.evaluation import eval_settings as evaluation
 from spark_fast.evaluation.accuracy import judge
 from spark_fast.evaluation.backbone import build_classifier
@@ -28,16 +24,13 @@ from spark_fast.evaluation.finetune import FinetuneRun
 from spark_fast.evaluation.online_knn import OnlineKnn
 from spark_fast.evaluation.recipes import Recipe
 from spark_fast.evaluation.report import Report
-from spark_fast.fcmae import FCMAE
 from spark_fast.method import Method
-from spark_fast.networks import build_network
 from spark_fast.pipelines import Pipeline, View
 from spark_fast.reporting.metrics_file import read_metrics
 from spark_fast.run.command import open_checkpoints, running
 from spark_fast.run.distributed import Ranks
 from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
-from spark_fast.spark import SparK
 from spark_fast.training import settings as training
 from spark_fast.training.pretrain import open_images
 from spark_fast.training.pretrain_run import PretrainRun
@@ -45,112 +38,12 @@ from spark_fast.training.resume import checkpoints_to_resume
 from spark_fast.training.step import DTYPES, resolve_precision
 from spark_fast.weights.read import read_weights
 
-SIZE = 64  # pixels
-STAGES = 2  # patches of 8 px
 WARMUP = 0.1  # of a run: where the whole is an epoch, a part of that
 TIMEOUT = 600.0
 SAVE_EVERY = "2min"  # of a pre-training: what is lost when it is killed
 LOADED = 30  # batches that the cost of loading is measured on
 
 Clock = Callable[[torch.device], float]
-
-
-class ZeroedEncoder(MaskedEncoder):
-    """Zero-outing: the ordinary dense network on an image with its masked pixels zeroed."""
-
-    def forward(self, images: Tensor, visible: VisiblePatches | None = None) -> list[Tensor]:
-        """As of any encoder; no layer knows of the mask, and what they left in the holes is dropped at the end."""
-        if visible is None:
-            return super().forward(images)
-        return self._leave(super().forward(self._enter(images, visible)), visible)
-
-
-class LastLevelEncoder(PackedEncoder):
-    """No hierarchy: the decoder is fed from the last level alone."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.levels, self.channels, self.strides = self.levels[-1:], self.channels[-1:], self.strides[-1:]
-
-
-class LossOnAllPatches(SparK):
-    """The loss is taken on visible patches, too."""
-
-    def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
-        """The loss, a scalar."""
-        patches = torch.arange(self.grid[0] * self.grid[1], device=images.device).expand(len(images), -1)
-        return self.loss(images, self.visible_patches(images, visible), on=VisiblePatches(patches, self.grid))
-
-
-PUBLISHED = "as published"
-FCMAE_VARIANT = "FCMAE"
-VARIANTS: dict[str, tuple[type[Encoder], Callable[..., Method]]] = {
-    PUBLISHED: (PackedEncoder, SparK),
-    "zero-outing": (ZeroedEncoder, SparK),
-    "no hierarchy": (LastLevelEncoder, SparK),
-    "loss on all patches": (PackedEncoder, LossOnAllPatches),
-}
-METHODS: dict[str, tuple[type[Encoder], Callable[..., Method]]] = VARIANTS | {FCMAE_VARIANT: (PackedEncoder, FCMAE)}
-
-
-@dataclass(frozen=True)
-class Pretraining:
-    """One pre-training; `seed` decides weights, order, crops and masks.
-
-    Attributes:
-        width: channels of the decoder.
-        variant: a key of METHODS.
-        images: share of the training images, the same for every seed.
-        masks: of each image.
-        lr: per 256 images; None: the one that all runs have in common.
-        judged: by k-NN, before the first step and then so often: "tuning" on training images, "test" on the test
-            images; "" not at all.
-        points: of that, spread over the run.
-    """
-
-    network: str
-    epochs: int
-    width: int
-    variant: str = PUBLISHED
-    mask: float = 0.6
-    seed: int = 0
-    images: float = 1.0
-    masks: int = 1
-    lr: float | None = None
-    judged: str = ""
-    points: int = 1
-
-    @property
-    def work(self) -> float:
-        """About, in epochs of fine-tuning: the decoder makes a step cost some three times as much."""
-        return 3.0 * self.epochs * self.images
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        words = [self.network, self.variant, f"mask {self.mask}", f"width {self.width}", f"{self.epochs} epochs"]
-        words += [f"{self.masks} masks"] if self.masks > 1 else []
-        words += [f"rate {self.lr:g}"] if self.lr is not None else []
-        words += [f"judged by {self.judged}"] if self.judged else []
-        return "_".join((*words, f"{self.images:.0%} of the images", f"seed {self.seed}")).replace(" ", "-")
-
-
-@dataclass(frozen=True)
-class Finetuning:
-    """One fine-tuning, `before` of what was pre-trained, or from scratch; `seed` decides the labelled images, too."""
-
-    network: str
-    before: Pretraining | None
-    share: float  # of the training images, labelled
-    epochs: int
-    lr: float
-    seed: int
-    held_out: bool = False  # judged by training images that are never learned from
-
-    @property
-    def work(self) -> float:
-        """About, in epochs over all images: the tenth is for judging."""
-        return self.share * self.epochs + 0.1
 
 
 class Bench:
@@ -268,7 +161,7 @@ class Bench:
                 workers=options.workers,
             ),
             training.Model(
-                method="fcmae" if run.variant == FCMAE_VARIANT else "spark", model=_own(run.network), stages=STAGES,
+                method="fcmae" if run.variant == FCMAE_VARIANT else "spark", model=own(run.network), stages=STAGES,
                 mask_ratio=run.mask, masks_per_image=run.masks, decoder_width=run.width,
             ),
             training.Optim(
@@ -290,7 +183,7 @@ class Bench:
                 str(learned), str(self.images.watched()), input_size=str(SIZE), in_chans=options.channels,
                 batch_size=batch, crop_pct=1.0, workers=options.workers, mean=options.mean, std=options.std,
             ),
-            evaluation.Model("none", _own(run.network), STAGES),
+            evaluation.Model("none", own(run.network), STAGES),
             evaluation.FinetuneRunSettings("learning", seed=run.seed, precision=self.precision),
             Recipe(
                 epochs=run.epochs, warmup_epochs=WARMUP * run.epochs,  # type: ignore[arg-type]
@@ -298,23 +191,12 @@ class Bench:
                 mixup=0.0, cutmix=0.0, smoothing=0.1, repeats=1, augment="none", erase=0.0,
                 min_scale=options.min_scale, drop_path=0.0, ema=0.0, clip=1.0,
             ),
-        ).resolved(_own(run.network), STAGES, options.channels)  # fmt: skip
+        ).resolved(own(run.network), STAGES, options.channels)  # fmt: skip
 
     def _classify(self, network: Any, images: Tensor) -> Tensor:
         dtype = DTYPES[self.precision]
         with torch.autocast(self.ranks.device.type, dtype, enabled=dtype != torch.float32):
             return network(images)
-
-
-def build(run: Pretraining, channels: int = 3) -> Method:
-    """FCMAE, or SparK with the one thing changed that the variant says; `channels` of the images."""
-    encoder, method = METHODS[run.variant]
-    packed = encoder(build_network(_own(run.network)), (SIZE, SIZE), STAGES, keep=1 - run.mask, in_chans=channels)
-    return method(packed, (SIZE, SIZE), run.mask, run.width)
-
-
-def _own(network: str) -> str:
-    return f"learning_networks:{network}"
 
 
 def _timed(step: Callable[[], object], device: torch.device, now: Clock) -> tuple[float]:

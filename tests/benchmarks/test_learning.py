@@ -33,6 +33,13 @@ def learning_runs(learning):
 
 
 @pytest.fixture
+def learning_methods(learning):
+    import learning_methods
+
+    return learning_methods
+
+
+@pytest.fixture
 def pictures(tmp_path):
     """Two classes, told apart by their brightness."""
     random = np.random.default_rng(0)
@@ -156,20 +163,20 @@ def seen():
     return images, mask
 
 
-def spark(runs, variant):
+def spark(methods, variant):
     torch.manual_seed(0)
-    return runs.build(runs.Pretraining("small_resnet", 1, 8, variant))
+    return methods.build(methods.Pretraining("small_resnet", 1, 8, variant))
 
 
-def test_each_variant_changes_what_it_says(learning, learning_runs, seen, one_thread):
+def test_each_variant_changes_what_it_says(learning, learning_methods, seen, one_thread):
     images, mask = seen
-    models = {name: spark(learning_runs, name) for name in learning_runs.VARIANTS}
+    models = {name: spark(learning_methods, name) for name in learning_methods.VARIANTS}
     levels = {name: len(model.densify_projs) for name, model in models.items()}
     assert levels == {"as published": 2, "zero-outing": 2, "no hierarchy": 1, "loss on all patches": 2}
     losses = {name: model(images, mask).item() for name, model in models.items()}
     assert len(set(losses.values())) == 4
     changes = learning.changed(learning.parse(["--form", "smoke", "--data", "x", "--out", "y"]))
-    assert set(changes) == {*learning_runs.VARIANTS, "mask 0.9", "decoder 16"}
+    assert set(changes) == {*learning_methods.VARIANTS, "mask 0.9", "decoder 16"}
     zeroed, here = models["zero-outing"], VisiblePatches(mask, (8, 8))
     dense = zeroed.encoder.network(images * here.cells(64))[-1]
     torch.testing.assert_close(zeroed.encode(images, mask)[-1], dense * here.cells(8))
