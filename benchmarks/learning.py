@@ -131,6 +131,7 @@ def main(options: Options) -> None:
     if "evidence" in options.parts:
         images.link_neighbours(options.neighbours)
     bench = Bench(images, options.out, ranks.device, options)
+    bench.decode()
     all_runs = run_all(options, bench, record)
     rows = [row for row in all_runs if "top1" in row]
     steps: dict[str, float] = {}

@@ -88,6 +88,8 @@ class Options:
     """runs side by side, which share the CPU's cores: small networks leave cores idle that work on one batch"""
     workers: int = 2
     """decoding threads of a run"""
+    in_memory: bool = False
+    """decode the images once, all of one size, and hold them in the device's memory"""
     write: Path | None = None
     """a page of the docs, into which the table is put between its two marks"""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from learning_images import Images
+from learning_memory import Memory, MemoryKnn
 from learning_methods import FCMAE_VARIANT, SIZE, STAGES, Finetuning, Pretraining, build, own
 from measuring import clock, medians
 from torch import Tensor
@@ -19,7 +20,7 @@ from ways import Shape, Way, inputs, train_step
 from spark_fast.evaluation import eval_settings as evaluation
 from spark_fast.evaluation.accuracy import judge
 from spark_fast.evaluation.backbone import build_classifier
-from spark_fast.evaluation.data import Labelled, open_train, open_val
+from spark_fast.evaluation.data import Labelled, central, open_train, open_val
 from spark_fast.evaluation.finetune import FinetuneRun
 from spark_fast.evaluation.online_knn import OnlineKnn
 from spark_fast.evaluation.recipes import Recipe
@@ -52,6 +53,7 @@ class Bench:
     def __init__(self, images: Images, out: Path, device: torch.device, options: Any) -> None:
         self.images, self.out, self.options = images, out, options
         self.ranks = Ranks(0, 1, device)
+        self.memory = Memory(out / "decoded", device) if options.in_memory else None
         self.precision: Any = resolve_precision(options.precision, device)
 
     def weights(self, run: Pretraining) -> Path:
@@ -71,13 +73,14 @@ class Bench:
         settings, watchdog = self._settings(run), Watchdog(TIMEOUT)
         with running(settings, self.ranks, watchdog) as (lock, closing):
             resume = checkpoints_to_resume(settings.run.resume, settings.folder)
-            pipeline = open_images(settings, self.ranks, batch_size=self.options.batch)
+            pipeline = self._open_images(settings)
             closing.callback(pipeline.close)
             training = PretrainRun(settings, self.ranks, pipeline, self._model(run))
             interrupt = Interrupt()
             closing.callback(interrupt.release)
             if run.judged:
-                closing.callback(training.open_evaluator(OnlineKnn, watchdog, interrupt).close)
+                knn = partial(MemoryKnn, self.memory) if self.memory else OnlineKnn
+                closing.callback(training.open_evaluator(knn, watchdog, interrupt).close)
             if resume:
                 training.restore(resume)
             at = training.position
@@ -94,10 +97,10 @@ class Bench:
         settings = self._finetune_settings(run)
         weights = read_weights(self.weights(run.before)) if run.before else None
         torch.manual_seed(run.seed)
-        train = open_train(settings, self.ranks, View(scale=(settings.recipe.min_scale, 1.0)))
-        watched = open_val(settings, self.ranks, train, lambda step: None)
+        train = self._open_train(settings, View(scale=(settings.recipe.min_scale, 1.0)))
+        watched = self._open_val(settings, train)
         settings.data.val_path = str(self.images.held_out() if run.held_out else self.images.test)
-        judged = open_val(settings, self.ranks, train, lambda step: None)
+        judged = self._open_val(settings, train)
         drop_path = settings.recipe.drop_path or 0.0
         model = build_classifier(
             settings.network, STAGES, weights, train.num_classes, drop_path, settings.size, self.options.channels
@@ -125,22 +128,49 @@ class Bench:
         """What a step of each run costs, its batch included, in seconds of training.
 
         On a CPU these are seconds that this one thread computes: what else the machine is busy with does not count.
-        There the loading adds to a step; on a GPU it goes on meanwhile, and the longer of the two counts.
+        There the loading adds to a step, as it does where the images are in memory; else it goes on meanwhile on a
+        GPU, and the longer of the two counts.
 
         Returns:
-            `of`: by the runs' names; `loading`: of a batch, in seconds that the cores compute.
+            `of`: by the runs' names; `loading`: of a batch, in seconds that the cores compute, or, on a GPU with the
+            images in memory, that pass.
         """
         on_cpu, workers = self.ranks.device.type == "cpu", self.options.workers
+        now = clock if self.memory and not on_cpu else _computed
         steps = self.seconds_per_step(runs, self.options.step_repeats, _computed if on_cpu else clock)
         settings = self._settings(next(iter(runs.values())))
-        with closing(open_images(settings, self.ranks, batch_size=self.options.batch)) as pipeline:
-            begun, batches = _computed(self.ranks.device), min(len(pipeline), LOADED)
+        with closing(self._open_images(settings)) as pipeline:
+            begun, batches = now(self.ranks.device), min(len(pipeline), LOADED)
             with closing(pipeline.epoch(0)) as epoch:
                 for _ in range(batches):
                     next(epoch)
-            loading = (_computed(self.ranks.device) - begun) / batches
-        whole = {name: s + loading if on_cpu else max(s, loading / workers) for name, s in steps.items()}
+            loading = (now(self.ranks.device) - begun) / batches
+        adds = on_cpu or self.memory is not None
+        whole = {name: s + loading if adds else max(s, loading / workers) for name, s in steps.items()}
         return {"of": whole, "loading": loading}
+
+    def decode(self) -> None:
+        """Decode for the memory what all runs share, so that none of them has to."""
+        if self.memory:
+            self._open_images(self._settings(Pretraining(self.options.networks[0], 1, self.options.width))).close()
+
+    def _open_images(self, settings: training.Settings) -> Pipeline:
+        if self.memory:
+            return self.memory.open(
+                settings, settings.data.data_path, View(scale=settings.crop_scale), self.options.batch
+            )
+        return open_images(settings, self.ranks, batch_size=self.options.batch)
+
+    def _open_train(self, settings: Any, view: View) -> Pipeline:
+        if self.memory:
+            return self.memory.open(settings, settings.data.data_path, view, settings.batch_size)
+        return open_train(settings, self.ranks, view)
+
+    def _open_val(self, settings: Any, train: Pipeline) -> Labelled:
+        data = open_val(settings, self.ranks, train, lambda step: None)
+        if self.memory:
+            self.memory.hold(data, settings, settings.data.val_path, central(settings, "all"))
+        return data
 
     def _model(self, run: Pretraining) -> Method:
         torch.manual_seed(run.seed)

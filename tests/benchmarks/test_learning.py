@@ -126,6 +126,32 @@ def test_images_of_one_channel_of_16_bits_go_the_same_way(learning, tmp_path, on
 
 
 @pytest.mark.slow
+def test_with_the_images_in_memory_the_same_runs_are_done(learning, more_pictures, tmp_path, one_thread):
+    import learning_report
+    from learning_queue import read_rows
+
+    def rows(name, *more):
+        words = ["--form", "smoke", "--parts", "evidence", "--arms", "scratch", "as published", "--seeds", "1"]
+        words += ["--pretrainings", "1", "--pretrain_lr", "1e-3", "--data", str(more_pictures)]
+        options = learning.parse([*words, "--out", str(tmp_path / name), *more])
+        learning.main(options)
+        found = read_rows(options.out / "runs.jsonl")
+        assert "| as published |" in learning_report.markdown(options, found)
+        return found
+
+    decoded, held = rows("decoded"), rows("held", "--in_memory")
+    assert not (tmp_path / "decoded" / "decoded").exists()
+    assert len(list((tmp_path / "held" / "decoded").glob("*.npy"))) == 8, (
+        "two for k-NN, the list of held-out images ..."
+    )
+    assert [row["key"] for row in held.values()] == [row["key"] for row in decoded.values()]
+    for key, row in held.items():
+        if "loss" in row:
+            assert row["loss"] == pytest.approx(decoded[key]["loss"], rel=1e-3), "pixels differ by their rounding alone"
+            assert row["knn"][0] == pytest.approx(decoded[key]["knn"][0], abs=25), "one image of four"
+
+
+@pytest.mark.slow
 def test_an_interrupted_pretraining_goes_on_and_ends_as_one_that_was_not(
     learning_runs, more_pictures, tmp_path, one_thread, monkeypatch
 ):
