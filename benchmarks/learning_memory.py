@@ -45,12 +45,17 @@ class MemoryPipeline(Backend):
 
     Args:
         pixels: (N, h, w, 3), of the images of `source`.
+        passes: an epoch is so many of the product's. What a trainer does at an epoch's end, a checkpoint above all,
+            waits for the device hundreds of times, and for its turn where other processes keep it busy.
     """
 
-    def __init__(self, source: Source, sampler: Sampler, options: LoaderOptions, pixels: NDArray[np.uint8]) -> None:
+    def __init__(
+        self, source: Source, sampler: Sampler, options: LoaderOptions, pixels: NDArray[np.uint8], passes: int = 1
+    ) -> None:
         if not options.photographs or options.view.vflip or options.view.rot90:
             raise SettingsError("images in memory are photographs of 8 bits, neither turned nor upside down")
         super().__init__(source, sampler, options)
+        self._passes = passes
         self._rows, self._columns = pixels.shape[1:3]
         # (N, w, h, 3): the first product is across
         self._held = torch.from_numpy(pixels).to(self.device).transpose(1, 2).contiguous()
@@ -59,6 +64,18 @@ class MemoryPipeline(Backend):
         across = resize_matrices(self._columns, width)
         self._across = torch.stack([across, across.flip(2)]).flatten(0, 2).to(self.device)  # (2 * w * w, W, w)
         self._down = resize_matrices(self._rows, height).flatten(0, 1).to(self.device)  # (h * h, H, h)
+
+    def __len__(self) -> int:
+        return self._passes * len(self._sampler)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
+        """Batches start_step ... len(self) - 1 of this epoch."""
+        if self._closed.is_set():
+            raise RuntimeError("this pipeline was closed")
+        done, start = divmod(start_step, len(self._sampler))
+        epochs = range(epoch * self._passes + done, (epoch + 1) * self._passes)
+        steps = (self._sampler.epoch(each, 0 if each > epochs[0] else start) for each in epochs)
+        return self._told((batch for some in steps for batch in self._batches(some)), start_step)
 
     def close(self) -> None:
         """Close the source."""
@@ -132,8 +149,8 @@ class Memory:
     folder: Path
     device: torch.device
 
-    def open(self, settings: Tree, path: str, view: View, batch_size: int) -> MemoryPipeline:
-        """What the product's `open_pipeline` opens, for one rank.
+    def open(self, settings: Tree, path: str, view: View, batch_size: int, passes: int = 1) -> MemoryPipeline:
+        """What the product's `open_pipeline` opens, for one rank; `passes`: see `MemoryPipeline`.
 
         Raises:
             DataError: the images cannot be used, or differ in size.
@@ -147,7 +164,7 @@ class Memory:
         try:
             pixels = self._decoded(source, f"{Path(path).resolve()} {view.split}", options.workers)
             sampler = Sampler(len(source), batch_size, options.seed, repeats=view.repeats, in_order=view.in_order)
-            return MemoryPipeline(source, sampler, options, pixels)
+            return MemoryPipeline(source, sampler, options, pixels, passes)
         except BaseException:
             source.close()
             raise

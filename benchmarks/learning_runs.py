@@ -73,7 +73,7 @@ class Bench:
         settings, watchdog = self._settings(run), Watchdog(TIMEOUT)
         with running(settings, self.ranks, watchdog) as (lock, closing):
             resume = checkpoints_to_resume(settings.run.resume, settings.folder)
-            pipeline = self._open_images(settings)
+            pipeline = self._open_images(settings, self._passes(run))
             closing.callback(pipeline.close)
             training = PretrainRun(settings, self.ranks, pipeline, self._model(run))
             interrupt = Interrupt()
@@ -97,7 +97,7 @@ class Bench:
         settings = self._finetune_settings(run)
         weights = read_weights(self.weights(run.before)) if run.before else None
         torch.manual_seed(run.seed)
-        train = self._open_train(settings, View(scale=(settings.recipe.min_scale, 1.0)))
+        train = self._open_train(settings, View(scale=(settings.recipe.min_scale, 1.0)), self._passes(run))
         watched = self._open_val(settings, train)
         settings.data.val_path = str(self.images.held_out() if run.held_out else self.images.test)
         judged = self._open_val(settings, train)
@@ -115,13 +115,14 @@ class Bench:
     def seconds_per_step(self, runs: dict[str, Pretraining], repeats: int, now: Clock = clock) -> dict[str, float]:
         """Median seconds of a step of each run, in turns."""
         device, way = self.ranks.device, Way(precision=self.precision)
+        optimizer = self.options.optimizer if self.memory else ""  # few launches or many: on a GPU that counts
         steps: dict[str, Callable[[], tuple[float, ...]]] = {}
         for name, run in runs.items():
             model = self._model(run)
             shape = Shape(run.network, SIZE, run.mask, self.options.batch, run.width, masks=run.masks)
             model.encoder.context.kernels = None
             batch = inputs(model, shape, way, device)
-            steps[name] = partial(_timed, partial(train_step(way, model, device), 0, *batch), device, now)
+            steps[name] = partial(_timed, partial(train_step(way, model, device, optimizer), 0, *batch), device, now)
         return {name: seconds for name, (seconds,) in medians(steps, repeats).items()}
 
     def step_costs(self, runs: dict[str, Pretraining]) -> dict[str, Any]:
@@ -154,16 +155,20 @@ class Bench:
         if self.memory:
             self._open_images(self._settings(Pretraining(self.options.networks[0], 1, self.options.width))).close()
 
-    def _open_images(self, settings: training.Settings) -> Pipeline:
+    def _passes(self, run: Pretraining | Finetuning) -> int:
+        """Passes over the images in an epoch of the trainer: in memory, all from one evaluation to the next."""
+        points = run.points if isinstance(run, Pretraining) else 1
+        return run.epochs // points if self.memory and run.epochs % points == 0 else 1
+
+    def _open_images(self, settings: training.Settings, passes: int = 1) -> Pipeline:
         if self.memory:
-            return self.memory.open(
-                settings, settings.data.data_path, View(scale=settings.crop_scale), self.options.batch
-            )
+            view = View(scale=settings.crop_scale)
+            return self.memory.open(settings, settings.data.data_path, view, self.options.batch, passes)
         return open_images(settings, self.ranks, batch_size=self.options.batch)
 
-    def _open_train(self, settings: Any, view: View) -> Pipeline:
+    def _open_train(self, settings: Any, view: View, passes: int) -> Pipeline:
         if self.memory:
-            return self.memory.open(settings, settings.data.data_path, view, settings.batch_size)
+            return self.memory.open(settings, settings.data.data_path, view, settings.batch_size, passes)
         return open_train(settings, self.ranks, view)
 
     def _open_val(self, settings: Any, train: Pipeline) -> Labelled:
@@ -177,7 +182,7 @@ class Bench:
         return build(run, self.options.channels).to(self.ranks.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
     def _settings(self, run: Pretraining) -> training.Settings:
-        options = self.options
+        options, epochs = self.options, run.epochs // self._passes(run)
         judged = {"": "", "test": self.images.knn, "tuning": self.images.tuning()}[run.judged]
         return training.Settings(
             training.Data(
@@ -195,17 +200,17 @@ class Bench:
                 mask_ratio=run.mask, masks_per_image=run.masks, decoder_width=run.width,
             ),
             training.Optim(
-                run.epochs, WARMUP * run.epochs, run.lr or options.base_lr, options.optimizer,  # type: ignore[arg-type]
+                epochs, WARMUP * epochs, run.lr or options.base_lr, options.optimizer,  # type: ignore[arg-type]
             ),
             training.Run(
                 "learning", str(self.weights(run).parent), resume="auto", seed=run.seed, precision=self.precision,
                 save_every=SAVE_EVERY, picture_every=0,
-                eval_every=max(1, run.epochs // run.points) if run.judged else 0,
+                eval_every=max(1, epochs // run.points) if run.judged else 0,
             ),
         )  # fmt: skip
 
     def _finetune_settings(self, run: Finetuning) -> Any:
-        options = self.options
+        options, epochs = self.options, run.epochs // self._passes(run)
         learned = self.images.labelled(run.share, run.seed, run.held_out)
         batch = min(options.tune_batch, max(1, round(run.share * len(self.images)) // 4))
         return evaluation.Finetune(
@@ -216,7 +221,7 @@ class Bench:
             evaluation.Model("none", own(run.network), STAGES),
             evaluation.FinetuneRunSettings("learning", seed=run.seed, precision=self.precision),
             Recipe(
-                epochs=run.epochs, warmup_epochs=WARMUP * run.epochs,  # type: ignore[arg-type]
+                epochs=epochs, warmup_epochs=WARMUP * epochs,  # type: ignore[arg-type]
                 base_lr=run.lr * 256 / batch, optimizer="adamw", loss="ce", layer_decay=1.0, weight_decay=0.05,
                 mixup=0.0, cutmix=0.0, smoothing=0.1, repeats=1, augment="none", erase=0.0,
                 min_scale=options.min_scale, drop_path=0.0, ema=0.0, clip=1.0,

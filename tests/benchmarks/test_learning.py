@@ -132,7 +132,7 @@ def test_with_the_images_in_memory_the_same_runs_are_done(learning, more_picture
 
     def rows(name, *more):
         words = ["--form", "smoke", "--parts", "evidence", "--arms", "scratch", "as published", "--seeds", "1"]
-        words += ["--pretrainings", "1", "--pretrain_lr", "1e-3", "--data", str(more_pictures)]
+        words += ["--pretrainings", "1", "--pretrain_lr", "1e-3", "--epochs", "2", "--data", str(more_pictures)]
         options = learning.parse([*words, "--out", str(tmp_path / name), *more])
         learning.main(options)
         found = read_rows(options.out / "runs.jsonl")
@@ -141,14 +141,15 @@ def test_with_the_images_in_memory_the_same_runs_are_done(learning, more_picture
 
     decoded, held = rows("decoded"), rows("held", "--in_memory")
     assert not (tmp_path / "decoded" / "decoded").exists()
-    assert len(list((tmp_path / "held" / "decoded").glob("*.npy"))) == 8, (
-        "two for k-NN, the list of held-out images ..."
-    )
+    assert len(list((tmp_path / "held" / "decoded").glob("*.npy"))) == 9, "each set of images that is read"
     assert [row["key"] for row in held.values()] == [row["key"] for row in decoded.values()]
     for key, row in held.items():
         if "loss" in row:
-            assert row["loss"] == pytest.approx(decoded[key]["loss"], rel=1e-3), "pixels differ by their rounding alone"
-            assert row["knn"][0] == pytest.approx(decoded[key]["knn"][0], abs=25), "one image of four"
+            assert row["steps"] == decoded[key]["steps"]
+            assert [step for step, _ in row["knn"]] == [step for step, _ in decoded[key]["knn"]]
+            assert row["knn"][0][1] == pytest.approx(decoded[key]["knn"][0][1], abs=25), "one image of four"
+        if row.get("arm") == "as published tuned":  # one pass: pixels differ by their rounding alone
+            assert row["loss"] == pytest.approx(decoded[key]["loss"], rel=1e-3)
 
 
 @pytest.mark.slow

@@ -42,12 +42,12 @@ def photographs(tmp_path):
     return tmp_path / "photographs"
 
 
-def opened(memory, path, view, batch=12):
+def opened(memory, path, view, batch=12, passes=1):
     """Images in memory as `Bench` opens them, and by the product."""
     settings = Knn()
     settings.data.input_size, settings.run.seed = f"{SIZE[0]}x{SIZE[1]}", 3
     place = memory.Memory(path.parent / "decoded", torch.device("cpu"))
-    ours = place.open(settings, str(path), view, batch)
+    ours = place.open(settings, str(path), view, batch, passes)
     options = LoaderOptions(batch, "torch", input_size=SIZE, seed=3, view=view, worker_processes=0)
     return ours, build_pipeline(path, options)
 
@@ -87,6 +87,15 @@ def test_a_batch_depends_on_epoch_and_step_alone(memory, photographs):
     assert same(read(opened(memory, photographs, CROPS)[0], epoch=1, start=2), whole[2:])
     assert read(opened(memory, photographs, CROPS)[0], epoch=1, start=3) == []
     assert not torch.equal(read(opened(memory, photographs, CROPS)[0], epoch=0)[0].images, whole[0].images)
+
+
+def test_an_epoch_may_be_several_passes(memory, photographs):
+    single, thrice = opened(memory, photographs, CROPS)[0], opened(memory, photographs, CROPS, passes=3)[0]
+    passes = [batch for epoch in (3, 4, 5) for batch in single.epoch(epoch)]
+    assert len(thrice) == len(passes) == 9
+    assert same(list(thrice.epoch(1)), passes)
+    for start in (3, 7, 9):
+        assert same(list(thrice.epoch(1, start)), passes[start:])
 
 
 @pytest.mark.parametrize("scale", [(0.67, 1.0), (0.05, 0.1), (1.0, 1.0)])
