@@ -98,7 +98,7 @@ def expected(options: Options) -> int:
 def passes(options: Options, rows: Rows, arm: str) -> int | None:
     """Passes over the images in the seconds that SparK takes for its own; None: a step is not measured yet.
 
-    With the images in memory they are a multiple of the evaluations, see `Bench.pretrain`.
+    With the images in memory they are a multiple of the evaluations, as an epoch lasts from one to the next.
     """
     if STEPS not in rows:
         return None
@@ -145,6 +145,8 @@ def _of_arm(options: Options, rows: Rows, arm: Arm, seed: int) -> Iterator[Job]:
         if lr is None or epochs is None:
             return
         before = replace(before, lr=lr, epochs=epochs, seed=seed)
+        if not arm.tuned and epochs == options.epochs and pretraining_job(arm.tuned_as, before).key not in rows:
+            return  # it is that very run, in the same folder: once finished, it is found there
         job = pretraining_job(arm.name, before)
         yield job
         if job.key not in rows:

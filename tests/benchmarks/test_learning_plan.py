@@ -72,6 +72,18 @@ def test_at_sparks_seconds_a_cheaper_step_buys_more_passes(learning_plan, option
     assert learning_plan.passes(replace(options, in_memory=True), costs, "FCMAE") == 15, "five evaluations, three each"
 
 
+def test_an_arm_that_comes_to_the_run_of_another_waits_for_it(learning_plan, options):
+    rows = {learning_plan.STEPS: {"of": dict.fromkeys(learning_plan.TIMED, 0.4)}}
+    finish(learning_plan, options, rows)
+    name = "FCMAE, SparK's seconds"
+    own = {key: row["run"] for key, row in rows.items() if row.get("arm") == name and "loss" in row}
+    equal = [key for key, row in rows.items() if row.get("arm") == "FCMAE" and row.get("run") in own.values()]
+    assert len(own) == len(equal) == 3
+    del rows[equal[0]]
+    open_now = [job for job in learning_plan.plan(options, rows) if job.does == "pretrain" and job.about["arm"] == name]
+    assert [job.run.seed for job in open_now] == [1, 2]
+
+
 def test_what_matters_most_comes_first_seed_by_seed(learning_plan, options):
     done = finish(learning_plan, options, {})
     order = [(job.about["arm"], job.run.seed) for job in done if job.does == "pretrain" and job.run.judged == "test"]

@@ -55,7 +55,7 @@ def test_every_norm_of_the_published_way_looks_its_visible_cells_up(ways, name, 
 
 
 def test_a_step_takes_the_optimiser_that_is_asked_for(ways, one_thread):
-    shape, cpu = ways.Shape("resnet10t", 32, 0.5, 1, 8), torch.device("cpu")
+    shape, cpu = ways.Shape("resnet10t", 64, 0.5, 1, 32), torch.device("cpu")
     model = ways.build(ways.Way(), shape, cpu)
     kinds = {asked: type(ways.train_step(ways.Way(), model, cpu, asked).optimizer) for asked in ("", "adamw")}
     assert [kind.__name__ for kind in kinds.values()] == ["Lamb", "AdamW"], "the method's, where none is named"
