@@ -87,7 +87,7 @@ class MemoryPipeline(Backend):
         if not shares:
             return
         ids, draw_ids = (np.concatenate(parts) for parts in zip(*shares, strict=True))
-        crops = torch.from_numpy(np.stack([ids, *self._crops(ids, draw_ids)])).to(self.device)  # one copy an epoch
+        crops = torch.from_numpy(np.stack([ids, *self._crops(ids, draw_ids)])).to(self.device)  # one copy a pass
         for share, where in zip(shares, crops.split([len(share.ids) for share in shares], dim=1), strict=True):
             self.bad_images.read += len(share.ids)
             labels = None if self._numbers is None else self._numbers.index_select(0, where[0])
@@ -153,7 +153,7 @@ class Memory:
         """What the product's `open_pipeline` opens, for one rank; `passes`: see `MemoryPipeline`.
 
         Raises:
-            DataError: the images cannot be used, or differ in size.
+            DataError: the images cannot be used, differ in size, or do not fill a batch.
         """
         data = settings.data
         options = LoaderOptions(
@@ -164,6 +164,8 @@ class Memory:
         try:
             pixels = self._decoded(source, f"{Path(path).resolve()} {view.split}", options.workers)
             sampler = Sampler(len(source), batch_size, options.seed, repeats=view.repeats, in_order=view.in_order)
+            if not len(sampler):
+                raise DataError(f"a batch of {batch_size} is larger than the {len(source)} images of {path}")
             return MemoryPipeline(source, sampler, options, pixels, passes)
         except BaseException:
             source.close()

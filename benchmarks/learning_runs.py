@@ -141,7 +141,9 @@ class Bench:
         steps = self.seconds_per_step(runs, self.options.step_repeats, _computed if on_cpu else clock)
         settings = self._settings(next(iter(runs.values())))
         with closing(self._open_images(settings)) as pipeline:
-            begun, batches = now(self.ranks.device), min(len(pipeline), LOADED)
+            begun, batches = now(self.ranks.device), len(pipeline)
+            if not self.memory:  # there a whole pass is prepared at once
+                batches = min(batches, LOADED)
             with closing(pipeline.epoch(0)) as epoch:
                 for _ in range(batches):
                     next(epoch)

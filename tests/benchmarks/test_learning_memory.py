@@ -131,6 +131,11 @@ def test_what_cannot_be_held_is_refused(memory, photographs):
     assert not list(Path(photographs.parent / "decoded").glob("*.npy"))
 
 
+def test_a_batch_of_more_images_than_there_are_is_refused(memory, photographs):
+    with pytest.raises(DataError, match="41 is larger than the 40 images"):
+        opened(memory, photographs, CROPS, batch=COUNT + 1)
+
+
 def test_no_other_turns_are_known(memory, photographs):
     with pytest.raises(SettingsError, match="upside down"):
         opened(memory, photographs, View(vflip=True), batch=4)
