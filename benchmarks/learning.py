@@ -25,9 +25,10 @@ import learning_report
 import torch
 from learning_forms import SHARED, Options, parse
 from learning_images import Images
+from learning_methods import PUBLISHED, VARIANTS, Finetuning, Pretraining
 from learning_plan import SCRATCH, STEPS, Job, Rows, finetuning_job
 from learning_queue import Record, run_ready
-from learning_runs import PUBLISHED, VARIANTS, Bench, Finetuning, Pretraining
+from learning_runs import Bench
 from learning_table import MARKS, markdown, put_between_marks
 from measuring import machine, save, versions
 
@@ -130,6 +131,7 @@ def main(options: Options) -> None:
     if "evidence" in options.parts:
         images.link_neighbours(options.neighbours)
     bench = Bench(images, options.out, ranks.device, options)
+    bench.decode()
     all_runs = run_all(options, bench, record)
     rows = [row for row in all_runs if "top1" in row]
     steps: dict[str, float] = {}

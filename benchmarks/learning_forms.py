@@ -88,6 +88,8 @@ class Options:
     """runs side by side, which share the CPU's cores: small networks leave cores idle that work on one batch"""
     workers: int = 2
     """decoding threads of a run"""
+    in_memory: bool = False
+    """decode the images once, all of one size, and hold them in the device's memory"""
     write: Path | None = None
     """a page of the docs, into which the table is put between its two marks"""
 
@@ -157,7 +159,20 @@ FORMS: dict[str, dict[str, Any]] = {
     },
     "evidence_resnet18": EVIDENCE | {"networks": ("half_resnet18",), "arms": ("scratch", "as published")},
     "evidence_gpu": EVIDENCE
-    | {"epochs": 100, "trial_epochs": 10, "batch": 512, "processes": 4, "workers": 4, "minutes": 8.0},
+    | {
+        "arms": (
+            "scratch", "as published", "zero-outing", "FCMAE", "no hierarchy", "loss on all patches", "mask 0.25",
+            "mask 0.9", "FCMAE, SparK's seconds", "FCMAE x 4, SparK's seconds",
+        ),
+        "epochs": 100,
+        "trial_epochs": 5,
+        "batch": 1024,
+        "pretrain_lr": (7.5e-4, 2e-3, 5e-3),
+        "processes": 8,
+        "workers": 2,
+        "in_memory": True,
+        "minutes": 8.0,
+    },
     "smoke": {
         "networks": ("small_convnext",),
         "epochs": 1,

@@ -3,7 +3,7 @@
 Every arm is treated alike. Its rate of pre-training is the one of a grid that, after a short trial with a seed of its
 own, classifies held-out training images best by k-NN. Then it is pre-trained with each seed. Its rate of fine-tuning,
 for each share of labels, is the one of a grid that does best on held-out training images. So no figure of the test
-set decides anything. At SparK's seconds an arm takes the rates that it was tuned for at equal passes.
+set decides anything. At SparK's seconds an arm takes the rates that it was tuned for at equal passes, if it is there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from learning_forms import Options
-from learning_runs import FCMAE_VARIANT, PUBLISHED, Finetuning, Pretraining
+from learning_methods import FCMAE_VARIANT, PUBLISHED, Finetuning, Pretraining
 
 SCRATCH = "scratch"
 FCMAE, FCMAE_4 = "FCMAE", "FCMAE x 4"
@@ -39,11 +39,12 @@ class Arm(NamedTuple):
 
     name: str
     before: Pretraining | None
-    same_seconds: bool = False  # as SparK with all its passes; the arm of this name without it gives the rates
+    same_seconds: bool = False  # as SparK with all its passes
+    tuned: bool = True  # by itself; else it takes the rates of the arm `tuned_as`
 
     @property
     def tuned_as(self) -> str:
-        """The arm whose rates it takes."""
+        """The arm at equal passes."""
         return self.name.removesuffix(SAME_SECONDS)
 
 
@@ -69,6 +70,7 @@ def arms(options: Options) -> tuple[list[Arm], list[Arm]]:
     widths = [w for w in options.widths if w != options.width]
     others = [*masks[2:], *(Arm(f"decoder {w}", replace(plain, width=w)) for w in widths)]
     asked = options.arms or [arm.name for arm in (*first, *others)]
+    first = [arm._replace(tuned=not arm.same_seconds or arm.tuned_as not in asked) for arm in first]
     return [arm for arm in first if arm.name in asked], [arm for arm in others if arm.name in asked]
 
 
@@ -77,7 +79,7 @@ def plan(options: Options, rows: Rows) -> Iterator[Job]:
 
     So a part of the runs decides some directions, where it would leave all of them open seed by seed.
     """
-    timed = {arm.name: arm.before for arm in arms(options)[0] if arm.name in TIMED and arm.before}
+    timed = {arm.tuned_as: arm.before for arm in arms(options)[0] if arm.tuned_as in TIMED and arm.before}
     yield Job(STEPS, "step_costs", timed, {"runs": {name: asdict(run) for name, run in timed.items()}})
     for group in arms(options):
         for arm in group:
@@ -88,7 +90,7 @@ def plan(options: Options, rows: Rows) -> Iterator[Job]:
 def expected(options: Options) -> int:
     """How many runs there are in all."""
     everyone = [arm for group in arms(options) for arm in group]
-    tuned = [arm for arm in everyone if not arm.same_seconds]
+    tuned = [arm for arm in everyone if arm.tuned]
     trials = len(options.pretrain_lr) * sum(arm.before is not None for arm in tuned)
     swept = len(options.sweep_lr) * len(options.shares) * len(tuned)
     pretrained = options.pretrainings * sum(arm.before is not None for arm in everyone)
@@ -97,11 +99,14 @@ def expected(options: Options) -> int:
 
 
 def passes(options: Options, rows: Rows, arm: str) -> int | None:
-    """Passes over the images in the seconds that SparK takes for its own; None: a step is not measured yet."""
+    """Passes over the images in the seconds that SparK takes for its own; None: a step is not measured yet.
+
+    With the images in memory they are a multiple of the evaluations, as an epoch lasts from one to the next.
+    """
     if STEPS not in rows:
         return None
-    seconds = rows[STEPS]["of"]
-    return max(1, round(options.epochs * seconds[PUBLISHED] / seconds[arm]))
+    seconds, whole = rows[STEPS]["of"], options.points if options.in_memory else 1
+    return max(1, round(options.epochs * seconds[PUBLISHED] / seconds[arm] / whole)) * whole
 
 
 def trials(options: Options, arm: Arm) -> list[Job]:
@@ -136,21 +141,23 @@ def _of_arm(options: Options, rows: Rows, arm: Arm, seed: int) -> Iterator[Job]:
     before = arm.before
     if before is not None:
         tried = trials(options, arm)
-        if seed == 0 and not arm.same_seconds:
+        if seed == 0 and arm.tuned:
             yield from tried
         lr = best(rows, tried, last_knn)
         epochs = passes(options, rows, arm.tuned_as) if arm.same_seconds else options.epochs
         if lr is None or epochs is None:
             return
         before = replace(before, lr=lr, epochs=epochs, seed=seed)
+        if not arm.tuned and epochs == options.epochs and pretraining_job(arm.tuned_as, before).key not in rows:
+            return  # it is that very run, in the same folder: once finished, it is found there
         job = pretraining_job(arm.name, before)
         yield job
         if job.key not in rows:
             return
     for share, tune_epochs in zip(options.shares, options.tune_epochs, strict=True):
-        tuned = before and replace(before, epochs=options.epochs, seed=0)
+        tuned = before and replace(before, epochs=before.epochs if arm.tuned else options.epochs, seed=0)
         swept = sweep(options, arm, tuned, share, tune_epochs)
-        if seed == 0 and not arm.same_seconds:
+        if seed == 0 and arm.tuned:
             yield from swept
         rate = best(rows, swept, lambda row: row["top1"])
         if rate is None:

@@ -15,9 +15,9 @@ from typing import Any
 import learning_plan
 import tyro
 from learning_forms import FORMS, Options
+from learning_methods import PUBLISHED
 from learning_plan import FCMAE, FCMAE_4, SAME_SECONDS, SCRATCH, STEPS, Arm, Rows, arms, expected, last_knn, plan
 from learning_queue import read_rows
-from learning_runs import PUBLISHED
 from learning_table import line, put_between_marks, spread, table
 from paired_test import LEVEL, detectable, p_value, pairs_needed
 

@@ -1,43 +1,37 @@
-"""What `learning.py` runs, each by the product's own parts in one process: pre-training, fine-tuning, a step.
-
-The variants of the ablations live here and not in the product: each changes one thing and keeps the rest.
-"""
+"""What `learning.py` runs, each by the product's own parts in one process: pre-training, fine-tuning, a step."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from learning_images import Images
+from learning_memory import Memory, MemoryKnn
+from learning_methods import FCMAE_VARIANT, SIZE, STAGES, Finetuning, Pretraining, build, own
 from measuring import clock, medians
 from torch import Tensor
 from ways import Shape, Way, inputs, train_step
 
-from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, VisiblePatches
 from spark_fast.evaluation import eval_settings as evaluation
 from spark_fast.evaluation.accuracy import judge
 from spark_fast.evaluation.backbone import build_classifier
-from spark_fast.evaluation.data import Labelled, open_train, open_val
+from spark_fast.evaluation.data import Labelled, central, open_train, open_val
 from spark_fast.evaluation.finetune import FinetuneRun
 from spark_fast.evaluation.online_knn import OnlineKnn
 from spark_fast.evaluation.recipes import Recipe
 from spark_fast.evaluation.report import Report
-from spark_fast.fcmae import FCMAE
 from spark_fast.method import Method
-from spark_fast.networks import build_network
 from spark_fast.pipelines import Pipeline, View
 from spark_fast.reporting.metrics_file import read_metrics
 from spark_fast.run.command import open_checkpoints, running
 from spark_fast.run.distributed import Ranks
 from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
-from spark_fast.spark import SparK
 from spark_fast.training import settings as training
 from spark_fast.training.pretrain import open_images
 from spark_fast.training.pretrain_run import PretrainRun
@@ -45,8 +39,6 @@ from spark_fast.training.resume import checkpoints_to_resume
 from spark_fast.training.step import DTYPES, resolve_precision
 from spark_fast.weights.read import read_weights
 
-SIZE = 64  # pixels
-STAGES = 2  # patches of 8 px
 WARMUP = 0.1  # of a run: where the whole is an epoch, a part of that
 TIMEOUT = 600.0
 SAVE_EVERY = "2min"  # of a pre-training: what is lost when it is killed
@@ -55,110 +47,13 @@ LOADED = 30  # batches that the cost of loading is measured on
 Clock = Callable[[torch.device], float]
 
 
-class ZeroedEncoder(MaskedEncoder):
-    """Zero-outing: the ordinary dense network on an image with its masked pixels zeroed."""
-
-    def forward(self, images: Tensor, visible: VisiblePatches | None = None) -> list[Tensor]:
-        """As of any encoder; no layer knows of the mask, and what they left in the holes is dropped at the end."""
-        if visible is None:
-            return super().forward(images)
-        return self._leave(super().forward(self._enter(images, visible)), visible)
-
-
-class LastLevelEncoder(PackedEncoder):
-    """No hierarchy: the decoder is fed from the last level alone."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.levels, self.channels, self.strides = self.levels[-1:], self.channels[-1:], self.strides[-1:]
-
-
-class LossOnAllPatches(SparK):
-    """The loss is taken on visible patches, too."""
-
-    def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
-        """The loss, a scalar."""
-        patches = torch.arange(self.grid[0] * self.grid[1], device=images.device).expand(len(images), -1)
-        return self.loss(images, self.visible_patches(images, visible), on=VisiblePatches(patches, self.grid))
-
-
-PUBLISHED = "as published"
-FCMAE_VARIANT = "FCMAE"
-VARIANTS: dict[str, tuple[type[Encoder], Callable[..., Method]]] = {
-    PUBLISHED: (PackedEncoder, SparK),
-    "zero-outing": (ZeroedEncoder, SparK),
-    "no hierarchy": (LastLevelEncoder, SparK),
-    "loss on all patches": (PackedEncoder, LossOnAllPatches),
-}
-METHODS: dict[str, tuple[type[Encoder], Callable[..., Method]]] = VARIANTS | {FCMAE_VARIANT: (PackedEncoder, FCMAE)}
-
-
-@dataclass(frozen=True)
-class Pretraining:
-    """One pre-training; `seed` decides weights, order, crops and masks.
-
-    Attributes:
-        width: channels of the decoder.
-        variant: a key of METHODS.
-        images: share of the training images, the same for every seed.
-        masks: of each image.
-        lr: per 256 images; None: the one that all runs have in common.
-        judged: by k-NN, before the first step and then so often: "tuning" on training images, "test" on the test
-            images; "" not at all.
-        points: of that, spread over the run.
-    """
-
-    network: str
-    epochs: int
-    width: int
-    variant: str = PUBLISHED
-    mask: float = 0.6
-    seed: int = 0
-    images: float = 1.0
-    masks: int = 1
-    lr: float | None = None
-    judged: str = ""
-    points: int = 1
-
-    @property
-    def work(self) -> float:
-        """About, in epochs of fine-tuning: the decoder makes a step cost some three times as much."""
-        return 3.0 * self.epochs * self.images
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        words = [self.network, self.variant, f"mask {self.mask}", f"width {self.width}", f"{self.epochs} epochs"]
-        words += [f"{self.masks} masks"] if self.masks > 1 else []
-        words += [f"rate {self.lr:g}"] if self.lr is not None else []
-        words += [f"judged by {self.judged}"] if self.judged else []
-        return "_".join((*words, f"{self.images:.0%} of the images", f"seed {self.seed}")).replace(" ", "-")
-
-
-@dataclass(frozen=True)
-class Finetuning:
-    """One fine-tuning, `before` of what was pre-trained, or from scratch; `seed` decides the labelled images, too."""
-
-    network: str
-    before: Pretraining | None
-    share: float  # of the training images, labelled
-    epochs: int
-    lr: float
-    seed: int
-    held_out: bool = False  # judged by training images that are never learned from
-
-    @property
-    def work(self) -> float:
-        """About, in epochs over all images: the tenth is for judging."""
-        return self.share * self.epochs + 0.1
-
-
 class Bench:
     """Where everything runs: the data, the device, and what all runs share."""
 
     def __init__(self, images: Images, out: Path, device: torch.device, options: Any) -> None:
         self.images, self.out, self.options = images, out, options
         self.ranks = Ranks(0, 1, device)
+        self.memory = Memory(out / "decoded", device) if options.in_memory else None
         self.precision: Any = resolve_precision(options.precision, device)
 
     def weights(self, run: Pretraining) -> Path:
@@ -178,13 +73,14 @@ class Bench:
         settings, watchdog = self._settings(run), Watchdog(TIMEOUT)
         with running(settings, self.ranks, watchdog) as (lock, closing):
             resume = checkpoints_to_resume(settings.run.resume, settings.folder)
-            pipeline = open_images(settings, self.ranks, batch_size=self.options.batch)
+            pipeline = self._open_images(settings, self._passes(run))
             closing.callback(pipeline.close)
             training = PretrainRun(settings, self.ranks, pipeline, self._model(run))
             interrupt = Interrupt()
             closing.callback(interrupt.release)
             if run.judged:
-                closing.callback(training.open_evaluator(OnlineKnn, watchdog, interrupt).close)
+                knn = partial(MemoryKnn, self.memory) if self.memory else OnlineKnn
+                closing.callback(training.open_evaluator(knn, watchdog, interrupt).close)
             if resume:
                 training.restore(resume)
             at = training.position
@@ -201,10 +97,10 @@ class Bench:
         settings = self._finetune_settings(run)
         weights = read_weights(self.weights(run.before)) if run.before else None
         torch.manual_seed(run.seed)
-        train = open_train(settings, self.ranks, View(scale=(settings.recipe.min_scale, 1.0)))
-        watched = open_val(settings, self.ranks, train, lambda step: None)
+        train = self._open_train(settings, View(scale=(settings.recipe.min_scale, 1.0)), self._passes(run))
+        watched = self._open_val(settings, train)
         settings.data.val_path = str(self.images.held_out() if run.held_out else self.images.test)
-        judged = open_val(settings, self.ranks, train, lambda step: None)
+        judged = self._open_val(settings, train)
         drop_path = settings.recipe.drop_path or 0.0
         model = build_classifier(
             settings.network, STAGES, weights, train.num_classes, drop_path, settings.size, self.options.channels
@@ -219,42 +115,76 @@ class Bench:
     def seconds_per_step(self, runs: dict[str, Pretraining], repeats: int, now: Clock = clock) -> dict[str, float]:
         """Median seconds of a step of each run, in turns."""
         device, way = self.ranks.device, Way(precision=self.precision)
+        optimizer = self.options.optimizer if self.memory else ""  # few launches or many: on a GPU that counts
         steps: dict[str, Callable[[], tuple[float, ...]]] = {}
         for name, run in runs.items():
             model = self._model(run)
             shape = Shape(run.network, SIZE, run.mask, self.options.batch, run.width, masks=run.masks)
             model.encoder.context.kernels = None
             batch = inputs(model, shape, way, device)
-            steps[name] = partial(_timed, partial(train_step(way, model, device), 0, *batch), device, now)
+            steps[name] = partial(_timed, partial(train_step(way, model, device, optimizer), 0, *batch), device, now)
         return {name: seconds for name, (seconds,) in medians(steps, repeats).items()}
 
     def step_costs(self, runs: dict[str, Pretraining]) -> dict[str, Any]:
         """What a step of each run costs, its batch included, in seconds of training.
 
         On a CPU these are seconds that this one thread computes: what else the machine is busy with does not count.
-        There the loading adds to a step; on a GPU it goes on meanwhile, and the longer of the two counts.
+        There the loading adds to a step, as it does where the images are in memory; else it goes on meanwhile on a
+        GPU, and the longer of the two counts.
 
         Returns:
-            `of`: by the runs' names; `loading`: of a batch, in seconds that the cores compute.
+            `of`: by the runs' names; `loading`: of a batch, in seconds that the cores compute, or, on a GPU with the
+            images in memory, that pass.
         """
         on_cpu, workers = self.ranks.device.type == "cpu", self.options.workers
+        now = clock if self.memory and not on_cpu else _computed
         steps = self.seconds_per_step(runs, self.options.step_repeats, _computed if on_cpu else clock)
         settings = self._settings(next(iter(runs.values())))
-        with closing(open_images(settings, self.ranks, batch_size=self.options.batch)) as pipeline:
-            begun, batches = _computed(self.ranks.device), min(len(pipeline), LOADED)
+        with closing(self._open_images(settings)) as pipeline:
+            begun, batches = now(self.ranks.device), len(pipeline)
+            if not self.memory:  # there a whole pass is prepared at once
+                batches = min(batches, LOADED)
             with closing(pipeline.epoch(0)) as epoch:
                 for _ in range(batches):
                     next(epoch)
-            loading = (_computed(self.ranks.device) - begun) / batches
-        whole = {name: s + loading if on_cpu else max(s, loading / workers) for name, s in steps.items()}
+            loading = (now(self.ranks.device) - begun) / batches
+        adds = on_cpu or self.memory is not None
+        whole = {name: s + loading if adds else max(s, loading / workers) for name, s in steps.items()}
         return {"of": whole, "loading": loading}
+
+    def decode(self) -> None:
+        """Decode for the memory what all runs share, so that none of them has to."""
+        if self.memory:
+            self._open_images(self._settings(Pretraining(self.options.networks[0], 1, self.options.width))).close()
+
+    def _passes(self, run: Pretraining | Finetuning) -> int:
+        """Passes over the images in an epoch of the trainer: in memory, all from one evaluation to the next."""
+        points = run.points if isinstance(run, Pretraining) else 1
+        return run.epochs // points if self.memory and run.epochs % points == 0 else 1
+
+    def _open_images(self, settings: training.Settings, passes: int = 1) -> Pipeline:
+        if self.memory:
+            view = View(scale=settings.crop_scale)
+            return self.memory.open(settings, settings.data.data_path, view, self.options.batch, passes)
+        return open_images(settings, self.ranks, batch_size=self.options.batch)
+
+    def _open_train(self, settings: Any, view: View, passes: int) -> Pipeline:
+        if self.memory:
+            return self.memory.open(settings, settings.data.data_path, view, settings.batch_size, passes)
+        return open_train(settings, self.ranks, view)
+
+    def _open_val(self, settings: Any, train: Pipeline) -> Labelled:
+        data = open_val(settings, self.ranks, train, lambda step: None)
+        if self.memory:
+            self.memory.hold(data, settings, settings.data.val_path, central(settings, "all"))
+        return data
 
     def _model(self, run: Pretraining) -> Method:
         torch.manual_seed(run.seed)
         return build(run, self.options.channels).to(self.ranks.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
     def _settings(self, run: Pretraining) -> training.Settings:
-        options = self.options
+        options, epochs = self.options, run.epochs // self._passes(run)
         judged = {"": "", "test": self.images.knn, "tuning": self.images.tuning()}[run.judged]
         return training.Settings(
             training.Data(
@@ -268,21 +198,21 @@ class Bench:
                 workers=options.workers,
             ),
             training.Model(
-                method="fcmae" if run.variant == FCMAE_VARIANT else "spark", model=_own(run.network), stages=STAGES,
+                method="fcmae" if run.variant == FCMAE_VARIANT else "spark", model=own(run.network), stages=STAGES,
                 mask_ratio=run.mask, masks_per_image=run.masks, decoder_width=run.width,
             ),
             training.Optim(
-                run.epochs, WARMUP * run.epochs, run.lr or options.base_lr, options.optimizer,  # type: ignore[arg-type]
+                epochs, WARMUP * epochs, run.lr or options.base_lr, options.optimizer,  # type: ignore[arg-type]
             ),
             training.Run(
                 "learning", str(self.weights(run).parent), resume="auto", seed=run.seed, precision=self.precision,
                 save_every=SAVE_EVERY, picture_every=0,
-                eval_every=max(1, run.epochs // run.points) if run.judged else 0,
+                eval_every=max(1, epochs // run.points) if run.judged else 0,
             ),
         )  # fmt: skip
 
     def _finetune_settings(self, run: Finetuning) -> Any:
-        options = self.options
+        options, epochs = self.options, run.epochs // self._passes(run)
         learned = self.images.labelled(run.share, run.seed, run.held_out)
         batch = min(options.tune_batch, max(1, round(run.share * len(self.images)) // 4))
         return evaluation.Finetune(
@@ -290,31 +220,20 @@ class Bench:
                 str(learned), str(self.images.watched()), input_size=str(SIZE), in_chans=options.channels,
                 batch_size=batch, crop_pct=1.0, workers=options.workers, mean=options.mean, std=options.std,
             ),
-            evaluation.Model("none", _own(run.network), STAGES),
+            evaluation.Model("none", own(run.network), STAGES),
             evaluation.FinetuneRunSettings("learning", seed=run.seed, precision=self.precision),
             Recipe(
-                epochs=run.epochs, warmup_epochs=WARMUP * run.epochs,  # type: ignore[arg-type]
+                epochs=epochs, warmup_epochs=WARMUP * epochs,  # type: ignore[arg-type]
                 base_lr=run.lr * 256 / batch, optimizer="adamw", loss="ce", layer_decay=1.0, weight_decay=0.05,
                 mixup=0.0, cutmix=0.0, smoothing=0.1, repeats=1, augment="none", erase=0.0,
                 min_scale=options.min_scale, drop_path=0.0, ema=0.0, clip=1.0,
             ),
-        ).resolved(_own(run.network), STAGES, options.channels)  # fmt: skip
+        ).resolved(own(run.network), STAGES, options.channels)  # fmt: skip
 
     def _classify(self, network: Any, images: Tensor) -> Tensor:
         dtype = DTYPES[self.precision]
         with torch.autocast(self.ranks.device.type, dtype, enabled=dtype != torch.float32):
             return network(images)
-
-
-def build(run: Pretraining, channels: int = 3) -> Method:
-    """FCMAE, or SparK with the one thing changed that the variant says; `channels` of the images."""
-    encoder, method = METHODS[run.variant]
-    packed = encoder(build_network(_own(run.network)), (SIZE, SIZE), STAGES, keep=1 - run.mask, in_chans=channels)
-    return method(packed, (SIZE, SIZE), run.mask, run.width)
-
-
-def _own(network: str) -> str:
-    return f"learning_networks:{network}"
 
 
 def _timed(step: Callable[[], object], device: torch.device, now: Clock) -> tuple[float]:

@@ -33,6 +33,13 @@ def learning_runs(learning):
 
 
 @pytest.fixture
+def learning_methods(learning):
+    import learning_methods
+
+    return learning_methods
+
+
+@pytest.fixture
 def pictures(tmp_path):
     """Two classes, told apart by their brightness."""
     random = np.random.default_rng(0)
@@ -119,6 +126,33 @@ def test_images_of_one_channel_of_16_bits_go_the_same_way(learning, tmp_path, on
 
 
 @pytest.mark.slow
+def test_with_the_images_in_memory_the_same_runs_are_done(learning, more_pictures, tmp_path, one_thread):
+    import learning_report
+    from learning_queue import read_rows
+
+    def rows(name, *more):
+        words = ["--form", "smoke", "--parts", "evidence", "--arms", "scratch", "as published", "--seeds", "1"]
+        words += ["--pretrainings", "1", "--pretrain_lr", "1e-3", "--epochs", "2", "--data", str(more_pictures)]
+        options = learning.parse([*words, "--out", str(tmp_path / name), *more])
+        learning.main(options)
+        found = read_rows(options.out / "runs.jsonl")
+        assert "| as published |" in learning_report.markdown(options, found)
+        return found
+
+    decoded, held = rows("decoded"), rows("held", "--in_memory")
+    assert not (tmp_path / "decoded" / "decoded").exists()
+    assert len(list((tmp_path / "held" / "decoded").glob("*.npy"))) == 9, "each set of images that is read"
+    assert [row["key"] for row in held.values()] == [row["key"] for row in decoded.values()]
+    for key, row in held.items():
+        if "loss" in row:
+            assert row["steps"] == decoded[key]["steps"]
+            assert [step for step, _ in row["knn"]] == [step for step, _ in decoded[key]["knn"]]
+            assert row["knn"][0][1] == pytest.approx(decoded[key]["knn"][0][1], abs=25), "one image of four"
+        if row.get("arm") == "as published tuned":  # one pass: pixels differ by their rounding alone
+            assert row["loss"] == pytest.approx(decoded[key]["loss"], rel=1e-3)
+
+
+@pytest.mark.slow
 def test_an_interrupted_pretraining_goes_on_and_ends_as_one_that_was_not(
     learning_runs, more_pictures, tmp_path, one_thread, monkeypatch
 ):
@@ -156,20 +190,20 @@ def seen():
     return images, mask
 
 
-def spark(runs, variant):
+def spark(methods, variant):
     torch.manual_seed(0)
-    return runs.build(runs.Pretraining("small_resnet", 1, 8, variant))
+    return methods.build(methods.Pretraining("small_resnet", 1, 8, variant))
 
 
-def test_each_variant_changes_what_it_says(learning, learning_runs, seen, one_thread):
+def test_each_variant_changes_what_it_says(learning, learning_methods, seen, one_thread):
     images, mask = seen
-    models = {name: spark(learning_runs, name) for name in learning_runs.VARIANTS}
+    models = {name: spark(learning_methods, name) for name in learning_methods.VARIANTS}
     levels = {name: len(model.densify_projs) for name, model in models.items()}
     assert levels == {"as published": 2, "zero-outing": 2, "no hierarchy": 1, "loss on all patches": 2}
     losses = {name: model(images, mask).item() for name, model in models.items()}
     assert len(set(losses.values())) == 4
     changes = learning.changed(learning.parse(["--form", "smoke", "--data", "x", "--out", "y"]))
-    assert set(changes) == {*learning_runs.VARIANTS, "mask 0.9", "decoder 16"}
+    assert set(changes) == {*learning_methods.VARIANTS, "mask 0.9", "decoder 16"}
     zeroed, here = models["zero-outing"], VisiblePatches(mask, (8, 8))
     dense = zeroed.encoder.network(images * here.cells(64))[-1]
     torch.testing.assert_close(zeroed.encode(images, mask)[-1], dense * here.cells(8))

@@ -67,6 +67,21 @@ def test_at_sparks_seconds_a_cheaper_step_buys_more_passes(learning_plan, option
     assert epochs["as published"] == epochs["FCMAE"] == 10
     assert epochs["FCMAE, SparK's seconds"] == epochs["FCMAE x 4, SparK's seconds"] == 20
     assert learning_plan.passes(options, {}, "FCMAE") is None
+    costs = {learning_plan.STEPS: {"of": {"as published": 0.29, "FCMAE": 0.2}}}
+    assert learning_plan.passes(options, costs, "FCMAE") == 14
+    assert learning_plan.passes(replace(options, in_memory=True), costs, "FCMAE") == 15, "five evaluations, three each"
+
+
+def test_an_arm_that_comes_to_the_run_of_another_waits_for_it(learning_plan, options):
+    rows = {learning_plan.STEPS: {"of": dict.fromkeys(learning_plan.TIMED, 0.4)}}
+    finish(learning_plan, options, rows)
+    name = "FCMAE, SparK's seconds"
+    own = {key: row["run"] for key, row in rows.items() if row.get("arm") == name and "loss" in row}
+    equal = [key for key, row in rows.items() if row.get("arm") == "FCMAE" and row.get("run") in own.values()]
+    assert len(own) == len(equal) == 3
+    del rows[equal[0]]
+    open_now = [job for job in learning_plan.plan(options, rows) if job.does == "pretrain" and job.about["arm"] == name]
+    assert [job.run.seed for job in open_now] == [1, 2]
 
 
 def test_what_matters_most_comes_first_with_all_its_seeds(learning_plan, options):
@@ -92,6 +107,24 @@ def test_after_an_end_of_the_process_the_plan_goes_on_with_the_first_run_that_is
     assert finish(learning_plan, options, rows) == whole[30:]
     more = finish(learning_plan, replace(options, seeds=6), rows)
     assert len(more) == 14 * 3 * 2, "more fine-tunings of the same pre-trainings are just those"
+
+
+def test_the_form_of_one_gpu_has_what_fits_and_tunes_it_alone(learning_plan):
+    from learning_forms import parse
+
+    options = parse(["--form", "evidence_gpu", "--data", "x", "--out", "y"])
+    rows = {}
+    done = finish(learning_plan, options, rows)
+    assert len(done) == learning_plan.expected(options) == 1 + 8 * 3 + 9 * 3 * 2 + 9 * 3 + 10 * 3 * 2
+    assert {row["run"]["epochs"] for row in rows.values() if row.get("arm") == "as published" and "loss" in row} == {
+        100
+    }
+    assert "FCMAE x 4" not in {row.get("arm") for row in rows.values()}
+    own = [job.run for job in done if job.about.get("arm") == "FCMAE x 4 swept"]
+    assert {run.before.epochs for run in own} == {200}, "on the encoder that it has after SparK's seconds"
+    assert {run.before.seed for run in own} == {0}
+    others = [job.run for job in done if job.about.get("arm") == "FCMAE swept"]
+    assert {run.before.epochs for run in others} == {100}
 
 
 def test_a_form_may_have_some_of_the_arms(learning_plan):

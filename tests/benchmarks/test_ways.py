@@ -52,3 +52,10 @@ def test_every_norm_of_the_published_way_looks_its_visible_cells_up(ways, name, 
     assert found[True][0] == len(norms)
     assert found[False][0] == 0
     torch.testing.assert_close(found[True][1:], found[False][1:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_takes_the_optimiser_that_is_asked_for(ways, one_thread):
+    shape, cpu = ways.Shape("resnet10t", 64, 0.5, 1, 32), torch.device("cpu")
+    model = ways.build(ways.Way(), shape, cpu)
+    kinds = {asked: type(ways.train_step(ways.Way(), model, cpu, asked).optimizer) for asked in ("", "adamw")}
+    assert [kind.__name__ for kind in kinds.values()] == ["Lamb", "AdamW"], "the method's, where none is named"
