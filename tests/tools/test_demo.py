@@ -45,7 +45,7 @@ def test_a_second_run_says_it_was_complete_and_tells_the_same(finished):
     metrics = (out / "run" / "metrics.jsonl").read_text()
     second = run(out, "--epochs", "2")
     assert second.returncode == 0, second.stderr
-    assert "complete already" in second.stdout
+    assert "already complete" in second.stdout
     assert second.stdout.split("== 4.")[1] == first.stdout.split("== 4.")[1]
     assert (out / "run" / "metrics.jsonl").read_text() == metrics
 
