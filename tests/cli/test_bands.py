@@ -13,7 +13,7 @@ from spark_fast.cli import train
 from spark_fast.pipelines import LoaderOptions
 from spark_fast.pipelines.build import measure_statistics
 from spark_fast.pipelines.transforms.bands.statistics import Statistics
-from tests.cli.test_train import TINY, assert_same_weights
+from tests.cli.tiny_run import TINY, assert_same_weights
 from tests.commands import run_here
 from tests.pipelines.bands import SETS as SETS_OF_FILES
 from tests.pipelines.bands import bands, png_of

@@ -1,16 +1,11 @@
-"""The command itself: trained, killed, resumed, stopped, and given wrong things.
+"""The command itself: trained, killed, resumed, stopped, and given wrong things."""
 
-`train` runs it as a user does; `here` in this process, where what is tested does not need one of its own.
-"""
-
-import io
 import json
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,63 +21,14 @@ from spark_fast.cli.train import main
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.run.config import tomllib
-from tests.commands import HANG_SECONDS, run_here
+from tests.cli.tiny_run import TINY, assert_same_weights, command, here, losses, pictures, train, weights  # noqa: F401
+from tests.commands import HANG_SECONDS
 from tests.faults import trainee
 from tests.processes import Forked, run_forked
 
-TINY = [
-    "--model=resnet10t",
-    "--input_size=64",
-    "--mask=0.5",
-    "--decoder_width=32",
-    "--workers=2",
-    "--threads=1",
-    "--wp_ep=1",
-]
-
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """48 small JPEGs in two classes."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for i in range(48):
-        place = folder / "train" / f"class{i % 2}"
-        place.mkdir(parents=True, exist_ok=True)
-        small = rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)
-        Image.fromarray(small).resize((100, 80)).save(place / f"{i:03d}.JPEG", quality=90)
-    return folder
-
-
-def command(*words):
-    return [sys.executable, "-m", "spark_fast.train", *map(str, words)]
-
-
-def train(*words, code=0, **kwargs):
-    done = subprocess.run(command(*words), capture_output=True, text=True, timeout=HANG_SECONDS, **kwargs)
-    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
-def here(*words, code=0):
-    return run_here(main, *words, code=code)
-
-
-def weights(folder):
-    return torch.load(folder / "ckpt-last.pth", weights_only=True)
-
-
-def assert_same_weights(a, b):
-    state, other = weights(a), weights(b)
-    for part in ("model", "optimizer"):
-        one, two = io.BytesIO(), io.BytesIO()
-        torch.save(state[part], one), torch.save(other[part], two)
-        assert one.getvalue() == two.getvalue(), f"{part} differs to the bit"
-    assert state["step"] == other["step"]
-
-
-@pytest.fixture(scope="module")
-def unbroken(pictures, tmp_path_factory):
+def unbroken(pictures, tmp_path_factory):  # noqa: F811
     """A run of 3 epochs of 6 steps, never disturbed."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
     flags = ["name", f"--data_path={pictures}", *TINY, "--bs=8", "--ep=3", "--base_lr=0.01", "--save_every=1"]
@@ -142,7 +88,7 @@ def killed_after(steps, folder, words):
 
 
 @pytest.mark.slow
-def test_killed_over_shards_and_resumed_it_ends_with_the_bits_of_the_raw_folder(unbroken, pictures, tmp_path):
+def test_killed_over_shards_and_resumed_it_ends_with_the_bits_of_the_raw_folder(unbroken, pictures, tmp_path):  # noqa: F811
     """Over a raw folder, and more often: faults/test_run.py."""
     folder, flags, _ = unbroken
     convert(pictures, tmp_path / "shards", ConvertSettings(Reencode(short_side=0), images_per_shard=20))
@@ -196,19 +142,6 @@ def test_stopped_exactly_at_the_end_of_an_epoch_it_goes_on_with_the_next(unbroke
     assert_same_weights(folder, tmp_path / "run")
 
 
-def torchrun(*words, ranks=2, restarts=0, code=0):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    launcher.append(f"--max-restarts={restarts}")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, "-m", "spark_fast.train", *map(str, words)],
-        capture_output=True, text=True, timeout=HANG_SECONDS, env=environment,
-    )  # fmt: skip
-    assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
-    assert "strides" not in done.stderr, "a warning of DDP"
-    return done
-
-
 def read_lines(count, *words):
     """(exit code, standard error) of a run whose reader closes its output after so many lines."""
     process = subprocess.Popen(command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -232,7 +165,7 @@ def test_a_reader_that_goes_costs_the_output_and_not_the_run(unbroken, tmp_path)
 
 
 @pytest.mark.slow
-def test_in_an_ascii_locale_paths_with_other_letters_can_be_trained_on_and_repeated(pictures, tmp_path):
+def test_in_an_ascii_locale_paths_with_other_letters_can_be_trained_on_and_repeated(pictures, tmp_path):  # noqa: F811
     shutil.copytree(pictures, tmp_path / "Bilder ü")
     ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     words = [f"--data_path={tmp_path / 'Bilder ü'}", *TINY, "--bs=24", "--ep=1", f"--exp_dir={tmp_path / 'ä'}"]
@@ -243,41 +176,6 @@ def test_in_an_ascii_locale_paths_with_other_letters_can_be_trained_on_and_repea
     again = [f"--config={config}", f"--exp_dir={tmp_path / 'again'}"]
     train(*again, env=ascii_only)
     assert_same_weights(tmp_path / "ä", tmp_path / "again")
-
-
-def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["resnet10t", pytest.param("convnext_zepto_rms", marks=pytest.mark.drill)])
-def test_two_ranks_give_the_losses_of_one(pictures, tmp_path, model):
-    flags = ["name", f"--data_path={pictures}", *TINY, f"--model={model}", "--bs=8", "--ep=2", "--base_lr=0.01"]
-    here(*flags, f"--exp_dir={tmp_path / 'one'}", "--log_every=1")
-    torchrun(*flags, f"--exp_dir={tmp_path / 'two'}", "--log_every=1")
-    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
-    one, two = weights(tmp_path / "one")["model"], weights(tmp_path / "two")["model"]
-    for name in one:
-        # on average: where rounding tips a single ReLU, Adam's direction of that channel differs by more
-        assert (two[name] - one[name]).float().abs().mean() < 1e-5 + 1e-3 * one[name].float().abs().mean(), name
-
-
-@pytest.mark.slow
-def test_interrupted_ranks_save_together_and_resume_on_one(pictures, tmp_path):
-    flags = ["name", f"--data_path={pictures}", *TINY, "--bs=8", "--ep=2", "--base_lr=0.01", "--log_every=1"]
-    torchrun(*flags, f"--exp_dir={tmp_path / 'run'}", "--max_steps=5")
-    assert weights(tmp_path / "run")["step"] == 5
-    here(*flags, f"--exp_dir={tmp_path / 'run'}", "--resume=auto")
-    here(*flags, f"--exp_dir={tmp_path / 'whole'}")
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=1e-4)
-
-
-@pytest.mark.slow
-def test_a_planned_stop_is_no_failure_that_torchrun_restarts(pictures, tmp_path):
-    flags = ["name", f"--data_path={pictures}", *TINY, "--bs=8", "--ep=2", "--log_every=1", "--max_steps=3"]
-    done = torchrun(*flags, f"--exp_dir={tmp_path / 'run'}", restarts=3)
-    assert len(losses(tmp_path / "run")) == weights(tmp_path / "run")["step"] == 3
-    assert done.stderr.count("exit code 0 for torchrun") == 1, "INFO comes from one rank"
 
 
 @pytest.mark.slow
@@ -304,7 +202,7 @@ def test_bf16_accumulation_compile_free_flags_and_synthetic_data_run(tmp_path):
         assert "loss 1.0" in done.stdout or "loss 0.9" in done.stdout
 
 
-def test_starting_from_weights_begins_at_step_one(unbroken, pictures, tmp_path):
+def test_starting_from_weights_begins_at_step_one(unbroken, pictures, tmp_path):  # noqa: F811
     folder, flags, _ = unbroken
     done = here(*flags, f"--exp_dir={tmp_path / 'run'}", f"--init_weight={folder / 'ckpt-last.pth'}", "--max_steps=1",
                  "--log_every=1", code=75)  # fmt: skip
@@ -342,7 +240,7 @@ BAD = [
 
 
 @pytest.mark.slow
-def test_your_own_network_trains_from_the_command_line_with_smaller_patches(pictures, tmp_path):
+def test_your_own_network_trains_from_the_command_line_with_smaller_patches(pictures, tmp_path):  # noqa: F811
     page = (Path(__file__).parents[2] / "docs" / "how_to" / "your_own_network.md").read_text()
     code = page.split("```python\n")[1].split("```")[0].split("from spark_fast")[0]
     (tmp_path / "my_unet.py").write_text(code)
@@ -365,7 +263,7 @@ class Evil:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("words", "code", "message"), BAD, ids=[" ".join(b[0]) or "nothing" for b in BAD])
-def test_wrong_input_is_named_and_leaves_nothing(unbroken, pictures, tmp_path, monkeypatch, words, code, message):
+def test_wrong_input_is_named_and_leaves_nothing(unbroken, pictures, tmp_path, monkeypatch, words, code, message):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     if words == ["--device=cuda"] and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
@@ -384,7 +282,7 @@ def test_wrong_input_is_named_and_leaves_nothing(unbroken, pictures, tmp_path, m
     assert set(tmp_path.iterdir()) == before, "something was left behind"
 
 
-def test_a_loss_that_is_no_number_stops_the_run_with_the_last_good_checkpoint(pictures, tmp_path):
+def test_a_loss_that_is_no_number_stops_the_run_with_the_last_good_checkpoint(pictures, tmp_path):  # noqa: F811
     flags = ["name", f"--data_path={pictures}", *TINY, "--bs=8", "--ep=3", f"--exp_dir={tmp_path / 'run'}"]
     wild = ["--opt=sgd", "--clip=0", "--base_lr=1e12", "--log_every=1", "--save_every=1"]
     done = here(*flags, *wild, code=4)
@@ -445,7 +343,7 @@ def test_a_run_folder_in_use_by_an_earlier_run_is_not_overwritten(unbroken):
     assert (folder / "ckpt-last.pth").read_bytes() == before
 
 
-def test_damaged_images_are_named_counted_and_replaced(pictures, tmp_path):
+def test_damaged_images_are_named_counted_and_replaced(pictures, tmp_path):  # noqa: F811
     data = tmp_path / "data"
     shutil.copytree(pictures, data)
     (data / "train/class0/000.JPEG").write_bytes(b"")

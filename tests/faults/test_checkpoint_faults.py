@@ -25,7 +25,7 @@ from spark_fast.checkpoint.manager import (
 from spark_fast.checkpoint.validate_file import sidecar
 from spark_fast.cli.train import main
 from tests.checkpoint.test_file import trained
-from tests.cli.test_train import TINY, assert_same_weights, here, pictures  # noqa: F401
+from tests.cli.tiny_run import TINY, assert_same_weights, here, pictures  # noqa: F401
 from tests.faults import saboteur
 from tests.processes import run_forked
 

@@ -24,7 +24,7 @@ from spark_fast.pipelines.sources.beton import BetonSource, checks_path, sealed_
 from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.shard_format import BETON, read_manifest
 from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation
-from tests.cli.test_train import TINY, here
+from tests.cli.tiny_run import TINY, here
 from tests.faults.kinds import DAMAGED, VALID, bombs
 from tests.faults.stored import folder_of, shards_of
 from tests.pipelines.building import build

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.cli.test_train import assert_same_weights, pictures, weights  # noqa: F401
+from tests.cli.tiny_run import assert_same_weights, pictures, weights  # noqa: F401
 from tests.commands import HANG_SECONDS
 from tests.faults import trainee
 from tests.faults.test_run import FCMAE, STEPS, flags_of, here, rows, samples

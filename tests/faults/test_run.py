@@ -16,7 +16,7 @@ from spark_fast import build_spark
 from spark_fast.masking import num_visible, sample_visible
 from spark_fast.pipelines.sources.bad_images import JUDGED_AFTER
 from spark_fast.pipelines.sources.detect import detect_source
-from tests.cli.test_train import TINY, assert_same_weights, pictures, weights  # noqa: F401
+from tests.cli.tiny_run import TINY, assert_same_weights, pictures, weights  # noqa: F401
 from tests.commands import HANG_SECONDS, run_here
 from tests.faults import trainee
 from tests.faults.band_kinds import folder_of, image, packed

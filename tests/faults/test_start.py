@@ -9,7 +9,7 @@ import pytest
 
 from spark_fast.cli.train import main
 from spark_fast.commands import command
-from tests.cli.test_train import pictures  # noqa: F401
+from tests.cli.tiny_run import pictures  # noqa: F401
 from tests.commands import HANG_SECONDS
 from tests.faults.test_run import flags_of
 from tests.processes import run_forked

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from spark_fast.cli import convert
-from tests.cli.test_train import TINY, here
+from tests.cli.tiny_run import TINY, here
 from tests.commands import run_here
 from tests.optional import missing
 

@@ -6,7 +6,7 @@ import torch
 
 from spark_fast import build_spark
 from spark_fast.run.data_parallel import give_gradients_strides_of_weights
-from tests.cli.test_train import TINY, losses, pictures, torchrun, train, weights  # noqa: F401
+from tests.cli.tiny_run import TINY, losses, pictures, torchrun, train, weights  # noqa: F401
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "convnext_zepto_rms"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_train import TINY, losses, pictures  # noqa: F401
+from tests.cli.tiny_run import TINY, losses, pictures  # noqa: F401
 from tests.commands import HANG_SECONDS
 
 JOB = Path(__file__).parents[2] / "tools" / "slurm.sbatch"
