@@ -210,7 +210,7 @@ def test_a_failing_write_is_exit_code_6(src, tmp_path):
     ("options", "message"),
     [
         (["--max_side", "300"], "exclude each other"),
-        (["--quality", "0"], "quality 0"),
+        (["--quality", "0"], "quality must be from 1 to 100 (90 is usual), got 0"),
         (["--workers", "-1"], "counts"),
         (["--max_pixels", "0"], "max_pixels must be 1 (million) or more"),
         (["--part", "3/2"], "such as 2/4 for the second of four; got '3/2'"),
@@ -233,7 +233,7 @@ def test_bad_sources_are_exit_code_3_and_bad_destinations_2(src, tmp_path):
     assert unmerged.stderr.count("\n") == 1
     (tmp_path / "empty").mkdir()
     assert "no images in" in here(tmp_path / "empty", tmp_path / "out", code=3).stderr
-    assert "images' own folder" in here(src, src / "out", code=2).stderr
+    assert "into the folder of the images" in here(src, src / "out", code=2).stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -298,5 +298,5 @@ def test_other_pipelines_refuse_what_they_cannot_read(tmp_path, pipeline):
     for turn in ("vflip", "rot90"):
         with pytest.raises(SettingsError, match=f"pipeline {pipeline} supports neither --vflip nor --rot90"):
             build(tmp_path, pipeline=pipeline, batch_size=4, **{turn: True})
-    with pytest.raises(SettingsError, match="decoding on the device reads photographs"):
+    with pytest.raises(SettingsError, match="decoding on the device reads only photographs"):
         build(tmp_path, batch_size=4, in_chans=1, decode_on="device")

@@ -33,7 +33,7 @@ def test_when_nothing_near_is_readable_the_storage_is_questioned(tmp_path):
     assert loader.load(1, draws, out).substituted
     assert loader.load(len(source) - 1, draws, out).substituted is None
     pipeline = build(tmp_path, batch_size=20, input_size=32)
-    with pytest.raises(DataError, match="is the storage still there"):
+    with pytest.raises(DataError, match="is the storage still available"):
         list(pipeline.epoch(0))
     pipeline.close()
 

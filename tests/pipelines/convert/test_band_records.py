@@ -203,9 +203,9 @@ def test_how_arrays_were_laid_out_is_no_matter_once_they_are_converted(tmp_path)
     ("channels", "asked", "message"),
     [
         (5, {}, "holds images of 5 channels, stored losslessly: use --in_chans 5$"),
-        (5, {"in_chans": 4}, "take --in_chans 5$"),
+        (5, {"in_chans": 4}, "use --in_chans 5$"),
         (3, {}, "of 3 channels, stored losslessly: use --in_chans 3 --scale dtype, or percentile or none$"),
-        (3, {"pipeline": "dali"}, "take --in_chans 3 --scale dtype"),
+        (3, {"pipeline": "dali"}, "use --in_chans 3 --scale dtype"),
     ],
 )
 def test_asking_for_other_images_than_were_stored_says_what_to_ask_for(tmp_path, channels, asked, message):
