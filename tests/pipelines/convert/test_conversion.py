@@ -137,9 +137,7 @@ def test_a_tar_without_classes_becomes_unlabelled_and_says_how_to_give_labels(tm
     (src / "ILSVRC2012_img_val.tar").write_bytes(tar_of(images))
     convert(src, tmp_path / "out", settings())
     assert read_manifest(tmp_path / "out" / "val").labelled is False
-    assert re.search(
-        r"_val.tar has no class names, .* without labels.* a file list of lines `path label`", caplog.text
-    )
+    assert re.search(r"_val.tar has no class names, .* without labels.* a file list of lines `path label`", caplog.text)
     caplog.clear()
     for name, content in images.items():  # what it says: unpack, list, convert in its place
         (src / name).write_bytes(content)
