@@ -30,7 +30,7 @@ from spark_fast.evaluation.online_knn import OnlineKnn
 from spark_fast.pipelines import Batch, LoaderOptions, View
 from spark_fast.pipelines.backends.backend import Backend
 from spark_fast.pipelines.backends.image_loader import ImageLoader
-from spark_fast.pipelines.build import open_source
+from spark_fast.pipelines.build import make_sampler, open_source
 from spark_fast.pipelines.sampler import Sampler, Share, uniform
 from spark_fast.pipelines.sources.source import Source
 from spark_fast.pipelines.transforms.crops import ATTEMPTS, DRAWS, Augmentation, random_box
@@ -163,10 +163,7 @@ class Memory:
         source = open_source(path, options)
         try:
             pixels = self._decoded(source, f"{Path(path).resolve()} {view.split}", options.workers)
-            sampler = Sampler(len(source), batch_size, options.seed, repeats=view.repeats, in_order=view.in_order)
-            if not len(sampler):
-                raise DataError(f"a batch of {batch_size} is larger than the {len(source)} images of {path}")
-            return MemoryPipeline(source, sampler, options, pixels, passes)
+            return MemoryPipeline(source, make_sampler(options, len(source), path, source), options, pixels, passes)
         except BaseException:
             source.close()
             raise

@@ -41,12 +41,12 @@ def build_pipeline(data_path: str | Path | None, options: LoaderOptions) -> Pipe
     for is not installed.
     """
     if options.pipeline == "synthetic":
-        sampler = _sampler(options, options.synthetic_samples, "synthetic_samples")
+        sampler = make_sampler(options, options.synthetic_samples, "synthetic_samples")
         return SyntheticPipeline(sampler, options.size, options.device, options.dtype, options.in_chans)
     source = open_source(data_path, options)
     try:
         options = _with_statistics(source, options)
-        sampler = _sampler(options, len(source), str(data_path), source)
+        sampler = make_sampler(options, len(source), str(data_path), source)
         return _backend(source, options)(source, sampler, options)
     except BaseException:
         source.close()
@@ -161,7 +161,11 @@ def _only_pipeline(options: LoaderOptions) -> tuple[str, str] | None:
     return ("torch", "it supports --vflip and --rot90") if options.view.vflip or options.view.rot90 else None
 
 
-def _sampler(options: LoaderOptions, num_samples: int, where: str, source: Source | None = None) -> Sampler:
+def make_sampler(options: LoaderOptions, num_samples: int, where: str, source: Source | None = None) -> Sampler:
+    """Which samples a pipeline with these options reads at which step; `where`: the data path, for messages.
+
+    Raises DataError when an epoch has no step, and SettingsError when `shuffle_block` or the cache do not fit.
+    """
     view = options.view
     if view.shuffle_block and not isinstance(source, ShardSource):
         raise SettingsError(f"shuffle_block is for shards, which {where} is not: convert it, or use shuffle_block 0")

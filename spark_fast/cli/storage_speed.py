@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from spark_fast.errors import SettingsError
 from spark_fast.pipelines.build import open_source
 from spark_fast.pipelines.options import LoaderOptions
-from spark_fast.pipelines.sampler import block_order, order
+from spark_fast.pipelines.sampler import Sampler
 from spark_fast.pipelines.sources.file_list import list_source
 from spark_fast.pipelines.sources.remote.prefetch import DOWNLOADS, plan
 from spark_fast.pipelines.sources.remote.remote_shards import RemoteShardSource, in_gb
@@ -45,10 +45,11 @@ def listed_files(path: Path) -> Iterator[Path] | None:
 
 def reading_order(source: Source, options: LoaderOptions) -> NDArray[np.int64]:
     """The samples as a pipeline with these options reads them first, (n,)."""
-    block = options.view.shuffle_block
-    if block and isinstance(source, ShardSource):
-        return block_order(source.shards(), block, options.seed, 0)
-    return order(len(source), options.seed, 0)
+    shards = source.shards() if isinstance(source, ShardSource) else None
+    sampler = Sampler(len(source), options.batch_size, options.seed, block=options.view.shuffle_block, shards=shards)
+    permutation = sampler.permutation(0)
+    assert permutation is not None  # it shuffles
+    return permutation
 
 
 def fetch_sample(url: str, options: LoaderOptions, size: int) -> Fetched:
