@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,9 +48,8 @@ class Server:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._opened: tuple[Any, str] | None = _open(self.url)
-        self._opening = threading.Lock()
         self._given_up = False
+        _ = self._folder  # what is not installed is said now
 
     def __getstate__(self) -> str:
         return self.url
@@ -57,17 +57,16 @@ class Server:
     def __setstate__(self, url: str) -> None:
         import fsspec
 
-        self.url, self._opened, self._opening, self._given_up = url, None, threading.Lock(), False
+        self.url, self._given_up = url, False
         fsspec.get_filesystem_class(fsspec.utils.get_protocol(url))  # imported here, before forks, which share it
 
+    @cached_property
     def _folder(self) -> tuple[Any, str]:
-        with self._opening:
-            self._opened = self._opened or _open(self.url)
-        return self._opened
+        return _open(self.url)
 
     def read(self, name: str) -> bytes:
         """A small file, by one try. Raises whatever fsspec does."""
-        files, folder = self._folder()
+        files, folder = self._folder
         return files.cat_file(f"{folder}/{name}")
 
     def download(self, name: str, size: int, path: Path, stop: threading.Event, tell: Callable[[int], None]) -> None:
@@ -89,7 +88,7 @@ class Server:
                     raise TimeoutError(f"slower than {SLOWEST // 1000} kB/s")
                 tell(self.value)
 
-        files, folder = self._folder()
+        files, folder = self._folder
         files.get_file(f"{folder}/{name}", str(path), callback=Watched())
 
     def patiently(self, name: str, attempt: Callable[[], T], stop: threading.Event | None = None) -> T:
