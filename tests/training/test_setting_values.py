@@ -109,3 +109,16 @@ def test_saves_counted_otherwise_are_refused(text):
 def test_fewer_than_two_checkpoints_are_never_kept(number):
     with pytest.raises(SettingsError, match=f"--keep_last must be 2 or more.*got {number}"):
         parse([*NAMED, f"--keep_last={number}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--in_chans=0"], "--in_chans must be positive, got 0"),
+        (["--picture_channels", "0", "1"], "--picture_channels must be one or three of the channels 0 to 2, got 0 1"),
+        (["--in_chans=2", "--picture_channels", "2"], "of the channels 0 to 1, got 2"),
+    ],
+)
+def test_channels_that_there_are_not_are_refused(words, message):
+    with pytest.raises(SettingsError, match=message):
+        parse([*NAMED, *words])

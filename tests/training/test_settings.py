@@ -391,16 +391,3 @@ def test_channels_are_given_by_flags_and_by_a_file(tmp_path):
     assert Settings.from_names(in_chans=5, picture_channels=[4], exp_name="a", data_path="b").run.picture_channels == (
         4,
     )
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--in_chans=0"], "--in_chans must be positive, got 0"),
-        (["--picture_channels", "0", "1"], "--picture_channels must be one or three of the channels 0 to 2, got 0 1"),
-        (["--in_chans=2", "--picture_channels", "2"], "of the channels 0 to 1, got 2"),
-    ],
-)
-def test_channels_that_there_are_not_are_refused(words, message):
-    with pytest.raises(SettingsError, match=message):
-        parse([*NAMED, *words])
