@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 CONVERT = [sys.executable, "-m", "spark_fast.cli.convert"]
 
@@ -30,9 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     import ray  # here, so that --help needs no Ray
 
     ray.init(ignore_reinit_error=True)
+    src, dst = (str(Path(path).absolute()) for path in (given.src, given.dst))  # a task has a folder of its own
     part = ray.remote(num_cpus=given.cpus, max_retries=3, retry_exceptions=True)(convert)
-    ray.get([part.remote(given.src, given.dst, *flags, f"--part={i + 1}/{given.parts}") for i in range(given.parts)])
-    return subprocess.run([*CONVERT, given.dst, "--merge"]).returncode
+    ray.get([part.remote(src, dst, *flags, f"--part={i + 1}/{given.parts}") for i in range(given.parts)])
+    return subprocess.run([*CONVERT, dst, "--merge"]).returncode
 
 
 if __name__ == "__main__":
