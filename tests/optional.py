@@ -5,7 +5,13 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 
-MODULES = {"ffcv": "ffcv.loader", "dali": "nvidia.dali", "s3": "tests.s3_server", "ray": "ray"}  # by pytest marker
+MODULES = {
+    "ffcv": "ffcv.loader",
+    "dali": "nvidia.dali",
+    "s3": "tests.s3_server",
+    "gs": "tests.gs_server",
+    "ray": "ray",
+}  # by pytest marker
 
 
 @cache

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests of the optional decoders, FFCV and DALI, with both really installed into the checkout's .venv; those that
-# ask djpeg, libjpeg's own command, which images are damaged; those of shards on an S3 server, which moto plays; and
-# the conversion on Ray.
+# ask djpeg, libjpeg's own command, which images are damaged; those of shards on servers of S3 and Google Cloud Storage,
+# which moto and gcp-storage-emulator play; and the conversion on Ray.
 #
 #     bash tools/test_backends.sh
 #
@@ -39,8 +39,8 @@ if ! have_system_packages && ! install_system_packages; then
     echo "SKIPPED: the registry of system packages cannot be reached, so FFCV cannot be compiled here (${system[*]})"
     exit 0
 fi
-"$python" -m pip install --quiet -e ".[ffcv,dali]" s3fs 'moto[server]>=5' ray # the last three: 600 MB
-"$python" -c 'import ffcv, nvidia.dali, s3fs, moto.server, ray'
+"$python" -m pip install --quiet -e ".[ffcv,dali]" s3fs 'moto[server]>=5' gcsfs gcp-storage-emulator ray # from s3fs on: 700 MB
+"$python" -c 'import ffcv, nvidia.dali, s3fs, moto.server, gcsfs, gcp_storage_emulator, ray'
 
 export OMP_WAIT_POLICY=passive
-exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --full -m "ffcv or dali or djpeg or s3 or ray"
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --full -m "ffcv or dali or djpeg or s3 or gs or ray"
