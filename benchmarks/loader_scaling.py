@@ -82,6 +82,8 @@ class Options:
     """measurements of each figure"""
     epochs: int = 20
     """after which the memory is looked at again"""
+    stores: tuple[str, ...] = ()
+    """those measured, by their names; none named: all four"""
     work: Path | None = None
     """where the stores are made and kept; none: a temporary folder"""
     name: str = "loader_scaling"
@@ -301,8 +303,10 @@ def main(options: Options) -> None:
     """Make the stores, measure each, print the tables and keep the result."""
     with tempfile.TemporaryDirectory() as temporary:
         stores = make_stores(options, options.work or Path(temporary))
-        found = {name: measure(store, options) for name, store in track(stores.items(), "measuring")}
-    show(found)
+        found = {}
+        for name in track(options.stores or list(stores), "measuring"):
+            found[name] = measure(stores[name], options)
+            show({name: found[name]})  # at once: all take a quarter of an hour
     projected = projection(found)
     table = Table(title="times one core, at most, by the share under the lock")
     for title in ("store", "way", *map(str, CORES)):
