@@ -44,6 +44,7 @@ from spark_fast.pipelines.options import LoaderOptions
 from spark_fast.pipelines.sampler import Sampler, Share
 from spark_fast.pipelines.sources.source import Source
 from spark_fast.pipelines.transforms.bands.band_augment import BandAugment
+from spark_fast.pipelines.transforms.bands.decode_bands import BY_PYTHON
 from spark_fast.pipelines.transforms.bands.scaling import BandNormalise
 from spark_fast.pipelines.transforms.device_augment import DeviceAugment
 from spark_fast.pipelines.transforms.resize import Normalise
@@ -69,7 +70,8 @@ class TorchPipeline(Backend):
 
     def _make_filler(self, layout: Layout, options: LoaderOptions) -> Filler[Any]:
         """What fills the batches, and their memory."""
-        processes, why = choose_processes(options.worker_processes, self._workers, usable_cores())
+        in_python = bool(options.statistics) and self._source.name(0).lower().endswith(BY_PYTHON)
+        processes, why = choose_processes(options.worker_processes, self._workers, usable_cores(), in_python)
         logger.info("%d threads decode, in %s: %s", self._workers,
                     f"{processes} worker processes" if processes else "this process", why)  # fmt: skip
         kept, seed = self._prefetch + 2, self._sampler.seed
@@ -97,15 +99,17 @@ class TorchPipeline(Backend):
 
     def _loader(self, options: LoaderOptions, device_augment: DeviceAugment | None) -> ImageLoader:
         """What the threads do with an image; on the host they normalise it, too."""
-        asked: dict[str, Any] = {"device_augment": device_augment, "max_pixels": self._max_pixels}
         on_host = self._on_device is None and not self._on_cuda
         if options.statistics:
             assert isinstance(self._normalise, BandNormalise)
-            asked |= {"expected": options.expected, "statistics": options.statistics}
-            normalise = self._normalise if on_host else None
-            return BandLoader(self._source, self._augmentation, band_normalise=normalise, **asked)
+            return BandLoader(
+                self._source, self._augmentation, device_augment=device_augment, max_pixels=self._max_pixels,
+                expected=options.expected, statistics=options.statistics,
+                band_normalise=self._normalise if on_host else None,
+            )  # fmt: skip
         assert isinstance(self._normalise, Normalise)
-        return ImageLoader(self._source, self._augmentation, self._normalise if on_host else None, **asked)
+        normalise = self._normalise if on_host else None
+        return ImageLoader(self._source, self._augmentation, normalise, device_augment, self._max_pixels)
 
     def close(self) -> None:
         """Stop the decoder threads and processes and close the source."""

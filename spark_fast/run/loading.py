@@ -16,7 +16,7 @@ class Loading:
     """decoding threads per rank"""
     worker_processes: int | Literal["auto"] = "auto"
     """processes for the decoding threads; 0: the command's own process; auto: one per thread, at most 16, and 0 for up
-    to 2 threads"""
+    to 2 threads (for 1 if the images are TIFF or DICOM files)"""
     prefetch: int = 2
     """batches decoded ahead"""
     shuffle_block: int = 0

@@ -49,22 +49,25 @@ class Filler(Protocol[F]):
         ...
 
 
-def choose_processes(asked: int | Literal["auto"], threads: int, cores: int) -> tuple[int, str]:
+def choose_processes(
+    asked: int | Literal["auto"], threads: int, cores: int, in_python: bool = False
+) -> tuple[int, str]:
     """How many processes the decoding threads of a rank are spread over (0: they stay in this one), and why.
 
     Args:
         asked: a number, or "auto" for as many as pay.
         threads: decoding threads.
         cores: that this process may use.
+        in_python: decoding holds Python's lock for most of its time, so that two threads already wait for each other.
     """
     able = hasattr(os, "memfd_create")
     if asked != "auto":
         if asked and not able:
-            raise SettingsError("worker processes need Linux, whose memory without a name they share: take 0")
+            raise SettingsError("worker processes need Linux, which has the anonymous shared memory they use: use 0")
         return min(asked, threads), "as asked"
     if not able:
-        return 0, "there is no memory without a name to share on this system"
+        return 0, "this system has no anonymous shared memory"
     busy = min(threads, cores)
-    if busy <= FEW_THREADS:
+    if busy <= (1 if in_python else FEW_THREADS):
         return 0, f"{threads} threads on {cores} cores hardly wait for Python's lock"
     return min(busy, MOST_PROCESSES), f"{threads} threads on {cores} cores would wait for Python's lock"

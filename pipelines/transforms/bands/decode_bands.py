@@ -23,6 +23,7 @@ from spark_fast.pipelines.transforms.pillow_pixels import Loss
 from spark_fast.pipelines.transforms.png_chunks import SIGNATURE as PNG
 
 READ = "JPEG, PNG, TIFF, .npy, .npz, DICOM, PGM, PPM, BMP, GIF and WebP"  # the kinds that are read
+BY_PYTHON = (".tif", ".tiff", ".dcm", ".dicom")  # endings of files whose readers hold Python's lock most of the time
 
 _ADDRESS = re.compile(r" (object )?at 0x[0-9a-f]+")  # the same file must give the same reason
 
@@ -56,7 +57,7 @@ def decode_bands(data: bytes | memoryview, expected: Expected, *, judged: bool =
             raise ImageError(f"damaged, or not read: {kind} ({_ADDRESS.sub('', str(error))})") from error
         start = bytes(data[:12])
         raise ImageError(
-            f"not a readable image ({_ADDRESS.sub('', str(error))}); it starts with {start!r}; read are {READ}:"
+            f"not a readable image ({_ADDRESS.sub('', str(error))}); it starts with {start!r}; supported are {READ}:"
             f" see {PAGE}"
         ) from error
     pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)

@@ -46,8 +46,8 @@ def folder_of(root: Path, kind: str, **shape: int) -> Path:
 
 
 def batches(root: Path, kind: str, epoch: int = 0, start_step: int = 0, **options: object) -> list[Batch]:
-    asked = {"batch_size": 4, "input_size": 32, "seed": SEED, "in_chans": SETS[kind][0], "workers": 2, **options}
-    pipeline = build(root, **asked)
+    asked = {"batch_size": 4, "input_size": 32, "seed": SEED, "in_chans": SETS[kind][0], "workers": 2}
+    pipeline = build(root, **{**asked, "worker_processes": 0, **options})
     try:
         return list(pipeline.epoch(epoch, start_step))
     finally:
@@ -139,6 +139,16 @@ def test_workers_ranks_and_a_resume_change_nothing(tmp_path, kind):
     ]
     assert same(both, whole)
     assert not same(batches(root, kind, epoch=2, **turns), whole)
+
+
+@every_set
+def test_files_that_python_libraries_read_have_processes_from_two_threads_on(tmp_path, kind, monkeypatch, caplog):
+    monkeypatch.setattr("spark_fast.pipelines.backends.torch_pipeline.usable_cores", lambda: 2)
+    ending, root = SETS[kind][2], folder_of(tmp_path, kind)
+    with caplog.at_level("INFO"):
+        build(root, batch_size=4, input_size=32, in_chans=SETS[kind][0], workers=2).close()
+    place = "2 worker processes" if ending in (".tif", ".dcm") else "this process"
+    assert f"2 threads decode, in {place}" in caplog.text
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 3e38])

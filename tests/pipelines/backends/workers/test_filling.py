@@ -20,6 +20,11 @@ def test_few_threads_stay_here_and_many_have_processes_of_their_own(threads, cor
     assert f"{threads} threads on {cores} cores" in why
 
 
+@pytest.mark.parametrize(("threads", "cores", "processes"), [(1, 64, 0), (2, 1, 0), (2, 2, 2), (3, 8, 3)])
+def test_where_decoding_is_python_two_threads_have_processes(threads, cores, processes):
+    assert choose_processes("auto", threads, cores, in_python=True)[0] == processes
+
+
 def test_what_is_asked_for_is_taken_but_no_process_without_a_thread():
     assert choose_processes(0, 16, 16) == (0, "as asked")
     assert choose_processes(3, 16, 1) == (3, "as asked")
