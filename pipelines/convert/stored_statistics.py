@@ -12,7 +12,7 @@ import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,15 @@ from spark_fast.pipelines.transforms.bands.statistics import (
 _WAITING = 16  # images whose counts are added at a time
 
 
+class KindReport(TypedDict):
+    """The moments and counts of a shard's images of one type, in plain types."""
+
+    count: int
+    mean: list[float]
+    squares: list[float]
+    counts: list[list[str]]  # of each channel: numbers, and how often each occurs
+
+
 class Tally:
     """What is measured of a shard's images, by the type of their numbers."""
 
@@ -43,7 +52,7 @@ class Tally:
         """An image, (H, W, channels)."""
         self._kinds.setdefault(pixels.dtype.name, _Kind()).add(pixels)
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> dict[str, KindReport]:
         """In plain types: {name of the type: moments and counts}; {} where nothing was measured."""
         return {name: _to_plain(kind.measured()) for name, kind in sorted(self._kinds.items())}
 
@@ -76,7 +85,7 @@ class _Kind:
         return Measured(_whole(self._moments), [Counts.of_table(row, self._lowest) for row in self._table])
 
 
-def statistics_by_scale(reports: list[dict[str, Any]]) -> dict[str, dict]:
+def statistics_by_scale(reports: list[dict[str, KindReport]]) -> dict[str, dict]:
     """{dtype, percentile, none: `Statistics.to_dict`} from the shards' reports, in their order; {} for photographs."""
     kinds = {name: _whole(map(_from_plain, found)) for name, found in _by_kind(reports).items()}
     if not kinds:
@@ -96,7 +105,7 @@ def statistics_by_scale(reports: list[dict[str, Any]]) -> dict[str, dict]:
     }
 
 
-def _by_kind(reports: list[dict[str, Any]]) -> dict[str, list[dict]]:
+def _by_kind(reports: list[dict[str, KindReport]]) -> dict[str, list[KindReport]]:
     names = sorted({name for report in reports for name in report})
     return {name: [report[name] for report in reports if name in report] for name in names}
 
@@ -111,7 +120,7 @@ def _divided(moments: Moments, unit: float) -> Moments:
     return Moments(moments.count, moments.mean / unit, moments.squares / unit**2)
 
 
-def _to_plain(measured: Measured) -> dict[str, Any]:
+def _to_plain(measured: Measured) -> KindReport:
     moments = measured.moments
     counts = [[_packed(c.keys), _packed(c.counts)] for c in measured.counts]
     return {
@@ -122,7 +131,7 @@ def _to_plain(measured: Measured) -> dict[str, Any]:
     }
 
 
-def _from_plain(report: dict[str, Any]) -> Measured:
+def _from_plain(report: KindReport) -> Measured:
     moments = Moments(report["count"], np.array(report["mean"]), np.array(report["squares"]))
     counts = [Counts(_unpacked(k, np.dtype("<u4")), _unpacked(n, np.dtype("<i8"))) for k, n in report["counts"]]
     return Measured(moments, counts)

@@ -19,7 +19,7 @@ from spark_fast.errors import DataError
 from spark_fast.pipelines.base import BadImageCounts
 from spark_fast.pipelines.sources.losses import counted
 from spark_fast.pipelines.sources.source import Source
-from spark_fast.pipelines.transforms.file_kinds import IS_NOT_READ
+from spark_fast.pipelines.transforms.file_kinds import IS_NOT_SUPPORTED
 from spark_fast.pipelines.transforms.pillow_pixels import Loss
 
 logger = logging.getLogger("spark_fast.pipelines")
@@ -44,7 +44,7 @@ def candidates(source: Source, sample: int) -> Iterator[int]:
 
 def none_readable(source: Source, sample: int, reason: str | None) -> DataError:
     """What to raise when no candidate can be read, the sample itself for this `reason`."""
-    question = "" if IS_NOT_READ in (reason or "") else ": is the storage still available?"
+    question = "" if IS_NOT_SUPPORTED in (reason or "") else ": is the storage still available?"
     return DataError(
         f"image {sample} ({source.name(sample)}) cannot be read ({reason}), and neither can the {SUBSTITUTES}"
         f" images after it{question}"

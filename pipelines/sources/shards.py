@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import resource
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,10 +56,10 @@ class ShardSource:
         for shard in self.files:
             self._files.append(_open_shard(Path(self.folder), shard))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "_files"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._open_shards()
 

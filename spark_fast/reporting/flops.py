@@ -10,7 +10,6 @@ fallbacks, with each layer of the decoder by itself and its projections of whole
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +57,8 @@ class _Decode(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, *inputs: Any) -> Tensor:
-        return self.model.decode(*inputs)
+    def forward(self, features: list[Tensor], visible: VisiblePatches, on: VisiblePatches) -> Tensor:
+        return self.model.decode(features, visible, on)
 
 
 def _multiply_adds(module: nn.Module, *inputs: object) -> float:

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -101,8 +101,7 @@ def _precision_of_convolutions() -> Iterator[None]:
     """Matrix products use TF32 here if convolutions do: by default torch allows it for convolutions alone."""
     products = torch.backends.cuda.matmul
     before = products.fp32_precision
-    cudnn: Any = torch.backends.cudnn  # its type knows no `conv`
-    products.fp32_precision = cudnn.conv.fp32_precision
+    products.fp32_precision = attrgetter("conv.fp32_precision")(torch.backends.cudnn)  # its type knows no `conv`
     try:
         yield
     finally:

@@ -41,17 +41,25 @@ class DataGroup(Protocol):
     pipeline: str
     input_size: str
     workers: int
-    worker_processes: Any
     prefetch: int
     max_bad_fraction: float
     max_pixels: int
     cache_dir: str
     cache_size: str
-    scale: Any
     mean: tuple[float, ...]
     std: tuple[float, ...]
     channels_first: bool
     npz_key: str
+
+    @property
+    def worker_processes(self) -> int | Literal["auto"]:
+        """Processes for the decoding threads, or auto."""
+        ...
+
+    @property
+    def scale(self) -> str:
+        """How stored values are mapped to [0, 1]."""
+        ...
 
     @property
     def in_chans(self) -> int | None:
@@ -245,7 +253,7 @@ def set_by_name(settings: Tree, given: Mapping[str, object]) -> None:
         setattr(home[name], name, value)
 
 
-def _numbers_of(name: str, kind: Any, value: object) -> tuple[float, ...]:
+def _numbers_of(name: str, kind: object, value: object) -> tuple[float, ...]:
     """A setting of several numbers, `tuple[int, ...]` or `tuple[float, ...]`, given as a list or a tuple."""
     number = get_args(kind)[0]
     taken = {number, int}  # 1 is a float as well
@@ -282,7 +290,7 @@ def plain_switches(argv: list[str], switches: dict[str, Values]) -> list[str]:
 def nearest(word: str, known: Iterable[str]) -> str:
     """What may have been meant, as the end of an error's message."""
     near = get_close_matches(word, known, n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(near)}?" if near else f"; there are {', '.join(sorted(known))}"
+    return f"; did you mean {', '.join(near)}?" if near else f"; choose one of {', '.join(sorted(known))}"
 
 
 def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
@@ -329,7 +337,7 @@ def _flags_of(path: Path, known_settings: Any) -> list[str]:
     for section, values in tree.items():
         names = {f.name for f in dataclasses.fields(known_settings)}
         if section not in names or not isinstance(values, dict):
-            raise SettingsError(f"{path}: [{section}] is not a section; there are {', '.join(sorted(names))}")
+            raise SettingsError(f"{path}: [{section}] is not a section; choose one of {', '.join(sorted(names))}")
         known = {f.name for f in dataclasses.fields(getattr(known_settings, section))}
         for key, value in values.items():
             if key not in known:

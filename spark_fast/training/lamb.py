@@ -12,11 +12,11 @@ What it costs is reading and writing memory: 14 passes over the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 LONG = 1e9  # a step count at which the bias correction is 1 in any precision
 
@@ -37,7 +37,7 @@ class Lamb(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
@@ -75,7 +75,7 @@ class Lamb(torch.optim.Optimizer):
             if self.found_inf is not None:
                 group["step"] -= self.found_inf
 
-    def _update(self, params: list[Tensor], group: dict[str, Any], lr: float | Tensor, decay: float | Tensor) -> None:
+    def _update(self, params: list[Tensor], group: dict, lr: float | Tensor, decay: float | Tensor) -> None:
         moved = torch._foreach_mul(params, -decay)
         step = group["step"] if self._bias_correction else torch.full_like(group["step"], LONG)
         torch._fused_adamw_(

@@ -9,7 +9,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from tyro.conf import OmitArgPrefixes, arg
 
@@ -322,7 +322,7 @@ class Settings(Tree):
         return settings
 
     @classmethod
-    def from_dict(cls, tree: Mapping[str, Any]) -> Settings:
+    def from_dict(cls, tree: Mapping[str, Mapping[str, object]]) -> Settings:
         """What `stored` gave; settings that it lacks are the defaults (an older version knew fewer).
 
         Before format 2 a drop_path of 0 stood for the published rate.

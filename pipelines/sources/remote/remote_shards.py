@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from spark_fast.commands import command
 from spark_fast.errors import DataError, ImageError
@@ -48,7 +48,7 @@ class RemoteShardSource(ShardSource):
         """Read manifest and index of a split: from the folder of its name, for "train" and "all" from the URL itself.
 
         Raises:
-            DataError: they cannot be had, or are unusable.
+            DataError: they cannot be read, or are unusable.
             SettingsError: what reads such a URL is not installed, or the URL holds a password.
         """
         refuse_credentials(url)
@@ -68,11 +68,11 @@ class RemoteShardSource(ShardSource):
         self._counting, self._count = threading.Lock(), 0
         self.on_close: list[Callable[[], None]] = []  # what else ends with this source
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         own = {"_closed", "_counting", "_count", "on_close"}
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._start_counting()
 
@@ -86,7 +86,7 @@ class RemoteShardSource(ShardSource):
 
         Raises:
             ImageError: the record is not what the index says, although its shard is what the manifest says.
-            DataError: the shard cannot be had.
+            DataError: the shard cannot be downloaded.
         """
         row = self._index[i]
         shard, offset = self.files[row["shard"]], int(row["offset"])
@@ -117,7 +117,7 @@ class RemoteShardSource(ShardSource):
         """Bring a shard to the cache.
 
         Raises:
-            DataError: it cannot be had, or the cache cannot be written.
+            DataError: it cannot be downloaded, or the cache cannot be written.
             StoppedError: `stop` was set, or the source was closed.
         """
         stop = stop or self._closed

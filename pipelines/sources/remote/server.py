@@ -13,11 +13,14 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from spark_fast.commands import INSTALL_REMOTE
 from spark_fast.errors import DataError, SettingsError
 from spark_fast.pipelines.sources.remote.url import without_credentials
+
+if TYPE_CHECKING:  # it is optional
+    from fsspec import AbstractFileSystem
 
 logger = logging.getLogger("spark_fast.pipelines")
 
@@ -61,7 +64,7 @@ class Server:
         fsspec.get_filesystem_class(fsspec.utils.get_protocol(url))  # imported here, before forks, which share it
 
     @cached_property
-    def _folder(self) -> tuple[Any, str]:
+    def _folder(self) -> tuple[AbstractFileSystem, str]:
         return _open(self.url)
 
     def read(self, name: str) -> bytes:
@@ -124,7 +127,7 @@ class Server:
         raise DataError(f"{self.url}/{name} cannot be read after {number} attempts: {reason}")
 
 
-def _open(url: str) -> tuple[Any, str]:
+def _open(url: str) -> tuple[AbstractFileSystem, str]:
     """The file system of a URL, and the folder's path in it; nothing is asked of the server."""
     try:
         import fsspec
@@ -141,7 +144,7 @@ def _open(url: str) -> tuple[Any, str]:
         raise SettingsError(f"fsspec cannot open {url}: {without_credentials(str(error))}") from None
 
 
-def _timeouts(scheme: str) -> dict[str, Any]:
+def _timeouts(scheme: str) -> dict[str, dict[str, object]]:
     """After which silence a try has failed; s3fs has its own 15 s, gcsfs its own."""
     if scheme not in ("http", "https"):
         return {}

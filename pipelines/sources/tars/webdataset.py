@@ -31,7 +31,7 @@ _LOOKED_AT = 256  # members of a tar, to tell its layout
 
 
 class WebDatasetSource(FileSource):
-    """Images at `ranges`, (n, 3) int64 number of the tar, offset and size in bytes, of `tars` in or at `root`."""
+    """Images in `tars`. `ranges` is (n, 3) int64: for each image its tar's number, its offset and its size in bytes."""
 
     def __init__(
         self,

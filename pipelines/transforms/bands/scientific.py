@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from types import ModuleType
 
 from spark_fast.errors import SettingsError
 
 
-def scientific(library: str, what: str) -> Any:
+def scientific(library: str, what: str) -> ModuleType:
     """The module of this name, which reads `what` ("TIFF files"); SettingsError where it is not installed."""
     try:
         return import_module(library)

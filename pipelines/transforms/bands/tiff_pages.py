@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from spark_fast.errors import ImageError
 from spark_fast.pipelines.transforms.bands.expected import Expected, Stored
 from spark_fast.pipelines.transforms.bands.scientific import scientific
 from spark_fast.pipelines.transforms.decode import check_size
+
+if TYPE_CHECKING:  # it is optional
+    from tifffile import TiffFile, TiffPage
 
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how the files begin
 _PALETTE = 3  # a photometric interpretation
@@ -33,7 +36,7 @@ def read_tiff(data: bytes | memoryview, expected: Expected) -> Stored:
         return Stored(_pixels(pages[0], len(data)), _has_alpha(pages[0]))
 
 
-def open_tiff(file: IO[bytes]) -> Any:
+def open_tiff(file: IO[bytes]) -> TiffFile:
     """A TiffFile. Raises SettingsError where tifffile or imagecodecs is not installed."""
     library = scientific("tifffile", "TIFF files")
     scientific("imagecodecs", "compressed TIFF files")
@@ -42,46 +45,46 @@ def open_tiff(file: IO[bytes]) -> Any:
     return library.TiffFile(file, is_ome=False)  # an OME-TIFF may name other files
 
 
-def page_a_channel(file: Any, expected: Expected) -> list[Any]:
+def page_a_channel(file: TiffFile, expected: Expected) -> list[TiffPage]:
     """The first page, or all where each holds one of the channels. Raises ImageError where they are not as expected."""
-    first = file.pages[0]
+    first = file.pages.first
     if not (_channels(first) == 1 < expected.in_chans and len(file.pages) == expected.in_chans):
         _check(first, expected)
         return [first]
     if any(page.shape != first.shape or page.dtype != first.dtype for page in file.pages[1:]):
         raise ImageError(f"a TIFF of {expected.in_chans} pages that differ in size or numbers")
     _check(first, expected, pages=expected.in_chans)
-    return list(file.pages)
+    return [page.aspage() for page in file.pages]
 
 
-def planes_apart(page: Any) -> bool:
+def planes_apart(page: TiffPage) -> bool:
     """Whether a page's channels lie after each other, not beside each other."""
     return _channels(page) > 1 and int(page.planarconfig) == _PLANES
 
 
-def _channels(page: Any) -> int:
+def _channels(page: TiffPage) -> int:
     return int(page.samplesperpixel)
 
 
-def _has_alpha(page: Any) -> bool:
+def _has_alpha(page: TiffPage) -> bool:
     return bool(page.extrasamples) and int(page.extrasamples[-1]) in _ALPHA
 
 
-def _check(page: Any, expected: Expected, pages: int = 1) -> None:
+def _check(page: TiffPage, expected: Expected, pages: int = 1) -> None:
     """Raise ImageError for what a page's header announces."""
     if int(page.photometric or 0) == _PALETTE:
         raise ImageError("a TIFF of palette colours: its numbers are places in a table, not measurements")
     if page.imagedepth != 1:
         raise ImageError(f"a TIFF volume of {page.imagedepth} slices")
     if page.dtype is None:
-        raise ImageError(f"a TIFF of {page.bitspersample} bits of kind {page.sampleformat}, which are not read")
+        raise ImageError(f"a TIFF of {page.bitspersample} bits of kind {page.sampleformat}, which is not supported")
     height, width = page.imagelength, page.imagewidth
     if page.is_tiled:  # a tile is unpacked whole
         check_size(page.tilelength, page.tilewidth, expected.max_pixels)
     expected.check(height, width, pages * _channels(page), page.dtype, alpha=pages == 1 and _has_alpha(page))
 
 
-def _pixels(page: Any, size: int) -> NDArray:
+def _pixels(page: TiffPage, size: int) -> NDArray:
     """(H, W, channels); `size`: of the file, in bytes."""
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
         if offset + count > size:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 from spark_fast.errors import ImageError
 from spark_fast.pipelines.transforms.bands.tiff_pages import planes_apart
 
+if TYPE_CHECKING:  # it is optional
+    from tifffile import TiffPage
+
 
 class Segments:
     """A page that is open. tifffile calls its strips and tiles segments."""
 
-    def __init__(self, file: BinaryIO, page: Any, max_pixels: int) -> None:
+    def __init__(self, file: BinaryIO, page: TiffPage, max_pixels: int) -> None:
         """Raises ImageError where a segment has more than `max_pixels`, or some are missing."""
         self._file, self._page = file, page
         self.height, self.width = int(page.imagelength), int(page.imagewidth)

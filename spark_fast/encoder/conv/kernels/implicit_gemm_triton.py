@@ -22,7 +22,8 @@ N = 81,920 cells, 42 MB (11 us at 4.0 TB/s), 24 GFLOP (35 us at 700 TFLOP/s), 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from operator import attrgetter
+from typing import Protocol
 
 import torch
 import triton
@@ -227,8 +228,8 @@ def _convolve(
 
 def _precision() -> str:
     """How the tensor cores take fp32: as PyTorch's convolutions. Other dtypes are exact in their products."""
-    cudnn: Any = torch.backends.cudnn  # its type knows no `conv`
-    return "tf32" if cudnn.conv.fp32_precision == "tf32" else "ieee"
+    precision = attrgetter("conv.fp32_precision")(torch.backends.cudnn)  # its type knows no `conv`
+    return "tf32" if precision == "tf32" else "ieee"
 
 
 @implicit_gemm.register_fake

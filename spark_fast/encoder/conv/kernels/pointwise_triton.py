@@ -19,7 +19,7 @@ The gradient of the shortcut is that of the output, the same tensor.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import triton
@@ -271,7 +271,7 @@ def _keep_residual(ctx: _ResidualContext, inputs: tuple, output: Tensor) -> None
 def _residual_backward(ctx: _ResidualContext, grad: Tensor) -> tuple:
     x, bias, gamma, factor = ctx.saved_tensors
     grad_x, sums = residual_gradients(grad, x, bias, gamma, factor)
-    grads: list[Any] = [
+    grads: list[Tensor | None] = [
         sums[i].to(tensor.dtype) if ctx.needs_input_grad[1 + i] else None for i, tensor in enumerate((bias, gamma))
     ]
     return grad_x, *grads, None, grad.to(ctx.shortcut)
