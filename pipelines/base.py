@@ -57,5 +57,5 @@ class Pipeline(Protocol):
         ...
 
     def close(self) -> None:
-        """Release threads and files; no batch can be had afterwards."""
+        """Release threads and files; no batch can be read afterwards."""
         ...

@@ -177,4 +177,4 @@ def bytes_of(size: str) -> int:
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise SettingsError(f"{name} {value!r} is unknown; there are: {', '.join(choices)}")
+        raise SettingsError(f"{name} {value!r} is unknown; choose one of {', '.join(choices)}")

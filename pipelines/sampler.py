@@ -66,7 +66,7 @@ def _positions(num_samples: int, step: int, batch_size: int, rank: int, world_si
 def uniform(seed: int, draw_ids: ArrayLike, sample_ids: ArrayLike, n: int) -> NDArray[np.float64]:
     """n numbers in [0, 1) per sample, (samples, n), a function of seed, draw and sample alone.
 
-    `draw_ids`, one for all or one a sample, are the epoch where no sample is repeated in it, see `Share`.
+    `draw_ids`: one for all samples, or one per sample; the epoch, unless samples are repeated in it (see `Share`).
     """
     keys = _hash(_SAMPLE, seed, draw_ids, sample_ids)
     counters = np.arange(n, dtype=np.uint64) * _GOLDEN

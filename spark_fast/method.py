@@ -245,7 +245,7 @@ def method_class(name: str) -> type[Method]:
     module, _, cls = METHODS.get(name, name).partition(":")
     if not cls:
         raise ValueError(
-            f"unknown method {name!r}; there are {', '.join(METHODS)}, or your own as package.module:Class"
+            f"unknown method {name!r}: choose one of {', '.join(METHODS)}, or your own as package.module:Class"
         )
     try:
         found = getattr(importlib.import_module(module), cls)
@@ -295,7 +295,7 @@ def build(
             `verify` finds wrong, or a size, mask ratio, number of stages or width that does not fit.
     """
     if encoder not in ENCODERS:
-        raise ValueError(f"unknown encoder {encoder!r}; there are {', '.join(ENCODERS)}")
+        raise ValueError(f"unknown encoder {encoder!r}: choose one of {', '.join(ENCODERS)}")
     size = as_size(input_size)
     network = build_network(model, model_kwargs, stages, in_chans) if isinstance(model, str) else model
     if check is None:

@@ -49,7 +49,7 @@ def build_network(model: str, kwargs: dict | None = None, stages: int | None = N
 
     Raises:
         ValueError: an unknown name (the nearest are given), a function that cannot be imported or returns no module,
-            or a number of stages that the network has not.
+            or more stages than the network has.
     """
     if model.startswith(("hf-hub:", "local-dir:")):
         raise ValueError(

@@ -58,7 +58,7 @@ class KeptStream:
         self._note(text.encode(errors="backslashreplace"))
 
     def write(self, text: str) -> int:
-        """As of any text stream."""
+        """Write as to any text stream; returns the number of characters."""
         self.note(text)
         if self._show is None:
             self._write(text)
@@ -69,7 +69,7 @@ class KeptStream:
         return len(text)
 
     def flush(self) -> None:
-        """As of any text stream."""
+        """Flush, as any text stream."""
         try:
             self._stream.flush()
         except OSError as error:
@@ -105,7 +105,7 @@ class KeptStream:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
-        log.warning("nobody reads %s any more: the run goes on without it", str(self._stream.name).strip("<>"))
+        log.warning("nobody reads %s any more: the run continues without it", str(self._stream.name).strip("<>"))
 
 
 def keep_output() -> tuple[KeptStream, KeptStream]:

@@ -44,7 +44,7 @@ def test_a_method_of_your_own_is_trained_and_never_imported_from_a_file(images, 
     assert not pretrain(images, **settings, max_steps=1).finished
     assert pretrain(images, **settings, resume="auto").finished
     assert list((tmp_path / "run" / "reconstruction").iterdir())
-    with pytest.raises(CheckpointError, match="a method of your own, my_method:OneLayer"):
+    with pytest.raises(CheckpointError, match="your own method, my_method:OneLayer"):
         load_pretrained(tmp_path / "run")
 
 

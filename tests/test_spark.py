@@ -209,7 +209,7 @@ def test_a_change_in_a_hole_changes_no_feature_and_no_prediction(model):
     [
         ({"model": "resnet51"}, r"unknown model 'resnet51'; did you mean .*resnet5\d"),
         ({"model": "qqqq"}, r"unknown model 'qqqq'; see timm\.list_models"),
-        ({"encoder": "sparse"}, "unknown encoder 'sparse'; there are packed, masked"),
+        ({"encoder": "sparse"}, "unknown encoder 'sparse': choose one of packed, masked"),
         ({"decoder_width": 31}, "decoder_width 31 is too small: it is halved 5 times, so the smallest is 32"),
         ({"decoder_width": 0}, "decoder_width 0 is too small"),
         ({"decoder_width": -32}, "decoder_width -32 is too small"),

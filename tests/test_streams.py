@@ -32,7 +32,7 @@ def test_a_reader_that_goes_costs_the_output_and_is_told_once(pipe, tmp_path, ca
     os.write(stream.fileno(), b"another writer to the descriptor")
     assert (tmp_path / "copy").read_text() == "read\n0\n1\n2\n"
     assert len(caplog.messages) == 1
-    assert "any more: the run goes on without it" in caplog.messages[0]
+    assert "any more: the run continues without it" in caplog.messages[0]
 
 
 def test_a_terminal_that_goes_is_the_same_and_a_full_disk_is_not(caplog):
@@ -50,7 +50,7 @@ def test_a_terminal_that_goes_is_the_same_and_a_full_disk_is_not(caplog):
             return self.nowhere
 
     print("x", file=KeptStream(Failing(errno.EIO)))
-    assert "nobody reads stdout any more: the run goes on without it" in caplog.messages
+    assert "nobody reads stdout any more: the run continues without it" in caplog.messages
     with pytest.raises(OSError, match="No space left"):
         print("x", file=KeptStream(Failing(errno.ENOSPC)))
 

@@ -111,7 +111,7 @@ def _give(pipe: Connection, worker: _Worker[Job], job: Job | None) -> None:
 
 @contextmanager
 def _ctrl_c_ignored() -> Iterator[None]:
-    """Children started meanwhile ignore Ctrl-C for good: it reaches the whole group, the parent decides."""
+    """Child processes that are started meanwhile ignore Ctrl-C: it reaches them too, but their parent decides."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are the main thread's business
         return

@@ -13,7 +13,7 @@ from PIL import TiffImagePlugin
 READ = "JPEG, PNG, BMP, GIF, PGM, PPM, TIFF and WebP"  # the kinds that are read
 PAGE = "docs/how_to/your_own_data.md"
 UNKNOWN_PIXELS = ("unknown raw mode for given image mode", "pixels that are read wrongly")  # the first is Pillow's
-IS_NOT_READ = "a kind that is not read"
+IS_NOT_SUPPORTED = "a kind that is not supported"
 
 # offset and bytes -> what it is; the first that fits
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
@@ -72,7 +72,9 @@ _FORMATS = {2: "signed", 3: "floating point", 4: "of no format", 5: "complex", 6
 def not_read(what: str) -> str:
     """The words for a file of another kind."""
     more = "with --in_chans or --scale arrays, DICOM and every TIFF are, too"
-    return f"not a readable image but {what}, {IS_NOT_READ}; read are {READ} of 8 or 16 bits; {more}: see {PAGE}"
+    return (
+        f"not a readable image but {what}, {IS_NOT_SUPPORTED}; supported are {READ} of 8 or 16 bits; {more}: see {PAGE}"
+    )
 
 
 def other_kind(data: bytes | memoryview) -> str | None:

@@ -66,8 +66,8 @@ class AsyncWriter:
             write()
         except Exception as error:  # a full disk must not end the run; `finish` raises what stays broken
             log.error(
-                "NOT SAVED at step %d: %s. The run goes on with the checkpoint before it, and tries again at the next "
-                "save; make room meanwhile",
+                "NOT SAVED at step %d: %s. Training continues, the previous checkpoint is kept, and the next save "
+                "tries again. Free some disk space until then",
                 step, error,
             )  # fmt: skip
             self._failed = write

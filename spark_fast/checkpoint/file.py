@@ -100,7 +100,7 @@ def write(path: Path, content: Content) -> str:
     except OSError as error:
         room = ""
         with suppress(OSError):
-            room = f", {shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free there"
+            room = f", and {shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free there"
         text = f"{error.strerror or error}. It needs {tensor_bytes(content) / 1e6:.1f} MB{room}"
         raise CheckpointError(text) from error
     return hashed.sha256.hexdigest()
@@ -147,18 +147,18 @@ def read(path: Path) -> Content:
             return dict(load_file(path))
         check_zip(path, crc=not proven)
         if not proven:
-            log.info("no checksum lies beside %s (%s): accepted without", path, sidecar(path).name)
+            log.info("%s has no checksum file (%s): loaded without verifying it", path, sidecar(path).name)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except RefusedError as error:
         raise CheckpointError(f"{path} {error}") from None
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is refused: it is damaged, or contains pickled code beyond tensors ({_first_line(error)})"
+            f"{path} was not loaded: it is damaged, or holds pickled code besides tensors ({_first_line(error)})"
         ) from None
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be read, it is damaged ({_first_line(error)})") from None
+        raise CheckpointError(f"{path} cannot be read: it is damaged ({_first_line(error)})") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
+        raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
     return content
 
 
@@ -176,8 +176,9 @@ def check_run(path: Path, content: Content) -> RunContent:
     check_format(path, content)
     if content.get("format") != FORMAT or not set(content) >= RUN_STATE:
         raise CheckpointError(
-            f"{path} is no checkpoint that a run can go on from; --init_weight starts from its weights "
-            f"(--weights for an evaluation). It lacks {', '.join(sorted(RUN_STATE - set(content))) or 'its format'}"
+            f"{path} is not a checkpoint that a run can resume from: it lacks "
+            f"{', '.join(sorted(RUN_STATE - set(content))) or 'its format'}. To start a new run from its weights use "
+            f"--init_weight (--weights for an evaluation)"
         )
     return cast(RunContent, content)
 
@@ -185,7 +186,7 @@ def check_run(path: Path, content: Content) -> RunContent:
 def check_format(path: Path, content: Content) -> None:
     """Raise CheckpointError for a format of another version that this one does not know."""
     if isinstance(content.get("format"), int) and content["format"] != FORMAT:
-        raise CheckpointError(f"{path} is of format {content['format']}, this version reads {FORMAT}")
+        raise CheckpointError(f"{path} has format {content['format']}, this version reads {FORMAT}")
 
 
 def restore(path: Path, content: RunContent, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

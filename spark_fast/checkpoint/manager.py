@@ -93,20 +93,20 @@ class CheckpointManager:
         try:
             self._clean(begun)
         except OSError as error:
-            raise CheckpointError(f"{self.folder} cannot be cleaned: {error}") from error
+            raise CheckpointError(f"cannot remove old checkpoints from {self.folder}: {error}") from error
 
     def _clean(self, begun: int) -> None:
         here = self.folder / FOLDER
         orphans = (p for p in here.glob("step_*.sha256") if not p.with_suffix("").exists())
         for path in (*self.folder.glob("*.partial"), *here.glob("*.partial"), *orphans):
-            log.warning("removed %s, which a killed run left unfinished", path)
+            log.warning("removed %s, left unfinished by a killed run", path)
             path.unlink()
         steps = published(self.folder)
         if begun in steps:
             self._link(steps[begun])
         ahead = [path.name for step, path in steps.items() if step > begun]
         if ahead:
-            log.warning("going on from step %d: the first save removes %s", begun, ", ".join(ahead))
+            log.warning("resuming from step %d: the first save will remove %s", begun, ", ".join(ahead))
 
 
 def published(folder: Path) -> dict[int, Path]:
@@ -128,8 +128,8 @@ def candidates(folder: Path) -> list[Path]:
         found.append(last)
     if not found and (last.is_symlink() or (folder / RECORD).exists()):
         raise CheckpointError(
-            f"{folder} holds a run whose checkpoints are gone ({RECORD} lists them): bring one back, or choose another "
-            f"folder to begin anew"
+            f"{folder} holds a run whose checkpoints are missing ({RECORD} lists them): restore one, or choose another "
+            f"folder for a new run"
         )
     return found
 
@@ -148,8 +148,9 @@ def check_space(folder: Path, size: int, keep_last: int) -> None:
     free = shutil.disk_usage(place).free
     if free < missing * size:
         raise CheckpointError(
-            f"{folder} has no room for checkpoints ({keep_last} are kept while one is written): {missing} more of "
-            f"{size / 1e6:.1f} MB need {missing * size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free at {place}"
+            f"not enough disk space for checkpoints in {folder} ({keep_last} are kept while the next is written): "
+            f"{missing} more of {size / 1e6:.1f} MB need {missing * size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free "
+            f"at {place}"
         )
 
 
@@ -175,7 +176,7 @@ def newest_readable(paths: list[Path], reader: Callable[[Path], C]) -> tuple[Pat
             reasons.append(str(error))
             continue
         for reason in reasons:
-            log.warning("%s; going on from the one before it, %s", reason, path)
+            log.warning("%s; using the previous checkpoint, %s", reason, path)
         return path, state
-    more = "" if len(paths) == 1 else f"no checkpoint of {paths[0].parent} can be used: "
+    more = "" if len(paths) == 1 else f"no usable checkpoint in {paths[0].parent}: "
     raise CheckpointError(more + "; ".join(reasons))

@@ -26,7 +26,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], unknown: list[s
     """Load a state dict, tensors of any shape by name, whole or not at all.
 
     Args:
-        unknown: more names that this model has not, for the message.
+        unknown: more names that are not in this model, for the message.
 
     Raises:
         ValueError: tensors are missing, unknown or of another shape than the model's; the message names them.

@@ -42,7 +42,7 @@ def check_sha256(path: Path) -> bool:
         while part := file.read(CHUNK):
             sha256.update(part)
     if expected is None or sha256.hexdigest() != expected[0].decode():
-        raise RefusedError(f"is damaged: its SHA-256 is not the one in {sidecar(path).name}")
+        raise RefusedError(f"is damaged: its SHA-256 differs from the one in {sidecar(path).name}")
     return True
 
 
@@ -56,9 +56,9 @@ def check_safetensors(path: Path) -> None:
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
     if size < 8 or header > size - 8:
-        raise RefusedError(f"is damaged: a header of {header} bytes in a file of {size}")
+        raise RefusedError(f"is damaged: it claims a header of {header} bytes and has {size} in all")
     if header > HEADER_LIMIT:
-        raise RefusedError(f"is refused: a safetensors header of {header} bytes")
+        raise RefusedError(f"was not loaded: its safetensors header has {header} bytes")
 
 
 def check_zip(path: Path, crc: bool) -> None:
@@ -74,10 +74,10 @@ def check_zip(path: Path, crc: bool) -> None:
     directory = _directory_bytes(path, size)
     if directory is None:
         raise RefusedError(
-            "cannot be read: it is damaged, or no checkpoint of torch >= 1.6 (then load and torch.save it once more)"
+            "cannot be read: it is damaged, or was saved by a torch before 1.6 (then load it and torch.save it again)"
         )
     if directory > DIRECTORY_LIMIT:
-        raise RefusedError(f"is refused: a zip directory of {directory} bytes")
+        raise RefusedError(f"was not loaded: its zip directory has {directory} bytes")
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
@@ -86,16 +86,18 @@ def check_zip(path: Path, crc: bool) -> None:
     names = {record.filename.partition("/")[2] for record in records}
     if "constants.pkl" in names:
         raise RefusedError(
-            "is a TorchScript archive, a program with its weights: torch.save(torch.jit.load(FILE).state_dict(), NEW) "
-            "makes a file of weights of it"
+            "is a TorchScript archive, which holds code. Save its weights alone: "
+            "torch.save(torch.jit.load(FILE).state_dict(), NEW)"
         )
     if any(r.compress_type != zipfile.ZIP_STORED or r.compress_size != r.file_size for r in records):
-        raise RefusedError("is refused: compressed records, which torch never writes (a zip bomb?)")
+        raise RefusedError("was not loaded: its records are compressed, which torch never does (a zip bomb?)")
     if sum(r.file_size for r in records) > size or len({r.filename for r in records}) != len(records):
-        raise RefusedError(f"is refused: its records overlap or claim more than the file's {size} bytes")
+        raise RefusedError(f"was not loaded: its records overlap or claim more than the file's {size} bytes")
     for record in records:
         if record.filename.endswith(".pkl") and record.file_size > PICKLE_LIMIT:
-            raise RefusedError(f"is refused: {record.filename} has {record.file_size} bytes, no state dict needs that")
+            raise RefusedError(
+                f"was not loaded: its {record.filename} has {record.file_size} bytes, more than any state dict needs"
+            )
     damaged = archive.testzip() if crc else None
     if damaged is not None:
         raise RefusedError(f"is damaged: the checksum of {damaged} does not match")

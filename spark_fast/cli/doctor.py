@@ -55,7 +55,7 @@ OPTIONAL = {  # module: (what it is for, how to get it)
 SAMPLE = 256 * 2**20  # bytes read or written to tell a disk's speed
 OPEN_FILES = 1024
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
-ABSENT, BROKEN = "not installed", "does not load"
+ABSENT, BROKEN = "not installed", "cannot be imported"
 
 
 @dataclass

@@ -184,7 +184,7 @@ def _resumed(settings: Finetune, path: Path, state: RunContent) -> tuple[str, in
         stages = settings.model.stages or before["stages"]
         return settings.network or before["model"], stages, settings.data.in_chans or in_chans
     except (KeyError, TypeError):
-        raise CheckpointError(f"{path} is no checkpoint of a fine-tuning run") from None
+        raise CheckpointError(f"{path} is not a checkpoint of a fine-tuning run") from None
 
 
 def _statistics(before: RunContent) -> Statistics | None:

@@ -166,7 +166,7 @@ def _pictures(paths: list[Path], out: Path, one: bool, overwrite: bool) -> list[
         if picture.resolve() in sources:
             raise SettingsError(f"{picture} is one of the images: choose another --out")
         if picture.exists() and not overwrite:
-            raise SettingsError(f"{picture} exists already: choose another --out, or --overwrite to replace it")
+            raise SettingsError(f"{picture} already exists: choose another --out, or --overwrite to replace it")
     return list(named.values())
 
 

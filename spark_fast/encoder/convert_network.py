@@ -27,7 +27,7 @@ from spark_fast.encoder.layers.response_norm import ResponseNorm
 
 LayerTable = dict[str, type[ConvertedLayer]]
 Sides = tuple[int, int, int, int]
-UNKNOWN = "of no known kind (see spark_fast.encoder.register)"
+UNKNOWN = "of unknown kind (see spark_fast.encoder.register)"
 IN_ORDER = (nn.Sequential, FeatureDictNet, FeatureListNet)  # their forward runs their children one after another
 PACKED: LayerTable = {
     "layer_norm": ChannelNorm,
@@ -214,7 +214,7 @@ def _misfit(module: nn.Module, sides: Sides, value: float) -> str | None:
     if getattr(module, "return_indices", False):
         return "return_indices=True"
     if value and layer_kind(module) == "conv":
-        return f"it is padded with {value}, where only zero is nothing to a convolution"
+        return f"it is padded with {value}, and a convolution can be packed only with zero padding"
     y, x = layer_axes(module, sides)
     if y.stride != x.stride:
         return f"stride={(y.stride, x.stride)} is not square"

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,14 +86,14 @@ class Difference:
     def remedy(self) -> str:
         """What to do, in words."""
         if not self.own_code:
-            return "It is of another kind than the one it is registered as: see spark_fast.encoder.register"
+            return "It does not behave as the kind it is registered as: see spark_fast.encoder.register"
         if "scaled_dot_product_attention" in self.functions:
             return "Attention cannot be packed: leave it out"
         known = ", ".join(f"{LAYERS[name]} for {name}" for name in self.functions if name in LAYERS)
         use = f"use {known}, or wrap" if known else "wrap"
         image = ". Or do it to the images, before the network" if not self.path and not self.after else ""
         return (
-            f"Packing sees layers, and no code between them: {use} that code in a module and register its kind, "
+            f"Packing sees layers, not the code between them: {use} that code in a module and register its kind with "
             f"spark_fast.encoder.register{image}"
         )
 
@@ -136,7 +135,9 @@ def recorded(network: nn.Module, dense: Callable[[Tensor], Tensor]) -> Iterator[
         hooks.enter_context(module.register_forward_hook(leave))
 
     class Functions(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        def __torch_function__(
+            self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+        ) -> object:
             record.events.append(("function", stack[-1], getattr(func, "__name__", "")))
             return func(*args, **(kwargs or {}))
 

@@ -76,7 +76,7 @@ def register(kind: str, *types: type) -> None:
     """
     known = ("pointwise", "norm", "layer_norm", "response_norm", "conv", "pool", "local", *REDUCTIONS)
     if kind not in known:
-        raise ValueError(f"unknown kind of layer {kind!r}; there are {', '.join(known)}")
+        raise ValueError(f"unknown kind of layer {kind!r}: choose one of {', '.join(known)}")
     LAYER_KINDS.update(dict.fromkeys(types, kind))
 
 
@@ -144,7 +144,7 @@ REFUSED = [
     (r"^(?!Positional).*Fourier|Dct|FFT|GlobalFilter", "Fourier: every output depends on the whole image"),
     (
         r"Attention|Attn|MHSA|SHSA|SHMA|XCA|MLA$|GPSA|LambdaLayer|Outlook|ParallelScalingBlock",
-        "attention: positions look at one another",
+        "attention: every position depends on all others",
     ),
 ]
 """Layers of torch and timm that mix positions by their nature, by name, and why they are refused."""

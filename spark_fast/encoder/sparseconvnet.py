@@ -46,8 +46,8 @@ def require() -> ModuleType:
         return importlib.import_module("sparseconvnet")
     except ImportError as error:
         raise SparseConvNetError(
-            f"SparseConvNet does not load ({error}). It is on no package index; build it for your torch:\n{INSTALL}\n"
-            "or take --encoder packed, which computes the same features"
+            f"SparseConvNet cannot be imported ({error}). It is on no package index: build it for your torch:\n"
+            f"{INSTALL}\nor use --encoder packed, which computes the same features"
         ) from error
 
 

@@ -107,7 +107,7 @@ def _numbers(path: str, train: Pipeline, val: Pipeline, device: torch.device) ->
         unknown = sorted(set(val.classes) - set(train.classes) - val.empty_classes)
         if unknown:
             raise DataError(
-                f"{path} has {len(unknown)} classes that the training images have not: {', '.join(unknown[:5])}"
+                f"{path} has {len(unknown)} classes that the training images do not have: {', '.join(unknown[:5])}"
                 f"{f' and {len(unknown) - 5} more' if unknown[5:] else ''}. {REMEDY}"
             )
         number = {name: i for i, name in enumerate(train.classes)}

@@ -136,7 +136,7 @@ class FinetuneRun:
         older = {"in_chans": 3, "shuffle_block": 0}  # before there were such settings
         before = {**state["settings"], "data": {**older, **state["settings"]["data"]}}
         differences = differing(before, self.settings.meaning(), self.settings.HARMLESS)
-        refuse_differences(path, state, differences, self.train_images, "another <name> to begin a new run")
+        refuse_differences(path, state, differences, self.train_images, "another <name> to start a new run")
         self.state.restore(path, state, self.ranks)
         if self.ema is not None:
             load_strictly(self.ema.module, state["ema"])
@@ -206,7 +206,7 @@ class FinetuneRun:
             )
         if mix.mixes and share % 2:
             raise SettingsError(
-                f"mixup and cutmix mix pairs, but a rank's batch has {share} images: take another --batch_size, or "
+                f"mixup and cutmix mix pairs, but a rank's batch has {share} images: use another --batch_size, or "
                 f"--mixup 0 --cutmix 0"
             )
 

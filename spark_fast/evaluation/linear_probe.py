@@ -91,7 +91,7 @@ def train_probe(
         mean = ranks.mean(torch.stack(losses).mean()).item()
         if not math.isfinite(mean):
             raise NotFiniteError(
-                f"the probe's loss is no number after epoch {epoch + 1}: lower --base_lr ({rate:g} now)"
+                f"the probe's loss is not finite after epoch {epoch + 1}: lower --base_lr ({rate:g} now)"
             )
         share_statistics(probe, ranks)
         tell(epoch + 1, mean, rate)

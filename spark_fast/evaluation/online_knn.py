@@ -185,7 +185,7 @@ def _check_classes(path: str, classes: int, empty: set[str]) -> None:
 def _check_sizes(path: str, known: int, queries: int, k: int) -> None:
     if not queries:
         raise DataError(
-            f"{path}: no class has {FIFTH} images, so none becomes a query. Give more of them, or train/ and val/"
+            f"{path}: no class has {FIFTH} images, so there are no queries. Add images, or use train/ and val/"
         )
     if known < k:
         raise DataError(f"{path}: {known} images to learn from are fewer than the {k} neighbours of k-NN")

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import ParamSpec, Protocol, TypeVar
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -21,6 +21,9 @@ from spark_fast.errors import SettingsError
 from spark_fast.reporting.metrics_file import MetricsFile
 
 log = logging.getLogger("spark_fast")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PATIENCE = 60.0  # seconds that W&B may take to start, and to send the rest at the end
 
@@ -47,14 +50,16 @@ class NeverRaises:
     def __init__(self, name: str) -> None:
         self._name, self._warned = name, False
 
-    def __call__(self, action: Callable[..., Any], *args: Any) -> Any:
-        """action(*args), or None if that raises."""
+    def __call__(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """What the action returns, or None if it raises."""
         try:
-            return action(*args)
+            return action(*args, **kwargs)
         except Exception as error:
             if not self._warned:
                 first = (str(error).strip().splitlines() or [""])[0]
-                log.warning("%s fails (%s: %s); training goes on without it", self._name, type(error).__name__, first)
+                log.warning(
+                    "%s failed (%s: %s); training continues without it", self._name, type(error).__name__, first
+                )
             self._warned = True
             return None
 
@@ -143,7 +148,7 @@ def require_wandb() -> ModuleType:
         return importlib.import_module("wandb")
     except ImportError as error:
         raise SettingsError(
-            f"--wandb needs Weights & Biases, which does not load ({error}): pip install 'spark-fast[wandb]'"
+            f"--wandb needs Weights & Biases, which cannot be imported ({error}): pip install 'spark-fast[wandb]'"
         ) from error
 
 

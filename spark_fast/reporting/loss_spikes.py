@@ -72,8 +72,8 @@ class Spikes:
             loss, allowed, window, i = max(found)
             others = f" and {len(found) - 1} more steps since the last log point" if found[1:] else ""
             log.warning(
-                "the loss jumped to %.4f at step %d%s, the last %d steps set the limit at %.4f. "
-                "The samples of this rank in that step: %s",
+                "the loss jumped to %.4f at step %d%s; the last %d steps set the limit at %.4f. "
+                "This rank's samples in that step: %s",
                 loss, step - len(losses) + i + 1, others, window, allowed, ", ".join(map(str, self._ids[i].tolist())),
             )  # fmt: skip
         self._losses, self._ids = [], []

@@ -49,7 +49,7 @@ class Profile:
             return
         profiler.stop()
         if self._done < FIRST:
-            log.warning("--profile: the run ended after %d steps, before the first one recorded, %d", self._done, FIRST)
+            log.warning("--profile: the run ended after %d steps, and recording begins at step %d", self._done, FIRST)
 
     def _write(self, profiler: profile) -> None:
         if self._folder is None or self._done < FIRST:
@@ -60,6 +60,6 @@ class Profile:
             path.parent.mkdir(exist_ok=True)
             profiler.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as error:
-            log.warning("--profile: %s cannot be written (%s); training goes on", path, error)
+            log.warning("--profile: %s cannot be written (%s); training continues", path, error)
             return
         print(f"profile of steps {first} to {last}: {path}; open it at https://ui.perfetto.dev", flush=True)

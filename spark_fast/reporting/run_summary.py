@@ -71,12 +71,12 @@ class RunSummary:
         begun = f", of which {self.step} are done" if self.step else ""
         rows = {
             "device": f"{self.device}, {self.precision}{ranks}",
-            "method": self.method + (f", {self.masks} masks an image" if self.masks > 1 else ""),
+            "method": self.method + (f", {self.masks} masks per image" if self.masks > 1 else ""),
             "network": f"{self.network}: {encoder} parameters in the encoder, {decoder} in the decoder; "
             f"stochastic depth {self.drop_path:g}",
             "patches": f"{self.grid[0]}x{self.grid[1]} of {self.patch[0]}x{self.patch[1]} px, "
             f"{self.masked} of {self.patches} masked",
-            "images": f"{self.images}, {self.batch_size} a step{channels}",
+            "images": f"{self.images}, {self.batch_size} per step{channels}",
             "steps": f"{self.total_steps} ({self.epochs} epochs of {self.steps_per_epoch}){begun}",
             "warm-up": f"{self.warmup_steps} steps{tenth}",
             "peak rate": f"{self.peak_lr:.3g}",
@@ -91,18 +91,18 @@ class RunSummary:
         found = []
         if self.patches <= FEW_PATCHES:
             found.append(
-                f"an image has {self.patches} patches, of which {self.masked} are masked: what is seen says little of "
-                f"the rest. --stages makes patches smaller, --input_size makes more of them"
+                f"an image has {self.patches} patches, of which {self.masked} are masked: the visible ones say little "
+                f"about the rest. Lower --stages for smaller patches, or raise --input_size for more of them"
             )
         if 2 * self.warmup_steps >= self.total_steps:
             found.append(
-                f"warm-up takes {self.warmup_steps} of the {self.total_steps} steps: the learning rate is hardly at "
-                f"its peak, or never. Lower --warmup_epochs, or raise --epochs"
+                f"warm-up takes {self.warmup_steps} of the {self.total_steps} steps, so the learning rate hardly "
+                f"reaches its peak. Lower --warmup_epochs, or raise --epochs"
             )
         if self.total_steps < FEW_STEPS:
             found.append(
-                f"{self.total_steps} steps are few, {FEW_STEPS} is about where pre-training begins to pay: raise "
-                f"--epochs or lower --batch_size; {PAGE} has settings for few images"
+                f"{self.total_steps} steps are few; pre-training begins to pay at about {FEW_STEPS}. Raise --epochs or "
+                f"lower --batch_size; {PAGE} has settings for few images"
             )
         return found
 
@@ -112,6 +112,6 @@ def nothing_learned(loss: float) -> str:
     if not loss > NOTHING_LEARNED:
         return ""
     return (
-        f"the loss is {loss:.4f} at the end, and predicting nothing but the mean of each patch has 1: this run has "
-        f"learned next to nothing. More steps or a higher --base_lr; {PAGE} has settings that were tried"
+        f"the final loss is {loss:.4f}, and predicting only the mean of each patch gives 1: this run has learned "
+        f"almost nothing. Use more steps or a higher --base_lr; {PAGE} has tested settings"
     )

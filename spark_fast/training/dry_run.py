@@ -58,7 +58,7 @@ def plan_text(run: PretrainRun, figures: dict[str, float], to_go: int) -> str:
         "memory": f"{peak_memory(device) / 2**30:.2f} GiB {where} at most",
         "step": f"{figures['step_seconds']:.3g} s ({phases}, optimizer {figures['optimizer_seconds']:.3g}), "
         f"{figures['images_per_second']:.1f} images/s, MFU {figures['mfu']:.1%}, loss {figures['loss']:.4f}",
-        "run": f"{to_go} steps to go, {run.position.steps_per_epoch} an epoch: "
+        "run": f"{to_go} steps to go, {run.position.steps_per_epoch} per epoch: "
         f"{timedelta(seconds=round(to_go * figures['step_seconds']))} at this pace",
         "checkpoint": f"{checkpoint / 2**20:.0f} MiB each, {run.settings.folder / CHECKPOINT}",
     }

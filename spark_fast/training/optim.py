@@ -43,7 +43,7 @@ def build_optimizer(name: str, model: nn.Module, beta2: float, *, zero: bool = F
         "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "fused": True}),
     }
     if name not in kinds:
-        raise ValueError(f"unknown optimizer {name!r}; there are {', '.join(kinds)}")
+        raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(kinds)}")
     kind, settings = kinds[name]
     settings = {"lr": 0.0, "weight_decay": 0.0, **settings}
     groups = parameter_groups(model)

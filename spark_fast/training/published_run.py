@@ -12,7 +12,6 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +69,8 @@ def published_run(
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     if others := _others(content.get("args"), now):
-        log.warning("%s: the run goes on with the settings of now, others than its own: %s", path, "; ".join(others))
-    log.info("%s is of the published code: %d epochs are done", path, content["epoch"] + 1)
+        log.warning("%s: the run continues with settings that differ from its own: %s", path, "; ".join(others))
+    log.info("%s was written by the published code: %d epochs are done", path, content["epoch"] + 1)
     numbered = dict(zip((i for group in groups for i in group["params"]), _names(optimizer, model), strict=True))
     return {
         "model": tensors,
@@ -103,13 +102,13 @@ def _model(state: State, model: nn.Module) -> dict[str, Tensor]:
     if unknown or len(found) < len(own):
         missing = [name for name, key in own.items() if key not in found]
         raise ValueError(
-            f"it is of another model: {len(missing)} tensors of this one are not in it ({', '.join(missing[:3])}), "
-            f"{len(unknown)} of its own are not here ({', '.join(unknown[:3])})"
+            f"it belongs to another model: it lacks {len(missing)} tensors of this one ({', '.join(missing[:3])}) and "
+            f"has {len(unknown)} unknown ones ({', '.join(unknown[:3])})"
         )
     tensors = {name: state.tensors[found[key]] for name, key in own.items()}
     for name, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"it holds numbers that are not finite, as in {name} (a run that diverged?)")
+            raise ValueError(f"it holds NaN or infinity, for example in {name} (a run that diverged?)")
     return tensors
 
 
@@ -132,22 +131,20 @@ def _moments(
         moments = moments if isinstance(moments, Mapping) else {}
         kind = MOMENTS.get(frozenset(map(str, moments)))
         if kind != name:
-            raise ValueError(
-                f"its optimiser is {kind or 'another one'}, this run's {name}: give --opt {kind or 'lamb'}"
-            )
+            raise ValueError(f"its optimiser is {kind or 'another one'}, this run's {name}: use --opt {kind or 'lamb'}")
         shape = tensors[of].shape
         odd = [k for k, v in moments.items() if k != "step" and not (isinstance(v, Tensor) and v.shape == shape)]
         if odd:
-            raise ValueError(f"its optimiser's {odd[0]} of {of} is no tensor of the shape {tuple(shape)}")
+            raise ValueError(f"its optimiser's {odd[0]} of {of} is not a tensor of shape {tuple(shape)}")
         found[of] = dict(moments)
     return found
 
 
-def _groups(saved: Mapping, optimizer: torch.optim.Optimizer, counts: bool) -> list[dict[str, Any]]:
+def _groups(saved: Mapping, optimizer: torch.optim.Optimizer, counts: bool) -> list[dict]:
     """This optimiser's groups, with the steps that the saved one `counts` in its."""
     counted = [group.get("step") for group in _list(saved, "param_groups")] if counts else []
     if not all(isinstance(step, int) and 0 < step < 2**31 for step in counted):
-        raise ValueError(f"its optimiser's groups count no steps: {counted}")
+        raise ValueError(f"its optimiser's groups have no step count: {counted}")
     groups, number = [], 0
     for group in optimizer.param_groups:
         params = list(range(number, number := number + len(group["params"])))

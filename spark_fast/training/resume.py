@@ -63,7 +63,7 @@ def check_same_run(path: Path, state: RunContent, settings: Settings, data: Pipe
     except (TypeError, AttributeError, ValueError, SettingsError) as error:
         raise CheckpointError(f"{path} has settings that this version cannot read ({error})") from None
     differences = differing(before, settings.meaning(), HARMLESS)
-    refuse_differences(path, state, differences, data, "--init_weight to begin a new run from its weights")
+    refuse_differences(path, state, differences, data, "--init_weight to start a new run from its weights")
 
 
 def in_published_names(settings: Settings) -> dict[str, object]:
@@ -95,12 +95,12 @@ def refuse_differences(path: Path, state: RunContent, differences: list[str], da
     if state["num_samples"] != data.num_samples:
         differences.append(f"the data had {state['num_samples']} images, now {data.num_samples}")
     elif (before := state.get("listing")) and data.listing and before != data.listing:
-        differences.append(f"the data are {data.num_samples} other images: names or labels differ")
+        differences.append(f"the data are {data.num_samples} different images: names or labels differ")
     if differences:
         raise MisfitError(
-            f"{path} is of another run: {'; '.join(differences)}. Give the same settings to go on with it, or {else_}"
+            f"{path} belongs to another run: {'; '.join(differences)}. Use the same settings to resume it, or {else_}"
         )
     now = versions()
     changed = [f"{k} {v} (now {now.get(k)})" for k, v in state.get("versions", {}).items() if now.get(k) != v]
     if changed:
-        log.warning("%s was written by %s: the run goes on, rounding may differ", path, ", ".join(changed))
+        log.warning("%s was written by %s: the run continues, but rounding may differ", path, ", ".join(changed))

@@ -136,7 +136,7 @@ class TrainStep:
         obstacles = {
             f"the device is {self.device.type}, not cuda": self.device.type != "cuda",
             f"the batch is cut into {self.accumulate} parts (accumulate)": self.accumulate > 1,
-            "fp16 scales the loss by a number that the host keeps; take bf16": self.scaler.is_enabled(),
+            "fp16 scales the loss by a number that the host keeps; use bf16": self.scaler.is_enabled(),
             "only LAMB takes its rates from the device": not isinstance(self.optimizer, Lamb),
             "ranks that exchange gradients are not supported": isinstance(self.model, DistributedDataParallel)
             or isinstance(getattr(self.model, "_orig_mod", None), DistributedDataParallel),
@@ -160,7 +160,7 @@ def resolve_precision(asked: str, device: torch.device) -> str:
             half, full = (matmul_rate(device, DTYPES[name]) for name in (asked, "fp32"))
             if is_emulated(half, full):
                 log.warning(
-                    "--precision %s: matrix products take this %s %.0f times as long as in fp32; take --precision auto",
+                    "--precision %s: matrix products take this %s %.0f times as long as in fp32; use --precision auto",
                     asked, device.type, full / half,
                 )  # fmt: skip
         return asked

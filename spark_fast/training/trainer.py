@@ -133,7 +133,7 @@ class Trainer:
             return
         at = self.position
         text = f"stopped at step {at.step} of {at.total_steps}; saved {self.checkpointer.last}. "
-        text += "Go on with the same command and --resume auto"
+        text += "Continue with the same command and --resume auto"
         print(text, flush=True)
         try:
             (self.folder / STOPPED).write_text(f"{text}\n", encoding="utf-8", errors="backslashreplace")

@@ -43,7 +43,7 @@ class ExportFormat:
 
     Attributes:
         state: what is written.
-        new: names in `state` that pre-training has not: the reader's initial values (a final norm, a classifier).
+        new: names in `state` that were not pre-trained, at their initial values (a final norm, a classifier).
         endings: of the file, the first by preference; () for a folder.
         load: reads what was written, strictly, into a new network, and returns its state under the names of `state`.
         usage: Python that loads it, with PATH for the place.
@@ -69,7 +69,7 @@ def export(source: Pretrained, to: str, out: Path) -> ExportFormat:
         CheckpointError: the file system refuses, or what was written does not load as it should.
     """
     if to not in EXPORT_FORMATS:
-        raise SettingsError(f"there is no format {to!r}: there are {', '.join(EXPORT_FORMATS)}")
+        raise SettingsError(f"unknown export format {to!r}: choose one of {', '.join(EXPORT_FORMATS)}")
     try:
         made = EXPORT_FORMATS[to](source)
     except ValueError as error:
@@ -79,9 +79,9 @@ def export(source: Pretrained, to: str, out: Path) -> ExportFormat:
     card = out / "README.md" if not made.endings else out.with_name(f"{out.name}.README.md")
     for place in (out, card):
         if place.exists():
-            raise SettingsError(f"{place} exists already: remove it, or choose another place")
+            raise SettingsError(f"{place} already exists: remove it, or choose another path")
     if not out.parent.is_dir():
-        raise SettingsError(f"there is no folder {out.parent} to write {out.name} into")
+        raise SettingsError(f"cannot write {out}: there is no folder {out.parent}")
     try:
         with TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
             _write(source, to, made, Path(folder) / out.name, Path(folder) / card.relative_to(out.parent))
@@ -118,10 +118,12 @@ def _check_loads(made: ExportFormat, path: Path, out: Path) -> None:
     try:
         loaded = made.load(path)
     except (RuntimeError, ValueError, CheckpointError) as error:
-        raise CheckpointError(f"{out} would not load, so it is not written: {error}") from error
+        raise CheckpointError(f"{out} was not written, because it could not be loaded: {error}") from error
     wrong = [k for k in {**made.state, **loaded} if not _same(made.state.get(k), loaded.get(k))]
     if wrong:
-        raise CheckpointError(f"{out} would load with other values, so it is not written: {', '.join(wrong[:3])}")
+        raise CheckpointError(
+            f"{out} was not written, because these tensors change when it is loaded: {', '.join(wrong[:3])}"
+        )
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -158,7 +160,7 @@ def _torchvision(source: Pretrained) -> ExportFormat:
     torchvision_names(name, [])  # refused early where torchvision has none
     if source.spec.in_chans != 3:
         raise ValueError(
-            f"torchvision's networks take images of 3 channels, and these weights are for {source.spec.in_chans}: "
+            f"torchvision's networks take images of 3 channels, these weights take {source.spec.in_chans}: "
             f"choose --to timm, safetensors or hf_folder"
         )
     network = torchvision.models.get_model(name, weights=None)
@@ -201,12 +203,12 @@ def _spark(source: Pretrained) -> ExportFormat:
     """What the published pre-training saves, but for its optimiser: pretrain/spark.py (`state_dict`), utils/misc.py."""
     if not isinstance(source.model, SparK):
         raise ValueError(
-            f"{source.path} is of the method {source.spec.method}, the published form is SparK's: "
+            f"{source.path} was trained by the method {source.spec.method}, and the published format is SparK's: "
             f"choose --to timm, torchvision, safetensors, hf_folder or spark_encoder"
         )
     if not source.weights.state.has_decoder:
         raise ValueError(
-            f"{source.path} holds an encoder alone, and the published form has a decoder: "
+            f"{source.path} holds only an encoder, and the published format needs a decoder: "
             f"choose --to timm, torchvision, safetensors, hf_folder or spark_encoder"
         )
     spec, model = source.spec, source.model
@@ -258,7 +260,7 @@ def _spark_encoder(source: Pretrained) -> ExportFormat:
 
 
 def _beyond_published(spec: ModelSpec, *, decoder: bool) -> str:
-    """A comment for models that the published code has not: its networks are few, and its decoder has one width."""
+    """A comment for models that the published code does not have: it knows few networks and one decoder width."""
     lacks = [] if spec.network in PUBLISHED_MODELS.values() and not spec.stages else [f"no such {spec.network}"]
     if decoder and spec.decoder_width != ModelSpec.decoder_width:
         lacks.append(f"no decoder {spec.decoder_width} wide, only {ModelSpec.decoder_width}")

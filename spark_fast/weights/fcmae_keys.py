@@ -61,6 +61,6 @@ def _dense_kernel(name: str, kernel: Tensor) -> Tensor:
     taps = len(kernel)
     side = round(taps**0.5)
     if side * side != taps:
-        raise ValueError(f"{name} has {taps} taps, which are no square kernel")
+        raise ValueError(f"{name} has {taps} taps, which is not a square kernel")
     kernel = kernel[:, None] if kernel.dim() == 2 else kernel  # depthwise: one input channel each
     return kernel.permute(2, 1, 0).reshape(kernel.shape[2], kernel.shape[1], side, side).transpose(2, 3)

@@ -23,8 +23,8 @@ def read_from_hub(name: str) -> tuple[str, dict[str, Tensor]]:
     except Exception as error:  # of huggingface_hub, its client, safetensors, timm: whatever it is, it names no file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(
-            f"{name} cannot be had from the Hugging Face Hub ({type(error).__name__}: {reason}). Where there is no "
-            f"network, load it once where there is one and give the file: timm.create_model({name!r}, "
-            f"pretrained=True), then torch.save of its state_dict()"
+            f"{name} cannot be downloaded from the Hugging Face Hub ({type(error).__name__}: {reason}). On a machine "
+            f"without a network, pass a file instead: where there is one, torch.save the state_dict() of "
+            f"timm.create_model({name!r}, pretrained=True)"
         ) from None
     return network.pretrained_cfg["architecture"], network.state_dict()

@@ -64,7 +64,7 @@ def load_into_spark(weights: Weights, model: Method) -> None:
     log.info("%s: %d of the encoder's %d tensors loaded, %d of the decoder's %d", weights.path, *counts)
     if left is not None:
         shown = ", ".join(left[:5]) or "nothing"
-        log.info("%s: the encoder is loaded, the decoder begins anew; left out: %s", weights.path, shown)
+        log.info("%s: loaded the encoder; the decoder keeps its initial values; ignored: %s", weights.path, shown)
 
 
 def load_spark_state_dict(model: Method, state: Mapping) -> None:
@@ -104,7 +104,13 @@ def load_into_network(weights: Weights, network: nn.Module, new: set[str], in_ch
         raise _misfit(weights, state, wanted, error) from None
     anew = ", ".join(fresh[:5]) + (f" and {len(fresh) - 5} more" if len(fresh) > 5 else "")
     total = sum(name in kept or name in fresh or not name.endswith(COUNTER) for name in own)
-    log.info("%s: %d of %d tensors loaded; these begin anew: %s", weights.path, len(kept), total, anew or "none")
+    log.info(
+        "%s: %d of %d tensors loaded; these keep their initial values: %s",
+        weights.path,
+        len(kept),
+        total,
+        anew or "none",
+    )
 
 
 def _load_whole(state: State, model: Method) -> list[str]:
@@ -151,7 +157,7 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor], unknown: list[str] | 
             kind = "without data" if value.is_meta else f"{value.dtype}, {value.layout}".replace("torch.", "")
             raise ValueError(f"{shown} is {kind}, the model's {str(own[name].dtype).replace('torch.', '')}")
         if value.is_floating_point() and not value.to(own[name].dtype).isfinite().all():
-            raise ValueError(f"it holds numbers that are not finite, as in {shown} (weights of a run that diverged?)")
+            raise ValueError(f"it holds NaN or infinity, for example in {shown} (weights of a run that diverged?)")
     missing = {name: value for name, value in own.items() if name not in tensors}
     counters = missing if all(name.endswith(COUNTER) for name in missing) else {}
     load_strictly(model, {**tensors, **counters}, unknown)
@@ -168,7 +174,7 @@ def _adapted(name: str, value: Tensor, own: Tensor | None, in_chans: int) -> Ten
     if value.layout != torch.strided or value.is_meta or not value.is_floating_point():
         return value  # it is refused, by its shape
     how = "summed" if in_chans == 1 else f"repeated, and scaled by 3 / {in_chans}"
-    log.info("%s is of three channels and was adapted to %d: %s", name.removeprefix(OURS), in_chans, how)
+    log.info("%s takes three channels and was adapted to %d: %s", name.removeprefix(OURS), in_chans, how)
     return adapt_input_conv(in_chans, value)
 
 
@@ -191,7 +197,7 @@ def _misfit(weights: Weights, state: State, wanted: Shapes, error: ValueError) -
     """A message that says first what the weights are of, where that is the reason."""
     hint = ""
     if not holds(state.tensors, wanted):
-        hint = f"These look like {looks}'s (--model {looks}). " if (looks := weights.looks_like()) else ""
+        hint = f"It looks like {looks} (--model {looks}). " if (looks := weights.looks_like()) else ""
     elif channels := channels_of(state.tensors, wanted):
-        hint = f"These are for images of {(n := channels.pop()[0])} channel{'s' * (n != 1)} (--in_chans {n}). "
+        hint = f"It takes images of {(n := channels.pop()[0])} channel{'s' * (n != 1)} (--in_chans {n}). "
     return MisfitError(f"{weights.path}: {str(error).replace(MISFIT, MISFIT + hint, 1)}")

@@ -55,16 +55,16 @@ def _statistics(source: Pretrained) -> str:
     """The mean and the deviation of the images, in words."""
     mean, std = source.spec.mean_and_std
     if (mean, std) == (MEAN, STD):
-        return "ImageNet's mean and deviation"
+        return "ImageNet's mean and standard deviation"
     listed = [", ".join(f"{value:.4g}" for value in values) for values in (mean, std)]
-    return f"the mean {listed[0]} and the deviation {listed[1]}" if mean else "a mean and a deviation not known here"
+    return f"mean {listed[0]} and standard deviation {listed[1]}" if mean else "an unknown mean and standard deviation"
 
 
 def _new_tensors(new: list[str]) -> str:
     if not new:
         return ""
     shown = ", ".join(f"`{name}`" for name in new[:8]) + (f" and {len(new) - 8} more" if len(new) > 8 else "")
-    return f"Not pre-trained, at their initial values, to be trained by you: {shown}."
+    return f"Not pre-trained, still at their initial values: {shown}. Train them yourself."
 
 
 def _made(source: Pretrained, to: str) -> str:

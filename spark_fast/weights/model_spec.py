@@ -69,7 +69,7 @@ class ModelSpec:
         name = str(model.get("model", cls.network))
         method = str(model.get("method", cls.method))
         if method not in METHODS:  # code is imported because you say so, never because a file does
-            raise ValueError(f"it is of a method of your own, {method}: use the encoder's file in the run folder")
+            raise ValueError(f"it was trained by your own method, {method}: use the encoder's file in the run folder")
         return cls(
             PUBLISHED_MODELS.get(name, name),
             parse_input_size(str(data.get("input_size", 224))),

@@ -94,9 +94,9 @@ def flatten(content: Mapping) -> dict[str, Tensor]:
                 todo.append((f"{name}.", value))
             elif isinstance(value, Tensor):
                 if name in found:
-                    raise ValueError(f"two tensors in it are called {name}")
+                    raise ValueError(f"it has two tensors named {name}")
                 found[name] = value
-    raise ValueError(f"it has more than {MOST_DICTIONARIES} dictionaries in each other")
+    raise ValueError(f"it nests more than {MOST_DICTIONARIES} dictionaries")
 
 
 def beneath(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -177,8 +177,8 @@ def which_of(prefixes: Iterable[str]) -> str:
     """The message where several places fit."""
     names = [prefix.rstrip(".") for prefix in prefixes]
     return (
-        f"several models in it fit: {', '.join(name or 'the one without a prefix' for name in names)}. Say which, "
-        f"behind the file's name: {' or '.join(f'#{name}' for name in names if name)}"
+        f"several models in it fit: {', '.join(name or 'the one without a prefix' for name in names)}. Choose "
+        f"one by a suffix to the file's name: {' or '.join(f'#{name}' for name in names if name)}"
     )
 
 
@@ -193,7 +193,7 @@ def _state(named: Mapping[str, object], *, has_decoder: bool, prefix: str = "") 
         inner = name if prefix else strip_prefixes(name)  # a place has its wrappers' names in its prefix
         key = canonical_name(name) if has_decoder else ENCODER + network_name(inner)
         if key in tensors:
-            raise ValueError(f"{prefix}{names[key]} and {prefix}{name} are one tensor's name, and both are there")
+            raise ValueError(f"{prefix}{names[key]} and {prefix}{name} name the same tensor, and it holds both")
         tensors[key], names[key] = value, name
     return State(tensors, names, others, has_decoder, prefix)
 
@@ -205,7 +205,7 @@ def _before(anchor: set[str], name: str) -> str | None:
 
 
 def _candidates(key: str) -> Iterator[str]:
-    """A canonical name, and what it is where timm has wrapped the network and the file has not, or the reverse."""
+    """A canonical name, and the one that it has if timm wraps the network and the file does not, or the reverse."""
     if not key.startswith(ENCODER):
         yield key
         return

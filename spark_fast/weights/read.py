@@ -98,17 +98,17 @@ class Weights:
         places = places_of(shapes, self.tensors)
         if holds(self.state.tensors, shapes):
             if wrapper := wrapper_of(shapes, self.state):
-                log.info("%s: the network is taken from %s in it", self.path, wrapper)
+                log.info("%s: reading the network under %s", self.path, wrapper)
             usual = next(iter(self.state.tensors.values()), None)
             for place in places:
                 if all(value is not usual for value in place.tensors.values()):
                     at = place.prefix.rstrip(".")
-                    log.info("%s: %s in it fits as well, and is taken as %s#%s", self.path, at, self.path, at)
+                    log.info("%s: %s fits as well; choose it by %s#%s", self.path, at, self.path, at)
             return self.state
         if len(places) > 1:
             raise CheckpointError(f"{self.path}: {which_of(place.prefix for place in places)}")
         if places:
-            log.info("%s: the network is taken from %s in it", self.path, places[0].prefix.rstrip("."))
+            log.info("%s: reading the network under %s", self.path, places[0].prefix.rstrip("."))
         return places[0] if places else self.state
 
     def looks_like(self) -> str:
@@ -117,8 +117,8 @@ class Weights:
 
     def unknown(self) -> str:
         """What is said where neither file nor user names the network."""
-        hint = f" (these look like {name}'s)" if (name := self.looks_like()) else ""
-        return f"{self.path}: its network is none of {', '.join(sorted(RECOGNISED))}: name it with --model{hint}"
+        hint = f" (it looks like {name})" if (name := self.looks_like()) else ""
+        return f"{self.path}: only {', '.join(sorted(RECOGNISED))} are recognised: name the network with --model{hint}"
 
     @property
     def stages(self) -> int:
@@ -151,7 +151,9 @@ class Weights:
             SettingsError: the file names code of yours. It is imported because you say so, never because a file does.
         """
         if not asked and ":" in self.network:
-            raise SettingsError(f"{self.path} is of your own network: say --model {self.network} to have it imported")
+            raise SettingsError(
+                f"{self.path} has the weights of your own network: pass --model {self.network} to import its code"
+            )
         return asked or self.network
 
 
@@ -179,7 +181,7 @@ def read_weights(source: Path) -> Weights:
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     if state.prefix:
-        log.info("%s: the model is taken from %s in it", path, state.prefix.rstrip("."))
+        log.info("%s: reading the model under %s", path, state.prefix.rstrip("."))
     return Weights(
         path,
         state,
@@ -198,10 +200,7 @@ def _open(source: Path) -> tuple[Path, dict]:
     if source.is_dir():
         if found := candidates(source):
             return newest_readable(found, read)
-        raise CheckpointError(
-            f"there is no checkpoint in {source}: the folder holds no checkpoint of a run; "
-            f"give a run folder, or a .pth or .safetensors file"
-        )
+        raise CheckpointError(f"there is no checkpoint in {source}: pass a run folder, or a .pth or .safetensors file")
     file, _, prefix = str(source).rpartition("#")
     if source.exists() or not Path(file).is_file():
         return source, read(source)
@@ -212,7 +211,7 @@ def _open(source: Path) -> tuple[Path, dict]:
         raise CheckpointError(f"{path}: {error}") from None
     if not part:
         there = sorted({name.partition(".")[0] for name in tensors})
-        raise CheckpointError(f"{path} has no tensor beneath {prefix}: its names begin with {', '.join(there[:8])}")
+        raise CheckpointError(f"{path} has no tensor under {prefix}: its names begin with {', '.join(there[:8])}")
     return path, {"state_dict": part, "arch": content.get("arch"), "input_size": content.get("input_size")}
 
 

@@ -40,7 +40,7 @@ def timm_names(keys: list[str], name: str) -> dict[str, str]:
         else:
             found[key] = match
     if unknown:
-        raise ValueError(f"{name} in timm has no tensor for {', '.join(unknown[:3])}")
+        raise ValueError(f"timm's {name} has no tensor for {', '.join(unknown[:3])}")
     return found
 
 

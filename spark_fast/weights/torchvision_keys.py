@@ -29,8 +29,8 @@ def torchvision_names(network: str, keys: list[str]) -> dict[str, str]:
     """
     if network not in shared_networks():
         raise ValueError(
-            f"torchvision has no {network}: of the networks it shares with timm there are "
-            f"{', '.join(shared_networks())}; any network of timm can be exported --to timm"
+            f"torchvision has no {network}; it shares these networks with timm: {', '.join(shared_networks())}. Any "
+            f"network of timm can be exported with --to timm"
         )
     return {key: _convnext_name(key) if network.startswith("convnext") else key for key in keys}
 

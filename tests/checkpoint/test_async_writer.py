@@ -78,7 +78,7 @@ def test_a_failure_is_told_at_once_and_tried_again_at_the_end(caplog):
     save(saver, 3, failing(1, written))
     saver.wait()
     (message,) = caplog.messages
-    assert message.startswith("NOT SAVED at step 3: cannot write here: the disk is full. The run goes on")
+    assert message.startswith("NOT SAVED at step 3: cannot write here: the disk is full. Training continues")
     assert saver.due(4), "tried again at the next save"
     saver.finish()
     assert written == ["whole"]

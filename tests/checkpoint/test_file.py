@@ -106,7 +106,7 @@ class Evil:
 def test_pickled_code_is_refused_and_not_run(tmp_path):
     trap, path = tmp_path / "touched", tmp_path / "evil.pth"
     torch.save({"format": 1, "model": Evil(trap)}, path)
-    with pytest.raises(CheckpointError, match=r"evil\.pth is refused: it is damaged, or contains pickled code"):
+    with pytest.raises(CheckpointError, match=r"evil\.pth was not loaded: it is damaged, or holds pickled code"):
         read(path)
     assert not trap.exists()
     torch.load(path, weights_only=False)
@@ -161,7 +161,7 @@ def test_a_file_that_is_not_there_or_a_folder_is_named(tmp_path):
 @pytest.mark.parametrize(("content", "kind"), [([1, 2], "list"), (torch.zeros(2), "Tensor"), (3, "int")])
 def test_another_object_than_a_dictionary_is_no_checkpoint(tmp_path, content, kind):
     torch.save(content, tmp_path / "odd.pth")
-    with pytest.raises(CheckpointError, match=rf"odd\.pth is no checkpoint: it holds a {kind}"):
+    with pytest.raises(CheckpointError, match=rf"odd\.pth is not a checkpoint: it holds a {kind}"):
         read(tmp_path / "odd.pth")
 
 
@@ -169,7 +169,7 @@ def test_another_object_than_a_dictionary_is_no_checkpoint(tmp_path, content, ki
 def test_a_checkpoint_without_what_a_run_needs_is_offered_as_weights(saved, lacking):
     path = saved[0]
     write(path, {k: v for k, v in read(path).items() if k != lacking})
-    with pytest.raises(CheckpointError, match=f"{path} is no checkpoint that a run can go on from; --init_weight"):
+    with pytest.raises(CheckpointError, match=f"{path} is not a checkpoint that a run can resume from: it lacks"):
         read_run(path)
 
 
@@ -177,7 +177,7 @@ def test_a_checkpoint_without_what_a_run_needs_is_offered_as_weights(saved, lack
 def test_a_checkpoint_without_random_state_or_loss_is_offered_as_weights_too(saved, lacking):
     path = saved[0]
     write(path, {k: v for k, v in read(path).items() if k != lacking})
-    with pytest.raises(CheckpointError, match=f"{path} is no checkpoint that a run can go on from; --init_weight"):
+    with pytest.raises(CheckpointError, match=f"{path} is not a checkpoint that a run can resume from: it lacks"):
         read_run(path)
 
 
@@ -194,7 +194,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name_and_changes_nothing(sa
 def test_a_checkpoint_of_another_format_says_so(saved):
     path = saved[0]
     write(path, {**read(path), "format": 2})
-    with pytest.raises(CheckpointError, match=f"{path} is of format 2, this version reads 1"):
+    with pytest.raises(CheckpointError, match=f"{path} has format 2, this version reads 1"):
         read_run(path)
 
 
@@ -205,7 +205,7 @@ def test_a_file_copied_alone_is_accepted_and_told(saved, caplog):
     assert not caplog.messages
     sidecar(path).unlink()
     assert read(path)["step"] == 5
-    assert caplog.messages == [f"no checksum lies beside {path} (ckpt-last.pth.sha256): accepted without"]
+    assert caplog.messages == [f"{path} has no checksum file (ckpt-last.pth.sha256): loaded without verifying it"]
 
 
 def test_sha256sum_reads_the_checksum(saved):

@@ -68,7 +68,7 @@ def test_later_checkpoints_of_a_course_that_was_left_go_and_are_told_before(tmp_
     for step in (1, 2, 3):
         store(tmp_path, 3).write(step, content(step))
     store(tmp_path, 3).clean(begun=1)
-    assert caplog.messages == ["going on from step 1: the first save removes step_00000003.pth, step_00000002.pth"]
+    assert caplog.messages == ["resuming from step 1: the first save will remove step_00000003.pth, step_00000002.pth"]
     assert read(tmp_path / CHECKPOINT)["step"] == 1
     assert list(published(tmp_path)) == [3, 2, 1]
     store(tmp_path, 3).write(2, {**content(2), "course": "new"})
@@ -104,7 +104,7 @@ def test_checkpoints_that_are_gone_are_no_fresh_start(tmp_path, gone):
     for name in gone:
         for path in [tmp_path / name] if name != "step" else (tmp_path / FOLDER).glob("*"):
             path.unlink()
-    with pytest.raises(CheckpointError, match=f"{tmp_path} holds a run whose checkpoints are gone"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path} holds a run whose checkpoints are missing"):
         candidates(tmp_path)
 
 

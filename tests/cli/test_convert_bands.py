@@ -46,7 +46,7 @@ def test_an_archive_of_arrays_and_tiles_of_it_are_told_apart(tmp_path):
     run_here(main, *words)
     assert detect_source(tmp_path / "out").read(0) == npy_of(bands(1))
     told = run_here(main, *words, "--overwrite", "--tile=32", code=3).stderr
-    assert "windows are read of TIFF and .npy" in told
+    assert "windows can be read only from TIFF and .npy" in told
 
 
 def test_tiles_are_cut_at_full_size_unless_a_side_is_given(tmp_path):

@@ -62,7 +62,7 @@ def test_an_optional_part_that_is_broken_is_told_from_one_that_is_absent(monkeyp
 
     monkeypatch.setattr(importlib, "import_module", load)
     found = {finding.what: finding for finding in doctor.optional_parts()}
-    assert found["ffcv"].found.startswith("does not load: libturbojpeg")
+    assert found["ffcv"].found.startswith("cannot be imported: libturbojpeg")
     assert found["wandb"].found == "not installed"
     assert not any(finding.needed for finding in found.values())
     assert "spark-fast[wandb]" in found["wandb"].advice

@@ -162,7 +162,7 @@ def test_a_network_that_nobody_knows_is_said_to_look_like_what_it_does(pictures,
     with as_it_was():
         assert main(["knn", *words, *TINY[1:]]) == 2
     assert "--model is missing: " in (said := capsys.readouterr().err)
-    assert "name it with --model (these look like resnet10t's)" in said
+    assert "name the network with --model (it looks like resnet10t)" in said
 
 
 WRONG = [
@@ -176,7 +176,7 @@ WRONG = [
     (["knn", "a", "--data_path={pictures}", *TINY, FRESH, "--crop_pct=1.5"], 2, "--crop_pct must be at most 1"),
     (["knn", "a", "--data_path={pictures}", *TINY, FRESH, "--model=resnet51"], 2, "did you mean resnet51q"),
     (["knn", "a", "--data_path={pictures}", *TINY, "--weights={tmp}/no.pth"], 6, "no.pth"),
-    (["knn", "a", "--data_path={pictures}", *TINY, "--weights={tmp}"], 6, "holds no checkpoint of a run"),
+    (["knn", "a", "--data_path={pictures}", *TINY, "--weights={tmp}"], 6, "pass a run folder, or a .pth"),
     (["knn", "a", "--data_path={pictures}", *TINY, "--weights={other}"], 2, "missing: "),
     (["knn", "a", "--data_path={pictures}/train", *TINY, FRESH], 3, "(--val_path names the validation images"),
     (["knn", "a", "--data_path={pictures}/train/red", *TINY, FRESH], 3, "red has no labels"),
@@ -231,7 +231,9 @@ def test_unmatched_classes_are_named_with_their_folder_and_the_remedy(run, tmp_p
     write_pictures(tmp_path / "data" / "val", 4, 1)
     (tmp_path / "data" / "val" / "red").rename(tmp_path / "data" / "val" / "violet")
     assert run("", "knn", "a", f"--data_path={tmp_path / 'data'}", *TINY, FRESH, "--bs=4", "--k=2") == 3
-    said = f"{tmp_path}/data/val has 1 classes that the training images have not: violet. Classes are matched by name: "
+    said = (
+        f"{tmp_path}/data/val has 1 classes that the training images do not have: violet. Classes are matched by name: "
+    )
     advice = "give val/ the class folders of train/, or name other images with --val_path"
     assert said + advice in capsys.readouterr().err
 

@@ -123,7 +123,10 @@ def test_a_published_checkpoint_goes_the_whole_way_to_a_fine_tuned_network(publi
     words = [f"--weights={exported[0]}", f"--model={name}", f"--data_path={tmp_path / 'pictures'}", "--input_size=32"]
     words += ["--bs=4", "--ep=1", "--wp_ep=0", "--ema=0", "--opt=sgd", "--workers=1", "--threads=1"]
     done = run_here(evaluate.main, "finetune", *words, f"--exp_dir={tmp_path / 'run'}")
-    assert "these begin anew: " + ("head" if name.startswith("convnext") else "fc.bias, fc.weight") in done.stderr
+    assert (
+        "these keep their initial values: " + ("head" if name.startswith("convnext") else "fc.bias, fc.weight")
+        in done.stderr
+    )
     tuned = load_file(tmp_path / "run" / f"{name}_timm.safetensors")
     timm.create_model(name, num_classes=4).load_state_dict(tuned)
     before = load_file(exported[0])
@@ -253,7 +256,7 @@ def test_training_showed_its_pictures_in_the_folder_and_in_tensorboard(run):
 def test_an_encoder_of_the_run_folder_is_a_source_too(run, tmp_path, capsys):
     run_export(run / "resnet10t_timm.safetensors", "--to", "timm", "--out", tmp_path / "a.pth")
     run_export(run / "resnet10t_timm.safetensors", "--to", "spark", "--out", tmp_path / "b.pth", code=2)
-    assert "holds an encoder alone, and the published form has a decoder" in capsys.readouterr().err
+    assert "holds only an encoder, and the published format needs a decoder" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", "a.pth.README.md"]
 
 
@@ -264,24 +267,24 @@ def test_exports_of_one_stem_each_have_their_card(run, tmp_path, capsys):
     assert 'network = timm.create_model("resnet10t"' in (tmp_path / "a.safetensors.README.md").read_text()
     assert 'torch.load("a.pth"' in (tmp_path / "a.pth.README.md").read_text()
     run_export(run, "--to", "timm", "--out", tmp_path / "a.pth", code=2)
-    assert "a.pth exists already: remove it" in capsys.readouterr().err
+    assert "a.pth already exists: remove it" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["RUN", "--to", "torchvision", "--out", "a.pth"], 2, "torchvision has no resnet10t: of the networks"),
+        (["RUN", "--to", "torchvision", "--out", "a.pth"], 2, "torchvision has no resnet10t; it shares these networks"),
         (["RUN", "--to", "timm", "--out", "a.bin"], 2, "a.bin must end with .safetensors or .pth for --to timm"),
         (["RUN", "--to", "timm", "--out", "no/a.pth"], 2, "there is no folder no"),
-        (["RUN", "--to", "timm", "--out", "taken.pth"], 2, "taken.pth exists already"),
-        (["RUN", "--to", "hf_folder", "--out", "taken"], 2, "taken exists already"),
+        (["RUN", "--to", "timm", "--out", "taken.pth"], 2, "taken.pth already exists"),
+        (["RUN", "--to", "hf_folder", "--out", "taken"], 2, "taken already exists"),
         (["RUN", "--to", "timm", "--out", "a.pth", "--model", "resnet18"], 2, "does not fit this model"),
         (["RUN", "--to", "timm", "--out", "a.pth", "--model", "resnet10"], 2, "unknown model 'resnet10'"),
         (["nowhere.pth", "--to", "timm", "--out", "a.pth"], 6, "there is no checkpoint nowhere.pth"),
         (["taken", "--to", "timm", "--out", "a.pth"], 6, "there is no checkpoint in taken"),
-        (["odd.safetensors", "--to", "timm", "--out", "a.pth"], 6, "name it with --model"),
-        (["own.pth", "--to", "timm", "--out", "a.pth"], 2, "say --model os:abort to have it imported"),
+        (["odd.safetensors", "--to", "timm", "--out", "a.pth"], 6, "name the network with --model"),
+        (["own.pth", "--to", "timm", "--out", "a.pth"], 2, "pass --model os:abort to import its code"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )

@@ -124,7 +124,7 @@ def test_a_folder_to_write_into_gets_a_picture_of_each_image_and_none_replaces_a
     assert sorted(p.name for p in out.iterdir()) == ["1-2.png", "1-3.png", "1.png", "2.png", "3.png"]
     assert hidden(out / "1-3.png").sum() == 8
     draw(folder, *words, code=2)
-    assert f"{out}/1.png exists already: choose another --out, or --overwrite to replace it" in capsys.readouterr().err
+    assert f"{out}/1.png already exists: choose another --out, or --overwrite to replace it" in capsys.readouterr().err
     draw(folder, *words, "--overwrite")
     draw(folder, folder / "ckpt.pth", pictures / "cat", "--out", pictures / "cat", "--overwrite", code=2)
     assert "1.png is one of the images" in capsys.readouterr().err
@@ -173,7 +173,7 @@ def test_more_images_than_the_network_is_given_at_once_are_drawn_as_each_alone(f
         (["ckpt.pth", "a.png", "--mask_ratio", "0.99"], 2, "no patch visible"),
         (["ckpt.pth", "a.png", "--input_size", "100"], 2, "not a multiple of the patch"),
         (["ckpt.pth", "a.png", "--out", "grid.jpg"], 2, "must end with .png"),
-        (["ckpt.pth", "a.png", "--out", "odd.png"], 2, "odd.png exists already: choose another --out"),
+        (["ckpt.pth", "a.png", "--out", "odd.png"], 2, "odd.png already exists: choose another --out"),
         (["ckpt.pth", "a.png", "--out", "a.png", "--overwrite"], 2, "a.png is one of the images"),
         (["ckpt.pth", "a.png", "--count", "-1"], 2, "--count must be a number of images, or 0 for all, got -1"),
         (["ckpt.pth", "empty"], 3, "there are no images in empty"),

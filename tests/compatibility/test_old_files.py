@@ -78,7 +78,7 @@ def test_the_settings_of_a_run_are_read_by_config(old):
 )
 def test_a_run_begins_from_old_weights(old, source):
     done = pretrained("--config=settings.toml", "--exp_dir=new", f"--init_weight={source}", "--max_steps=1", code=75)
-    assert ("the decoder begins anew" in done.stderr) == (source == "run/encoder.safetensors")
+    assert ("the decoder keeps its initial values" in done.stderr) == (source == "run/encoder.safetensors")
     before, after = checkpoint(old / "run")["model"], checkpoint(old / "new")["model"]
     tensors = [name for name in before if name.startswith(ENCODER) or source != "run/encoder.safetensors"]
     for name in tensors:  # the first step's learning rate is next to nothing
@@ -90,7 +90,7 @@ def test_a_run_begins_from_old_weights(old, source):
 def test_old_weights_are_evaluated(old, source):
     words = [f"--weights={source}", f"--model={NETWORK}", "--exp_dir=new"]
     done = run_here(evaluate.main, "knn", "--config=knn.toml", *words)
-    assert "12 of 12 tensors loaded; these begin anew: none" in done.stderr
+    assert "12 of 12 tensors loaded; these keep their initial values: none" in done.stderr
     assert json.loads((old / "new" / "result.json").read_text())["top1"] == 100
 
 
@@ -98,7 +98,7 @@ def test_old_weights_are_evaluated(old, source):
 def test_code_that_old_weights_name_is_not_imported_unless_the_user_names_it(old, source):
     words = [f"--weights={source}", "--data_path=images", "--input_size=32", "--exp_dir=new"]
     done = run_here(evaluate.main, "knn", "old", *words, code=2)
-    assert f"is of your own network: say --model {NETWORK} to have it imported" in done.stderr
+    assert f"has the weights of your own network: pass --model {NETWORK} to import its code" in done.stderr
     assert export.main([source, "--to", "safetensors", "--out", "new.safetensors"]) == 2
     assert not (old / "new").exists()
 

@@ -110,7 +110,7 @@ class Gain(nn.Module):
 
 
 def test_a_layer_of_ones_own_is_packed_once_its_kind_is_told(monkeypatch):
-    with pytest.raises(UnsupportedLayerError, match=r"extra \(Gain\): of no known kind \(see spark_fast.encoder.reg"):
+    with pytest.raises(UnsupportedLayerError, match=r"extra \(Gain\): of unknown kind \(see spark_fast.encoder.reg"):
         pack(Halving(extra=Gain()), (32, 32))
     monkeypatch.setitem(LAYER_KINDS, nn.ReLU, "pointwise")  # restored after the test, with what register adds
     register("pointwise", Gain)

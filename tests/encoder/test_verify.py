@@ -90,7 +90,7 @@ def attend(x):
 
 FIRST = r"^the network's own code \(Broken.forward\) before its first layer, `stem` \(Sequential\), "
 MIDDLE = r"^the network's own code \(Broken.forward\) between `stem` \(Sequential\) and `down` \(Conv2d\) "
-IN_FRONT = "register its kind, spark_fast.encoder.register. Or do it to the images, before the network$"
+IN_FRONT = "register its kind with spark_fast.encoder.register. Or do it to the images, before the network$"
 FORM = r"^the network must return a list of feature maps \(B, C, H, W\), got "
 
 
@@ -142,12 +142,12 @@ class Centre(nn.Module):
 def test_the_remedy_works_the_code_in_a_module_of_a_kind(monkeypatch):
     with pytest.raises(VerificationError, match="before its first layer"):
         verify(Broken(image=lambda x: x - x.mean((2, 3), keepdim=True)))
-    with pytest.raises(UnsupportedLayerError, match=r"image \(Centre\): of no known kind"):
+    with pytest.raises(UnsupportedLayerError, match=r"image \(Centre\): of unknown kind"):
         verify(Broken(image=Centre()))
     monkeypatch.setitem(LAYER_KINDS, Centre, "global_reduction")
     assert verify(Broken(image=Centre())).leak == 0
     monkeypatch.setitem(LAYER_KINDS, Centre, "pointwise")
-    with pytest.raises(VerificationError, match=r"^`image` \(Centre\) mixes positions: .* is of another kind than"):
+    with pytest.raises(VerificationError, match=r"^`image` \(Centre\) mixes positions: .* does not behave as the kind"):
         verify(Broken(image=Centre()))
 
 

@@ -64,7 +64,7 @@ def test_a_run_of_fewer_stages_leaves_the_later_levels_to_fine_tuning_and_featur
     assert build_backbone("resnet10t", 2, weights)(torch.zeros(1, 3, 64, 64)).shape == (1, 128)
     with caplog.at_level("INFO", "spark_fast"):
         classifier = build_classifier("resnet10t", 2, weights, 3, 0.0, (64, 64))
-    assert "these begin anew: fc.bias, fc.weight, layer3" in caplog.text
+    assert "these keep their initial values: fc.bias, fc.weight, layer3" in caplog.text
     assert torch.equal(classifier.layer2[0].conv1.weight, model.state_dict()["encoder.network.layer2.0.conv1.weight"])
     with pytest.raises(CheckpointError, match=r"missing: layer3"):
         build_classifier("resnet10t", 0, weights, 3, 0.0, (64, 64))

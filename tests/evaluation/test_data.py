@@ -33,7 +33,7 @@ def test_classes_are_matched_by_name_and_an_empty_one_is_no_obstacle(tmp_path):
 def test_a_class_with_images_that_was_not_trained_is_an_error():
     train = SimpleNamespace(classes=["a"], num_classes=1)
     val = SimpleNamespace(classes=["a", "b", "c"], num_classes=3, empty_classes={"c"})
-    with pytest.raises(DataError, match="val has 1 classes that the training images have not: b"):
+    with pytest.raises(DataError, match="val has 1 classes that the training images do not have: b"):
         _numbers("val", train, val, torch.device("cpu"))
 
 

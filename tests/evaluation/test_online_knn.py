@@ -336,8 +336,11 @@ WRONG = {
     "no labels": (flat, "--val_path: .*flat has no labels: images must lie in class folders"),
     "one class": (lambda root: write_images(root, 30, 0, 1), "has images of one class only: k-NN needs two"),
     "an empty class": (with_empty, r"1 classes have no image to learn from \(nothing\): remove their folders"),
-    "another data set": (of_others, "val has 1 classes that the training images have not: violet"),
-    "nothing to ask about": (lambda root: write_images(root, 40, 0, 10), "no class has 5 images, so none becomes a"),
+    "another data set": (of_others, "val has 1 classes that the training images do not have: violet"),
+    "nothing to ask about": (
+        lambda root: write_images(root, 40, 0, 10),
+        "no class has 5 images, so there are no queries",
+    ),
     "fewer than k": (lambda root: write_images(root, 20, 0, 2), "16 images to learn from are fewer than the 20 neigh"),
 }
 

@@ -238,7 +238,7 @@ def test_where_all_checkpoints_are_bad_nothing_starts(copied, capsys, monkeypatc
     for path in published(folder).values():
         path.write_bytes(path.read_bytes()[:-1])
     said = refused(capsys, monkeypatch, flags)
-    assert f"no checkpoint of {folder / FOLDER} can be used" in said
+    assert f"no usable checkpoint in {folder / FOLDER}" in said
     assert all(f"{path} is damaged" in said for path in published(folder).values())
 
 
@@ -249,7 +249,7 @@ def test_where_they_are_gone_nothing_starts(copied, capsys, monkeypatch, also):
     shutil.rmtree(folder / FOLDER)
     for name in also:
         (folder / name).unlink()
-    assert f"{folder} holds a run whose checkpoints are gone" in refused(capsys, monkeypatch, flags)
+    assert f"{folder} holds a run whose checkpoints are missing" in refused(capsys, monkeypatch, flags)
 
 
 @pytest.fixture
@@ -282,7 +282,7 @@ def test_a_disk_without_room_for_the_checkpoints_starts_nothing(unbroken, mounte
     size = (folder / CHECKPOINT).stat().st_size
     place = mounted(f"size={2 * size}")
     said = refused(capsys, monkeypatch, flags, f"--exp_dir={place / 'run'}")
-    assert f"{place / 'run'} has no room for checkpoints" in said
+    assert f"not enough disk space for checkpoints in {place / 'run'}" in said
     needed = float(said.split(" MB, ")[0].rsplit(" ", 1)[1])
     assert abs(needed - 3 * size / 1e6) < 0.02 * needed, "the estimate is the size"
     assert not list(place.iterdir())
@@ -316,7 +316,7 @@ EDITS = [
     ("--input_size=96", "input_size was '64x64', is '96x96'"),
     ("fewer images", "the data had 48 images, now 40"),
     ("other images", "the data are 48 other images"),
-    ("another format", "is of format 2, this version reads 1"),
+    ("another format", "has format 2, this version reads 1"),
 ]
 
 

@@ -34,7 +34,7 @@ def hostile(kind, path):
     """Write a file that hurts whoever opens it unprepared; what must be said of it."""
     if kind == "code":
         torch.save({"model": Trap(path.with_name("touched"))}, path)
-        return "is refused: it is damaged, or contains pickled code"
+        return "was not loaded: it is damaged, or holds pickled code"
     if kind == "bomb":
         torch.save({"a": torch.zeros(3)}, path)
         small = path.with_name("small.pth")
@@ -43,16 +43,16 @@ def hostile(kind, path):
                 new.writestr(name, bytes(300 << 20) if name.endswith("data/0") else old.read(name))
         small.replace(path)
         assert path.stat().st_size < 2 << 20
-        return "compressed records"
+        return "its records are compressed"
     if kind == "header":
         header = b'{"a":' + b"[" * (300 << 20)
         path.write_bytes(struct.pack("<Q", len(header)) + header)
-        return "a safetensors header of"
+        return "its safetensors header has"
     if kind == "nested":
         torch.save({"a": torch.zeros(3)}, path)
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("archive/more/data.pkl", b"]" * (20 << 20))
-        return "no state dict needs that"
+        return "more than any state dict needs"
     count = 0x3FFFFFFF  # "tensor": four GB of float32 over twelve bytes of storage
     torch.save({"a": torch.zeros(77777)[:3].clone(), "b": torch.zeros(77777)}, path)
     grown = path.with_name("grown.pth")

@@ -54,10 +54,10 @@ def test_a_batch_of_nothing_is_refused(batch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pipeline": "torhc"}, "pipeline 'torhc' is unknown; there are: auto, torch, dali, ffcv, synthetic"),
-        ({"augment_on": "gpu"}, "augmenting on 'gpu' is unknown; there are: host, device"),
-        ({"decode_on": "gpu"}, "decoding on 'gpu' is unknown; there are: host, device"),
-        ({"ffcv_resize": "cubic"}, "ffcv_resize 'cubic' is unknown; there are: bicubic, area"),
+        ({"pipeline": "torhc"}, "pipeline 'torhc' is unknown; choose one of auto, torch, dali, ffcv, synthetic"),
+        ({"augment_on": "gpu"}, "augmenting on 'gpu' is unknown; choose one of host, device"),
+        ({"decode_on": "gpu"}, "decoding on 'gpu' is unknown; choose one of host, device"),
+        ({"ffcv_resize": "cubic"}, "ffcv_resize 'cubic' is unknown; choose one of bicubic, area"),
         ({"in_chans": 0}, "in_chans must be 1 or more, got 0"),
         ({"worker_processes": -1}, "worker_processes must be 0 or more, or auto, got -1"),
         ({"worker_processes": 2, "pipeline": "ffcv"}, "worker_processes needs pipeline torch and decoding on the host"),
@@ -82,7 +82,7 @@ def test_only_torch_leaves_work_to_the_device(pipeline, work):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--pipeline=foo", "pipeline 'foo' is unknown; there are: auto, torch, dali, ffcv, synthetic"),
+        ("--pipeline=foo", "pipeline 'foo' is unknown; choose one of auto, torch, dali, ffcv, synthetic"),
         ("--bs=0", "--batch_size must be positive, got 0"),
     ],
 )

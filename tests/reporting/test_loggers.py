@@ -151,8 +151,8 @@ def test_what_fails_is_one_warning_and_the_others_go_on(tmp_path, monkeypatch, w
         breaks(patched, tmp_path)
         use(opened(tmp_path, wandb="project"), steps=(2, 4, 6))
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"{name} fails (")
-    assert record.getMessage().endswith("training goes on without it")
+    assert record.getMessage().startswith(f"{name} failed (")
+    assert record.getMessage().endswith("training continues without it")
     expected = [] if name == "metrics.jsonl" else [2, 4, 6]
     assert [r["step"] for r in rows(tmp_path)] == expected
     assert [step for step, _ in wandb.told] == ([] if name == "Weights & Biases" else [2, 4, 6, 6])
@@ -209,7 +209,7 @@ def test_log_txt_that_cannot_be_written_is_one_warning_too(tmp_path, caplog):
         story.epoch(step)
     story.close()
     (record,) = caplog.records
-    assert record.getMessage().startswith("log.txt fails (IsADirectoryError")
+    assert record.getMessage().startswith("log.txt failed (IsADirectoryError")
 
 
 def test_the_patience_with_wandb_is_passed_on(tmp_path, wandb):

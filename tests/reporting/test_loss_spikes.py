@@ -53,7 +53,7 @@ def test_a_spike_is_told_within_the_log_interval_with_its_samples(caplog):
     fed(losses)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "jumped to 1.5000 at step 44," in record.getMessage()
+    assert "jumped to 1.5000 at step 44;" in record.getMessage()
     assert record.getMessage().endswith("in that step: 430, 431")
 
 
@@ -74,7 +74,7 @@ def test_neither_noise_nor_a_falling_loss_is_a_spike(caplog):
 
 def test_a_loss_that_stays_high_becomes_the_rule(caplog):
     fed(noise(200) + [2 * x for x in noise(200, seed=3)], every=1)
-    steps = [r.getMessage().split("at step ")[1].split(",")[0] for r in caplog.records]
+    steps = [r.getMessage().split("at step ")[1].split(";")[0] for r in caplog.records]
     assert steps[0] == "201"
     assert int(steps[-1]) < 255
 
@@ -113,5 +113,5 @@ def test_in_a_run_the_samples_are_those_of_the_pipelines_batch(caplog):
     interrupt.release()
     (record,) = [r for r in caplog.records if "jumped" in r.getMessage()]
     ids = order(60, 0, 0)[2 * 24 : 2 * 25].tolist()
-    assert record.getMessage().endswith(f"at step 25, the last 24 steps set the limit at {limit(noise(24)):.4f}. "
-                                        f"The samples of this rank in that step: {ids[0]}, {ids[1]}")  # fmt: skip
+    assert record.getMessage().endswith(f"at step 25; the last 24 steps set the limit at {limit(noise(24)):.4f}. "
+                                        f"This rank's samples in that step: {ids[0]}, {ids[1]}")  # fmt: skip

@@ -43,7 +43,7 @@ def test_of_a_run_that_ends_meanwhile_what_there_is_is_written(tmp_path):
 @pytest.mark.parametrize("steps", [0, 3, 4])
 def test_a_run_too_short_says_so(tmp_path, caplog, steps):
     run(tmp_path, steps)
-    assert f"the run ended after {steps} steps, before the first one recorded, 5" in caplog.text
+    assert f"the run ended after {steps} steps, and recording begins at step 5" in caplog.text
     assert list(tmp_path.iterdir()) == []
 
 

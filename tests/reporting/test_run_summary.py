@@ -20,7 +20,7 @@ def test_everything_that_decides_whether_it_learns_is_told():
         "  method      spark",
         "  network     resnet50: 23.5 M parameters in the encoder, 20.1 M in the decoder; stochastic depth 0.05",
         "  patches     7x7 of 32x32 px, 29 of 49 masked",
-        "  images      1281167, 4096 a step",
+        "  images      1281167, 4096 per step",
         "  steps       499200 (1600 epochs of 312)",
         "  warm-up     12480 steps, 40 epochs by default; --warmup_epochs sets it",
         "  peak rate   0.0032",
@@ -29,7 +29,7 @@ def test_everything_that_decides_whether_it_learns_is_told():
     knn = replace(PUBLISHED, evaluation="k-NN of 5 images among 20 of a", eval_every=1)
     assert "  evaluation  k-NN of 5 images among 20 of a; before step 1, every epoch and after the last" in knn.text()
     assert "before step 1, every 7 epochs and after the last" in replace(knn, eval_every=7).text()
-    assert "  method      fcmae, 4 masks an image" in replace(PUBLISHED, method="fcmae", masks=4).text()
+    assert "  method      fcmae, 4 masks per image" in replace(PUBLISHED, method="fcmae", masks=4).text()
 
 
 def test_the_published_run_is_not_doubted():

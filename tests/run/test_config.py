@@ -43,7 +43,7 @@ def test_an_option_is_taken_out_of_the_words(words):
 
 def test_what_may_have_been_meant_is_told_or_all_there_is():
     assert nearest("epoch", ["epochs", "seed"]) == "; did you mean epochs?"
-    assert nearest("zzz", ["b", "a"]) == "; there are a, b"
+    assert nearest("zzz", ["b", "a"]) == "; choose one of a, b"
 
 
 def test_settings_are_set_by_name_whatever_their_group_and_in_pythons_types():

@@ -38,7 +38,7 @@ def batches(model, count, device):
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
-    [({}, "the device is cpu"), ({"accumulate": 2}, "cut into 2 parts"), ({"precision": "fp16"}, "take bf16"),
+    [({}, "the device is cpu"), ({"accumulate": 2}, "cut into 2 parts"), ({"precision": "fp16"}, "use bf16"),
      ({"optimizer": "adamw"}, "only LAMB")],
 )  # fmt: skip
 def test_what_stands_in_the_way_of_a_graph_is_named(settings, reason):

@@ -47,7 +47,7 @@ def test_the_plan_says_what_the_run_would_cost_and_nothing_is_written(run, capsy
         assert f"{parameters / 1e6:.1f} M parameters, {macs / 1e9:.3g} GMACs per image" in rows[name]
     assert "GiB of the process at most" in rows["memory"]
     assert re.search(r"[\d.]+ s \(data .*, forward .*, backward .*, optimizer .*\), [\d.]+ images/s, MFU", rows["step"])
-    assert "150 steps to go, 1 an epoch" in rows["run"]
+    assert "150 steps to go, 1 per epoch" in rows["run"]
     assert rows["checkpoint"].endswith("output_name/ckpt-last.pth")
 
 
@@ -56,7 +56,7 @@ def test_the_time_to_go_is_that_of_so_many_steps(run):
     text = plan_text(
         run, figures | {"loss": 1.0, "step_seconds": 9.0, "images_per_second": 8 / 9, "mfu": 0.5}, to_go=200
     )
-    assert "200 steps to go, 1 an epoch: 0:30:00 at this pace" in text
+    assert "200 steps to go, 1 per epoch: 0:30:00 at this pace" in text
     assert "9 s (data 1, forward 1, backward 1, optimizer 1), 0.9 images/s, MFU 50.0%, loss 1.0000" in text
 
 

@@ -125,7 +125,7 @@ def test_optimizers_are_those_of_timm_and_torch(name, kind):
 
 
 def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(ValueError, match="unknown optimizer 'adam'; there are lamb, adamw, sgd"):
+    with pytest.raises(ValueError, match="unknown optimizer 'adam': choose one of lamb, adamw, sgd"):
         build_optimizer("adam", nn.Linear(2, 2), 0.9)
 
 

@@ -134,7 +134,7 @@ def test_images_of_any_number_of_channels_are_trained_on_and_resumed_with_the_sa
         spark_fast.pretrain(**settings | {"in_chans": 3}, exp_dir=tmp_path / "parts", resume="auto")
 
     again = settings | {"in_chans": 5, "init_weight": str(tmp_path / "whole"), "max_steps": 1}
-    with pytest.raises(MisfitError, match=rf"These are for images of {channels} channels? \(--in_chans {channels}\)"):
+    with pytest.raises(MisfitError, match=rf"It takes images of {channels} channels? \(--in_chans {channels}\)"):
         spark_fast.pretrain(**again, exp_dir=tmp_path / "again")
 
 
@@ -143,5 +143,5 @@ def test_a_dry_run_tells_the_channels(few, tmp_path, capsys):
         **{**few, "model": "test_resnet"}, in_chans=12, verify="never", dry_run=True, exp_dir=tmp_path / "a"
     )
     told = capsys.readouterr().out
-    assert "4 a step, of 12 channels" in told
+    assert "4 per step, of 12 channels" in told
     assert "dry run: nothing was written" in told

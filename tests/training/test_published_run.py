@@ -153,19 +153,19 @@ def broken(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["module"].pop("mask_tokens.0"), "it is of another model: 1 tensors of this one are not in it"),
-        (lambda c: c["module"].update(a=torch.zeros(1)), r"1 of its own are not here \(a\)"),
-        (lambda c: c["module"]["mask_tokens.0"].fill_(torch.nan), "not finite, as in mask_tokens.0"),
+        (lambda c: c["module"].pop("mask_tokens.0"), "it belongs to another model: it lacks 1 tensors of this one"),
+        (lambda c: c["module"].update(a=torch.zeros(1)), r"has 1 unknown ones \(a\)"),
+        (lambda c: c["module"]["mask_tokens.0"].fill_(torch.nan), "NaN or infinity, for example in mask_tokens.0"),
         (lambda c: c["optimizer"]["state"].pop(0), "its optimiser is another one, this run's lamb"),
         (lambda c: c["optimizer"]["state"][0].update(step=torch.tensor(1.0)), "its optimiser is adamw, .*--opt adamw"),
         (
             lambda c: c["optimizer"]["state"][1].update(exp_avg=torch.zeros(1)),
-            "exp_avg of .* is no tensor of the shape",
+            "exp_avg of .* is not a tensor of shape",
         ),
-        (lambda c: c["optimizer"]["state"][1].update(exp_avg_sq=3), "exp_avg_sq of .* is no tensor of the shape"),
+        (lambda c: c["optimizer"]["state"][1].update(exp_avg_sq=3), "exp_avg_sq of .* is not a tensor of shape"),
         (
             lambda c: c["optimizer"]["param_groups"][0].pop("step"),
-            r"its optimiser's groups count no steps: \[None, 7\]",
+            r"its optimiser's groups have no step count: \[None, 7\]",
         ),
         (
             lambda c: c["optimizer"]["param_groups"][0].update(params=[[0]]),
@@ -230,5 +230,5 @@ def test_whatever_is_changed_in_it_is_refused_in_words_or_the_run_goes_on(tmp_pa
 def test_a_file_of_weights_alone_is_no_run_and_the_message_says_what_it_lacks(tmp_path, missing):
     content = broken(lambda c: c.pop(missing))
     torch.save(content, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=rf"no checkpoint that a run can go on from; --init_weight .*{missing}"):
+    with pytest.raises(CheckpointError, match=rf"not a checkpoint that a run can resume from: it lacks .*{missing}"):
         read_resumable(tmp_path / "a.pth")

@@ -67,14 +67,14 @@ def test_the_newest_that_can_be_read_is_used_and_the_others_are_named(tmp_path, 
     assert (path, state["step"]) == (paths[1], 2)
     (message,) = caplog.messages
     assert message.startswith(f"{paths[0]} is damaged")
-    assert message.endswith(f"going on from the one before it, {paths[1]}")
+    assert message.endswith(f"using the previous checkpoint, {paths[1]}")
 
 
 def test_where_none_can_be_read_each_is_named(tmp_path):
     paths = [checkpoint(tmp_path / f"{n}.pth", n) for n in (2, 1)]
     for path in paths:
         path.write_bytes(b"noise")
-    with pytest.raises(CheckpointError, match=f"no checkpoint of {tmp_path} can be used: {paths[0]} .*; {paths[1]} "):
+    with pytest.raises(CheckpointError, match=f"no usable checkpoint in {tmp_path}: {paths[0]} .*; {paths[1]} "):
         read_newest(paths)
 
 
@@ -111,7 +111,7 @@ def test_each_setting_is_harmless_or_named_as_a_difference(group, name):
     if name in HARMLESS[group]:
         check_same_run(Path("x.pth"), state, settings(), DATA)
         return
-    with pytest.raises(CheckpointError, match=rf"x.pth is of another run: (.*; )?{name} was .*, is .*\. Give"):
+    with pytest.raises(CheckpointError, match=rf"x.pth belongs to another run: (.*; )?{name} was .*, is .*\. Use"):
         check_same_run(Path("x.pth"), state, settings(), DATA)
 
 
@@ -163,7 +163,7 @@ def test_all_differences_are_told_at_once_and_the_data_among_them():
 
 
 def test_as_many_other_images_are_another_run_where_it_is_known():
-    with pytest.raises(CheckpointError, match="the data are 10 other images: names or labels differ"):
+    with pytest.raises(CheckpointError, match="the data are 10 different images: names or labels differ"):
         check_same_run(Path("x.pth"), saved(), settings(), SimpleNamespace(num_samples=10, listing="another"))
     check_same_run(Path("x.pth"), saved(), settings(), SimpleNamespace(num_samples=10, listing=""))
     before = saved()
@@ -175,5 +175,5 @@ def test_images_of_another_number_of_channels_are_named_and_what_older_versions_
     state = saved()
     del state["settings"]["data"]["in_chans"]
     check_same_run(Path("x.pth"), state, settings(), DATA)
-    with pytest.raises(CheckpointError, match=r"in_chans was 3, is 4\. Give"):
+    with pytest.raises(CheckpointError, match=r"in_chans was 3, is 4\. Use"):
         check_same_run(Path("x.pth"), state, settings("--in_chans=4"), DATA)

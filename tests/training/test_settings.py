@@ -239,8 +239,8 @@ def test_the_file_kept_in_a_run_folder_holds_every_setting():
 @pytest.mark.parametrize(
     ("text", "message"),
     [("[optim]\nepoch = 3\n", r"\[optim\] has no setting 'epoch'; did you mean .*epochs"),
-     ("[data]\nzzzz = 3\n", r"\[data\] has no setting 'zzzz'; there are augment"),
-     ("[optimizer]\nepochs = 3\n", r"\[optimizer\] is not a section; there are data, model, optim, run"),
+     ("[data]\nzzzz = 3\n", r"\[data\] has no setting 'zzzz'; choose one of augment"),
+     ("[optimizer]\nepochs = 3\n", r"\[optimizer\] is not a section; choose one of data, model, optim, run"),
      ("epochs = 3\n", r"\[epochs\] is not a section"),
      ("[optim\n", "cannot be read")],
 )  # fmt: skip
@@ -354,7 +354,7 @@ def test_a_method_brings_its_own_defaults_and_flags_change_them(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("fcmaee", "unknown method 'fcmaee'; there are spark, fcmae"), ("no.such:Thing", "cannot be imported"),
+    [("fcmaee", "unknown method 'fcmaee': choose one of spark, fcmae"), ("no.such:Thing", "cannot be imported"),
      ("spark_fast.spark:build_spark", "is no subclass of")],
 )  # fmt: skip
 def test_a_method_that_is_none_is_refused(name, said):

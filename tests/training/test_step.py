@@ -108,7 +108,7 @@ def test_a_precision_asked_for_is_taken_with_a_warning_where_it_is_emulated(monk
     monkeypatch.setattr("spark_fast.training.step.matmul_rate", lambda device, dtype: rates[dtype])
     assert resolve_precision(asked, CPU) == asked
     assert bool(caplog.messages) == bool(warned)
-    assert all(m.startswith(warned) and m.endswith("take --precision auto") for m in caplog.messages)
+    assert all(m.startswith(warned) and m.endswith("use --precision auto") for m in caplog.messages)
 
 
 def test_on_the_cpu_auto_means_fp32():

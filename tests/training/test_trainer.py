@@ -129,7 +129,7 @@ def test_interrupted_it_saves_says_how_to_go_on_and_goes_on_to_the_same_weights(
     assert build(unbroken, alone, tmp_path / "a")[0].train()
     assert build(first, alone, tmp_path / "b", **{how: 4})[0].train() is False
     last = tmp_path / "b" / CHECKPOINT
-    assert f"stopped at step 4 of 6; saved {last}. Go on with the same command and --resume auto" in (
+    assert f"stopped at step 4 of 6; saved {last}. Continue with the same command and --resume auto" in (
         capsys.readouterr().out
     )
     second.restore(last, read_run(last), alone)
@@ -161,7 +161,7 @@ def test_told_to_stop_between_epochs_it_is_saved_and_a_resume_begins_there_again
     assert trainer.train() is False
     assert events.seen[-2:] == [f"between {step}", "close"]
     last = tmp_path / CHECKPOINT
-    assert f"stopped at step {step} of 6; saved {last}. Go on" in capsys.readouterr().out
+    assert f"stopped at step {step} of 6; saved {last}. Continue" in capsys.readouterr().out
     state = make_state()
     state.restore(last, read_run(last), alone)
     trainer, events = build(state, alone, tmp_path)

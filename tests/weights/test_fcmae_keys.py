@@ -124,7 +124,7 @@ def test_exported_to_timm_it_loads_strictly(model, tmp_path):
 def test_the_published_form_of_spark_is_refused_for_fcmae(model, tmp_path):
     path = tmp_path / "checkpoint-799.pth"
     torch.save({"model": as_published(model)}, path)
-    with pytest.raises(ValueError, match="is of the method fcmae"):
+    with pytest.raises(ValueError, match="was trained by the method fcmae"):
         EXPORT_FORMATS["spark"](load_pretrained(path, input_size="64"))
 
 

@@ -46,7 +46,7 @@ def test_a_name_of_the_hub_is_a_source_of_weights_and_names_its_network(offline)
 
 def test_what_cannot_be_had_is_named_with_the_reason_and_the_way_round(offline):
     with pytest.raises(
-        CheckpointError, match=r"hf-hub:timm/other cannot be had from the Hugging Face Hub .*create_model"
+        CheckpointError, match=r"hf-hub:timm/other cannot be downloaded from the Hugging Face Hub .*create_model"
     ):
         read_weights(Path("hf-hub:timm/other"))
 

@@ -93,7 +93,7 @@ def test_an_exported_encoder_is_an_encoder_to_begin_from(tmp_path, name, caplog)
     for k, v in target.state_dict().items():
         expected = source.state_dict()[k] if k.startswith("encoder.network.") else before[k]
         assert torch.equal(v, expected), k
-    assert "the encoder is loaded, the decoder begins anew; left out: nothing" in caplog.text
+    assert "loaded the encoder; the decoder keeps its initial values; ignored: nothing" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "convnext_atto"])
@@ -166,9 +166,9 @@ def test_a_network_in_the_forms_of_other_programs_is_loaded_and_its_place_is_sai
         for name, value in found.items():
             expected = state[name].half() if form == "half" else state[name]
             assert torch.equal(value, expected.to(value.dtype)), name
-    said = [message for message in caplog.messages if "is taken from" in message]
-    assert said == ([f"{tmp_path / 'a.pth'}: the network is taken from {place} in it"] * 2 if place else [])
-    assert ("model_ema in it fits as well, and is taken as" in caplog.text) == (form == "two copies")
+    said = [message for message in caplog.messages if "reading the network under" in message]
+    assert said == ([f"{tmp_path / 'a.pth'}: reading the network under {place}"] * 2 if place else [])
+    assert ("model_ema fits as well; choose it by" in caplog.text) == (form == "two copies")
 
 
 def test_where_two_places_fit_they_are_named_and_one_may_be_chosen(tmp_path):
@@ -177,14 +177,12 @@ def test_where_two_places_fit_they_are_named_and_one_may_be_chosen(tmp_path):
     torch.save({"student": state, "teacher": {f"module.{k}": v for k, v in other.items()}}, tmp_path / "a.pth")
     target = small()
     with pytest.raises(
-        CheckpointError, match=r"a\.pth: several models in it fit: student, teacher\.module\. Say which"
+        CheckpointError, match=r"a\.pth: several models in it fit: student, teacher\.module\. Choose one"
     ):
         load_weights(tmp_path / "a.pth", target)
     load_weights(tmp_path / "a.pth#teacher", target)
     assert torch.equal(target.encoder.network.state_dict()["bn1.weight"], other["bn1.weight"])
-    with pytest.raises(
-        CheckpointError, match=r"a\.pth has no tensor beneath ema: its names begin with student, teacher"
-    ):
+    with pytest.raises(CheckpointError, match=r"a\.pth has no tensor under ema: its names begin with student, teacher"):
         load_weights(tmp_path / "a.pth#ema", target)
     torch.save(state, tmp_path / "b.pth#ema")
     load_weights(tmp_path / "b.pth#ema", target)
@@ -194,7 +192,7 @@ def test_where_two_places_fit_they_are_named_and_one_may_be_chosen(tmp_path):
 def test_weights_of_another_network_are_named_as_what_they_are(tmp_path, place):
     torch.save({place + k: v for k, v in timm.create_model("resnet18").state_dict().items()}, tmp_path / "a.pth")
     weights = read_weights(tmp_path / "a.pth")
-    message = r"does not fit this model\. These look like resnet18's \(--model resnet18\)"
+    message = r"does not fit this model\. It looks like resnet18 \(--model resnet18\)"
     with pytest.raises(CheckpointError, match=message):
         load_into_spark(weights, small())
     with pytest.raises(CheckpointError, match=message):
@@ -206,8 +204,8 @@ def test_weights_of_another_network_are_named_as_what_they_are(tmp_path, place):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.fill_(torch.nan), r"it holds numbers that are not finite, as in bn1\.weight \(weights of a run"),
-        (lambda v: v.fill_(torch.inf), "not finite"),
+        (lambda v: v.fill_(torch.nan), r"it holds NaN or infinity, for example in bn1\.weight \(weights of a run"),
+        (lambda v: v.fill_(torch.inf), "NaN or infinity"),
         (lambda v: v.long(), r"bn1\.weight is int64, strided, the model's float32"),
         (lambda v: v.to("meta"), r"bn1\.weight is without data, the model's float32"),
         (lambda v: v.to_sparse(), r"bn1\.weight is float32, sparse_coo, the model's float32"),
@@ -253,7 +251,7 @@ def test_only_what_may_begin_anew_may_be_missing_or_of_another_shape(tmp_path, c
     load_into_network(weights, target, new={"fc.weight", "fc.bias"})
     assert torch.equal(target.fc.weight, before)
     assert torch.equal(target.layer4[0].conv1.weight, source.layer4[0].conv1.weight)
-    assert "these begin anew: fc.bias, fc.weight" in caplog.text
+    assert "these keep their initial values: fc.bias, fc.weight" in caplog.text
 
 
 def three_channels(folder, name="test_resnet"):
@@ -276,9 +274,9 @@ def test_a_first_layer_of_three_channels_is_adapted_as_timm_does_it_and_that_is_
     assert ours.keys() <= theirs.state_dict().keys()
     assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.items())
     assert not torch.equal(ours["conv1.0.weight"][:, :1], state["conv1.0.weight"][:, :1])
-    assert f"conv1.0.weight is of three channels and was adapted to {channels}: " in caplog.text
+    assert f"conv1.0.weight takes three channels and was adapted to {channels}: " in caplog.text
     network = timm.create_model("test_resnet", features_only=True, in_chans=channels)
-    with pytest.raises(CheckpointError, match=r"These are for images of 3 channels \(--in_chans 3\)"):
+    with pytest.raises(CheckpointError, match=r"It takes images of 3 channels \(--in_chans 3\)"):
         load_into_network(read_weights(path), network, set())
     load_into_network(read_weights(path), network, set(), in_chans=channels)
     assert torch.equal(network.state_dict()["conv1.0.weight"], ours["conv1.0.weight"])
@@ -294,8 +292,8 @@ def test_of_a_model_with_a_decoder_for_three_channels_the_encoder_alone_is_taken
     for name, value in target.state_dict().items():
         if name != "encoder.network.conv1.0.weight":
             assert torch.equal(value, (source.state_dict() if name.startswith("encoder.") else before)[name]), name
-    assert "conv1.0.weight is of three channels and was adapted to 4: repeated, and scaled by 3 / 4" in caplog.text
-    assert "the encoder is loaded, the decoder begins anew" in caplog.text
+    assert "conv1.0.weight takes three channels and was adapted to 4: repeated, and scaled by 3 / 4" in caplog.text
+    assert "loaded the encoder; the decoder keeps its initial values" in caplog.text
     torch.save({"model": {**source.state_dict(), "encoder.network.layer9.weight": torch.zeros(2)}}, tmp_path / "b.pth")
     with pytest.raises(CheckpointError, match=r"not in this model: encoder\.network\.layer9\.weight"):
         load_weights(tmp_path / "b.pth", target)
@@ -307,7 +305,7 @@ def test_weights_for_other_than_three_channels_are_refused_with_their_number(tmp
     torch.save(timm.create_model("test_resnet", in_chans=there).state_dict(), tmp_path / "a.pth")
     model = build_spark("test_resnet", input_size=64, decoder_width=32, in_chans=here, check=False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    message = rf"These are for images of {there} channels? \(--in_chans {there}\)\. wrong shape: .*conv1\.0\.weight is"
+    message = rf"It takes images of {there} channels? \(--in_chans {there}\)\. wrong shape: .*conv1\.0\.weight is"
     with pytest.raises(CheckpointError, match=message):
         load_weights(tmp_path / "a.pth", model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -37,7 +37,7 @@ def test_an_encoder_alone_gets_a_new_decoder_and_says_so(folder, caplog):
     found = load_pretrained(folder / "encoder.pth", input_size="32x64")
     assert (found.spec.decoder_width, found.model.input_size) == (UNUSED_WIDTH, (32, 64))
     assert not found.weights.state.has_decoder
-    assert "the encoder is loaded, the decoder begins anew" in caplog.text
+    assert "loaded the encoder; the decoder keeps its initial values" in caplog.text
 
 
 def test_the_network_may_be_named_by_its_short_name_and_must_fit(folder):
@@ -47,7 +47,7 @@ def test_the_network_may_be_named_by_its_short_name_and_must_fit(folder):
 
 def test_another_network_must_be_named(folder):
     torch.save(timm.create_model("resnet10t").state_dict(), folder / "other.pth")
-    with pytest.raises(CheckpointError, match=r"its network is none of convnext_base.* name it with --model"):
+    with pytest.raises(CheckpointError, match=r"only convnext_base.* are recognised: name the network with --model"):
         load_pretrained(folder / "other.pth")
     assert load_pretrained(folder / "other.pth", "resnet10t", "64").spec.network == "resnet10t"
     with pytest.raises(SettingsError, match="unknown model 'resnet10'"):

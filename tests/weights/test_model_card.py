@@ -29,7 +29,7 @@ def test_of_a_published_file_only_the_network_and_the_patches_are_told(model, tm
     assert card.startswith("# resnet18, pre-trained by SparK")
     assert "patches of 8 px. The features" in card
     assert "| step, epoch | not known |" in card
-    assert "Not pre-trained, at their initial values, to be trained by you: `fc.weight`." in card
+    assert "Not pre-trained, still at their initial values: `fc.weight`. Train them yourself." in card
     assert "## Settings" not in card
     assert "## Loss" not in card
 
@@ -55,14 +55,14 @@ def test_the_curve_ends_where_the_weights_are_from_and_leaves_out_what_is_no_num
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        (ModelSpec("resnet18", (64, 64), 0.5), "input 64x64 px, normalised by ImageNet's mean and deviation."),
+        (ModelSpec("resnet18", (64, 64), 0.5), "input 64x64 px, normalised by ImageNet's mean and standard deviation."),
         (
             ModelSpec("resnet18", (64, 64), 0.5, in_chans=1),
-            "64x64 px of 1 channel, normalised by a mean and a deviation",
+            "64x64 px of 1 channel, normalised by an unknown mean and standard deviation",
         ),
         (
             ModelSpec("resnet18", (64, 64), 0.5, in_chans=2, mean=(0.1, 0.25), std=(0.5, 1.0)),
-            "input 64x64 px of 2 channels, normalised by the mean 0.1, 0.25 and the deviation 0.5, 1.",
+            "input 64x64 px of 2 channels, normalised by mean 0.1, 0.25 and standard deviation 0.5, 1.",
         ),
     ],
 )

@@ -63,21 +63,21 @@ def test_a_whole_model_is_found_as_a_whole_behind_a_prefix():
     model = tiny_spark().state_dict()
     found = read_state({"state_dict": {f"spark.{name}": value for name, value in model.items()}})
     assert (found.prefix, found.has_decoder, len(found.tensors)) == ("state_dict.spark.", True, len(model))
-    with pytest.raises(ValueError, match=r"several models in it fit: a, b\. Say which, .*: #a or #b"):
+    with pytest.raises(ValueError, match=r"several models in it fit: a, b\. Choose one .*: #a or #b"):
         read_state({"a": model, "b": model})
 
 
 def test_two_tensors_of_one_name_are_never_taken_one_for_the_other():
-    with pytest.raises(ValueError, match=r"two tensors in it are called a\.b"):
+    with pytest.raises(ValueError, match=r"it has two tensors named a\.b"):
         flatten({"a": {"b": torch.zeros(1)}, "a.b": torch.ones(1)})
-    with pytest.raises(ValueError, match=r"conv\.weight and module\.conv\.weight are one tensor's name"):
+    with pytest.raises(ValueError, match=r"conv\.weight and module\.conv\.weight name the same tensor"):
         read_state({"conv.weight": torch.zeros(1), "module.conv.weight": torch.ones(1)})
 
 
 def test_dictionaries_without_end_are_refused():
     content = {"a": torch.zeros(1)}
     content["more"] = content
-    with pytest.raises(ValueError, match="more than 1000 dictionaries in each other"):
+    with pytest.raises(ValueError, match="it nests more than 1000 dictionaries"):
         flatten(content)
 
 

@@ -107,17 +107,19 @@ def test_a_file_taken_out_of_its_run_folder_has_none(model, tmp_path):
 
 
 def test_a_folder_without_a_checkpoint_and_a_format_of_the_future_are_refused(model, tmp_path):
-    with pytest.raises(CheckpointError, match=f"there is no checkpoint in {tmp_path}: .*give a run folder"):
+    with pytest.raises(CheckpointError, match=f"there is no checkpoint in {tmp_path}: pass a run folder"):
         read_weights(tmp_path)
     write(tmp_path / "a.pth", {"format": 2, "model": model.state_dict(), "settings": settings()})
-    with pytest.raises(CheckpointError, match=r"a\.pth is of format 2, this version reads 1"):
+    with pytest.raises(CheckpointError, match=r"a\.pth has format 2, this version reads 1"):
         read_weights(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "published", "encoder"])
 def test_code_that_a_file_names_is_taken_only_when_it_is_asked_for(model, tmp_path, kind):
     weights = read_weights(stored(model, tmp_path, kind))
-    with pytest.raises(SettingsError, match=f"is of your own network: say --model {NETWORK} to have it imported"):
+    with pytest.raises(
+        SettingsError, match=f"has the weights of your own network: pass --model {NETWORK} to import its code"
+    ):
         weights.choose_network("")
     assert weights.choose_network("other:build") == "other:build"
 

@@ -81,7 +81,7 @@ def test_every_kind_of_features_only_network_has_its_names_in_timm(name):
 
 
 def test_another_networks_name_is_refused_with_the_tensors_it_lacks():
-    with pytest.raises(ValueError, match=r"convnext_atto in timm has no tensor for conv1"):
+    with pytest.raises(ValueError, match=r"timm's convnext_atto has no tensor for conv1"):
         encoder_state_dict(trained("resnet10t"), "convnext_atto")
 
 

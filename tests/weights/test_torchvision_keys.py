@@ -21,5 +21,5 @@ def test_every_tensor_of_a_network_that_torchvision_has_too_has_its_name_there(n
 
 
 def test_a_network_that_torchvision_lacks_is_refused_with_those_it_has():
-    with pytest.raises(ValueError, match=r"torchvision has no resnet10t: of the networks it shares .*convnext_base"):
+    with pytest.raises(ValueError, match=r"torchvision has no resnet10t; it shares these .*convnext_base"):
         torchvision_names("resnet10t", [])

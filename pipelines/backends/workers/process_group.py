@@ -97,9 +97,7 @@ class ProcessGroup:
                     env={**os.environ, **ENVIRONMENT},
                 )
         except OSError as error:
-            raise StorageError(
-                f"no process for decoding can be started ({error}): take --worker_processes 0"
-            ) from error
+            raise StorageError(f"no process for decoding can be started ({error}): use --worker_processes 0") from error
         finally:
             theirs.close()
             os.close(file)

@@ -26,12 +26,12 @@ def read_dicom(data: bytes | memoryview, expected: Expected) -> Stored:
     """
     pydicom = scientific("pydicom", "DICOM files")
     if _DEFLATED in bytes(data[:4096]):
-        raise ImageError("a DICOM file that is deflated as a whole, which is not read")
+        raise ImageError("a DICOM file that is deflated as a whole, which is not supported")
     file = pydicom.dcmread(io.BytesIO(data))
     if "PixelData" not in file and "FloatPixelData" not in file and "DoubleFloatPixelData" not in file:
         raise ImageError("a DICOM file without pixels")
     if (frames := int(file.get("NumberOfFrames") or 1)) != 1:
-        raise ImageError(f"a DICOM file of {frames} frames; single frames are read")
+        raise ImageError(f"a DICOM file of {frames} frames; only single frames are supported")
     height, width, channels = int(file.Rows), int(file.Columns), int(file.get("SamplesPerPixel", 1))
     expected.check(height, width, channels, "float32")
     try:

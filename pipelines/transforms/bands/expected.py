@@ -36,4 +36,4 @@ class Expected:
         if channels != self.in_chans and not (alpha and channels == self.in_chans + 1):
             raise ImageError(f"it has {channels} channels where --in_chans is {self.in_chans}")
         if (name := np.dtype(dtype).name) not in NUMBERS:
-            raise ImageError(f"its numbers are of type {name}; read are {', '.join(NUMBERS)}")
+            raise ImageError(f"its numbers have type {name}; supported are {', '.join(NUMBERS)}")

@@ -80,7 +80,7 @@ def read_with_pillow(data: bytes | memoryview, expected: Expected) -> Stored:
         elif mode == "I" and image.format == "PNG":  # 16 bits, before Pillow 11
             mode = "I;16"
         if mode not in _MODES:
-            raise ImageError(f"an image of Pillow's mode {mode}, which is not read with --in_chans or --scale")
+            raise ImageError(f"an image of Pillow's mode {mode}, which is not supported with --in_chans or --scale")
         dtype, alpha = ("uint16" if mode == "I;16" else "uint8"), mode.endswith("A")
         expected.check(image.height, image.width, _MODES[mode], dtype, alpha=alpha)
         pixels = np.asarray(image if mode in (image.mode, "I;16") else image.convert(mode)).astype(dtype, copy=False)

@@ -76,7 +76,7 @@ def _scene(file: BinaryIO, expected: Expected) -> Scene:
         return _tiff(file, expected)
     if start[:6] == NPY:
         return _npy(file, expected)
-    raise ImageError(f"windows are read of TIFF and .npy, and of nothing else; it starts with {start!r}")
+    raise ImageError(f"windows can be read only from TIFF and .npy; it starts with {start!r}")
 
 
 def _npy(file: BinaryIO, expected: Expected) -> Scene:

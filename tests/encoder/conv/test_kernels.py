@@ -178,7 +178,7 @@ def test_norms_and_residuals_take_the_kernels_under_autocast_alone():
     with torch.autocast("cpu", torch.bfloat16):
         assert not gpu.use_fused(None, x)
         assert not gpu.use_fused(True, x.to("meta"))
-        with pytest.raises(RuntimeError, match="asked for but cannot run: the tensors are on cpu"):
+        with pytest.raises(RuntimeError, match="requested but cannot run: the tensors are on cpu"):
             gpu.use_fused(True, x)
         compiled = torch.compile(lambda x: x + gpu.use_fused(True, x), fullgraph=True, backend="eager")
         assert compiled(x) == 0, "the compiler fuses them itself"
@@ -189,7 +189,7 @@ def test_pytorch_computes_on_the_cpu_and_forced_kernels_say_what_they_lack():
     assert not gpu.use_kernels(None, like)
     assert not gpu.use_kernels(False, like)
     assert not gpu.use_kernels(True, torch.zeros(1, device="meta"))
-    with pytest.raises(RuntimeError, match=r"asked for but cannot run: the tensors are on cpu.*TRITON_INTERPRET=1"):
+    with pytest.raises(RuntimeError, match=r"requested but cannot run: the tensors are on cpu.*TRITON_INTERPRET=1"):
         gpu.use_kernels(True, like)
 
 

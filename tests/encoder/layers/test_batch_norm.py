@@ -34,7 +34,7 @@ TAKEN = {
 
 @pytest.mark.parametrize("name", TAKEN)
 def test_a_norm_in_training_is_taken(name):
-    with pytest.raises(RuntimeError, match="the GPU kernels were asked for but cannot run"):  # without a GPU
+    with pytest.raises(RuntimeError, match="the GPU kernels were requested but cannot run"):  # without a GPU
         by_kernels(TAKEN[name], x(), kernels=True)
     assert by_kernels(TAKEN[name], x()) is None
 

@@ -200,7 +200,7 @@ def test_a_file_cut_short_while_in_use_is_an_error_not_a_crash(beton_folder):
 
 @pytest.mark.ffcv
 def test_an_unknown_resize_and_a_folder_without_a_beton_are_refused(image_folder, beton_folder):
-    with pytest.raises(SettingsError, match="'cubic' is unknown; there are: bicubic, area"):
+    with pytest.raises(SettingsError, match="'cubic' is unknown; choose one of bicubic, area"):
         batches(beton_folder(), ffcv_resize="cubic")
     with pytest.raises(DataError, match=r"reads a .beton, and there is none at"):
         batches(image_folder(name="other"))

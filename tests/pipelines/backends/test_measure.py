@@ -135,7 +135,7 @@ def test_three_channels_with_a_scale_are_measured_as_any_others(image_folder):
         ({"mean": (1.0, 2.0, 3.0)}, "mean needs --scale or --in_chans"),
         ({"in_chans": 2, "std": (1.0,)}, "std needs one number per channel, 2 in all; got 1"),
         ({"in_chans": 1, "std": (0.0,)}, r"std must be positive, got 0\.0"),
-        ({"scaling": "log"}, "scale 'log' is unknown; there are: auto, dtype, percentile, none"),
+        ({"scaling": "log"}, "scale 'log' is unknown; choose one of auto, dtype, percentile, none"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):

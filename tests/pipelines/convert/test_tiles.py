@@ -135,7 +135,7 @@ def test_bad_scenes_and_bad_tiles_are_named_and_left_out(tmp_path):
     (tmp_path / "src/sea/nan.npy").write_bytes(npy_of(broken))
     ((_, manifest),) = convert(tmp_path / "src", tmp_path / "out", settings(stride=32))
     assert {entry["name"]: entry["reason"] for entry in manifest.refused} == {
-        "city/empty.tif": "windows are read of TIFF and .npy, and of nothing else; it starts with b''",
+        "city/empty.tif": "windows can be read only from TIFF and .npy; it starts with b''",
         "city/other.npy": "it has 4 channels where --in_chans is 5",
         "sea/nan-y32-x0.npy": "1 of its 5120 numbers are NaN or infinite",
     }

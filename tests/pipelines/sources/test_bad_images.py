@@ -133,7 +133,7 @@ def test_images_of_a_kind_that_is_not_read_do_not_put_the_storage_in_question(tm
     pipeline.close()
     said = str(refused.value)
     assert (
-        ".npy) cannot be read (not a readable image but a NumPy array (.npy), a kind that is not read; read are JPEG"
+        ".npy) cannot be read (not a readable image but a NumPy array (.npy), a kind that is not supported; supported"
         in said
     )
     assert "docs/how_to/your_own_data.md), and neither can the 16 images after it" in said

@@ -63,8 +63,8 @@ def test_a_file_of_another_kind_is_named_with_what_is_read_and_where_to_read_on(
     said = str(refused.value)
     assert said.startswith(f"not a readable image but {kind}")
     assert said.endswith(
-        ", a kind that is not read; read are JPEG, PNG, BMP, GIF, PGM, PPM, TIFF and WebP of 8 or 16 bits; with"
-        " --in_chans or --scale arrays, DICOM and every TIFF are, too: see docs/how_to/your_own_data.md"
+        ", a kind that is not supported; supported are JPEG, PNG, BMP, GIF, PGM, PPM, TIFF and WebP of 8 or 16 bits;"
+        " with --in_chans or --scale arrays, DICOM and every TIFF are, too: see docs/how_to/your_own_data.md"
     )
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from spark_fast.errors import ImageError
 from spark_fast.pipelines.transforms.decode import decode_image
-from spark_fast.pipelines.transforms.file_kinds import IS_NOT_READ, PAGE
+from spark_fast.pipelines.transforms.file_kinds import IS_NOT_SUPPORTED, PAGE
 from spark_fast.pipelines.transforms.pillow_pixels import DARK, Loss
 from tests.pipelines.pictures import encoded, picture
 from tests.pipelines.tiffs import tiff
@@ -227,7 +227,7 @@ def check_mode(mode: str, kind: str, seed: int) -> str:
         assert bool(found.losses) == lossy
         return "read"
     assert kind in NOT_READ or mode == "F"
-    assert kind in UNNAMED or (IS_NOT_READ in refusal and PAGE in refusal)
+    assert kind in UNNAMED or (IS_NOT_SUPPORTED in refusal and PAGE in refusal)
     return "refused"
 
 

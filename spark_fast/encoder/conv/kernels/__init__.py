@@ -69,7 +69,7 @@ def use_kernels(wanted: bool | None, like: Tensor) -> bool:
         return False
     obstacle = _obstacle(like.device.type, like.dtype)
     if obstacle and wanted:
-        raise RuntimeError(f"the GPU kernels were asked for but cannot run: {obstacle}")
+        raise RuntimeError(f"the GPU kernels were requested but cannot run: {obstacle}")
     if obstacle:
         _say(obstacle)
     return not obstacle
@@ -104,4 +104,4 @@ def _say(obstacle: str) -> None:
 
 @cache
 def _say_once(obstacle: str) -> None:
-    log.warning("layers that look across patches run by PyTorch, not by the GPU kernels: %s", obstacle)
+    log.warning("layers that read neighbouring patches use PyTorch instead of the GPU kernels: %s", obstacle)

@@ -117,7 +117,7 @@ def rows_of(*tensors: Tensor) -> None:
     for tensor in tensors:
         if tensor.shape[:-1].numel() >= 2**30:
             raise ValueError(
-                f"{tuple(tensor.shape)} is more than 2^30 rows, too many for the GPU kernels: use a smaller batch"
+                f"{tuple(tensor.shape)} has more than 2^30 rows, too many for the GPU kernels: use a smaller batch"
             )
 
 

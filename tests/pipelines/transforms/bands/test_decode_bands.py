@@ -164,7 +164,7 @@ def test_a_dicom_frame_whose_least_number_is_white_is_inverted_before_it_is_resc
 @pytest.mark.parametrize(
     ("tags", "message"),
     [
-        ({"NumberOfFrames": 2}, "a DICOM file of 2 frames; single frames are read"),
+        ({"NumberOfFrames": 2}, "a DICOM file of 2 frames; only single frames are supported"),
         ({"SamplesPerPixel": 3}, "it has 3 channels where --in_chans is 1"),
         ({"Rows": 60000, "Columns": 60000}, "exceed the limit of 67 million"),
         ({"Rows": 21}, "damaged, or not read: a DICOM file"),
@@ -291,7 +291,7 @@ PICKLED = npy_of(np.array([[{}]], dtype=object))
         (b"", "zero bytes"),
         (npy_of(bands(1, 20, 30, 4)), "it has 4 channels where --in_chans is 5"),
         (npy_of(bands(1, 20, 30, 5)[:10])[:-1], "the file is cut short: 2999 bytes of numbers where 3000 were written"),
-        (npy_of(bands(1, 5, 20, 5).astype(np.complex64)), "its numbers are of type complex64"),
+        (npy_of(bands(1, 5, 20, 5).astype(np.complex64)), "its numbers have type complex64"),
         (npy_of(np.zeros((2, 3, 4, 5))), r"an array of shape \(2, 3, 4, 5\)"),
         (npy_of(np.zeros((0, 3, 5))), "3 x 0 pixels are no image"),
         (PICKLED, "pickled Python objects, which are never loaded"),
@@ -299,7 +299,7 @@ PICKLED = npy_of(np.array([[{}]], dtype=object))
         (tiff_of(bands(1), planarconfig="contig")[:-100], "the file is cut short"),
         (tiff_of(bands(1), planarconfig="contig", compression="zlib")[:3000], "the file is cut short|a TIFF"),
         (png_of(bands(1, channels=3))[:2000], "it has 3 channels where --in_chans is 5"),
-        (b"hello, world", "not a readable image .* read are JPEG, PNG, TIFF, .npy, .npz, DICOM"),
+        (b"hello, world", "not a readable image .* supported are JPEG, PNG, TIFF, .npy, .npz, DICOM"),
         (b"\x89HDF\r\n\x1a\n" + bytes(100), r"not read: an HDF5 file"),
     ],
 )

@@ -91,13 +91,13 @@ PACKED = tiff_of(bands(1), planarconfig="contig", compression="zlib", rowsperstr
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "windows are read of TIFF and .npy, and of nothing else; it starts with b''"),
-        (png_of(bands(1, channels=1)), "windows are read of TIFF and .npy"),
-        (npz_of(a=bands(1)), "windows are read of TIFF and .npy"),
-        (dicom_of(bands(1)[:, :, 0]), "windows are read of TIFF and .npy"),
+        (b"", "windows can be read only from TIFF and .npy; it starts with b''"),
+        (png_of(bands(1, channels=1)), "windows can be read only from TIFF and .npy"),
+        (npz_of(a=bands(1)), "windows can be read only from TIFF and .npy"),
+        (dicom_of(bands(1)[:, :, 0]), "windows can be read only from TIFF and .npy"),
         (npy_of(np.asfortranarray(bands(1))), "an array in Fortran order"),
         (npy_of(bands(1, channels=4)), "it has 4 channels where --in_chans is 5"),
-        (npy_of(bands(1).astype(complex)), "its numbers are of type complex128"),
+        (npy_of(bands(1).astype(complex)), "its numbers have type complex128"),
         (npy_of(bands(1))[:-10], "the file is cut short: 790 bytes at"),
         (tiff_of(bands(1, channels=4), planarconfig="contig"), "it has 4 channels where --in_chans is 5"),
         (tiff_of(bands(1), planarconfig="contig")[:-100], "the file is cut short"),
