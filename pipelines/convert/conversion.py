@@ -94,7 +94,7 @@ def convert(
 
     Each split gets a folder in DST, SRC without splits goes to DST itself. With `beton`, a .beton for FFCV is
     made of the shards. Returns the folders written and their manifests. Raises SettingsError, DataError or
-    StorageError; whatever happens, only whole shards are left, and the same command goes on from there.
+    StorageError; whatever happens, only whole shards are left, and the same command continues from there.
     """
     with storage(dst):
         return [

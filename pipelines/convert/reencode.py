@@ -120,4 +120,4 @@ def _is_plain(data: bytes | memoryview) -> bool:
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame, of any kind
             return marker == 0xC0
         at += 2 + int.from_bytes(view[at + 2 : at + 4], "big")
-    return False  # fill bytes or other oddities between segments: rather encode it anew
+    return False  # fill bytes or other oddities between segments: encode it again

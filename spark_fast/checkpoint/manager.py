@@ -38,7 +38,7 @@ class CheckpointManager:
     Args:
         folder: the run folder.
         keep_last: how many of the newest stay, 2 or more.
-        keep_steps: a checkpoint at a multiple of so many steps stays for good; 0: none.
+        keep_steps: a checkpoint at a multiple of so many steps is never removed; 0: none.
     """
 
     def __init__(self, folder: Path, *, keep_last: int, keep_steps: int) -> None:
@@ -71,7 +71,7 @@ class CheckpointManager:
         sync_folder(self.folder)
 
     def _prune(self, newest: int) -> None:
-        """Drop what is neither among the newest nor kept for good; of each pair the checksum last."""
+        """Remove what is neither among the newest nor kept permanently; of each pair the checksum last."""
         steps = published(self.folder)
         # newer than the step resumed from (an abandoned branch), or damaged
         spare = [s for s in steps if s > newest]

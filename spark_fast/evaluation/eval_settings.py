@@ -224,7 +224,7 @@ class Linear(Evaluation):
 
     @property
     def is_shuffled(self) -> bool:
-        """If its crops are drawn anew."""
+        """Whether new crops are drawn in every epoch."""
         return self.probe.augment
 
 

@@ -85,7 +85,7 @@ class RunGroup(Protocol):
 
     @property
     def resume(self) -> str:
-        """The checkpoint to go on from, "auto", or ""."""
+        """The checkpoint to resume from, "auto", or ""."""
         ...
 
     @property

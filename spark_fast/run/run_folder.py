@@ -60,7 +60,7 @@ def refuse_another_run(folder: Path) -> None:
 
 
 def what_is_kept(folder: Path) -> str:
-    """For the message of a failure: whether a run has left something to go on from."""
+    """For the message of a failure: whether a run has left a checkpoint to resume from."""
     if os.path.lexists(folder / CHECKPOINT) or published(folder):
         return "the last checkpoint is kept: continue with --resume auto"
     return "nothing was saved before"

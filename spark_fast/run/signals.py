@@ -22,7 +22,7 @@ class Interrupt:
         self.asked, self._since = False, 0.0
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._remember) for s in self.SIGNALS}
-        else:  # Python lets nobody else handle signals
+        else:  # Python lets only the main thread handle signals
             self._before = {}
             log.info("not in the main thread: Ctrl-C and signals do not stop this run; use --max_steps")
 

@@ -302,7 +302,7 @@ def _completed(trained: StateDict, build: Callable[[], nn.Module]) -> tuple[Stat
 def _timm_config(source: Pretrained) -> dict[str, object]:
     """What timm reads of a model folder: the network, and how its input was prepared.
 
-    Of other than three channels `first_conv` is left out: timm before 1.0.31 would begin that layer anew.
+    Of other than three channels `first_conv` is left out: timm before 1.0.31 would initialise that layer again.
     """
     spec, channels = source.spec, timm_channels(source.spec.in_chans)
     with torch.device("meta"):

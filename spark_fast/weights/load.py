@@ -41,7 +41,7 @@ def load_into_spark(weights: Weights, model: Method) -> None:
     """Load a model from `build_spark`: the whole of it, or its encoder where the weights are of a plain network.
 
     Where the weights are of three channels and the model of another number, the encoder's first layer is adapted as
-    timm does it, and the decoder begins anew. What a plain network has beyond the encoder (timm's classifier) is left
+    timm does it, and the decoder keeps its initial values. What a plain network has beyond the encoder (timm's classifier) is left
     out. That, how many tensors were loaded of encoder and decoder, and that the decoder is new, is logged.
 
     Raises:
@@ -81,7 +81,7 @@ def load_spark_state_dict(model: Method, state: Mapping) -> None:
 
 
 def load_into_network(weights: Weights, network: nn.Module, new: set[str], in_chans: int = 3) -> None:
-    """Load a plain network, whole but for the tensors that may begin anew where they are missing or of another shape.
+    """Load a plain network. Tensors in `new` keep their initial values where they are missing or have another shape.
 
     Args:
         new: their names: a classifier, levels that were not pre-trained.
