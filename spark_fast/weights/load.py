@@ -40,9 +40,9 @@ def load_weights(path: Path, model: Method) -> None:
 def load_into_spark(weights: Weights, model: Method) -> None:
     """Load a model from `build_spark`: the whole of it, or its encoder where the weights are of a plain network.
 
-    Where the weights are of three channels and the model of another number, the encoder's first layer is adapted as
-    timm does it, and the decoder keeps its initial values. What a plain network has beyond the encoder (timm's classifier) is left
-    out. That, how many tensors were loaded of encoder and decoder, and that the decoder is new, is logged.
+    Where the weights take three channels and the model another number, the encoder's first layer is adapted as timm
+    does it, and the decoder keeps its initial values. What a plain network has beyond the encoder (timm's classifier)
+    is ignored. The log says so, how many tensors of encoder and decoder were loaded, and whether the decoder is new.
 
     Raises:
         MisfitError: a tensor is missing, unknown, of another shape or not finite, by name, or several models in the
