@@ -205,7 +205,7 @@ def test_on_cuda_the_kernels_are_chosen_and_a_fallback_is_logged_once(caplog):
         for _ in range(3):
             assert not gpu.use_kernels(None, on_cuda(torch.float64))
     assert len(caplog.messages) == 1
-    assert "by PyTorch, not by the GPU kernels: they compute in fp32, bf16 or fp16, not in float64" in caplog.text
+    assert "use PyTorch instead of the GPU kernels: they compute in fp32, bf16 or fp16, not in float64" in caplog.text
 
 
 def test_a_fallback_that_is_logged_does_not_break_a_compiled_graph(caplog):
