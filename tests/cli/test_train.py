@@ -231,7 +231,7 @@ BAD = [
     (["--resume={tmp}/a", "--init_weight={tmp}/b"], 2, "choose one"),
     (["--init_weight={other}"], 2, "does not fit this model"),
     (["--resume={other}"], 2, "model was 'resnet10t', is 'resnet14t'"),
-    (["--resume={evil}"], 6, "refused"),
+    (["--resume={evil}"], 6, "holds pickled code"),
     (["--accumulate=3"], 2, "does not divide"),
     (["--device=cuda"], 2, "no GPU"),
     (["--config={tmp}/none.toml"], 2, "none.toml"),

@@ -19,7 +19,8 @@ from tests.pipelines.bands import bands, npy_of, npz_of, tiff_of
 
 CHANNELS = 12
 KNOWN = Statistics("dtype", "uint16", (0.5,) * 12, (0.2,) * 12, (0.0,) * 12, (65535.0,) * 12)  # of a run before
-READ_AS = {"in_chans": CHANNELS, "statistics": KNOWN}  # what a pipeline is told
+# what a pipeline is told; the drills of processes have a file of their own
+READ_AS = {"in_chans": CHANNELS, "statistics": KNOWN, "worker_processes": 0}
 RECORDS = partial(BandRecords, in_chans=CHANNELS)
 
 packed = partial(tiff_of, planarconfig="contig", compression="zlib", predictor=True)

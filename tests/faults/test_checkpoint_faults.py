@@ -315,7 +315,7 @@ EDITS = [
     ("--decoder_width=64", "decoder_width was 32, is 64"),
     ("--input_size=96", "input_size was '64x64', is '96x96'"),
     ("fewer images", "the data had 48 images, now 40"),
-    ("other images", "the data are 48 other images"),
+    ("other images", "the data are 48 different images"),
     ("another format", "has format 2, this version reads 1"),
 ]
 
