@@ -9,8 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-import gcsfs
 from gcp_storage_emulator.server import create_server
+
+# it would ask what kind of bucket this is, by gRPC, and wait a minute for an answer that the emulator does not give
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+import gcsfs
 
 
 @contextmanager
@@ -22,7 +25,7 @@ def gs_of(folder: Path, bucket: str = "shards") -> Iterator[str]:
     gcsfs.GCSFileSystem.clear_instance_cache()  # of a server before
     with (
         create_server("127.0.0.1", port, in_memory=True, default_bucket=bucket),
-        patch.dict(os.environ, {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}"}),
+        patch.dict(os.environ, {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}", "NO_GCE_CHECK": "true"}),
     ):
         gcsfs.GCSFileSystem(token="anon").put(f"{folder}/", f"{bucket}/", recursive=True)
         yield f"gs://{bucket}"
