@@ -20,7 +20,12 @@ import tyro
 from spark_fast.errors import SettingsError, StorageError
 from spark_fast.files import atomic_write
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from learning_table import line, put_between_marks  # noqa: E402
+from learning_table import table as table_of  # noqa: E402
+
 RESULT = ROOT / "benchmarks" / "results" / "learning.json"
 PICTURE = ROOT / "docs" / "pictures" / "gains.png"
 PAGE = ROOT / "docs" / "explanation" / "learning.md"
@@ -54,20 +59,18 @@ def draw_gains(*, result: Path = RESULT, out: Path = PICTURE, page: Path = PAGE)
     if out.suffix != ".png":
         raise SettingsError(f"{out} must end with .png")
     cases = read_cases(result)
-    before, begin, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not end:
-        raise SettingsError(f"{page} needs the two marks {MARKS[0]} and {MARKS[1]}")
     picture = draw(cases)
-    with atomic_write(page) as file:
-        file.write(f"{before}{begin}\n\n{table(cases)}\n{end}{after}".encode())
+    try:
+        put_between_marks(page, table(cases), MARKS)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
     with atomic_write(out) as file:
         file.write(picture)
     return 0
 
 
 def read_cases(result: Path) -> list[Case]:
-    """Those of which both arms are there, in the order of the result."""
+    """Those of which both arms are there, by network and share."""
     found: dict[tuple[str, float], dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in json.loads(result.read_text(encoding="utf-8"))["rows"]:
         if row["arm"] in ARMS:
@@ -83,12 +86,12 @@ def read_cases(result: Path) -> list[Case]:
 
 def table(cases: list[Case]) -> str:
     """Means over the seeds; the gain with its sample standard deviation."""
-    lines = ["| network | labels used | from scratch | pre-trained | gain |", "| --- | --- | --- | --- | --- |"]
+    lines = []
     for case in cases:
         means = (f"{statistics.mean(values):.1f} %" for values in (case.scratch, case.pretrained))
         gain = f"{statistics.mean(case.gains):+.1f} ± {statistics.stdev(case.gains):.1f} points"
-        lines.append(f"| {' | '.join((SHOWN[case.network], f'{case.share:.0%}', *means, gain))} |")
-    return "\n".join(lines) + "\n"
+        lines.append(line((SHOWN[case.network], f"{case.share:.0%}", *means, gain)))
+    return table_of(("network", "labels used", *ARMS.values(), "gain"), lines)
 
 
 def draw(cases: list[Case]) -> bytes:

@@ -104,13 +104,8 @@ def load_into_network(weights: Weights, network: nn.Module, new: set[str], in_ch
         raise _misfit(weights, state, wanted, error) from None
     anew = ", ".join(fresh[:5]) + (f" and {len(fresh) - 5} more" if len(fresh) > 5 else "")
     total = sum(name in kept or name in fresh or not name.endswith(COUNTER) for name in own)
-    log.info(
-        "%s: %d of %d tensors loaded; these keep their initial values: %s",
-        weights.path,
-        len(kept),
-        total,
-        anew or "none",
-    )
+    counts = (len(kept), total)
+    log.info("%s: %d of %d tensors loaded; these keep their initial values: %s", weights.path, *counts, anew or "none")
 
 
 def _load_whole(state: State, model: Method) -> list[str]:
