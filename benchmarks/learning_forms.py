@@ -155,7 +155,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "arms": ("scratch", "as published", "zero-outing", "FCMAE"),
         "channels": 1,
         "mean": (0.5,),
-        "std": (0.06,),
+        "std": (0.094,),
     },
     "evidence_resnet18": EVIDENCE | {"networks": ("half_resnet18",), "arms": ("scratch", "as published")},
     "evidence_gpu": EVIDENCE

@@ -3,8 +3,9 @@
     python benchmarks/learning_scans.py /tmp/scans
 
 An image is a slice of a body that does not exist: a smooth background, some organs (ellipses of any size and level),
-the noise of a detector, and one to three findings of one shape, which is the class. Place, angle, size and contrast of
-a finding say nothing of the class, nor does anything else in the image. An image depends on its number alone.
+the noise of a detector, and a region of tissue. The class is the tissue's texture: one of five grain sizes, as round
+cells or as fibres. Place, size, contrast, and the fibres' direction say nothing of the class, nor does anything else
+in the image. An image depends on its number alone.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import imagecodecs
 import numpy as np
@@ -25,25 +26,8 @@ TEST = 10**7  # the number of the first test image
 Field = NDArray[np.float64]
 
 
-def _box(u: Any, v: Any, width: float, height: float) -> Any:
-    """Below 0 inside of a box of these half sides about (0, 0)."""
-    return np.maximum(abs(u) - width, abs(v) - height)
-
-
-# each below 0 inside, for coordinates of which about [-1, 1] is the finding
-SHAPES = {
-    "disc": lambda u, v: np.hypot(u, v) - 0.8,
-    "ring": lambda u, v: abs(np.hypot(u, v) - 0.75) - 0.2,
-    "square": lambda u, v: _box(u, v, 0.7, 0.7),
-    "frame": lambda u, v: abs(_box(u, v, 0.65, 0.65)) - 0.18,
-    "triangle": lambda u, v: np.maximum(-v - 0.5, abs(u) * 0.87 + v * 0.5 - 0.5),
-    "cross": lambda u, v: np.minimum(_box(u, v, 0.9, 0.28), _box(u, v, 0.28, 0.9)),
-    "bar": lambda u, v: _box(u, v, 1.1, 0.32),
-    "two bars": lambda u, v: _box(u, abs(v) - 0.55, 1.0, 0.22),
-    "angle": lambda u, v: np.minimum(_box(u, v + 0.6, 0.9, 0.26), _box(u + 0.64, v, 0.26, 0.86)),
-    "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 0.95, 0.75 - np.hypot(u - 0.45, v)),
-}
-CLASSES = tuple(SHAPES)
+GRAINS = (3.5, 5.0, 7.0, 10.0, 14.0)  # pixels from cell to cell, or from fibre to fibre
+CLASSES = tuple(f"{kind}-{grain:g}" for grain in GRAINS for kind in ("cells", "fibres"))
 
 
 @dataclass
@@ -59,28 +43,38 @@ class Options:
     processes: int = 2
 
 
-def scan(number: int, shape: str) -> NDArray[np.uint16]:
+def scan(number: int, label: int) -> NDArray[np.uint16]:
     """(SIDE, SIDE), the whole range of 16 bits, mean about its half."""
     rng = np.random.default_rng(number)
     y, x = np.mgrid[:SIDE, :SIDE].astype(np.float64)
     slope = rng.uniform(-0.1, 0.1, 2)
     values = 0.5 + slope[0] * (x / SIDE - 0.5) + slope[1] * (y / SIDE - 0.5)
     for _ in range(rng.integers(3, 7)):
-        organ = _placed(rng, x, y, SIDE * rng.uniform(0.1, 0.35))
-        values += rng.uniform(-0.12, 0.12) * _inside(np.hypot(organ[0], organ[1] * rng.uniform(1, 2)) - 1, 2.0)
-    for _ in range(rng.integers(1, 4)):
-        size = rng.uniform(5, 9)
-        finding = _inside(SHAPES[shape](*_placed(rng, x, y, size)), 0.7 / size)
-        values += rng.uniform(0.08, 0.2) * rng.choice((-1, 1)) * finding
+        values += rng.uniform(-0.1, 0.1) * _ellipse(rng, x, y, rng.uniform(0.1, 0.35), rng.uniform(1, 2), 2.0)
+    region = _ellipse(rng, x, y, rng.uniform(0.35, 0.6), 1, 0.6)
+    values += rng.uniform(0.08, 0.16) * region * _texture(rng, GRAINS[label // 2], fibres=label % 2 == 1)
     values += rng.normal(0, rng.uniform(0.01, 0.03), values.shape)
     return (values.clip(0, 1) * 65535).round().astype(np.uint16)
 
 
-def _placed(rng: np.random.Generator, x: Field, y: Field, size: float) -> tuple[Field, Field]:
-    """The pixels in coordinates of a thing of this size in pixels, at any place and angle."""
+def _texture(rng: np.random.Generator, grain: float, *, fibres: bool) -> Field:
+    """(SIDE, SIDE), deviation 1: white noise, filtered to a ring of frequencies, and for fibres to one direction."""
+    across, along = np.meshgrid(*[np.fft.fftfreq(SIDE)] * 2)
+    frequency = np.exp(rng.normal(0, 0.08)) / grain
+    passed = np.exp(-0.5 * ((np.hypot(across, along) - frequency) / (0.25 * frequency)) ** 2)
+    if fibres:
+        turned = np.angle(np.exp(2j * (np.arctan2(along, across) - rng.uniform(0, np.pi)))) / 2
+        passed *= np.exp(-0.5 * (turned / 0.25) ** 2)
+    texture = np.fft.ifft2(passed * np.fft.fft2(rng.normal(size=passed.shape))).real
+    return texture / texture.std()
+
+
+def _ellipse(rng: np.random.Generator, x: Field, y: Field, size: float, aspect: float, softness: float) -> Field:
+    """About 1 inside and 0 outside of an ellipse at any place and angle; `size` as a share of the image's side."""
     (left, top), angle = rng.uniform(0.15 * SIDE, 0.85 * SIDE, 2), rng.uniform(0, 2 * np.pi)
-    cos, sin = np.cos(angle) / size, np.sin(angle) / size
-    return (x - left) * cos + (y - top) * sin, (y - top) * cos - (x - left) * sin
+    cos, sin = np.cos(angle) / (size * SIDE), np.sin(angle) / (size * SIDE)
+    u, v = (x - left) * cos + (y - top) * sin, (y - top) * cos - (x - left) * sin
+    return _inside(np.hypot(u, aspect * v) - 1, softness)
 
 
 def _inside(distance: Field, softness: float) -> Field:
@@ -97,11 +91,11 @@ def make(options: Options) -> None:
 
 def _write_class(folder: Path, first: int, count: int, label: int) -> None:
     for i in range(count):
-        path = folder / CLASSES[label].replace(" ", "-") / f"{i:05d}.png"
+        path = folder / CLASSES[label] / f"{i:05d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             made = path.with_suffix(".partial")
-            made.write_bytes(imagecodecs.png_encode(scan(first + i * len(CLASSES) + label, CLASSES[label])))
+            made.write_bytes(imagecodecs.png_encode(scan(first + i * len(CLASSES) + label, label)))
             made.replace(path)
 
 
