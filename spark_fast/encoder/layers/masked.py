@@ -7,6 +7,7 @@ other layers leave in a hole meanwhile meets zero gradients only.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from spark_fast.encoder.layers.converted import ConvertedLayer, PaddedLayer
 
 
 class MaskedLocal(PaddedLayer):
-    """Mixin: a convolution or pooling of dense maps with zeros in the holes (minus infinity for a maximum)."""
+    """Mixin: a convolution or pooling of dense maps with zeros in the holes (the least number for a maximum)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
@@ -23,11 +24,12 @@ class MaskedLocal(PaddedLayer):
             return super().forward(x)
         largest = isinstance(self, nn.MaxPool2d)
         holes = ~visible.cells(x.shape[2])
-        x = x.masked_fill(holes, float("-inf") if largest else 0.0)
+        # not minus infinity: where a window is all of it, Inductor takes the place of the maximum to be in the padding
+        x = x.masked_fill(holes, torch.finfo(x.dtype).min if largest else 0.0)
         if any(self.folded_padding):
             x = F.pad(x, self.folded_padding, value=self.fill)
         out: Tensor = super().forward(x)
-        # the maximum of nothing must not stay: 0 * inf would reach the weights' gradients
+        # the maximum of nothing must not stay: layers would make infinities of it, and gradients of 0 * inf
         return out.masked_fill(~visible.cells(out.shape[2]), 0.0) if largest else out
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from timm.layers import grn
 from torch import nn
 
+from spark_fast.encoder import VisiblePatches
 from spark_fast.encoder.context import EncoderContext
 from spark_fast.encoder.convert_network import MASKED, convert_layers
 from tests.encoder.masks import masks, some_visible
@@ -54,6 +55,18 @@ def test_batch_statistics_are_those_of_the_visible_cells_and_holes_come_out_zero
     torch.testing.assert_close(layer.running_mean, 0.1 * rows.mean(0))
     expected = (x - rows.mean(0)[:, None, None]) / (rows.var(0, unbiased=False)[:, None, None] + norm.eps).sqrt()
     torch.testing.assert_close(y, expected * visible.cells(x.shape[2]))
+
+
+def test_a_compiled_maximum_of_holes_alone_does_not_read_from_the_padding():
+    """Inductor took the place of the maximum of nothing to be in the padding, and the backward pass failed."""
+    visible = VisiblePatches(torch.tensor([[3]]), (2, 2))  # the corner's windows are all hole or padding
+    layer, x = converted(nn.MaxPool2d(3, 2, 1), visible), maps(visible).requires_grad_()
+    gradients = []
+    for run in (layer, torch.compile(layer)):
+        x.grad = None
+        run(x).square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_a_maximum_of_holes_alone_is_zero_not_infinite_and_passes_no_gradient():
