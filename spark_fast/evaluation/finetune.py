@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from spark_fast.checkpoint.file import Content, RunContent
 from spark_fast.checkpoint.manager import CheckpointManager
 from spark_fast.checkpoint.state_dict import load_strictly
+from spark_fast.encoder.layers.synced_batch_norm import HostSyncBatchNorm
 from spark_fast.errors import SettingsError
 from spark_fast.evaluation.accuracy import Confusion, Scores, judge
 from spark_fast.evaluation.data import Labelled
@@ -31,7 +32,6 @@ from spark_fast.evaluation.mixup import Augment, Mix
 from spark_fast.evaluation.report import Report
 from spark_fast.pipelines import Batch, Pipeline
 from spark_fast.reporting.monitor import Monitor
-from spark_fast.run.cpu_sync_batchnorm import HostSyncBatchNorm
 from spark_fast.run.data_parallel import data_parallel, share_statistics
 from spark_fast.run.distributed import Ranks
 from spark_fast.run.seeding import step_seed

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spark_fast.encoder.layers.synced_batch_norm import HostSyncBatchNorm
 from spark_fast.errors import SettingsError
 from spark_fast.masking import check_masks
 from spark_fast.method import Method, build
@@ -18,7 +19,6 @@ from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.reporting.loggers import require_wandb
 from spark_fast.reporting.run_summary import nothing_learned
 from spark_fast.run.command import open_checkpoints, open_pipeline, running
-from spark_fast.run.cpu_sync_batchnorm import HostSyncBatchNorm
 from spark_fast.run.distributed import Ranks
 from spark_fast.run.run_folder import refuse_another_run
 from spark_fast.run.signals import Interrupt

@@ -9,7 +9,7 @@ from torch import nn
 import tests.processes  # noqa: F401
 from spark_fast.encoder.context import EncoderContext
 from spark_fast.encoder.convert_network import PACKED, convert_layers
-from spark_fast.run.cpu_sync_batchnorm import HostSyncBatchNorm
+from spark_fast.encoder.layers.synced_batch_norm import HostSyncBatchNorm
 
 START = "forkserver"  # which has imported torch already: tests/processes.py
 SHAPES = [(4, 3, 5, 2), (8, 16, 1, 1)]
