@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
 import torch
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from spark_fast.encoder import Encoder, MaskedEncoder, PackedEncoder, VisiblePatches
+from spark_fast.encoder.layers.synced_batch_norm import sync_batch_norms
 from spark_fast.encoder.pyramid import as_size
 from spark_fast.encoder.sparseconvnet import SparseEncoder
 from spark_fast.encoder.verified_networks import is_verified
@@ -286,7 +286,7 @@ def build(
         stages: keep the first so many levels of the pyramid (stride 4, 8, 16, ...): 3 gives patches of 16 px, 2 of
             8 px. By default all, 32 px for most networks.
         in_chans: channels of the images; timm builds its network for them, one of your own must take as many.
-        sync_batchnorm: batch statistics over all ranks (`torch.nn.SyncBatchNorm`).
+        sync_batchnorm: batch statistics over all ranks of `torch.distributed`, with equally many images on each.
         check: run `verify`; None: unless the table of verified networks has this one.
         options: further arguments of the class.
 
@@ -305,13 +305,11 @@ def build(
         found = verify(network, stages=stages, in_chans=in_chans)
         log.info("it does: largest relative difference %.0e, leak %.0e", found.identity, found.leak)
     if sync_batchnorm:
-        network = convert_sync_batchnorm(network)
+        sync_batch_norms(network)
     encoding = ENCODERS[encoder](network, size, stages, 1 - mask_ratio, in_chans)
     made = kind(encoding, size, mask_ratio, **options)
-    if sync_batchnorm:  # what the method adds; the encoder's layers are converted already
-        for name, module in list(made.named_children()):
-            if module is not made.encoder:
-                setattr(made, name, convert_sync_batchnorm(module))
+    if sync_batchnorm:
+        sync_batch_norms(made)  # what the method adds
     return made
 
 

@@ -114,7 +114,7 @@ def build_spark(
         stages: keep the first so many levels of the pyramid (stride 4, 8, 16, ...): 3 gives patches of 16 px, 2 of
             8 px. By default all, 32 px for most networks.
         in_chans: channels of the images; timm builds its network for them, one of your own must take as many.
-        sync_batchnorm: batch statistics over all ranks (`torch.nn.SyncBatchNorm`).
+        sync_batchnorm: batch statistics over all ranks of `torch.distributed`, with equally many images on each.
         check: run `verify`; None: unless the table of verified networks has this one.
 
     Raises:

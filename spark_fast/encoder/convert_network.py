@@ -24,6 +24,7 @@ from spark_fast.encoder.layers.layer_norm import ChannelNorm
 from spark_fast.encoder.layers.masked import MaskedGlobalReduction, MaskedLocal, MaskedNorm
 from spark_fast.encoder.layers.per_image import GlobalReduction, ImagePool, PerImage
 from spark_fast.encoder.layers.response_norm import ResponseNorm
+from spark_fast.encoder.layers.synced_batch_norm import SyncedBatchNorm2d
 
 LayerTable = dict[str, type[ConvertedLayer]]
 Sides = tuple[int, int, int, int]
@@ -200,7 +201,7 @@ def _activations(network: nn.Module) -> tuple[set[int], dict[int, str]]:
             continue
         for (name, norm), (_, activation) in pairwise(_children(parent)):
             shown = name in getattr(parent, "return_layers", ()) or places[id(norm)] > 1
-            if type(norm) is nn.BatchNorm2d and ACTIVATIONS.get(type(activation)) and not shown:
+            if type(norm) in (nn.BatchNorm2d, SyncedBatchNorm2d) and ACTIVATIONS.get(type(activation)) and not shown:
                 found.add(id(activation))
                 followed[id(norm)] = ACTIVATIONS[type(activation)]
     return found, followed

@@ -42,6 +42,7 @@ from torch.nn.modules import activation as torch_activations
 from spark_fast.encoder.layers import residual_blocks
 from spark_fast.encoder.layers import timm_blocks as blocks
 from spark_fast.encoder.layers.convnext_block import FusedConvNeXtBlock
+from spark_fast.encoder.layers.synced_batch_norm import SYNCED
 
 
 class UnsupportedLayerError(ValueError):
@@ -96,9 +97,7 @@ register("pointwise", *_timm(metaformer, "Scale"))
 register("pointwise", *_timm(fastvit, "LayerScale2d"), *_timm(swiftformer, "LayerScale2d"))
 register("pointwise", *_timm(efficientformer, "LayerScale2d"), *_timm(hgnet, "LearnableAffineBlock"))
 register("pointwise", *_timm(nfnet, "GammaAct"), *_timm(selecsls, "SelectSeq"))
-register(
-    "norm", nn.BatchNorm2d, nn.SyncBatchNorm, *_timm(tl, "BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
-)
+register("norm", *SYNCED, *SYNCED.values(), nn.SyncBatchNorm, *_timm(tl, "SyncBatchNormAct", "FrozenBatchNormAct2d"))
 register("norm", *_timm(tl, "EvoNorm2dB0", "EvoNorm2dB1", "EvoNorm2dB2"))
 register("conv", nn.Conv2d, *_timm(tl, "Conv2dSame", "StdConv2d", "StdConv2dSame", "ScaledStdConv2d"))
 register("conv", *_timm(tl, "ScaledStdConv2dSame"))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from spark_fast.checkpoint.file import Content, RunContent
 from spark_fast.checkpoint.manager import CheckpointManager
 from spark_fast.checkpoint.state_dict import load_strictly
-from spark_fast.encoder.layers.synced_batch_norm import HostSyncBatchNorm
+from spark_fast.encoder.layers.synced_batch_norm import sync_batch_norms
 from spark_fast.errors import SettingsError
 from spark_fast.evaluation.accuracy import Confusion, Scores, judge
 from spark_fast.evaluation.data import Labelled
@@ -196,7 +196,7 @@ class FinetuneRun:
             if self.ranks.device.type == "cuda":
                 network = convert_sync_batchnorm(network)
             else:
-                HostSyncBatchNorm.replace_in(network)
+                sync_batch_norms(network)
         return network.to(self.ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _check_batch(self, share: int, mix: Mix) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spark_fast.encoder.layers.synced_batch_norm import HostSyncBatchNorm
 from spark_fast.errors import SettingsError
 from spark_fast.masking import check_masks
 from spark_fast.method import Method, build
@@ -163,7 +162,6 @@ def pictured_images(settings: Settings, ranks: Ranks, statistics: Statistics | N
 
 def open_model(settings: Settings, ranks: Ranks) -> Method:
     """The model on this rank's device, channels_last."""
-    synced = settings.run.sync_batchnorm and ranks.world_size > 1
     kind = method_of(settings.model.method)
     try:
         model = build(
@@ -176,12 +174,10 @@ def open_model(settings: Settings, ranks: Ranks) -> Method:
             stages=settings.model.stages or None,
             in_chans=settings.in_chans,
             check={"auto": None, "always": True, "never": False}[settings.model.verify],
-            sync_batchnorm=synced and ranks.device.type == "cuda",
+            sync_batchnorm=settings.run.sync_batchnorm and ranks.world_size > 1,
             **{name: getattr(settings.model, name) for name in kind.options},
         )
         check_masks(model.grid, model.num_visible, settings.model.masks_per_image)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    if synced and ranks.device.type == "cpu":
-        HostSyncBatchNorm.replace_in(model)
     return model.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

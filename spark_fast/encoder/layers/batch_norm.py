@@ -2,19 +2,20 @@
 
 In training on CUDA, one operator computes activation(norm(x) + residual). The map is then written and read fewer times
 than by PyTorch's eager code. PyTorch computes all else: evaluation, compiled code (its compiler fuses the same), other
-devices and float64, statistics over all ranks (SyncBatchNorm), cumulative running statistics (momentum=None).
+devices and float64, cumulative running statistics (momentum=None).
 """
 
 from __future__ import annotations
 
-import timm.layers as tl
 import torch
 from torch import Tensor, nn
 
 from spark_fast.encoder.conv import kernels as gpu
 from spark_fast.encoder.layers.converted import ConvertedLayer
+from spark_fast.encoder.layers.synced_batch_norm import SYNCED, SyncedBatchNorm2d
+from spark_fast.exchange import gathered
 
-TAKEN = (nn.BatchNorm2d, tl.BatchNormAct2d)  # not their subclasses, which compute something else
+TAKEN = (*SYNCED, *SYNCED.values())  # not their subclasses, which compute something else
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.Identity: "", nn.ReLU: "relu", nn.ReLU6: "relu6"}
 
 LEAST_ELEMENTS = 0
@@ -54,7 +55,8 @@ def by_kernels(
     statistics = _statistics(norm, x, residual, kernels)
     if statistics is None:
         return None
-    return gpu.batch_norm_apply(x, residual, *statistics, norm.weight, norm.bias, activation)
+    synced = isinstance(norm, SyncedBatchNorm2d)
+    return gpu.batch_norm_apply(x, residual, *statistics, norm.weight, norm.bias, activation, synced)
 
 
 def projected(norm: nn.Module, project: nn.Conv2d, x: Tensor, kernels: bool | None = None) -> Tensor | None:
@@ -72,7 +74,8 @@ def projected(norm: nn.Module, project: nn.Conv2d, x: Tensor, kernels: bool | No
         or (statistics := _statistics(norm, x, None, kernels)) is None
     ):
         return None
-    return gpu.projected_norm(x, *statistics, norm.weight, norm.bias, project.weight.flatten(1), project.bias)
+    weights = norm.weight, norm.bias, project.weight.flatten(1), project.bias
+    return gpu.projected_norm(isinstance(norm, SyncedBatchNorm2d), x, *statistics, *weights)
 
 
 def _statistics(
@@ -85,6 +88,9 @@ def _statistics(
         return None
     running = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
     tracked = running if norm.track_running_stats else (None,) * 3
+    if isinstance(norm, SyncedBatchNorm2d):
+        every = gathered(gpu.batch_norm_moments(x.detach()))
+        return gpu.batch_norm_merge(every, *tracked, x.numel() // x.shape[1], norm.momentum or 0.0, norm.eps)
     return gpu.batch_norm_statistics(x.detach(), *tracked, norm.momentum or 0.0, norm.eps)
 
 

@@ -16,7 +16,8 @@ from spark_fast.encoder.conv import kernels as gpu
 triton = pytest.importorskip("triton", reason="triton has no build for this platform")
 
 ROOT = Path(__file__).parents[3]
-CASES = tuple(f"tests/encoder/conv/{name}_cases.py" for name in ("kernel", "fused", "batch_norm", "projected_norm"))
+NAMES = ("kernel", "fused", "batch_norm", "synced_norm", "projected_norm")
+CASES = tuple(f"tests/encoder/conv/{name}_cases.py" for name in NAMES)
 DRAWN = ("tests/encoder/conv/fused_properties.py", "tests/encoder/conv/batch_norm_drawn.py")  # by hypothesis
 
 

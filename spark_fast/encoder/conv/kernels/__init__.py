@@ -25,7 +25,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 if INSTALLED:
-    from spark_fast.encoder.conv.kernels.batch_norm_operators import batch_norm_statistics
+    from spark_fast.encoder.conv.kernels.batch_norm_operators import (
+        batch_norm_merge,
+        batch_norm_moments,
+        batch_norm_statistics,
+    )
     from spark_fast.encoder.conv.kernels.batch_norm_operators import batch_norm_with_gradient as batch_norm_apply
     from spark_fast.encoder.conv.kernels.depthwise_triton import depthwise_convolution
     from spark_fast.encoder.conv.kernels.halo_triton import gather_windows, sum_windows
@@ -40,6 +44,8 @@ __all__ = [
     "MOST_CHANNELS",
     "MOST_OUTPUTS",
     "batch_norm_apply",
+    "batch_norm_merge",
+    "batch_norm_moments",
     "batch_norm_statistics",
     "depthwise_convolution",
     "gather_windows",

@@ -21,6 +21,7 @@ from spark_fast.encoder.conv.kernels.batch_norm_triton import (
 )
 from spark_fast.encoder.conv.kernels.operator import operator
 from spark_fast.encoder.conv.kernels.tile import PROCESSORS, channel_tile, map_like, map_rows, on_device
+from spark_fast.exchange import mean_over_ranks
 
 WARPS = 4
 TILE = 4096  # elements of a program's tile: 32 a thread
@@ -45,21 +46,71 @@ def batch_norm_statistics(
     Raises:
         ValueError: too many rows.
     """
-    x, (mean, inverse) = map_rows(x), _channels_like(x, running_mean, running_var, batches, momentum, eps)
-    channels, rows = x.shape[1], x.numel() // x.shape[1]
+    found = _channels_like(x, running_mean, running_var, batches, momentum, eps)
+    partial, run_rows = _partial_statistics(x)
+    tracked = None if running_mean is None else (running_mean, running_var, batches)
+    _merge(map_rows(x), partial, found, tracked, x.numel() // x.shape[1], run_rows, momentum, eps)
+    return found
+
+
+@operator("(Tensor x) -> Tensor")
+def batch_norm_moments(x: Tensor) -> Tensor:
+    """Mean and sum of squared deviations of each channel, (2, C) fp32, for `batch_norm_merge`; without a gradient.
+
+    Args:
+        x: as for `batch_norm_statistics`.
+    """
+    moments = _moments_like(x)
+    partial, run_rows = _partial_statistics(x)
+    _merge(map_rows(x), partial, moments.unbind(), None, x.numel() // x.shape[1], run_rows, 0.0, 0.0, final=False)
+    return moments
+
+
+@operator(
+    "(Tensor moments, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, int rows, "
+    "float momentum, float eps) -> (Tensor, Tensor)"
+)
+def batch_norm_merge(
+    moments: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, rows: int,
+    momentum: float, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `batch_norm_statistics`, of the maps of several ranks.
+
+    Args:
+        moments: (ranks, 2, C), of `batch_norm_moments`.
+        running_mean, running_var, batches: as for `batch_norm_statistics`.
+        rows: of the map of each rank.
+    """
+    found = _merged_like(moments)
+    tracked = None if running_mean is None else (running_mean, running_var, batches)
+    _merge(None, moments.contiguous(), found, tracked, len(moments) * rows, rows, momentum, eps)
+    return found
+
+
+def _partial_statistics(x: Tensor) -> tuple[Tensor, int]:
+    """Of each run of rows the mean, from the first row of all, and squared deviations, (runs, 2, C); rows of a run."""
+    x, channels, rows = map_rows(x), x.shape[1], x.numel() // x.shape[1]
     tile_rows, tile, tiles, runs = _runs(rows, channels, 4)
-    partial = mean.new_empty(runs, 2, channels)
-    tracked = running_mean is not None
+    partial = x.new_empty(runs, 2, channels, dtype=torch.float32)
     with on_device(x):
         statistics_kernel[(runs * -(-channels // tile),)](
             x, partial, rows, tiles, *_units(channels), tile_rows, tile, num_warps=WARPS
         )
+    return partial, tiles * tile_rows
+
+
+def _merge(
+    x: Tensor | None, partial: Tensor, into: tuple[Tensor, ...], tracked: tuple[Tensor | None, ...] | None, rows: int,
+    run_rows: int, momentum: float, eps: float, *, final: bool = True,
+) -> None:  # fmt: skip
+    """Launch `merge_kernel`; `x`: from whose first row the means of `partial` are counted."""
+    runs, _, channels = partial.shape
+    with on_device(partial):
         merge_kernel[(-(-channels // MERGED),)](
-            x, partial, mean, inverse, *((running_mean, running_var, batches) if tracked else (mean,) * 3), rows, runs,
-            tiles * tile_rows, momentum, eps, *_units(channels), tracked, 64, MERGED, num_warps=WARPS,
+            partial if x is None else x, partial, *into, *(tracked or into[:1] * 3), rows, runs, run_rows, momentum,
+            eps, *_units(channels), x is not None, final, tracked is not None, 64, MERGED, num_warps=WARPS,
         )  # fmt: skip
-    torch.autograd.graph.increment_version([t for t in (running_mean, running_var, batches) if t is not None])
-    return mean, inverse
+    torch.autograd.graph.increment_version([t for t in tracked or () if t is not None])
 
 
 @operator(
@@ -181,6 +232,16 @@ def _channels_like(
     return x.new_empty(x.shape[1], dtype=torch.float32), x.new_empty(x.shape[1], dtype=torch.float32)
 
 
+@torch.library.register_fake("spark_fast::batch_norm_moments")
+def _moments_like(x: Tensor) -> Tensor:
+    return x.new_empty(2, x.shape[1], dtype=torch.float32)
+
+
+@torch.library.register_fake("spark_fast::batch_norm_merge")
+def _merged_like(moments: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return moments.new_empty(moments.shape[2]), moments.new_empty(moments.shape[2])
+
+
 torch.library.register_fake("spark_fast::batch_norm_apply", lambda x, *rest: map_like(x))
 torch.library.register_fake("spark_fast::batch_norm_input_gradient", lambda grad, x, *rest: map_like(x))
 
@@ -193,18 +254,19 @@ def _sums_like(grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, *rest: o
 class _Context(AutogradContext, Protocol):
     activation: str
     residual: bool
+    synced: bool
 
 
 class _BatchNorm(torch.autograd.Function):
-    """`batch_norm_apply` with its gradient, which counts that the statistics are those of x."""
+    """`batch_norm_apply` with its gradient, which counts that the statistics are those of x, or of all ranks' x."""
 
     @staticmethod
     def forward(
         ctx: _Context, x: Tensor, residual: Tensor | None, mean: Tensor, inverse: Tensor, weight: Tensor | None,
-        bias: Tensor | None, activation: str,
+        bias: Tensor | None, activation: str, synced: bool,
     ) -> Tensor:  # fmt: skip
         out = batch_norm_apply(x, residual, mean, inverse, weight, bias, activation)
-        ctx.activation, ctx.residual = activation, residual is not None
+        ctx.activation, ctx.residual, ctx.synced = activation, residual is not None, synced
         ctx.save_for_backward(x, mean, inverse, weight, bias, out if ctx.residual and activation else None)
         return out
 
@@ -214,10 +276,11 @@ class _BatchNorm(torch.autograd.Function):
         x, mean, inverse, weight, bias, y = ctx.saved_tensors
         sums, passed = batch_norm_sums(grad, x, y, mean, inverse, weight, bias, ctx.activation)
         through, activation = (grad, ctx.activation) if y is None else (passed, "")
-        grad_x = batch_norm_input_gradient(through, x, mean, inverse, weight, bias, sums, activation)
+        of_all = mean_over_ranks(sums) if ctx.synced else sums
+        grad_x = batch_norm_input_gradient(through, x, mean, inverse, weight, bias, of_all, activation)
         of_weight = None if weight is None else sums[1].to(weight.dtype)
         of_bias = None if bias is None else sums[0].to(bias.dtype)
-        return grad_x, through if ctx.residual else None, None, None, of_weight, of_bias, None
+        return grad_x, through if ctx.residual else None, None, None, of_weight, of_bias, None, None
 
 
 batch_norm_with_gradient = _BatchNorm.apply

@@ -79,9 +79,14 @@ def statistics_kernel(
 @triton.jit
 def merge_kernel(
     x, partial, mean, inverse, running_mean, running_var, batches, N, RUNS, RUN_ROWS, momentum, eps,
-    GROUPS, UNIT: tl.constexpr, TRACKED: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    GROUPS, UNIT: tl.constexpr, OF_RUNS: tl.constexpr, FINAL: tl.constexpr, TRACKED: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and 1 / sqrt(var + eps) of all rows, from those of RUNS runs; the running statistics, in place."""
+    """Mean and 1 / sqrt(var + eps) of all rows, from those of RUNS runs; the running statistics, in place.
+
+    Of all ranks they are merged twice: from the runs of each to its mean and squared deviations, which are not FINAL
+    and take the place of `inverse`; then those of the ranks, whose means are not counted from the first row (OF_RUNS).
+    """
     C = GROUPS * UNIT
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     in_c = c < C
@@ -100,9 +105,10 @@ def merge_kernel(
         between = tl.load(_at(partial, run, c, 2 * C), mask=inside, other=0.0) - centre[None, :]
         within = tl.load(_at(partial + C, run, c, 2 * C), mask=inside, other=0.0)
         squares += tl.sum(within + rows * between * between, 0)
-    centre += tl.load(x + c, mask=in_c, other=0.0).to(tl.float32)
+    if OF_RUNS:
+        centre += tl.load(x + c, mask=in_c, other=0.0).to(tl.float32)
     tl.store(mean + c, centre, mask=in_c)
-    tl.store(inverse + c, 1.0 / tl.sqrt(squares / N + eps), mask=in_c)
+    tl.store(inverse + c, 1.0 / tl.sqrt(squares / N + eps) if FINAL else squares, mask=in_c)
     if TRACKED:
         old = tl.load(running_mean + c, mask=in_c, other=0.0).to(tl.float32)
         tl.store(running_mean + c, momentum * centre + (1 - momentum) * old, mask=in_c)

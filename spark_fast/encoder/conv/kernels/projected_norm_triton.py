@@ -18,6 +18,8 @@ Worked example: the end of SparK's decoder at width 768, 224 px, batch 256 (n = 
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from spark_fast.autograd import AutogradContext
 from spark_fast.encoder.conv.kernels.operator import operator
 from spark_fast.encoder.conv.kernels.tile import PROCESSORS, at, map_like, map_rows, on_device
+from spark_fast.exchange import mean_over_ranks
 
 MOST_CHANNELS, MOST_OUTPUTS = 128, 8  # that a tile, and the registers, hold
 RESIDENT = 5  # programs of the sums on a processor, as their registers allow
@@ -207,25 +210,31 @@ def _sums_like(grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor
 torch.library.register_fake("spark_fast::projected_norm_input_gradient", lambda grad, x, *rest: map_like(x))
 
 
+class _Context(AutogradContext, Protocol):
+    synced: bool
+
+
 class _ProjectedNorm(torch.autograd.Function):
-    """`projected_norm` with its gradient, which counts that the statistics are those of x."""
+    """`projected_norm` with its gradient, which counts that the statistics are those of x, or of all ranks' x."""
 
     @staticmethod
-    def forward(ctx: AutogradContext, *inputs: Tensor) -> Tensor:
+    def forward(ctx: _Context, synced: bool, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*inputs)
+        ctx.synced = synced
         return projected_norm(*inputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: AutogradContext, grad: Tensor) -> tuple:
+    def backward(ctx: _Context, grad: Tensor) -> tuple:
         x, mean, inverse, weight, bias, projection, offset = ctx.saved_tensors
         both = projected_norm_sums(grad, x, mean, inverse)
         q, d = both[:, :-1], both[:, -1:]  # (O, C), (O, 1)
         of_norm = torch.stack([(projection * d).sum(0), (projection * q).sum(0)])  # bias, weight
-        grad_x = projected_norm_input_gradient(grad, x, mean, inverse, weight, projection, of_norm)
+        of_all = mean_over_ranks(of_norm) if ctx.synced else of_norm
+        grad_x = projected_norm_input_gradient(grad, x, mean, inverse, weight, projection, of_all)
         of_bias, of_weight = of_norm.to(weight.dtype)
         of_projection = (weight * q + bias * d).to(projection.dtype)
-        return grad_x, None, None, of_weight, of_bias, of_projection, d[:, 0].to(offset.dtype)
+        return None, grad_x, None, None, of_weight, of_bias, of_projection, d[:, 0].to(offset.dtype)
 
 
 projected_norm_with_gradient = _ProjectedNorm.apply

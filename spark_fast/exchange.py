@@ -1,0 +1,23 @@
+"""What the ranks tell each other within a step, by their default group; the host does not wait for a device."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.14 renamed it
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def gathered(own: Tensor) -> Tensor:
+    """That of every rank, (ranks, ...), of a tensor that has the same shape and dtype on all of them."""
+    every = own.new_empty(dist.get_world_size(), *own.shape)
+    _all_gather(every.flatten(0, 1), own.contiguous())
+    return every
+
+
+def mean_over_ranks(own: Tensor) -> Tensor:
+    """The mean of a tensor that has the same shape on all ranks; `own` keeps its values."""
+    mean = own / dist.get_world_size()
+    dist.all_reduce(mean)
+    return mean
