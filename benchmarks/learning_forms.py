@@ -156,6 +156,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "channels": 1,
         "mean": (0.5,),
         "std": (0.094,),
+        "sweep_lr": (1e-2, 2e-2, 4e-2),  # at 3e-3 scratch learns little
         "min_scale": 0.9,  # half an image, enlarged, has the grain of another class
     },
     "evidence_resnet18": EVIDENCE | {"networks": ("half_resnet18",), "arms": ("scratch", "as published")},
