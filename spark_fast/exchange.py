@@ -9,6 +9,11 @@ from torch import Tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+def count_ranks() -> int:
+    """How many there are: 1 where `torch.distributed` has not begun."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def gathered(own: Tensor) -> Tensor:
     """That of every rank, (ranks, ...), of a tensor that has the same shape and dtype on all of them."""
     every = own.new_empty(dist.get_world_size(), *own.shape)

@@ -55,8 +55,7 @@ def by_kernels(
     statistics = _statistics(norm, x, residual, kernels)
     if statistics is None:
         return None
-    synced = isinstance(norm, SyncedBatchNorm2d)
-    return gpu.batch_norm_apply(x, residual, *statistics, norm.weight, norm.bias, activation, synced)
+    return gpu.batch_norm_apply(x, residual, *statistics, norm.weight, norm.bias, activation, _synced(norm))
 
 
 def projected(norm: nn.Module, project: nn.Conv2d, x: Tensor, kernels: bool | None = None) -> Tensor | None:
@@ -75,7 +74,7 @@ def projected(norm: nn.Module, project: nn.Conv2d, x: Tensor, kernels: bool | No
     ):
         return None
     weights = norm.weight, norm.bias, project.weight.flatten(1), project.bias
-    return gpu.projected_norm(isinstance(norm, SyncedBatchNorm2d), x, *statistics, *weights)
+    return gpu.projected_norm(_synced(norm), x, *statistics, *weights)
 
 
 def _statistics(
@@ -88,10 +87,15 @@ def _statistics(
         return None
     running = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
     tracked = running if norm.track_running_stats else (None,) * 3
-    if isinstance(norm, SyncedBatchNorm2d):
+    if _synced(norm):
         every = gathered(gpu.batch_norm_moments(x.detach()))
         return gpu.batch_norm_merge(every, *tracked, x.numel() // x.shape[1], norm.momentum or 0.0, norm.eps)
     return gpu.batch_norm_statistics(x.detach(), *tracked, norm.momentum or 0.0, norm.eps)
+
+
+def _synced(norm: nn.Module) -> bool:
+    """Whether its statistics are those of all ranks."""
+    return isinstance(norm, SyncedBatchNorm2d) and norm.synced
 
 
 def _fits(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None) -> bool:

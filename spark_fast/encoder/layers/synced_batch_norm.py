@@ -15,15 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spark_fast.autograd import AutogradContext
-from spark_fast.exchange import gathered, mean_over_ranks
+from spark_fast.exchange import count_ranks, gathered, mean_over_ranks
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d with statistics over all ranks, each of which brings the same number of values."""
+    """BatchNorm2d with statistics over all ranks, each of which brings equally many values; alone, it is BatchNorm2d."""
+
+    @property
+    def synced(self) -> bool:
+        """Whether there are statistics to exchange."""
+        return self.training and count_ranks() > 1
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the same shape."""
-        return self.normalized(x) if self.training else super().forward(x)
+        return self.normalized(x) if self.synced else super().forward(x)
 
     def normalized(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the same shape, by the statistics of all ranks; updates the running statistics."""
@@ -52,7 +57,7 @@ class SyncedBatchNormAct2d(tl.BatchNormAct2d, SyncedBatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the same shape."""
-        return self.act(self.drop(self.normalized(x))) if self.training else super().forward(x)
+        return self.act(self.drop(self.normalized(x))) if self.synced else super().forward(x)
 
 
 SYNCED: dict[type[nn.Module], type[SyncedBatchNorm2d]] = {

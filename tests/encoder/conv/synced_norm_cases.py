@@ -8,7 +8,7 @@ from torch import nn
 
 from spark_fast.encoder.conv.kernels import batch_norm_operators as bn
 from spark_fast.encoder.conv.kernels import projected_norm_triton as projection
-from spark_fast.encoder.layers import batch_norm
+from spark_fast.encoder.layers import batch_norm, synced_batch_norm
 from spark_fast.encoder.layers.batch_norm import by_kernels, projected
 from spark_fast.encoder.layers.synced_batch_norm import sync_batch_norms
 from tests.encoder.conv.kernel_cases import DEVICE, DTYPES, close, normal
@@ -27,6 +27,7 @@ def on_two_ranks(run, network, batches, monkeypatch):
         sent[rank, "sums"] = own
         return torch.stack([before.get((r, "sums"), own) for r in range(2)]).mean(0)
 
+    monkeypatch.setattr(synced_batch_norm, "count_ranks", lambda: 2)
     monkeypatch.setattr(batch_norm, "gathered", gathered)
     for module in (bn, projection):
         monkeypatch.setattr(module, "mean_over_ranks", mean_over_ranks)

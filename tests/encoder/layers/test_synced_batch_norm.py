@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tests.processes  # noqa: F401
 from spark_fast.encoder.context import EncoderContext
 from spark_fast.encoder.convert_network import MASKED, PACKED, convert_layers
+from spark_fast.encoder.layers import synced_batch_norm
 from spark_fast.encoder.layers.synced_batch_norm import SyncedBatchNorm2d, SyncedBatchNormAct2d, sync_batch_norms
 
 START = "forkserver"  # which has imported torch already: tests/processes.py
@@ -79,7 +80,9 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.fixture
-def one_rank(tmp_path):
+def one_rank(tmp_path, monkeypatch):
+    """It computes as one of several."""
+    monkeypatch.setattr(synced_batch_norm, "count_ranks", lambda: 2)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -110,6 +113,13 @@ def test_norms_keep_their_parameters_and_can_be_packed(kind, synced):
     for kinds in (PACKED, MASKED):
         converted, _ = convert_layers(copy.deepcopy(network), kinds, EncoderContext(dense=False))
         assert isinstance(converted[0], synced)
+
+
+def test_without_other_ranks_it_is_the_norm_of_torch():
+    x, norm = torch.randn(4, 3, 5, 2), nn.BatchNorm2d(3)
+    expected = copy.deepcopy(norm)(x)
+    sync_batch_norms(norm)
+    assert torch.equal(norm(x), expected)
 
 
 def test_a_subclass_is_left_as_it_is():
