@@ -19,7 +19,7 @@ from spark_fast.exchange import count_ranks, gathered, mean_over_ranks
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d with statistics over all ranks, each of which brings equally many values; alone, it is BatchNorm2d."""
+    """BatchNorm2d with statistics over all ranks, each with equally many values; alone, it is BatchNorm2d."""
 
     @property
     def synced(self) -> bool:
