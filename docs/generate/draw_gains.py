@@ -1,4 +1,4 @@
-"""Draw what pre-training gained, and write its table into a page, from benchmarks/results/learning_evidence*.json.
+"""Draw what pre-training gained, and write its tables into a page, from benchmarks/results/learning_evidence*.json.
 
     python docs/generate/draw_gains.py      # docs/pictures/gains.png, docs/explanation/learning.md
 
@@ -23,14 +23,17 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from learning_forms import FORMS, Options  # noqa: E402
-from learning_report import judgements, results  # noqa: E402
-from learning_table import line, put_between_marks  # noqa: E402
+from learning_methods import PUBLISHED  # noqa: E402
+from learning_report import Found, differences, judgements, results, verdict  # noqa: E402
+from learning_table import line, put_between_marks, spread  # noqa: E402
 from learning_table import table as table_of  # noqa: E402
+from paired_test import p_value  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "pictures" / "gains.png"
 PAGE = ROOT / "docs" / "explanation" / "learning.md"
 MARKS = "<!-- gains: the table -->", "<!-- gains: its end -->"
+MARKS_OF_FINDINGS = "<!-- findings: the table -->", "<!-- findings: its end -->"
 FORMS_SHOWN = {"evidence": "CIFAR-10", "evidence_scans": "generated scans"}
 ARMS = {  # those of the picture, and as which they are shown
     "scratch": "from scratch",
@@ -41,28 +44,33 @@ ARMS = {  # those of the picture, and as which they are shown
 COLOURS = ("0.75", "C1", "C2", "C0")
 
 
-class Case(NamedTuple):
-    """Images, and how a network is judged on them; of each arm the top-1 of each seed, in percent."""
+class Study(NamedTuple):
+    """The finished arms of a form: every one has been judged in all ways with all seeds."""
 
     images: str
-    judgement: str
-    arms: dict[str, list[float]]
+    judgements: list[str]
+    arms: dict[str, Found]
+
+    def top1(self, arm: str, judgement: str) -> list[float]:
+        """Of each seed, in percent."""
+        return list(self.arms[arm].by[judgement].values())
 
 
 def draw_gains(*, folder: Path = RESULTS, out: Path = PICTURE, page: Path = PAGE) -> int:
-    """Draw the picture and write the table.
+    """Draw the picture and write the tables.
 
     Args:
         folder: Where `benchmarks/learning.py` kept its results.
         out: The picture to write, .png.
-        page: The page with the two marks that the table is put between.
+        page: The page with the marks that the tables are put between.
     """
     if out.suffix != ".png":
         raise SettingsError(f"{out} must end with .png")
-    cases = [case for form in FORMS_SHOWN for case in read_cases(folder, form)]
-    picture = draw(cases)
+    studies = [read_study(folder, form) for form in FORMS_SHOWN]
+    picture = draw(studies)
     try:
-        put_between_marks(page, table(cases), MARKS)
+        put_between_marks(page, table(studies), MARKS)
+        put_between_marks(page, findings(studies), MARKS_OF_FINDINGS)
     except ValueError as error:
         raise SettingsError(str(error)) from None
     with atomic_write(out) as file:
@@ -70,55 +78,68 @@ def draw_gains(*, folder: Path = RESULTS, out: Path = PICTURE, page: Path = PAGE
     return 0
 
 
-def read_cases(folder: Path, form: str) -> list[Case]:
-    """Those of a form, with the arms that every seed of is there; k-NN is left out, for scratch is no training."""
+def read_study(folder: Path, form: str) -> Study:
+    """What `learning.py --form` kept."""
     kept = json.loads((folder / f"learning_{form}.json").read_text(encoding="utf-8"))
     options = Options(data=Path(), out=Path(), form=form, **FORMS[form])
+    ways = judgements(options)
     found = results(options, {row["key"]: row for row in [*kept["rows"], *kept["pretrainings"]]})
-    cases = []
-    for judgement in judgements(options)[1:]:
-        seeds = {name: of_arm.by.get(judgement, {}) for name, of_arm in found.items()}
-        whole = {name: list(s.values()) for name, s in seeds.items() if len(s) == options.pretrainings}
-        cases.append(Case(FORMS_SHOWN[form], judgement, {name: whole[name] for name in whole}))
-    return cases
+    whole = {name: arm for name, arm in found.items() if len(arm.mean(ways)) == options.pretrainings}
+    return Study(FORMS_SHOWN[form], ways, whole)
 
 
-def table(cases: list[Case]) -> str:
-    """A line for each arm, in the order of the picture and then of the plan; means and sample standard deviations."""
-    names = dict.fromkeys([*reversed(ARMS), *(name for case in cases for name in case.arms)])
+def shown(arm: str) -> str:
+    """The name of an arm on the page."""
+    return ARMS.get(arm, f"SparK, {arm}")
+
+
+def table(studies: list[Study]) -> str:
+    """A line for each arm, means and sample standard deviations; without k-NN, which from scratch is no training."""
+    columns = [(study, way) for study in studies for way in study.judgements[1:]]
     lines = []
-    for name in names:
-        values = [case.arms.get(name) for case in cases]
-        if any(values):
-            cells = (f"{statistics.mean(v):.1f} ± {statistics.stdev(v):.1f} %" if v else "" for v in values)
-            lines.append(line((ARMS.get(name, f"SparK, {name}"), *cells)))
-    return table_of(("pre-training", *(f"{case.images}, {case.judgement}" for case in cases)), lines)
+    for arm in dict.fromkeys([*reversed(ARMS), *(arm for study in studies for arm in study.arms)]):
+        cells = (f"{spread(study.top1(arm, way))} %" if arm in study.arms else "" for study, way in columns)
+        lines.append(line((shown(arm), *cells)))
+    return table_of(("pre-training", *(f"{study.images}, {way}" for study, way in columns)), lines)
 
 
-def draw(cases: list[Case]) -> bytes:
-    """The picture: for each case a bar for each arm, with a point for each seed."""
+def findings(studies: list[Study]) -> str:
+    """Of each arm the differences from SparK in percentage points, and what their mean says."""
+    lines = []
+    for study in studies:
+        for arm in study.arms:
+            if arm != PUBLISHED:
+                each = [spread(differences(study.arms, arm, [way])) for way in study.judgements]
+                all_ways = differences(study.arms, arm, study.judgements)
+                lines.append(
+                    line((study.images, shown(arm), *each, f"{p_value(all_ways):.3f}", verdict(arm, all_ways)))
+                )
+    return table_of(("images", "minus SparK", *studies[0].judgements, "p of their mean", "finding"), lines)
+
+
+def draw(studies: list[Study]) -> bytes:
+    """The picture: for each way of judging a bar for each arm, with a point for each seed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise SettingsError("drawing needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(8, 3.6), layout="constrained")
-    images = list(dict.fromkeys(case.images for case in cases))
-    width = 0.8 / len(ARMS)
-    for axes, name in zip(figure.subplots(1, len(images), sharey=True, squeeze=False)[0], images, strict=True):
-        own = [case for case in cases if case.images == name]
-        for number, (arm, label) in enumerate(ARMS.items()):
-            for i, case in enumerate(own):
-                if arm not in case.arms:
-                    continue
-                place, seeds = i + width * (number - (len(ARMS) - 1) / 2), case.arms[arm]
-                bar = axes.bar(place, statistics.mean(seeds), 0.95 * width, color=COLOURS[number])
-                bar.set_label(label if i == 0 else "_nolegend_")
+    bars = {}
+    for axes, study in zip(figure.subplots(1, len(studies), sharey=True, squeeze=False)[0], studies, strict=True):
+        ways, arms = study.judgements[1:], [arm for arm in ARMS if arm in study.arms]
+        for number, arm in enumerate(arms):
+            places = [i + 0.2 * (number - (len(arms) - 1) / 2) for i in range(len(ways))]
+            values = [study.top1(arm, way) for way in ways]
+            heights = [statistics.mean(seeds) for seeds in values]
+            bars[shown(arm)] = axes.bar(places, heights, 0.19, color=COLOURS[[*ARMS].index(arm)])
+            for place, seeds in zip(places, values, strict=True):
                 axes.plot([place] * len(seeds), seeds, ".", color="black", ms=4)
-        axes.set_xticks(range(len(own)), [case.judgement for case in own], fontsize=8)
-        axes.set_title(name, fontsize=10)
+        axes.set_xlim(-0.5, len(ways) - 0.5)
+        axes.set_xticks(range(len(ways)), ways, fontsize=8)
+        axes.set_title(study.images, fontsize=10)
         axes.grid(axis="y", alpha=0.3)
     figure.axes[0].set_ylabel("accuracy on the test images, %")
-    figure.axes[-1].legend(loc="upper left", fontsize=8)
+    figure.axes[0].legend(bars.values(), bars.keys(), loc="upper left", fontsize=8)
     content = BytesIO()
     figure.savefig(content, format="png", dpi=110)
     return content.getvalue()

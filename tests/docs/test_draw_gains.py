@@ -1,51 +1,66 @@
-"""The table and the picture of docs/explanation/learning.md are those of the recorded result."""
-
-import json
+"""The tables and the picture of docs/explanation/learning.md are those of the recorded results."""
 
 import pytest
+from learning_plan import Arm
+from learning_report import Found
 
 from docs.generate import draw_gains
-from docs.generate.draw_gains import MARKS, PAGE, RESULT, Case, read_cases, table
+from docs.generate.draw_gains import (
+    FORMS_SHOWN,
+    MARKS,
+    MARKS_OF_FINDINGS,
+    PAGE,
+    RESULTS,
+    Study,
+    findings,
+    read_study,
+    table,
+)
 
 
-def rows(arm, share, top1):
-    run = {"network": "small_resnet", "share": share}
-    return [{"arm": arm, "run": {**run, "seed": seed}, "top1": value} for seed, value in enumerate(top1)]
+@pytest.fixture
+def recorded():
+    return [read_study(RESULTS, form) for form in FORMS_SHOWN]
 
 
-def result_of(path, *groups):
-    path.write_text(json.dumps({"rows": [row for group in groups for row in reversed(group)]}))
-    return path
+def found(arm, *percent):
+    return Found(Arm(arm, None), {way: dict(enumerate(v + i for v in percent)) for i, way in enumerate(("k-NN", "1%"))})
 
 
-def test_the_page_has_the_table_of_the_recorded_result():
-    assert table(read_cases(RESULT)) in PAGE.read_text(encoding="utf-8")
+def study(**others):
+    arms = {"as published": found("as published", 50.0, 51.0, 52.0)}
+    return Study("pictures", ["k-NN", "1%"], arms | {name: found(name, *v) for name, v in others.items()})
 
 
-def test_arms_are_paired_by_seed_and_a_case_without_both_is_left_out(tmp_path):
-    path = result_of(
-        tmp_path / "a.json",
-        rows("scratch", 0.1, [40.0, 42.0]),
-        rows("pre-trained", 0.1, [41.0, 46.0]),
-        rows("scratch", 1.0, [50.0, 51.0]),
-        rows("scratch swept", 0.01, [30.0]),
-    )
-    (case,) = read_cases(path)
-    assert case == Case("small_resnet", 0.1, [40.0, 42.0], [41.0, 46.0])
-    assert case.gains == [1.0, 4.0]
-    assert "| small ResNet | 10% | 41.0 % | 43.5 % | +2.5 ± 2.1 points |" in table([case])
+def test_the_page_has_the_tables_of_the_recorded_results(recorded):
+    page = PAGE.read_text(encoding="utf-8")
+    assert table(recorded) in page
+    assert findings(recorded) in page
 
 
-def test_picture_and_table_are_written(tmp_path):
+def test_every_arm_is_compared_with_spark_seed_by_seed():
+    shown = study(scratch=(40.0, 41.1, 42.2), FCMAE=(50.0, 51.0, 52.0))
+    assert "| pictures | from scratch | -9.90 ± 0.10 | -9.90 ± 0.10 | 0.000 | confirmed |" in findings([shown])
+    assert "| pictures | FCMAE | 0.00 ± 0.00 | 0.00 ± 0.00 | 1.000 | open |" in findings([shown])
+
+
+def test_an_arm_that_one_of_the_studies_lacks_leaves_its_cells_empty():
+    shown = table([study(scratch=(40.0, 41.0, 42.0)), study()])
+    assert "| from scratch | 42.00 ± 1.00 % |  |" in shown
+
+
+def test_picture_and_tables_are_written(recorded, tmp_path):
     pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
+    page.write_text("before\n{}\nold\n{}\nbetween\n{}\nold\n{}\nafter\n".format(*MARKS, *MARKS_OF_FINDINGS))
     assert draw_gains.main(["--out", str(tmp_path / "a.png"), "--page", str(page)]) == 0
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     text = page.read_text()
     assert text.startswith("before\n")
+    assert "\nbetween\n" in text
     assert text.endswith("after\n")
-    assert table(read_cases(RESULT)) in text
+    assert table(recorded) in text
+    assert findings(recorded) in text
     assert "old" not in text
 
 
