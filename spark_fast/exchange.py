@@ -15,14 +15,14 @@ def count_ranks() -> int:
 
 
 def gathered(own: Tensor) -> Tensor:
-    """That of every rank, (ranks, ...), of a tensor that has the same shape and dtype on all of them."""
+    """Those of all ranks, (R, *own.shape), of a tensor of any shape, which is the same on all of them, as is its dtype."""
     every = own.new_empty(dist.get_world_size(), *own.shape)
     _all_gather(every.flatten(0, 1), own.contiguous())
     return every
 
 
 def mean_over_ranks(own: Tensor) -> Tensor:
-    """The mean of a tensor that has the same shape on all ranks; `own` keeps its values."""
+    """The mean over the ranks of a tensor of any shape, which is the same on all of them; `own` keeps its values."""
     mean = own / dist.get_world_size()
     dist.all_reduce(mean)
     return mean

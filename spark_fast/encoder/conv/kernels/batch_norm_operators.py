@@ -74,10 +74,10 @@ def batch_norm_merge(
     moments: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, rows: int,
     momentum: float, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `batch_norm_statistics`, of the maps of several ranks.
+    """As `batch_norm_statistics`, two (C,), of the maps of R ranks together.
 
     Args:
-        moments: (ranks, 2, C), of `batch_norm_moments`.
+        moments: (R, 2, C), of `batch_norm_moments`.
         running_mean, running_var, batches: as for `batch_norm_statistics`.
         rows: of the map of each rank.
     """
