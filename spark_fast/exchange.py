@@ -15,7 +15,7 @@ def count_ranks() -> int:
 
 
 def gathered(own: Tensor) -> Tensor:
-    """Those of all ranks, (R, *own.shape), of a tensor of any shape, which is the same on all of them, as is its dtype."""
+    """Those of all ranks, (R, *own.shape), of a tensor of any shape; shape and dtype are the same on all."""
     every = own.new_empty(dist.get_world_size(), *own.shape)
     _all_gather(every.flatten(0, 1), own.contiguous())
     return every
