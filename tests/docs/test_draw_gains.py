@@ -1,8 +1,6 @@
 """The tables and the picture of docs/explanation/learning.md are those of the recorded results."""
 
 import pytest
-from learning_plan import Arm
-from learning_report import Found
 
 from docs.generate import draw_gains
 from docs.generate.draw_gains import (
@@ -11,6 +9,7 @@ from docs.generate.draw_gains import (
     MARKS_OF_FINDINGS,
     PAGE,
     RESULTS,
+    Found,
     Study,
     findings,
     read_study,
@@ -23,13 +22,13 @@ def recorded():
     return [read_study(RESULTS, form) for form in FORMS_SHOWN]
 
 
-def found(arm, *percent):
-    return Found(Arm(arm, None), {way: dict(enumerate(v + i for v in percent)) for i, way in enumerate(("k-NN", "1%"))})
+def found(*percent):
+    return Found(None, {way: dict(enumerate(v + i for v in percent)) for i, way in enumerate(("k-NN", "1%"))})
 
 
 def study(**others):
-    arms = {"as published": found("as published", 50.0, 51.0, 52.0)}
-    return Study("pictures", ["k-NN", "1%"], arms | {name: found(name, *v) for name, v in others.items()})
+    arms = {"as published": found(50.0, 51.0, 52.0)}
+    return Study("pictures", ["k-NN", "1%"], arms | {name: found(*v) for name, v in others.items()})
 
 
 def test_the_page_has_the_tables_of_the_recorded_results(recorded):
