@@ -41,7 +41,7 @@ ARMS = {  # those of the picture, and as which they are shown
     "FCMAE": "FCMAE",
     "as published": "SparK",
 }
-COLOURS = ("0.75", "C1", "C2", "C0")
+COLOURS = dict(zip(ARMS, ("0.75", "C1", "C2", "C0"), strict=True))
 
 
 class Study(NamedTuple):
@@ -131,7 +131,7 @@ def draw(studies: list[Study]) -> bytes:
             places = [i + 0.2 * (number - (len(arms) - 1) / 2) for i in range(len(ways))]
             values = [study.top1(arm, way) for way in ways]
             heights = [statistics.mean(seeds) for seeds in values]
-            bars[shown(arm)] = axes.bar(places, heights, 0.19, color=COLOURS[[*ARMS].index(arm)])
+            bars[shown(arm)] = axes.bar(places, heights, 0.19, color=COLOURS[arm])
             for place, seeds in zip(places, values, strict=True):
                 axes.plot([place] * len(seeds), seeds, ".", color="black", ms=4)
         axes.set_xlim(-0.5, len(ways) - 0.5)

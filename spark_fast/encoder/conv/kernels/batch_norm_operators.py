@@ -47,9 +47,8 @@ def batch_norm_statistics(
         ValueError: too many rows.
     """
     found = _channels_like(x, running_mean, running_var, batches, momentum, eps)
-    partial, run_rows = _partial_statistics(x)
     tracked = None if running_mean is None else (running_mean, running_var, batches)
-    _merge(map_rows(x), partial, found, tracked, x.numel() // x.shape[1], run_rows, momentum, eps)
+    _statistics_of(x, found, tracked, momentum, eps)
     return found
 
 
@@ -61,8 +60,7 @@ def batch_norm_moments(x: Tensor) -> Tensor:
         x: as for `batch_norm_statistics`.
     """
     moments = _moments_like(x)
-    partial, run_rows = _partial_statistics(x)
-    _merge(map_rows(x), partial, moments.unbind(), None, x.numel() // x.shape[1], run_rows, 0.0, 0.0, final=False)
+    _statistics_of(x, moments.unbind(), None, 0.0, 0.0, final=False)
     return moments
 
 
@@ -87,8 +85,11 @@ def batch_norm_merge(
     return found
 
 
-def _partial_statistics(x: Tensor) -> tuple[Tensor, int]:
-    """Of each run of rows the mean, from the first row of all, and squared deviations, (runs, 2, C); rows of a run."""
+def _statistics_of(
+    x: Tensor, into: tuple[Tensor, ...], tracked: tuple[Tensor | None, ...] | None, momentum: float, eps: float, *,
+    final: bool = True,
+) -> None:  # fmt: skip
+    """Launch the kernels that find the statistics of a map (N, C, H, W), run by run and then of all runs."""
     x, channels, rows = map_rows(x), x.shape[1], x.numel() // x.shape[1]
     tile_rows, tile, tiles, runs = _runs(rows, channels, 4)
     partial = x.new_empty(runs, 2, channels, dtype=torch.float32)
@@ -96,7 +97,7 @@ def _partial_statistics(x: Tensor) -> tuple[Tensor, int]:
         statistics_kernel[(runs * -(-channels // tile),)](
             x, partial, rows, tiles, *_units(channels), tile_rows, tile, num_warps=WARPS
         )
-    return partial, tiles * tile_rows
+    _merge(x, partial, into, tracked, rows, tiles * tile_rows, momentum, eps, final=final)
 
 
 def _merge(
