@@ -196,19 +196,18 @@ def test_one_run_is_like_another_to_the_bit():
 
 
 def test_the_operators_are_what_torch_asks_of_operators():
-    x, grad = normal(2, 3, 8, dtype=HALF), normal(2, 3, 8, dtype=HALF, seed=1).detach()
-    weight, bias, factor = normal(8, seed=2), normal(8, seed=3), torch.ones(2, device=DEVICE)
+    x, grad = normal(2, 3, 8, dtype=HALF).detach(), normal(2, 3, 8, dtype=HALF, seed=1).detach()
+    weight, bias, factor = normal(8, seed=2).detach(), normal(8, seed=3).detach(), torch.ones(2, device=DEVICE)
     for norm in ((weight, bias), (None, None)):
         torch.library.opcheck(OPS.layer_norm, (x, *norm, 1e-6, HALF))
     torch.library.opcheck(OPS.gelu_of_sum, (x, bias))
     torch.library.opcheck(OPS.response_norm, (x, weight, bias, 1e-6, 2))
     for parts in ((bias, weight, factor), (None, None, None)):
-        torch.library.opcheck(OPS.scaled_residual, (x, *parts, normal(2, 3, 8, seed=4)))
-    plain, weight, bias = x.detach(), weight.detach(), bias.detach()
-    torch.library.opcheck(OPS.layer_norm_gradients, (grad, plain, weight, 1e-6))
-    torch.library.opcheck(OPS.response_norm_gradients, (grad, plain, weight, 1e-6, 2))
-    torch.library.opcheck(OPS.gelu_of_sum_gradients, (grad, plain, bias))
-    torch.library.opcheck(OPS.scaled_residual_gradients, (grad, plain, bias, weight, factor))
+        torch.library.opcheck(OPS.scaled_residual, (x, *parts, normal(2, 3, 8, seed=4).detach()))
+    torch.library.opcheck(OPS.layer_norm_gradients, (grad, x, weight, 1e-6))
+    torch.library.opcheck(OPS.response_norm_gradients, (grad, x, weight, 1e-6, 2))
+    torch.library.opcheck(OPS.gelu_of_sum_gradients, (grad, x, bias))
+    torch.library.opcheck(OPS.scaled_residual_gradients, (grad, x, bias, weight, factor))
 
 
 def test_compiled_whole_they_give_the_same():

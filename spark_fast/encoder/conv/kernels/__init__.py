@@ -31,14 +31,16 @@ if INSTALLED:
         batch_norm_statistics,
     )
     from spark_fast.encoder.conv.kernels.batch_norm_operators import batch_norm_with_gradient as batch_norm_apply
-    from spark_fast.encoder.conv.kernels.depthwise_triton import depthwise_convolution
-    from spark_fast.encoder.conv.kernels.halo_triton import gather_windows, sum_windows
-    from spark_fast.encoder.conv.kernels.implicit_gemm_triton import implicit_gemm
-    from spark_fast.encoder.conv.kernels.layer_norm_triton import layer_norm
-    from spark_fast.encoder.conv.kernels.pointwise_triton import gelu_of_sum, scaled_residual
+    from spark_fast.encoder.conv.kernels.depthwise_triton import depthwise_with_gradient as depthwise_convolution
+    from spark_fast.encoder.conv.kernels.halo_triton import gather_with_gradient as gather_windows
+    from spark_fast.encoder.conv.kernels.halo_triton import sum_windows
+    from spark_fast.encoder.conv.kernels.implicit_gemm_triton import implicit_gemm_with_gradient as implicit_gemm
+    from spark_fast.encoder.conv.kernels.layer_norm_triton import layer_norm_with_gradient as layer_norm
+    from spark_fast.encoder.conv.kernels.pointwise_triton import gelu_of_sum_with_gradient as gelu_of_sum
+    from spark_fast.encoder.conv.kernels.pointwise_triton import residual_with_gradient as scaled_residual
     from spark_fast.encoder.conv.kernels.projected_norm_triton import MOST_CHANNELS, MOST_OUTPUTS
     from spark_fast.encoder.conv.kernels.projected_norm_triton import projected_norm_with_gradient as projected_norm
-    from spark_fast.encoder.conv.kernels.response_norm_triton import response_norm
+    from spark_fast.encoder.conv.kernels.response_norm_triton import response_norm_with_gradient as response_norm
 
 __all__ = [
     "MOST_CHANNELS",

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from spark_fast.autograd import AutogradContext
 from spark_fast.encoder.conv.geometry import Axis
+from spark_fast.encoder.conv.kernels.operator import operator, with_gradient
 from spark_fast.encoder.conv.kernels.tile import (
     PROCESSORS,
     WAVES,
@@ -184,11 +185,7 @@ def _weight_gradient_kernel(
             tl.store(partial + place + K_Y * K_X * C, tl.sum(bias, 0), mask=in_c)
 
 
-@torch.library.custom_op(
-    "spark_fast::depthwise_convolution",
-    mutates_args=(),
-    schema="(Tensor cells, Tensor weight, Tensor? bias, Tensor neighbours, int[] y, int[] x) -> Tensor",
-)
+@operator("(Tensor cells, Tensor weight, Tensor? bias, Tensor neighbours, int[] y, int[] x) -> Tensor")
 def depthwise_convolution(
     cells: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, y: Sequence[int], x: Sequence[int]
 ) -> Tensor:
@@ -215,12 +212,10 @@ def depthwise_convolution(
     return out
 
 
-@torch.library.custom_op(
-    "spark_fast::depthwise_input_gradient",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor weight, Tensor neighbours, int[] y, int[] x) -> Tensor",
-)
-def input_gradient(grad: Tensor, weight: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]) -> Tensor:
+@operator("(Tensor grad, Tensor weight, Tensor neighbours, int[] y, int[] x) -> Tensor")
+def depthwise_input_gradient(
+    grad: Tensor, weight: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]
+) -> Tensor:
     """The gradient of `depthwise_convolution` with respect to its cells: (V, b/stride, b/stride, C) -> (V, b, b, C)."""
     out = _cells_like(grad, weight, neighbours, y, x)
     axes = Axis(*y), Axis(*x)
@@ -230,12 +225,8 @@ def input_gradient(grad: Tensor, weight: Tensor, neighbours: Tensor, y: Sequence
     return out
 
 
-@torch.library.custom_op(
-    "spark_fast::depthwise_weight_gradient",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor cells, Tensor neighbours, int[] y, int[] x) -> (Tensor, Tensor)",
-)
-def weight_gradient(
+@operator("(Tensor grad, Tensor cells, Tensor neighbours, int[] y, int[] x) -> (Tensor, Tensor)")
+def depthwise_weight_gradient(
     grad: Tensor, cells: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `depthwise_convolution` with respect to its weight (C, 1, ky, kx) and bias (C,), fp32."""
@@ -298,7 +289,7 @@ def _tiles(outputs: Tensor, kernel: int, twice: bool) -> tuple[int, int, int, in
     return span, row_tile(rows, tiles, most, least, 3 * PROCESSORS), width, rows
 
 
-@depthwise_convolution.register_fake
+@torch.library.register_fake(depthwise_convolution)
 def _outputs_like(
     cells: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, y: Sequence[int], x: Sequence[int]
 ) -> Tensor:
@@ -306,13 +297,13 @@ def _outputs_like(
     return cells.new_empty(cells.shape[0], b, b, cells.shape[3])
 
 
-@input_gradient.register_fake
+@torch.library.register_fake(depthwise_input_gradient)
 def _cells_like(grad: Tensor, weight: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]) -> Tensor:
     b = grad.shape[1] * Axis(*y).stride
     return grad.new_empty(grad.shape[0], b, b, grad.shape[3])
 
 
-@weight_gradient.register_fake
+@torch.library.register_fake(depthwise_weight_gradient)
 def _weights_like(
     grad: Tensor, cells: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
@@ -337,11 +328,11 @@ def _gradients(ctx: _DepthwiseContext, grad: Tensor) -> tuple:
     cells, weight, neighbours = ctx.saved_tensors
     grad_cells = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_cells = input_gradient(grad, weight, neighbours, ctx.y, ctx.x)
+        grad_cells = depthwise_input_gradient(grad, weight, neighbours, ctx.y, ctx.x)
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        grad_weight, grad_bias = weight_gradient(grad, cells, neighbours, ctx.y, ctx.x)
+        grad_weight, grad_bias = depthwise_weight_gradient(grad, cells, neighbours, ctx.y, ctx.x)
         grad_weight, grad_bias = grad_weight.to(weight.dtype), None if ctx.bias is None else grad_bias.to(ctx.bias)
     return grad_cells, grad_weight, grad_bias, None, None, None
 
 
-depthwise_convolution.register_autograd(_gradients, setup_context=_keep)
+depthwise_with_gradient = with_gradient(depthwise_convolution, _keep, _gradients)

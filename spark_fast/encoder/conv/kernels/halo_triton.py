@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spark_fast.autograd import AutogradContext
+from spark_fast.encoder.conv.kernels.operator import operator, with_gradient
 from spark_fast.encoder.conv.kernels.tile import at, channel_tile, my_tile, on_device, rows_of
 
 
@@ -74,11 +75,7 @@ def _sum_kernel(
     tl.store(at(out, cell, c, C), total, mask=inside[:, None] & in_c)
 
 
-@torch.library.custom_op(
-    "spark_fast::gather_windows",
-    mutates_args=(),
-    schema="(Tensor cells, Tensor neighbours, int[] lo, int[] size, float fill=0.0) -> Tensor",
-)
+@operator("(Tensor cells, Tensor neighbours, int[] lo, int[] size, float fill=0.0) -> Tensor")
 def gather_windows(
     cells: Tensor, neighbours: Tensor, lo: Sequence[int], size: Sequence[int], fill: float = 0.0
 ) -> Tensor:
@@ -102,11 +99,7 @@ def gather_windows(
     return out
 
 
-@torch.library.custom_op(
-    "spark_fast::sum_windows",
-    mutates_args=(),
-    schema="(Tensor windows, Tensor neighbours, int[] lo, int b) -> Tensor",
-)
+@operator("(Tensor windows, Tensor neighbours, int[] lo, int b) -> Tensor")
 def sum_windows(windows: Tensor, neighbours: Tensor, lo: Sequence[int], b: int) -> Tensor:
     """The transpose of `gather_windows`: (V, n, m, C) -> (V, b, b, C), the sum over the windows that show each cell."""
     windows, out = windows.contiguous(), _cells_like(windows, neighbours, lo, b)
@@ -131,14 +124,14 @@ def _launch(
             kernel[(programs,)](*arguments, channels, b, *size, *lo, rows, tile, num_warps=4)
 
 
-@gather_windows.register_fake
+@torch.library.register_fake(gather_windows)
 def _windows_like(
     cells: Tensor, neighbours: Tensor, lo: Sequence[int], size: Sequence[int], fill: float = 0.0
 ) -> Tensor:
     return cells.new_empty(cells.shape[0], *size, cells.shape[3])
 
 
-@sum_windows.register_fake
+@torch.library.register_fake(sum_windows)
 def _cells_like(windows: Tensor, neighbours: Tensor, lo: Sequence[int], b: int) -> Tensor:
     return windows.new_empty(windows.shape[0], b, b, windows.shape[3])
 
@@ -149,7 +142,7 @@ class _GatherContext(AutogradContext, Protocol):
 
 
 def _keep(ctx: _GatherContext, inputs: tuple, output: Tensor) -> None:
-    cells, neighbours, ctx.lo, _, _ = inputs
+    cells, neighbours, ctx.lo, *_ = inputs
     ctx.b = cells.shape[1]
     ctx.save_for_backward(neighbours)
 
@@ -158,4 +151,4 @@ def _gradient(ctx: _GatherContext, grad: Tensor) -> tuple:
     return sum_windows(grad, ctx.saved_tensors[0], ctx.lo, ctx.b), None, None, None, None
 
 
-gather_windows.register_autograd(_gradient, setup_context=_keep)
+gather_with_gradient = with_gradient(gather_windows, _keep, _gradient)

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from spark_fast.autograd import AutogradContext
 from spark_fast.encoder.conv.geometry import Axis
+from spark_fast.encoder.conv.kernels.operator import operator, with_gradient
 from spark_fast.encoder.conv.kernels.tile import (
     WAVES,
     add_product,
@@ -118,11 +119,7 @@ def _weight_gradient_kernel(
     tl.store(at(partial, place, c, C), total, mask=in_o[:, None] & in_c[None, :])
 
 
-@torch.library.custom_op(
-    "spark_fast::implicit_gemm",
-    mutates_args=(),
-    schema="(Tensor cells, Tensor weight, Tensor? bias, Tensor neighbours, int[] y, int[] x) -> Tensor",
-)
+@operator("(Tensor cells, Tensor weight, Tensor? bias, Tensor neighbours, int[] y, int[] x) -> Tensor")
 def implicit_gemm(
     cells: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, y: Sequence[int], x: Sequence[int]
 ) -> Tensor:
@@ -151,12 +148,10 @@ def implicit_gemm(
     return out
 
 
-@torch.library.custom_op(
-    "spark_fast::implicit_gemm_input_gradient",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor weight, Tensor neighbours, int[] y, int[] x) -> Tensor",
-)
-def input_gradient(grad: Tensor, weight: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]) -> Tensor:
+@operator("(Tensor grad, Tensor weight, Tensor neighbours, int[] y, int[] x) -> Tensor")
+def implicit_gemm_input_gradient(
+    grad: Tensor, weight: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]
+) -> Tensor:
     """The gradient of `implicit_gemm` with respect to its cells: (V, b/stride, b/stride, O) -> (V, b, b, C)."""
     out = _cells_like(grad, weight, neighbours, y, x)
     axes = Axis(*y), Axis(*x)
@@ -167,12 +162,10 @@ def input_gradient(grad: Tensor, weight: Tensor, neighbours: Tensor, y: Sequence
     return out
 
 
-@torch.library.custom_op(
-    "spark_fast::implicit_gemm_weight_gradient",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor cells, Tensor neighbours, int[] y, int[] x) -> Tensor",
-)
-def weight_gradient(grad: Tensor, cells: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]) -> Tensor:
+@operator("(Tensor grad, Tensor cells, Tensor neighbours, int[] y, int[] x) -> Tensor")
+def implicit_gemm_weight_gradient(
+    grad: Tensor, cells: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]
+) -> Tensor:
     """The gradient of `implicit_gemm` with respect to its weight: (O, C, ky, kx), fp32, channels_last."""
     axes = Axis(*y), Axis(*x)
     (count, b, _, c), (b_out, o) = cells.shape, grad.shape[2:]
@@ -232,7 +225,7 @@ def _precision() -> str:
     return "tf32" if precision == "tf32" else "ieee"
 
 
-@implicit_gemm.register_fake
+@torch.library.register_fake(implicit_gemm)
 def _outputs_like(
     cells: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, y: Sequence[int], x: Sequence[int]
 ) -> Tensor:
@@ -240,13 +233,13 @@ def _outputs_like(
     return cells.new_empty(cells.shape[0], b, b, weight.shape[0])
 
 
-@input_gradient.register_fake
+@torch.library.register_fake(implicit_gemm_input_gradient)
 def _cells_like(grad: Tensor, weight: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]) -> Tensor:
     b = grad.shape[1] * Axis(*y).stride
     return grad.new_empty(grad.shape[0], b, b, weight.shape[1])
 
 
-@weight_gradient.register_fake
+@torch.library.register_fake(implicit_gemm_weight_gradient)
 def _weight_like(grad: Tensor, cells: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]) -> Tensor:
     shape = (grad.shape[3], Axis(*y).kernel, Axis(*x).kernel, cells.shape[3])
     return cells.new_empty(shape, dtype=torch.float32).permute(0, 3, 1, 2)
@@ -268,12 +261,12 @@ def _gradients(ctx: _ImplicitGemmContext, grad: Tensor) -> tuple:
     cells, weight, neighbours = ctx.saved_tensors
     grad_cells = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_cells = input_gradient(grad, weight, neighbours, ctx.y, ctx.x)
+        grad_cells = implicit_gemm_input_gradient(grad, weight, neighbours, ctx.y, ctx.x)
     if ctx.needs_input_grad[1]:
-        grad_weight = weight_gradient(grad, cells, neighbours, ctx.y, ctx.x).to(weight.dtype)
+        grad_weight = implicit_gemm_weight_gradient(grad, cells, neighbours, ctx.y, ctx.x).to(weight.dtype)
     if ctx.needs_input_grad[2]:
         grad_bias = grad.sum((0, 1, 2), dtype=torch.float32).to(ctx.bias)
     return grad_cells, grad_weight, grad_bias, None, None, None
 
 
-implicit_gemm.register_autograd(_gradients, setup_context=_keep)
+implicit_gemm_with_gradient = with_gradient(implicit_gemm, _keep, _gradients)

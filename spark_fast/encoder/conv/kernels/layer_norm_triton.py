@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spark_fast.autograd import AutogradContext
+from spark_fast.encoder.conv.kernels.operator import operator, with_gradient
 from spark_fast.encoder.conv.kernels.tile import at, column_runs, on_device, row_block, rows_of
 
 
@@ -79,11 +80,7 @@ def _gradient_kernel(
     tl.store(place + C, tl.sum(of_bias, 0), mask=c < C)
 
 
-@torch.library.custom_op(
-    "spark_fast::layer_norm",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType dtype) -> Tensor",
-)
+@operator("(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType dtype) -> Tensor")
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     """Normalise each row of (..., C), fp32, bf16 or fp16, over its C channels; the same shape, rounded to `dtype`.
 
@@ -106,12 +103,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return out
 
 
-@torch.library.custom_op(
-    "spark_fast::layer_norm_gradients",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)",
-)
-def gradients(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+@operator("(Tensor grad, Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)")
+def layer_norm_gradients(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """The gradients of `layer_norm`: of x, in its dtype, and of weight and bias, (2, C) fp32."""
     out, channels = _gradients_like(grad, x, weight, eps)[0], x.shape[-1]
     high, wide, warps = row_block(channels)
@@ -132,12 +125,12 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor.contiguous()
 
 
-@layer_norm.register_fake
+@torch.library.register_fake(layer_norm)
 def _like(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@gradients.register_fake
+@torch.library.register_fake(layer_norm_gradients)
 def _gradients_like(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(2, x.shape[-1], dtype=torch.float32)
 
@@ -155,10 +148,10 @@ def _keep(ctx: _NormContext, inputs: tuple, output: Tensor) -> None:
 
 def _gradients(ctx: _NormContext, grad: Tensor) -> tuple:
     x, weight = ctx.saved_tensors
-    grad_x, sums = gradients(grad, x, weight, ctx.eps)
+    grad_x, sums = layer_norm_gradients(grad, x, weight, ctx.eps)
     grad_weight = sums[0].to(weight.dtype) if ctx.needs_input_grad[1] else None
     grad_bias = sums[1].to(ctx.bias) if ctx.needs_input_grad[2] else None
     return grad_x, grad_weight, grad_bias, None, None
 
 
-layer_norm.register_autograd(_gradients, setup_context=_keep)
+layer_norm_with_gradient = with_gradient(layer_norm, _keep, _gradients)

@@ -10,9 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.autograd.function import once_differentiable
+
+from spark_fast.autograd import AutogradContext
 
 
-def operator(schema: str) -> Callable[[Callable], Callable]:
+def operator(schema: str) -> Callable[[Callable], OpOverload]:
     """Make a function the operator `spark_fast::<its name>`, on a CPU (by Triton's interpreter) and on CUDA.
 
     Args:
@@ -20,10 +25,35 @@ def operator(schema: str) -> Callable[[Callable], Callable]:
             so to autograd by itself (`torch.autograd.graph.increment_version`).
     """
 
-    def register(function: Callable) -> Callable:
+    def register(function: Callable) -> OpOverload:
         name = f"spark_fast::{function.__name__}"
         torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(name, ("cpu", "cuda"), function)
         return getattr(torch.ops.spark_fast, function.__name__).default
 
     return register
+
+
+def with_gradient(
+    forward: OpOverload, keep: Callable[..., None], gradient: Callable[..., tuple]
+) -> Callable[..., Tensor]:
+    """An operator that autograd knows; it takes its arguments by position.
+
+    Args:
+        keep: called with the context, the arguments and the result, saves what `gradient` needs.
+        gradient: called with the context and the gradient of the result; gives that of each argument, or None.
+    """
+
+    class WithGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: AutogradContext, *arguments: object) -> Tensor:
+            output = forward(*arguments)
+            keep(ctx, arguments, output)
+            return output
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: AutogradContext, grad: Tensor) -> tuple:
+            return gradient(ctx, grad)
+
+    return WithGradient.apply

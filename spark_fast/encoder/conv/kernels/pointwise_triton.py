@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spark_fast.autograd import AutogradContext
+from spark_fast.encoder.conv.kernels.operator import operator, with_gradient
 from spark_fast.encoder.conv.kernels.tile import at, channel_tile, column_runs, my_tile, on_device, rows_of
 
 ELEMENTS, WARPS = 2048, 4  # of a tile: 16 for each thread
@@ -119,7 +120,7 @@ def _residual_gradient_kernel(
     tl.store(place + C, tl.sum(of_gamma, 0), mask=c < C)
 
 
-@torch.library.custom_op("spark_fast::gelu_of_sum", mutates_args=(), schema="(Tensor x, Tensor bias) -> Tensor")
+@operator("(Tensor x, Tensor bias) -> Tensor")
 def gelu_of_sum(x: Tensor, bias: Tensor) -> Tensor:
     """gelu(x + bias), exact: (..., C) and (C,) -> (..., C) in the dtype of x.
 
@@ -132,12 +133,8 @@ def gelu_of_sum(x: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op(
-    "spark_fast::gelu_of_sum_gradients",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)",
-)
-def gelu_gradients(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+@operator("(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)")
+def gelu_of_sum_gradients(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of `gelu_of_sum`: of x, in its dtype, and of the bias, (C,) fp32."""
     out, (runs, tiles) = x.new_empty(x.shape), _runs(x)
     partial = x.new_empty(runs, x.shape[-1], dtype=torch.float32)
@@ -150,11 +147,7 @@ def gelu_gradients(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
     return out, partial.sum(0)
 
 
-@torch.library.custom_op(
-    "spark_fast::scaled_residual",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? bias, Tensor? gamma, Tensor? factor, Tensor shortcut) -> Tensor",
-)
+@operator("(Tensor x, Tensor? bias, Tensor? gamma, Tensor? factor, Tensor shortcut) -> Tensor")
 def scaled_residual(
     x: Tensor, bias: Tensor | None, gamma: Tensor | None, factor: Tensor | None, shortcut: Tensor
 ) -> Tensor:
@@ -177,12 +170,8 @@ def scaled_residual(
     return out
 
 
-@torch.library.custom_op(
-    "spark_fast::scaled_residual_gradients",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor? bias, Tensor? gamma, Tensor? factor) -> (Tensor, Tensor)",
-)
-def residual_gradients(
+@operator("(Tensor grad, Tensor x, Tensor? bias, Tensor? gamma, Tensor? factor) -> (Tensor, Tensor)")
+def scaled_residual_gradients(
     grad: Tensor, x: Tensor, bias: Tensor | None, gamma: Tensor | None, factor: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `scaled_residual`: of x, in its dtype, and of bias and gamma, (2, C) fp32."""
@@ -223,17 +212,17 @@ def _launch(
             kernel[(programs,)](*arguments, channels, *present, rows, wide, num_warps=WARPS)
 
 
-@gelu_of_sum.register_fake
+@torch.library.register_fake(gelu_of_sum)
 def _gelu_like(x: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@gelu_gradients.register_fake
+@torch.library.register_fake(gelu_of_sum_gradients)
 def _gelu_gradients_like(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[-1], dtype=torch.float32)
 
 
-@scaled_residual.register_fake
+@torch.library.register_fake(scaled_residual)
 def _residual_like(
     x: Tensor, bias: Tensor | None, gamma: Tensor | None, factor: Tensor | None, shortcut: Tensor
 ) -> Tensor:
@@ -241,7 +230,7 @@ def _residual_like(
     return x.new_empty(x.shape, dtype=dtype if gamma is None else torch.promote_types(dtype, gamma.dtype))
 
 
-@residual_gradients.register_fake
+@torch.library.register_fake(scaled_residual_gradients)
 def _residual_gradients_like(
     grad: Tensor, x: Tensor, bias: Tensor | None, gamma: Tensor | None, factor: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -254,7 +243,7 @@ def _keep_gelu(ctx: AutogradContext, inputs: tuple, output: Tensor) -> None:
 
 def _gelu_backward(ctx: AutogradContext, grad: Tensor) -> tuple:
     x, bias = ctx.saved_tensors
-    grad_x, grad_bias = gelu_gradients(grad, x, bias)
+    grad_x, grad_bias = gelu_of_sum_gradients(grad, x, bias)
     return grad_x, grad_bias.to(bias.dtype)
 
 
@@ -270,12 +259,12 @@ def _keep_residual(ctx: _ResidualContext, inputs: tuple, output: Tensor) -> None
 
 def _residual_backward(ctx: _ResidualContext, grad: Tensor) -> tuple:
     x, bias, gamma, factor = ctx.saved_tensors
-    grad_x, sums = residual_gradients(grad, x, bias, gamma, factor)
+    grad_x, sums = scaled_residual_gradients(grad, x, bias, gamma, factor)
     grads: list[Tensor | None] = [
         sums[i].to(tensor.dtype) if ctx.needs_input_grad[1 + i] else None for i, tensor in enumerate((bias, gamma))
     ]
     return grad_x, *grads, None, grad.to(ctx.shortcut)
 
 
-gelu_of_sum.register_autograd(_gelu_backward, setup_context=_keep_gelu)
-scaled_residual.register_autograd(_residual_backward, setup_context=_keep_residual)
+gelu_of_sum_with_gradient = with_gradient(gelu_of_sum, _keep_gelu, _gelu_backward)
+residual_with_gradient = with_gradient(scaled_residual, _keep_residual, _residual_backward)

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spark_fast.autograd import AutogradContext
+from spark_fast.encoder.conv.kernels.operator import operator, with_gradient
 from spark_fast.encoder.conv.kernels.tile import (
     at,
     channel_tile,
@@ -99,11 +100,7 @@ def _factors_kernel(
         tl.store(shift + image * C + c, of_norm, mask=c < C)
 
 
-@torch.library.custom_op(
-    "spark_fast::response_norm",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor bias, float eps, SymInt images) -> Tensor",
-)
+@operator("(Tensor x, Tensor weight, Tensor bias, float eps, SymInt images) -> Tensor")
 def response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, images: int) -> Tensor:
     """As timm's GlobalResponseNorm, each image by itself.
 
@@ -124,12 +121,10 @@ def response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, images: i
     return out
 
 
-@torch.library.custom_op(
-    "spark_fast::response_norm_gradients",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor weight, float eps, SymInt images) -> (Tensor, Tensor, Tensor)",
-)
-def gradients(grad: Tensor, x: Tensor, weight: Tensor, eps: float, images: int) -> tuple[Tensor, Tensor, Tensor]:
+@operator("(Tensor grad, Tensor x, Tensor weight, float eps, SymInt images) -> (Tensor, Tensor, Tensor)")
+def response_norm_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, images: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `response_norm`: of x, in its dtype, and of weight and bias, (C,) fp32."""
     grad, x = grad.contiguous(), x.contiguous()
     out = _gradients_like(grad, x, weight, eps, images)[0]
@@ -185,12 +180,12 @@ def _tile(channels: int) -> tuple[int, int]:
     return ELEMENTS // wide, wide
 
 
-@response_norm.register_fake
+@torch.library.register_fake(response_norm)
 def _like(x: Tensor, weight: Tensor, bias: Tensor, eps: float, images: int) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@gradients.register_fake
+@torch.library.register_fake(response_norm_gradients)
 def _gradients_like(grad: Tensor, x: Tensor, weight: Tensor, eps: float, images: int) -> tuple[Tensor, Tensor, Tensor]:
     channel = x.new_empty(x.shape[-1], dtype=torch.float32)
     return x.new_empty(x.shape), channel, torch.empty_like(channel)
@@ -210,8 +205,8 @@ def _keep(ctx: _ResponseContext, inputs: tuple, output: Tensor) -> None:
 
 def _gradients(ctx: _ResponseContext, grad: Tensor) -> tuple:
     x, weight = ctx.saved_tensors
-    grad_x, grad_weight, grad_bias = gradients(grad, x, weight, ctx.eps, ctx.images)
+    grad_x, grad_weight, grad_bias = response_norm_gradients(grad, x, weight, ctx.eps, ctx.images)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(ctx.bias), None, None
 
 
-response_norm.register_autograd(_gradients, setup_context=_keep)
+response_norm_with_gradient = with_gradient(response_norm, _keep, _gradients)
