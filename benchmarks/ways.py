@@ -22,7 +22,7 @@ from spark_fast.encoder.context import EncoderContext
 from spark_fast.encoder.layers.masked import MaskedNorm
 from spark_fast.method import Method
 from spark_fast.spark import SparK
-from spark_fast.training.optim import build_optimizer
+from spark_fast.training.optimizers.optim import build_optimizer
 from spark_fast.training.step import Schedule, TrainStep, compiled
 
 

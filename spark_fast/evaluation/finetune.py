@@ -38,8 +38,8 @@ from spark_fast.run.seeding import step_seed
 from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
 from spark_fast.training.checkpointer import Checkpointer
-from spark_fast.training.lamb import Lamb
 from spark_fast.training.nonfinite import NonfiniteReport
+from spark_fast.training.optimizers.lamb import Lamb
 from spark_fast.training.resume import differing, refuse_differences
 from spark_fast.training.run_state import Position, RunState
 from spark_fast.training.step import Schedule, TrainStep, resolve_precision

@@ -33,7 +33,7 @@ from spark_fast.run.watchdog import Watchdog
 from spark_fast.training.checkpointer import Checkpointer
 from spark_fast.training.nonfinite import NonfiniteReport
 from spark_fast.training.online_evaluation import Evaluator, OnlineEvaluation, stoppable
-from spark_fast.training.optim import build_optimizer
+from spark_fast.training.optimizers.optim import build_optimizer
 from spark_fast.training.published_run import is_published, published_run, read_resumable
 from spark_fast.training.resume import check_same_run, in_published_names
 from spark_fast.training.run_state import Position, RunState

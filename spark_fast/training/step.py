@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from spark_fast.reporting.mfu import is_emulated, matmul_rate
 from spark_fast.reporting.step_timer import StepClock
 from spark_fast.training.cuda_graph import StepGraph
-from spark_fast.training.lamb import Lamb
 from spark_fast.training.nonfinite import NonfiniteGuard
-from spark_fast.training.optim import clip_gradients, learning_rate, set_rates, weight_decay
+from spark_fast.training.optimizers.lamb import Lamb
+from spark_fast.training.optimizers.optim import clip_gradients, learning_rate, set_rates, weight_decay
 
 log = logging.getLogger("spark_fast")
 

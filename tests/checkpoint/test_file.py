@@ -13,7 +13,7 @@ from spark_fast.checkpoint import file as checkpoint
 from spark_fast.checkpoint.file import read, read_run, restore, snapshot, write
 from spark_fast.checkpoint.validate_file import sidecar
 from spark_fast.errors import CheckpointError
-from spark_fast.training.optim import build_optimizer, set_rates
+from spark_fast.training.optimizers.optim import build_optimizer, set_rates
 from tests.commands import HANG_SECONDS
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from spark_fast.reporting.step_timer import StepClock
-from spark_fast.training.optim import build_optimizer
+from spark_fast.training.optimizers.optim import build_optimizer
 from spark_fast.training.step import Schedule, TrainStep
 
 CPU = torch.device("cpu")

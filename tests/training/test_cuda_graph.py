@@ -9,7 +9,7 @@ from spark_fast import build_spark
 from spark_fast.masking import sample_visible
 from spark_fast.reporting.step_timer import StepClock
 from spark_fast.training.cuda_graph import StepGraph
-from spark_fast.training.optim import build_optimizer
+from spark_fast.training.optimizers.optim import build_optimizer
 from spark_fast.training.step import Schedule, TrainStep
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

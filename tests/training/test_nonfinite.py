@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from spark_fast.training.optim import build_optimizer
+from spark_fast.training.optimizers.optim import build_optimizer
 from spark_fast.training.step import Schedule, TrainStep
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from torch import nn
 
 from spark_fast import build_spark
 from spark_fast.masking import sample_visible
-from spark_fast.training.optim import build_optimizer, learning_rate, weight_decay
+from spark_fast.training.optimizers.optim import build_optimizer, learning_rate, weight_decay
 from spark_fast.training.step import Schedule, TrainStep, resolve_precision
 
 CPU = torch.device("cpu")

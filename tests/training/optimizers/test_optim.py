@@ -12,8 +12,8 @@ from torch import nn
 
 from spark_fast import build_spark
 from spark_fast.method import METHODS, method_class
-from spark_fast.training.lamb import Lamb
-from spark_fast.training.optim import (
+from spark_fast.training.optimizers.lamb import Lamb
+from spark_fast.training.optimizers.optim import (
     build_optimizer,
     clip_gradients,
     learning_rate,

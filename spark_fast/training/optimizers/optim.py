@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from spark_fast.method import Method, Recipe
-from spark_fast.training.lamb import Lamb, norms
+from spark_fast.training.optimizers.lamb import Lamb, norms
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.optim import Lamb as TimmLamb
 
-from spark_fast.training.lamb import Lamb, _laid_out_as, norms
+from spark_fast.training.optimizers.lamb import Lamb, _laid_out_as, norms
 
 SHAPES = ((16, 8, 3, 3), (8, 4, 1, 1), (5,), (6, 7), ())
 pytestmark = pytest.mark.usefixtures("one_thread")
