@@ -23,7 +23,8 @@ from spark_fast.encoder.layers.masked import MaskedNorm
 from spark_fast.method import Method
 from spark_fast.spark import SparK
 from spark_fast.training.optimizers.optim import build_optimizer
-from spark_fast.training.step import Schedule, TrainStep, compiled
+from spark_fast.training.schedule import Schedule
+from spark_fast.training.step import TrainStep, compiled
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from spark_fast.fcmae import build_fcmae
 from spark_fast.masking import sample_visible
 from spark_fast.spark import build_spark
 from spark_fast.training.optimizers.optim import build_optimizer, clip_gradients, set_rates
-from spark_fast.training.step import Schedule
+from spark_fast.training.schedule import Schedule
 from spark_fast.weights.fcmae_keys import from_published
 from tests.test_golden import recorded_images
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from spark_fast import build_spark, load_spark_state_dict
-from spark_fast.training.optimizers.optim import build_optimizer, clip_gradients, learning_rate, set_rates, weight_decay
+from spark_fast.training.optimizers.optim import build_optimizer, clip_gradients, set_rates
+from spark_fast.training.schedule import learning_rate, weight_decay
 
 NETWORKS = ["resnet18", *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet50", "convnext_tiny"))]
 

@@ -42,7 +42,8 @@ from spark_fast.training.nonfinite import NonfiniteReport
 from spark_fast.training.optimizers.lamb import Lamb
 from spark_fast.training.resume import differing, refuse_differences
 from spark_fast.training.run_state import Position, RunState
-from spark_fast.training.step import Schedule, TrainStep, resolve_precision
+from spark_fast.training.schedule import Schedule
+from spark_fast.training.step import TrainStep, resolve_precision
 from spark_fast.training.trainer import Trainer
 from spark_fast.weights.timm_keys import write_encoder
 

@@ -20,7 +20,8 @@ from spark_fast.evaluation.eval_settings import Probe
 from spark_fast.pipelines.sampler import order
 from spark_fast.run.data_parallel import data_parallel, share_statistics
 from spark_fast.run.distributed import Ranks
-from spark_fast.training.optimizers.optim import learning_rate, set_rates
+from spark_fast.training.optimizers.optim import set_rates
+from spark_fast.training.schedule import learning_rate
 
 Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]  # epoch -> (B, C) and (B,) of this rank
 

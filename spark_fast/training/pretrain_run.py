@@ -37,8 +37,9 @@ from spark_fast.training.optimizers.optim import build_optimizer
 from spark_fast.training.published_run import is_published, published_run, read_resumable
 from spark_fast.training.resume import check_same_run, in_published_names
 from spark_fast.training.run_state import Position, RunState
+from spark_fast.training.schedule import Schedule
 from spark_fast.training.settings import Settings
-from spark_fast.training.step import DTYPES, Schedule, TrainStep, compiled, resolve_precision
+from spark_fast.training.step import DTYPES, TrainStep, compiled, resolve_precision
 from spark_fast.training.trainer import Trainer
 from spark_fast.weights.timm_keys import encoder_names, renamed, write_encoder
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,31 +19,12 @@ from spark_fast.reporting.step_timer import StepClock
 from spark_fast.training.cuda_graph import StepGraph
 from spark_fast.training.nonfinite import NonfiniteGuard
 from spark_fast.training.optimizers.lamb import Lamb
-from spark_fast.training.optimizers.optim import clip_gradients, learning_rate, set_rates, weight_decay
+from spark_fast.training.optimizers.optim import clip_gradients, set_rates
+from spark_fast.training.schedule import Schedule
 
 log = logging.getLogger("spark_fast")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Learning rate and weight decay at every step of a run; for the last three fields see `learning_rate`."""
-
-    peak_lr: float
-    warmup_steps: float
-    total_steps: int
-    weight_decay: float
-    weight_decay_end: float
-    first: float = 0.005
-    last: float = 0.001
-    closed: bool = True
-
-    def at(self, step: int) -> tuple[float, float]:
-        """Learning rate and weight decay of a step, counted from 0."""
-        shape = self.first, self.last, self.closed
-        lr = learning_rate(step, self.peak_lr, self.warmup_steps, self.total_steps, *shape)
-        return lr, weight_decay(step, self.weight_decay, self.weight_decay_end, self.total_steps)
 
 
 class TrainStep:

@@ -8,7 +8,8 @@ from torch import nn
 
 from spark_fast.reporting.step_timer import StepClock
 from spark_fast.training.optimizers.optim import build_optimizer
-from spark_fast.training.step import Schedule, TrainStep
+from spark_fast.training.schedule import Schedule
+from spark_fast.training.step import TrainStep
 
 CPU = torch.device("cpu")
 

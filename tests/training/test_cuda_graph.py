@@ -10,7 +10,8 @@ from spark_fast.masking import sample_visible
 from spark_fast.reporting.step_timer import StepClock
 from spark_fast.training.cuda_graph import StepGraph
 from spark_fast.training.optimizers.optim import build_optimizer
-from spark_fast.training.step import Schedule, TrainStep
+from spark_fast.training.schedule import Schedule
+from spark_fast.training.step import TrainStep
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SCHEDULE = Schedule(peak_lr=0.01, warmup_steps=2, total_steps=10, weight_decay=0.04, weight_decay_end=0.2)

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from spark_fast.training.optimizers.optim import build_optimizer
-from spark_fast.training.step import Schedule, TrainStep
+from spark_fast.training.schedule import Schedule
+from spark_fast.training.step import TrainStep
 
 CPU = torch.device("cpu")
 SCHEDULE = Schedule(peak_lr=0.1, warmup_steps=0, total_steps=10, weight_decay=0.04, weight_decay_end=0.2)

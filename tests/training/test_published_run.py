@@ -11,8 +11,9 @@ import spark_fast
 from spark_fast import build_spark
 from spark_fast.checkpoint.file import random_state, restore
 from spark_fast.errors import CheckpointError
-from spark_fast.training.optimizers.optim import build_optimizer, clip_gradients, learning_rate, set_rates, weight_decay
+from spark_fast.training.optimizers.optim import build_optimizer, clip_gradients, set_rates
 from spark_fast.training.published_run import is_published, published_run, read_resumable
+from spark_fast.training.schedule import learning_rate, weight_decay
 from spark_fast.weights.spark_keys import canonical_name, spark_state_dict
 from tests.test_golden import build, check_final_norms, recorded_images
 from tests.weights.tiny import tiny_spark

@@ -7,8 +7,9 @@ from torch import nn
 
 from spark_fast import build_spark
 from spark_fast.masking import sample_visible
-from spark_fast.training.optimizers.optim import build_optimizer, learning_rate, weight_decay
-from spark_fast.training.step import Schedule, TrainStep, resolve_precision
+from spark_fast.training.optimizers.optim import build_optimizer
+from spark_fast.training.schedule import Schedule, learning_rate, weight_decay
+from spark_fast.training.step import TrainStep, resolve_precision
 
 CPU = torch.device("cpu")
 SCHEDULE = Schedule(peak_lr=0.1, warmup_steps=2, total_steps=10, weight_decay=0.04, weight_decay_end=0.2)

@@ -1,8 +1,7 @@
-"""Optimiser, its parameter groups, clipping and schedules, as published (pretrain/utils/lr_control.py, lamb.py)."""
+"""Optimisers, their parameter groups and clipping, as published (pretrain/utils/lr_control.py, lamb.py)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -59,32 +58,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     return norm
 
 
-def learning_rate(
-    step: int, peak: float, warmup: float, total: int, first: float = 0.005, last: float = 0.001, closed: bool = True
-) -> float:
-    """Linear from `first` of the peak over `warmup` steps, then a half cosine to `last` of the peak.
-
-    Args:
-        first, last: shares of the peak.
-        closed: the half cosine ends at the last step; else one step later.
-    """
-    warmup = round(warmup)
-    if step < warmup:
-        return peak * (first + (1 - first) * step / warmup)
-    return last * peak + (1 - last) * peak * _half_cosine(step - warmup, total - closed - warmup)
-
-
-def weight_decay(step: int, start: float, end: float, total: int) -> float:
-    """A half cosine from `start` to `end` over the run."""
-    return end + (start - end) * _half_cosine(step, total - 1)
-
-
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, decay: float) -> None:
     """Write this step's rates into the groups; `lr` is multiplied by a group's `lr_scale` (layer-wise decay)."""
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = lr * group.get("lr_scale", 1.0), decay if group["decays"] else 0.0
-
-
-def _half_cosine(step: int, last: int) -> float:
-    """1 at step 0, 0 at step `last`."""
-    return 0.5 + 0.5 * math.cos(math.pi * step / max(1, last))
