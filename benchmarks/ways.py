@@ -100,13 +100,10 @@ def inputs(model: Method, shape: Shape, way: Way, device: torch.device, seed: in
 
 
 def train_step(way: Way, model: Method, device: torch.device, optimizer: str = "") -> TrainStep:
-    """The whole step with this optimiser, or the method's, at a rate that leaves the weights about as they are.
-
-    A CUDA graph takes LAMB, whatever the method.
-    """
+    """The whole step with this optimiser, or the method's, at a rate that leaves the weights about as they are."""
     schedule = Schedule(1e-6, 0, 1000, 0.04, 0.2)
     network, recipe = compiled(model, way.compile), {"optimizer": "lamb", "clip": 5.0, **model.recipe.settings}
-    optimizer = "lamb" if way.graph else optimizer or str(recipe["optimizer"])
+    optimizer = optimizer or str(recipe["optimizer"])
     return TrainStep(
         network, build_optimizer(optimizer, model, 0.95), schedule, precision=way.precision, device=device,
         clip=float(recipe["clip"]), cuda_graph=way.graph,

@@ -3,7 +3,7 @@
 The first steps run in the ordinary way, on a side stream: they compile kernels, choose algorithms and make the
 optimiser's state. The next step is captured: its kernels are recorded with the addresses that they read and write, and
 do not run. From then on every step is a replay. So all that changes between steps must keep its place on the device:
-images and mask are copied into tensors held here, rates are device scalars (`Lamb.put_rates`), the number of steps is
+images and mask are copied into tensors held here, rates are device scalars (`DeviceRates`), the number of steps is
 counted in place. Random numbers follow the device generator's seed at the time of the replay.
 """
 

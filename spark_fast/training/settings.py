@@ -168,7 +168,7 @@ class Run:
     compile: Compile = "off"
     """mode of torch.compile for the model (the first step takes a minute); without a value: default"""
     cuda_graph: bool = False
-    """replay the whole step as one CUDA graph: one GPU, LAMB, no accumulation"""
+    """replay the whole step as one CUDA graph: one GPU, LAMB or AdamW, no accumulation"""
     sync_batchnorm: Annotated[bool, arg(aliases=["--sbn"])] = True
     """batch statistics over all ranks"""
     threads: int = 0

@@ -18,7 +18,7 @@ from spark_fast.reporting.mfu import is_emulated, matmul_rate
 from spark_fast.reporting.step_timer import StepClock
 from spark_fast.training.cuda_graph import StepGraph
 from spark_fast.training.nonfinite import NonfiniteGuard
-from spark_fast.training.optimizers.lamb import Lamb
+from spark_fast.training.optimizers.device_rates import DeviceRates
 from spark_fast.training.optimizers.optim import clip_gradients, set_rates
 from spark_fast.training.schedule import Schedule
 
@@ -83,7 +83,8 @@ class TrainStep:
         if self.graph is None:
             loss, norm, bad = self._advance(images, visible)
         else:
-            self.optimizer.put_rates()  # type: ignore[attr-defined]
+            assert isinstance(self.optimizer, DeviceRates)
+            self.optimizer.put_rates()
             loss, norm, bad = self.graph(images, visible)
         self.guard.note(bad)
         return loss, norm
@@ -117,7 +118,9 @@ class TrainStep:
             f"the device is {self.device.type}, not cuda": self.device.type != "cuda",
             f"the batch is cut into {self.accumulate} parts (accumulate)": self.accumulate > 1,
             "fp16 scales the loss by a number that the host keeps; use bf16": self.scaler.is_enabled(),
-            "only LAMB takes its rates from the device": not isinstance(self.optimizer, Lamb),
+            f"{type(self.optimizer).__name__} takes its rates from the host; use LAMB or AdamW": not isinstance(
+                self.optimizer, DeviceRates
+            ),
             "ranks that exchange gradients are not supported": isinstance(self.model, DistributedDataParallel)
             or isinstance(getattr(self.model, "_orig_mod", None), DistributedDataParallel),
         }

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from spark_fast.training.optimizers.device_rates import DeviceRates
+
 LONG = 1e9  # a step count at which the bias correction is 1 in any precision
 
 
-class Lamb(torch.optim.Optimizer):
+class Lamb(DeviceRates):
     """As timm.optim.Lamb without its clipping.
 
     Args:
@@ -47,16 +49,6 @@ class Lamb(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._always_adapt, self._bias_correction = always_adapt, bias_correction
-        self._rates: list[Tensor] = []  # (lr, weight decay) of each group on the device, after `put_rates`
-
-    def put_rates(self) -> None:
-        """Write the groups' rates to the device, where every later step reads them; without a host sync."""
-        if not self._rates:
-            any_ = next(p for group in self.param_groups for p in group["params"])
-            self._rates = [torch.empty(2, dtype=any_.dtype, device=any_.device) for _ in self.param_groups]
-        for group, rates in zip(self.param_groups, self._rates, strict=True):
-            rates[0].fill_(group["lr"])
-            rates[1].fill_(group["weight_decay"])
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -70,8 +62,7 @@ class Lamb(torch.optim.Optimizer):
                 self.state[p] = {name: _laid_out_as(p, moment) for name, moment in state.items()}
             group["step"] = torch.as_tensor(group.get("step", 0.0), dtype=torch.float32, device=params[0].device)
             group["step"] += 1  # in place, as all that a captured step counts
-            on_device = self._rates[number].unbind() if self._rates else (group["lr"], group["weight_decay"])
-            self._update(params, group, *on_device)
+            self._update(params, group, *(self.rates[number] if self.rates else (group["lr"], group["weight_decay"])))
             if self.found_inf is not None:
                 group["step"] -= self.found_inf
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from spark_fast.method import Method, Recipe
+from spark_fast.training.optimizers.adamw import AdamW
 from spark_fast.training.optimizers.lamb import Lamb, norms
 
 
@@ -38,7 +39,7 @@ def build_optimizer(name: str, model: nn.Module, beta2: float, *, zero: bool = F
     kinds: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
         # the gradient is clipped by `clip_gradients`, which also reports its norm: one pass instead of two
         "lamb": (Lamb, {"betas": (0.9, beta2)}),
-        "adamw": (torch.optim.AdamW, {"betas": (0.9, beta2), "fused": True}),
+        "adamw": (AdamW, {"betas": (0.9, beta2), "fused": True}),
         "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "fused": True}),
     }
     if name not in kinds:
