@@ -32,9 +32,8 @@ class FusedConvNeXtBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """(V, C, b, b) -> (V, C', b', b'); a dense map while no patches are visible."""
-        visible = self.context.visible
-        fused = not self.context.dense and gpu.use_fused(self.context.kernels, x)
-        if visible is None or not fused or not self._usual():
+        packed = self.context.visible is not None and not self.context.dense
+        if not (packed and gpu.use_fused(self.context.kernels, x) and self._usual()):
             return super().forward(x)
         shortcut, dtype = x, torch.get_autocast_dtype(x.device.type)
         if x.dtype != dtype:
@@ -43,8 +42,7 @@ class FusedConvNeXtBlock(Block):
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         rows = gpu.gelu_of_sum(F.linear(rows, fc1.weight.flatten(1)), fc1.bias)
         if hasattr(self.mlp, "grn"):
-            grn = self.mlp.grn
-            rows = gpu.response_norm(rows, grn.weight, grn.bias, grn.eps, visible.batch)
+            rows = self._on_rows(self.mlp.grn, rows)
         rows = F.linear(rows, fc2.weight.flatten(1))
         factor = None
         if not isinstance(self.drop_path, nn.Identity):

@@ -4,7 +4,8 @@ With g the norm of a channel over the visible cells of an image, and n = g / (me
 
     y = x + weight * n * x + bias = (1 + weight * n) * x + bias
 
-so one pass for g and one for y, and three backward, where autograd takes some fifteen over timm's terms.
+so one pass for g and one for y, and three backward, where autograd takes some fifteen over timm's terms. Under
+autocast on a GPU a kernel takes these passes, and rounds y as the layer behind it would.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spark_fast.autograd import AutogradContext
+from spark_fast.encoder.conv import kernels as gpu
 from spark_fast.encoder.layers.per_image import GlobalReduction
 
 
@@ -31,8 +33,11 @@ class ResponseNorm(GlobalReduction):
         if visible is None:
             return super().forward(x)
         cells = x if self.channel_dim == -1 else x.permute(0, 2, 3, 1)  # (V, b, b, C)
-        rows = cells.reshape(visible.batch, -1, cells.shape[-1])  # (B, L*b*b, C)
-        out = response_norm(rows, self.weight, self.bias, self.eps).view(cells.shape)
+        if gpu.use_fused(self.context.kernels, cells):
+            out = gpu.response_norm(cells, self.weight, self.bias, self.eps, visible.batch)
+        else:
+            rows = cells.reshape(visible.batch, -1, cells.shape[-1])  # (B, L*b*b, C)
+            out = response_norm(rows, self.weight, self.bias, self.eps).view(cells.shape)
         return out if self.channel_dim == -1 else out.permute(0, 3, 1, 2)
 
 
