@@ -90,8 +90,20 @@ def gather(rows: Tensor, table: Tensor, fill: float = 0.0) -> Tensor:
 
 def gather_sum(rows: Tensor, table: Tensor) -> Tensor:
     """(m, C) -> (n, C), the sum over each row of an (n, K) table; index m adds nothing."""
-    # embedding_bag is a gather and a sum in one pass over memory
-    return F.embedding_bag(table, torch.cat([rows, rows.new_zeros(1, rows.shape[1])]), mode="sum")
+    return _sum_rows(torch.cat([rows, rows.new_zeros(1, rows.shape[1])]), table)
+
+
+def _product_before_zeros(a: Tensor, b: Tensor, channels: int) -> Tensor:
+    """a @ b, (n, m), as rows of `channels` before a row of zeros: what `_sum_rows` takes, without a copy of it."""
+    rows = a.new_empty(a.shape[0] * b.shape[1] // channels + 1, channels)
+    rows[-1] = 0
+    torch.mm(a, b, out=rows[:-1].view(a.shape[0], -1))
+    return rows
+
+
+def _sum_rows(rows: Tensor, table: Tensor) -> Tensor:
+    """As `gather_sum`, of (m + 1, C), row m being zeros."""
+    return F.embedding_bag(table, rows, mode="sum")  # a gather and a sum in one pass over memory
 
 
 def gather_windows(
@@ -177,10 +189,12 @@ class _Convolve(torch.autograd.Function):
         grad_bias = None
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2, 3)) if ctx.algorithm == "halo" else grad.view(-1, len(weight)).sum(0)
-        grad_inputs: Tensor | None
+        grad_inputs: Tensor | None = None
         if ctx.algorithm == "im2col":
             grad_weight = _kernel(grad.t() @ inputs, weight) if wanted[1] else None
-            grad_inputs = grad @ _matrix(weight) if wanted[0] else None
+            if wanted[0]:
+                by, c = _matrix(weight), x.shape[1]
+                grad_inputs = grad @ by if other is None else _product_before_zeros(grad, by, c)
         else:
             if ctx.algorithm == "dense":
                 grad = lay_segments(grad, len(weight), b // axes[0].stride, ctx.grid, table if other is None else other)
@@ -228,7 +242,10 @@ def _scatter_gradient(
     table: Tensor,
     transposed: Tensor | None,
 ) -> Tensor:
-    """The transpose of `_gather_inputs`: the gradient of what the convolution read -> that of x, (V, C, b, b)."""
+    """The transpose of `_gather_inputs`: the gradient of what the convolution read -> that of x, (V, C, b, b).
+
+    Of im2col by tables it is (V*b'*b'*ky*kx + 1, C), the last row being zeros.
+    """
     (y, x_), (c, b) = axes, x.shape[1:3]
     if algorithm == "dense":
         height, width = grid[1] * b, grid[2] * b
@@ -243,8 +260,10 @@ def _scatter_gradient(
         if transposed is None:
             windows = rows.view(len(x), len(y.window(b)), len(x_.window(b)), c)
             rows = gpu.sum_windows(windows, table, (y.lo, x_.lo), b)
-        else:
+        elif algorithm == "halo":
             rows = gather_sum(rows.reshape(-1, c), transposed)
+        else:
+            rows = _sum_rows(rows, transposed)
     return rows.view(-1, b, b, c).permute(0, 3, 1, 2)
 
 

@@ -106,7 +106,7 @@ def test_they_compile_for_a_gpu_that_is_not_there_and_read_16_bytes_at_a_time(ke
         weight = torch.empty(c, 1, k, k, dtype=torch.bfloat16)
         gpu.depthwise_convolution(cells, weight, weight[:, 0, 0, 0].contiguous(), around, axis, axis)
     else:
-        module(name).weight_gradient(cells, cells, around, axis, axis)
+        module(name).depthwise_weight_gradient(cells, cells, around, axis, axis)
     made = recorder.compiled()
     ptx = made.asm["ptx"]
     assert "ld.global.v4" in ptx
@@ -131,9 +131,9 @@ def test_an_implicit_gemm_multiplies_on_tensor_cores_and_reads_ahead_16_bytes_at
     if kernel == "_convolve_kernel":
         gemm.implicit_gemm(cells, weight, None, around, axis, axis)
     elif kernel == "_input_gradient":
-        gemm.input_gradient(grad, weight, around, axis, axis)
+        gemm.implicit_gemm_input_gradient(grad, weight, around, axis, axis)
     else:
-        gemm.weight_gradient(grad, cells, around, axis, axis)
+        gemm.implicit_gemm_weight_gradient(grad, cells, around, axis, axis)
     ptx = recorder.compiled().asm["ptx"]
     assert "wgmma.mma_async.sync.aligned" in ptx
     assert "cp.async.cg.shared.global" in ptx
@@ -147,16 +147,16 @@ NORM, RESPONSE, POINTWISE = "layer_norm_triton", "response_norm_triton", "pointw
     ("name", "kernel", "call"),
     [
         (NORM, "_normalize_kernel", lambda x, bias: gpu.layer_norm(x, bias, bias, 1e-6, x.dtype)),
-        (NORM, "_gradient_kernel", lambda x, bias: module(NORM).gradients(x, x, bias, 1e-6)),
+        (NORM, "_gradient_kernel", lambda x, bias: module(NORM).layer_norm_gradients(x, x, bias, 1e-6)),
         (RESPONSE, "_sums_kernel", lambda x, bias: module(RESPONSE)._sums(x, x, 4)),
         (RESPONSE, "_scale_kernel", lambda x, bias: module(RESPONSE)._scale(x, x, x, *bias.expand(2, 4, -1), 4)),
         (POINTWISE, "_gelu_kernel", gpu.gelu_of_sum),
-        (POINTWISE, "_gelu_gradient_kernel", lambda x, bias: module(POINTWISE).gelu_gradients(x, x, bias)),
+        (POINTWISE, "_gelu_gradient_kernel", lambda x, bias: module(POINTWISE).gelu_of_sum_gradients(x, x, bias)),
         (POINTWISE, "_residual_kernel", lambda x, bias: gpu.scaled_residual(x, bias, bias, None, x.float())),
         (
             POINTWISE,
             "_residual_gradient_kernel",
-            lambda x, bias: module(POINTWISE).residual_gradients(x.float(), x, bias, bias, None),
+            lambda x, bias: module(POINTWISE).scaled_residual_gradients(x.float(), x, bias, bias, None),
         ),
     ],
 )
