@@ -76,7 +76,7 @@ class Options:
     data_path: Path
     """a folder of class folders, or one that holds train/"""
     copies: int = 4
-    """times that each photograph is listed"""
+    """of each photograph and TIFF file, so that an epoch takes seconds: one begins and ends with idle workers"""
     batch: int = 64
     repeats: int = 5
     """measurements of each figure"""
@@ -96,9 +96,10 @@ def make_stores(options: Options, work: Path) -> dict[str, tuple[Path, int]]:
     if not originals.exists():
         repeated(options.data_path, options.copies, originals)
     if not tiffs.exists():
-        band_loaders.write_files(tiffs, 1, 400)
+        band_loaders.write_files(work / "1_channel", 1, 400)
+        repeated(work / "1_channel", options.copies, tiffs)
     if not shards.exists():
-        band_loaders.write_files(work / "12_channels", 12, 200)
+        band_loaders.write_files(work / "12_channels", 12, 400)
         convert(work / "12_channels", shards, ("--in_chans", "12", "--short_side", "0"))
     name, flags = "short 256", STORES["short 256"]
     converted = work / "short_256"
