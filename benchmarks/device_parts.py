@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,7 +23,7 @@ from device_equality import equality_jobs
 from device_jobs import TINY, Job, NotHereError, Scale
 from device_layers import layer_jobs
 from device_loader import loader_jobs
-from measuring import machine, versions
+from measuring import clock, machine, versions
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from ways import WAYS, Shape, Way, build, inputs, median_seconds, tf32, train_step
@@ -126,6 +127,9 @@ def _measured_step(shape: Shape, way: Way, scale: Scale, device: torch.device) -
     step, batch, numbers = train_step(way, model, device), inputs(model, shape, way, device), count()
     with tf32(True) if way.published else nullcontext():
         seconds = median_seconds(lambda: step(next(numbers), *batch), device, scale.repeats, 6 if way.graph else 3)
+    begun = clock(device)
+    step(next(numbers), *batch)
+    host = time.perf_counter() - begun  # until all is launched: a GPU that is faster waits for it
     memory = peak_memory(device) / 2**30
     loss = float(step(0, *batch)[0])
     if not np.isfinite(loss):
@@ -133,6 +137,7 @@ def _measured_step(shape: Shape, way: Way, scale: Scale, device: torch.device) -
     rate = shape.batch / seconds
     return {
         "model": shape.model, "size": shape.size, "mask": shape.mask, "batch": shape.batch, "seconds": seconds,
+        "host seconds": host,
         "images/s": rate, "MFU": rate * cost.flop_per_image / matmul_rate(device, torch.bfloat16),
         "peak GiB": memory, "loss": loss,
     }  # fmt: skip

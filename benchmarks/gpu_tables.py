@@ -39,6 +39,7 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {  # title -> parts, columns
         ("batch", lambda row: f"{row['batch']}"),
         ("images/s", lambda row: f"{row['images/s']:.0f}"),
         ("ms", lambda row: f"{1000 * row['seconds']:.1f}"),
+        ("ms of the host", lambda row: f"{1000 * row['host seconds']:.1f}"),
         ("MFU", lambda row: f"{row['MFU']:.1%}"),
         ("peak GiB", lambda row: f"{row['peak GiB']:.1f}"),
     )),

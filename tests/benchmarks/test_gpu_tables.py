@@ -11,7 +11,7 @@ MACHINE = {
     "part": "ceilings", "name": "machine", "device": "NVIDIA H200", "torch": "2.11.0", "python": "3.12.3",
     "commit": "abc1234", "date": "2026-12-01", "smoke_test": False,
 }  # fmt: skip
-STEP = {"batch": 256, "seconds": 0.0625, "MFU": 0.4, "peak GiB": 14.5}
+STEP = {"batch": 256, "seconds": 0.0625, "host seconds": 0.05, "MFU": 0.4, "peak GiB": 14.5}
 ROWS = [
     MACHINE,
     {"step": "ceilings", "code": 0, "took": 11, "limit": 20},
@@ -55,7 +55,7 @@ def test_the_pages_say_what_was_measured_and_what_was_not(gpu_tables, pages):
     assert "| convnext_small | 128 | not measured | not measured | not measured | not measured |" in readme
     for text in (readme, page):
         assert "NVIDIA H200, torch 2.11.0, Python 3.12.3, commit abc1234, 2026-12-01." in text
-    assert "| step resnet50 224 | packed Triton | 256 | 4096 | 62.5 | 40.0% | 14.5 |" in page
+    assert "| step resnet50 224 | packed Triton | 256 | 4096 | 62.5 | 50.0 | 40.0% | 14.5 |" in page
     assert "| step resnet50 224 | packed eager | error: RuntimeError: a / b c |" in page
     assert "| compiled step resnet50 224 | packed compiled | not measured |" in page
     assert "| layers | decoder block 0 | apart | 0.750 | merged | 0.500 |" in page
