@@ -43,16 +43,21 @@ def line(cells: Iterable[str]) -> str:
 
 
 def put_between_marks(page: Path, text: str, marks: tuple[str, str] = MARKS) -> None:
-    """Put a table into a page between two marks, in place of the one before.
+    """Put a table into a page between two marks, in place of the one before. Raises as `with_between_marks`."""
+    page.write_text(with_between_marks(page.read_text(encoding="utf-8"), text, marks), encoding="utf-8")
+
+
+def with_between_marks(page: str, text: str, marks: tuple[str, str]) -> str:
+    """The content of a page with a table between two marks, in place of the one before.
 
     Raises:
         ValueError: the page has not each mark once.
     """
-    before, begin, rest = page.read_text(encoding="utf-8").partition(marks[0])
+    before, begin, rest = page.partition(marks[0])
     _, end, after = rest.partition(marks[1])
     if not (begin and end):
-        raise ValueError(f"{page} needs the two marks {marks[0]} and {marks[1]}")
-    page.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", encoding="utf-8")
+        raise ValueError(f"the page needs the two marks {marks[0]} and {marks[1]}")
+    return f"{before}{begin}\n\n{text}\n{end}{after}"
 
 
 def _main(arms: dict) -> str:

@@ -24,8 +24,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -44,6 +45,7 @@ from rich.table import Table
 from spark_fast.pipelines import Batch, LoaderOptions, build_pipeline
 
 CORES = (1, 2, 4, 8, 16, 64)  # of the projection
+BATCHES_BESIDE = 3  # that are taken while a busy thread runs
 
 
 def awake(task: str) -> float:
@@ -180,8 +182,9 @@ def serve(store: Path, channels: int, way: Way, batch: int, pipe: Connection) ->
     while (beside := pipe.recv()) is not None:
         number += 1
         if beside:
-            with busy_thread() as waited:
-                images = images_of(loader.epoch(number))
+            batches = loader.epoch(number)
+            with closing(batches), busy_thread() as waited:  # a part of them: it is slow where they hold the lock
+                images = images_of(islice(batches, BATCHES_BESIDE))
             pipe.send({"lock": waited[0] / images})
             continue
         tasks = decoders()
