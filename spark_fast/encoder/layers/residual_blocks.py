@@ -1,7 +1,8 @@
 """timm's residual blocks of ResNets, each norm computed together with what comes after it (`normalize`).
 
 A norm cannot see the sum and the activation behind it: they stand in the block's `forward`, which is written again here
-for packed patches and where the kernels of batch norms run. Everywhere else timm's own runs.
+for packed patches. Where no kernel computes a norm, a Bottleneck still gains: the gradients of its two ways are added up
+by a matrix product. Everywhere else timm's own runs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from spark_fast.autograd import AutogradContext, cast_for_autocast
-from spark_fast.encoder.conv.kernels import use_kernels
 from spark_fast.encoder.layers.batch_norm import normalize
 from spark_fast.encoder.layers.halo import HaloConv
 from spark_fast.encoder.layers.timm_blocks import Block
@@ -37,7 +37,7 @@ class ResidualBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """(V, C, b, b) -> (V, C', b/stride, b/stride)."""
-        if self.context.visible is None or self.context.dense or not use_kernels(self.context.kernels, x):
+        if self.context.visible is None or self.context.dense:
             return super().forward(x)
         return self._fused(x)
 
