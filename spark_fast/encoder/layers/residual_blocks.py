@@ -1,8 +1,8 @@
 """timm's residual blocks of ResNets, each norm computed together with what comes after it (`normalize`).
 
 A norm cannot see the sum and the activation behind it: they stand in the block's `forward`, which is written again here
-for packed patches. Where no kernel computes a norm, a Bottleneck still gains: the gradients of its two ways are added up
-by a matrix product. Everywhere else timm's own runs.
+for packed patches. Where no kernel computes a norm, a Bottleneck still gains: a matrix product adds up the gradients of
+its two ways. Everywhere else timm's own runs.
 """
 
 from __future__ import annotations

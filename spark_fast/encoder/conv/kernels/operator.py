@@ -37,7 +37,7 @@ def operator(schema: str) -> Callable[[Callable], OpOverload]:
 def with_gradient(
     forward: OpOverload, keep: Callable[..., None], gradient: Callable[..., tuple]
 ) -> Callable[..., Tensor]:
-    """An operator that autograd knows; it takes its arguments by position.
+    """An operator that autograd knows, on tensors of any shape; it takes its arguments by position.
 
     Args:
         keep: called with the context, the arguments and the result, saves what `gradient` needs.
