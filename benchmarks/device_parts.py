@@ -128,10 +128,9 @@ def _measured_step(shape: Shape, way: Way, scale: Scale, device: torch.device) -
     with tf32(True) if way.published else nullcontext():
         seconds = median_seconds(lambda: step(next(numbers), *batch), device, scale.repeats, 6 if way.graph else 3)
     begun = clock(device)
-    step(next(numbers), *batch)
+    result, _ = step(0, *batch)
     host = time.perf_counter() - begun  # until all is launched: a GPU that is faster waits for it
-    memory = peak_memory(device) / 2**30
-    loss = float(step(0, *batch)[0])
+    loss, memory = float(result), peak_memory(device) / 2**30
     if not np.isfinite(loss):
         raise AssertionError(f"the loss is {loss}")
     rate = shape.batch / seconds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +43,24 @@ def line(cells: Iterable[str]) -> str:
 
 
 def put_between_marks(page: Path, text: str, marks: tuple[str, str] = MARKS) -> None:
-    """Put a table into a page between two marks, in place of the one before. Raises as `with_between_marks`."""
-    page.write_text(with_between_marks(page.read_text(encoding="utf-8"), text, marks), encoding="utf-8")
+    """Put a table into a page between two marks; as `put_tables`."""
+    put_tables(page, {marks: text})
 
 
-def with_between_marks(page: str, text: str, marks: tuple[str, str]) -> str:
-    """The content of a page with a table between two marks, in place of the one before.
+def put_tables(page: Path, tables: Mapping[tuple[str, str], str]) -> None:
+    """Put each table into a page between its two marks, in place of the one before: all of them or none.
 
     Raises:
         ValueError: the page has not each mark once.
     """
-    before, begin, rest = page.partition(marks[0])
-    _, end, after = rest.partition(marks[1])
-    if not (begin and end):
-        raise ValueError(f"the page needs the two marks {marks[0]} and {marks[1]}")
-    return f"{before}{begin}\n\n{text}\n{end}{after}"
+    content = page.read_text(encoding="utf-8")
+    for marks, text in tables.items():
+        before, begin, rest = content.partition(marks[0])
+        _, end, after = rest.partition(marks[1])
+        if not (begin and end):
+            raise ValueError(f"{page} needs the two marks {marks[0]} and {marks[1]}")
+        content = f"{before}{begin}\n\n{text}\n{end}{after}"
+    page.write_text(content, encoding="utf-8")
 
 
 def _main(arms: dict) -> str:

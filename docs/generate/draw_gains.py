@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from learning_forms import FORMS, Options  # noqa: E402
 from learning_methods import PUBLISHED  # noqa: E402
 from learning_report import Found, differences, judgements, results, verdict  # noqa: E402
-from learning_table import line, spread, with_between_marks  # noqa: E402
+from learning_table import line, put_tables, spread  # noqa: E402
 from learning_table import table as table_of  # noqa: E402
 from paired_test import p_value  # noqa: E402
 
@@ -68,15 +68,12 @@ def draw_gains(*, folder: Path = RESULTS, out: Path = PICTURE, page: Path = PAGE
         raise SettingsError(f"{out} must end with .png")
     studies = [read_study(folder, form) for form in FORMS_SHOWN]
     picture = draw(studies)
-    content = page.read_text(encoding="utf-8")
     try:
-        for text, marks in ((table(studies), MARKS), (findings(studies), MARKS_OF_FINDINGS)):
-            content = with_between_marks(content, text, marks)
+        put_tables(page, {MARKS: table(studies), MARKS_OF_FINDINGS: findings(studies)})
     except ValueError as error:
-        raise SettingsError(f"{page}: {error}") from None
-    for path, written in ((page, content.encode()), (out, picture)):
-        with atomic_write(path) as file:
-            file.write(written)
+        raise SettingsError(str(error)) from None
+    with atomic_write(out) as file:
+        file.write(picture)
     return 0
 
 

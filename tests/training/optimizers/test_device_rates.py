@@ -62,3 +62,4 @@ def test_a_checkpoint_is_the_same_with_and_without(kind, settings):
     torch.testing.assert_close(*(state["state"] for state in states))
     groups = [state["param_groups"] for state in states]
     assert groups[0] == groups[1]
+    assert all(isinstance(group["lr"], float) for group in groups[1]), "a number"

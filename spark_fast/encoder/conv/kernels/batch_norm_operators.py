@@ -225,7 +225,7 @@ def _runs(rows: int, channels: int, resident: int) -> tuple[int, int, int, int]:
     return tile_rows, tile, tiles, -(-all_tiles // tiles)
 
 
-@torch.library.register_fake("spark_fast::batch_norm_statistics")
+@torch.library.register_fake(batch_norm_statistics)
 def _channels_like(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float,
     eps: float,
@@ -233,21 +233,21 @@ def _channels_like(
     return x.new_empty(x.shape[1], dtype=torch.float32), x.new_empty(x.shape[1], dtype=torch.float32)
 
 
-@torch.library.register_fake("spark_fast::batch_norm_moments")
+@torch.library.register_fake(batch_norm_moments)
 def _moments_like(x: Tensor) -> Tensor:
     return x.new_empty(2, x.shape[1], dtype=torch.float32)
 
 
-@torch.library.register_fake("spark_fast::batch_norm_merge")
+@torch.library.register_fake(batch_norm_merge)
 def _merged_like(moments: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return moments.new_empty(moments.shape[2]), moments.new_empty(moments.shape[2])
 
 
-torch.library.register_fake("spark_fast::batch_norm_apply", lambda x, *rest: map_like(x))
-torch.library.register_fake("spark_fast::batch_norm_input_gradient", lambda grad, x, *rest: map_like(x))
+torch.library.register_fake(batch_norm_apply, lambda x, *rest: map_like(x))
+torch.library.register_fake(batch_norm_input_gradient, lambda grad, x, *rest: map_like(x))
 
 
-@torch.library.register_fake("spark_fast::batch_norm_sums")
+@torch.library.register_fake(batch_norm_sums)
 def _sums_like(grad: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return mean.new_empty(2, x.shape[1]), map_like(x) if y is not None else x.new_empty(0)
 

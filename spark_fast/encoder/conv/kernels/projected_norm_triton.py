@@ -195,19 +195,19 @@ def _tile(c: int, elements: int) -> tuple[int, int]:
     return elements // channels, channels
 
 
-@torch.library.register_fake("spark_fast::projected_norm")
+@torch.library.register_fake(projected_norm)
 def _outputs_like(
     x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, bias: Tensor, projection: Tensor, offset: Tensor
 ) -> Tensor:
     return x.new_empty(len(x), *x.shape[2:], len(projection)).permute(0, 3, 1, 2)
 
 
-@torch.library.register_fake("spark_fast::projected_norm_sums")
+@torch.library.register_fake(projected_norm_sums)
 def _sums_like(grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
     return mean.new_empty(grad.shape[1], x.shape[1] + 1)
 
 
-torch.library.register_fake("spark_fast::projected_norm_input_gradient", lambda grad, x, *rest: map_like(x))
+torch.library.register_fake(projected_norm_input_gradient, lambda grad, x, *rest: map_like(x))
 
 
 class _Context(AutogradContext, Protocol):
