@@ -164,7 +164,7 @@ def run(network, context, visible, kernels, call=None, dtype=torch.float32):
 def test_networks_compute_what_they_do_by_pytorch(name):
     visible = some_visible(keep=3)
     (first, context), (second, other) = converted(name), converted(name)
-    got, expected = run(first, context, visible, True), run(second, other, visible, False)
+    got, expected = run(first, context, visible, True), run(second.double(), other, visible, False, dtype=torch.float64)
     for mine, right in zip(got, expected, strict=True):
         if mine.dtype == torch.int64:
             assert mine == right == 1
