@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spark_fast.training.optimizers.device_rates import DeviceRates
+from spark_fast.training.optimizers.layout import in_order, laid_out_as
 
 
 class AdamW(DeviceRates, torch.optim.AdamW):
@@ -31,3 +32,14 @@ class AdamW(DeviceRates, torch.optim.AdamW):
         super().step()
         for group, (lr, decay, capturable) in zip(self.param_groups, written, strict=True):
             group.update(lr=lr, weight_decay=decay, capturable=capturable)
+
+    def _init_group(self, group: dict, params: list[Tensor], grads: list[Tensor], *moments: list[Tensor]) -> bool:
+        """torch's own, which collects what the kernel gets; then all of it is laid out alike (`layout`)."""
+        has_complex = super()._init_group(group, params, grads, *moments)
+        for i, p in enumerate(params):
+            grads[i] = laid_out_as(p, grads[i])
+            for name, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=False):
+                moment[i] = self.state[p][name] = laid_out_as(p, moment[i])
+        for tensors in (params, grads, *moments[:2]):
+            tensors[:] = in_order(tensors)
+        return has_complex

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from spark_fast.training.optimizers.device_rates import DeviceRates
+from spark_fast.training.optimizers.layout import in_order, laid_out_as
 
 LONG = 1e9  # a step count at which the bias correction is 1 in any precision
 
@@ -59,7 +60,7 @@ class Lamb(DeviceRates):
                 continue
             for p in params:
                 state = self.state[p] or {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                self.state[p] = {name: _laid_out_as(p, moment) for name, moment in state.items()}
+                self.state[p] = {name: laid_out_as(p, moment) for name, moment in state.items()}
             group["step"] = torch.as_tensor(group.get("step", 0.0), dtype=torch.float32, device=params[0].device)
             group["step"] += 1  # in place, as all that a captured step counts
             self._update(params, group, *(self.rates[number] if self.rates else (group["lr"], group["weight_decay"])))
@@ -70,10 +71,10 @@ class Lamb(DeviceRates):
         moved = torch._foreach_mul(params, -decay)
         step = group["step"] if self._bias_correction else torch.full_like(group["step"], LONG)
         torch._fused_adamw_(
-            moved,
-            [_laid_out_as(p, p.grad) for p in params],  # type: ignore[arg-type]
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
+            in_order(moved),
+            in_order(laid_out_as(p, p.grad) for p in params),  # type: ignore[arg-type]
+            in_order(self.state[p]["exp_avg"] for p in params),
+            in_order(self.state[p]["exp_avg_sq"] for p in params),
             [],
             [step] * len(params),
             lr=1.0,
@@ -93,18 +94,6 @@ class Lamb(DeviceRates):
             torch._foreach_addcmul_(params, moved, (trust * factor).unbind())
         else:
             torch._foreach_add_(params, torch._foreach_mul(moved, factor))
-
-
-def _laid_out_as(weights: Tensor, other: Tensor) -> Tensor:
-    """`other` with the strides of `weights`: the fused kernel walks through memory, not through indices.
-
-    Strides of dimensions of one element say nothing of memory: a depthwise weight (C, 1, k, k) need not be copied.
-    """
-    if other.stride() == weights.stride():
-        return other
-    if all(n == 1 or a == b for n, a, b in zip(other.shape, other.stride(), weights.stride(), strict=True)):
-        return other.as_strided(weights.shape, weights.stride())
-    return torch.empty_like(weights).copy_(other)
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
