@@ -57,7 +57,7 @@ class BandRecords(StoredSize):
         return TileSource.of(source, self.tiling, self._expected) if self.tiling else source
 
     def reencoded(self, data: bytes | memoryview) -> Reencoded:
-        """The .npy to store for an encoded image: its own numbers, resized in float64 where it is too large.
+        """The .npy to store for an encoded image: its own numbers, resized where it is too large.
 
         Raises ImageError when the image cannot be read.
         """
@@ -73,7 +73,7 @@ class BandRecords(StoredSize):
         return Reencoded(npy_of(pixels), None, losses, pixels)
 
 
-def _as_numbers(resized: NDArray[np.float64], dtype: np.dtype) -> NDArray:
+def _as_numbers(resized: NDArray[np.floating], dtype: np.dtype) -> NDArray:
     """Rounded to these numbers; a bicubic curve's overshoots are cut off where they cannot hold them."""
     if dtype.kind not in "ui":
         return resized.astype(dtype)

@@ -1,4 +1,4 @@
-"""Crop, resize and turn images of any number of channels, of any type: float64 on the host, float32 on the device."""
+"""Crop, resize and turn images of any number of channels, of any type."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spark_fast.pipelines.transforms.resize import crop
 def resized_bands(image: NDArray, box: Box, turn: int, size: tuple[int, int]) -> Tensor:
     """The crop `box` of `image` (h, w, C), antialiased bicubic, turned: (*size, C).
 
-    In float64, without clipping where the bicubic kernel overshoots. An image that needs no resize keeps its own dtype.
+    In floating point, not clipped where the bicubic kernel overshoots. What needs no resize keeps its own dtype.
     """
     pixels = turned(crop(image, box), turn)
     return torch.from_numpy(np.array(pixels)) if pixels.shape[:2] == size else resized(pixels, size)
