@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spark_fast.errors import ImageError
+from spark_fast.pipelines.transforms.bands.blocked_resize import copy_pixels
 from spark_fast.pipelines.transforms.bands.statistics import Statistics
 
 SCALES = ("auto", "dtype", "percentile", "none")
@@ -86,7 +87,8 @@ class BandNormalise:
     def into(self, out: Tensor, pixels: Tensor) -> None:
         """The same for one image, (H, W, C), into its place in a batch, (H, W, C) of dtype."""
         place = out if out.dtype == torch.float32 else torch.empty(out.shape)
-        self._normalised(place.copy_(pixels).flatten(-2))
+        copy_pixels(place.numpy(), pixels.numpy())
+        self._normalised(place.flatten(-2))
         if place is not out:
             out.copy_(place)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
 from spark_fast.pipelines.transforms.bands import blocked_resize
-from spark_fast.pipelines.transforms.bands.blocked_resize import resized
+from spark_fast.pipelines.transforms.bands.blocked_resize import copy_pixels, resized
 from tests.pipelines.bands import bands
 
 SIDES, COLUMNS = st.integers(1, 70), st.integers(2, 70)  # where one column is asked for, torch errs
@@ -76,3 +76,15 @@ def test_threads_and_places_in_memory_change_no_bit(side):
     moved = np.empty(pixels.size + 3, pixels.dtype)[3:].reshape(pixels.shape)
     moved[:] = pixels
     assert torch.equal(resized(moved, (side, side)), exact)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("channels", [1, 3, 12])
+def test_pixels_are_copied_from_any_order_of_rows_and_columns(channels, dtype):
+    pixels = bands(0, 9, 7, channels, dtype)
+    for view in (pixels, pixels.transpose(1, 0, 2), pixels[::-1, ::-1], pixels[2:5, 1:6], pixels[:, :, ::-1]):
+        for type_ in (dtype, "float32"):
+            out = np.zeros((view.shape[0] + 2, *view.shape[1:]), type_)
+            copy_pixels(out[1:-1], view)
+            assert np.array_equal(out[1:-1], view)
+            assert not out[[0, -1]].any()
