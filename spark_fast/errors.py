@@ -1,13 +1,14 @@
 """The exceptions of the project, and the exit code of a command that ends with one.
 
 0 done, 2 settings, 3 data, 4 loss not finite, 5 stalled or another rank lost, 6 storage or checkpoint, 75 interrupted
-and saved (0 under torchrun, see `run.command`). Of the tools (`cli.tool`) also 130 Ctrl-C, 141 nobody reads the output
-any more.
+and saved (0 under torchrun, see `run.command`), 130 Ctrl-C with nothing to save. Of the tools (`cli.tool`) also 141:
+nobody reads the output any more.
 """
 
 from __future__ import annotations
 
 STALLED = 5  # exit code of a process that its own watchdog ends
+CTRL_C = 130  # exit code of what Ctrl-C ended without anything to save, as a shell has it for SIGINT
 INTERRUPTED = 75  # exit code: stopped before the end, everything is saved; Slurm and others requeue by it
 
 

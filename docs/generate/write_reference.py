@@ -62,7 +62,7 @@ page from the commands.
 | 5 | a rank was lost, or the run stalled |
 | 6 | a file cannot be read or written |
 | 75 | stopped early, everything is saved: the same command with `--resume auto` continues (0 under torchrun) |
-| 130 | Ctrl-C, of the commands that do not train |
+| 130 | Ctrl-C in a command that does not train, or before training begins |
 | 141 | the output was closed (`\\| head`) |
 """
 HEAD = """# Every setting

@@ -10,6 +10,7 @@ from functools import partial
 from importlib import import_module
 from io import TextIOWrapper
 
+from spark_fast.errors import CTRL_C
 from spark_fast.versions import __version__
 
 
@@ -25,7 +26,7 @@ def start(name: str, argv: list[str] | None = None) -> int:
         module = import_module(f"spark_fast.cli.{name}")
     except KeyboardInterrupt:
         print(f"spark-fast-{name}: interrupted", file=sys.stderr)
-        return 130
+        return CTRL_C
     return module.main(words)
 
 

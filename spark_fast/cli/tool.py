@@ -17,10 +17,9 @@ from pathlib import Path
 import tyro
 
 from spark_fast.commands import SCRIPTS
-from spark_fast.errors import SparkFastError, StorageError
+from spark_fast.errors import CTRL_C, SparkFastError, StorageError
 
-CTRL_C = 128 + signal.SIGINT  # exit codes, as a shell has them for a process that a signal ended
-READER_GONE = 128 + signal.SIGPIPE
+READER_GONE = 128 + signal.SIGPIPE  # exit code, as a shell has it for a process that the signal ended
 
 
 def run_tool(

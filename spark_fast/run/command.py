@@ -1,7 +1,7 @@
 """What the commands have in common: settings are parsed, the ranks meet, and every kind of failure has its exit code.
 
 0 done, 2 settings, 3 data, 4 loss not finite, 5 stalled or another rank lost, 6 storage or checkpoint, 75 interrupted
-and saved (0 under torchrun).
+and saved (0 under torchrun), 130 Ctrl-C before there was anything to save.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 
 from spark_fast.checkpoint.manager import CheckpointManager, check_space
-from spark_fast.errors import INTERRUPTED, LostRankError, SparkFastError, StorageError
+from spark_fast.errors import CTRL_C, INTERRUPTED, LostRankError, SparkFastError, StorageError
 from spark_fast.networks import import_from_current_folder
 from spark_fast.pipelines import LoaderOptions, Pipeline, build_pipeline
 from spark_fast.pipelines.build import measure_statistics
@@ -52,6 +52,8 @@ def run_command(
         return on_ranks(settings, run)
     except SparkFastError as error:
         return _complain(name, error, error.exit_code)
+    except KeyboardInterrupt:  # before training or after it: in between `signals.Interrupt` has the signal
+        return _complain(name, f"interrupted; {what_is_kept(folder)}", CTRL_C)
     except OSError as error:  # metrics or logs: a full disk, a lost mount
         return _complain(name, f"{error}; {what_is_kept(folder)}", StorageError.exit_code)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 import time
+from contextlib import suppress
 
 log = logging.getLogger("spark_fast")
 
@@ -29,6 +31,9 @@ class Interrupt:
     def _remember(self, number: int, frame: object) -> None:
         if not self.asked:
             self.asked, self._since = True, time.monotonic()
+            if os.environ.get("RANK", "0") == "0":
+                with suppress(OSError):  # not by print: the signal may have come in the middle of one
+                    os.write(2, b"\nfinishing the step and saving; the next signal ends the run at once\n")
             return
         if time.monotonic() - self._since < 1:
             return

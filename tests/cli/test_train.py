@@ -18,9 +18,11 @@ import torch
 from PIL import Image
 
 from spark_fast.cli.train import main
+from spark_fast.errors import CTRL_C
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.run.config import tomllib
+from spark_fast.run.run_folder import CHECKPOINT
 from tests.cli.tiny_run import TINY, assert_same_weights, command, here, losses, pictures, train, weights  # noqa: F401
 from tests.commands import HANG_SECONDS
 from tests.faults import trainee
@@ -280,6 +282,19 @@ def test_wrong_input_is_named_and_leaves_nothing(unbroken, pictures, tmp_path, m
     assert message in done.stderr.replace("\n", " "), done.stderr
     assert "Traceback" not in done.stderr
     assert set(tmp_path.iterdir()) == before, "something was left behind"
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_ctrl_c_before_training_begins_is_no_traceback(saved, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spark_fast.cli.train.pretrain_from_settings", interrupted)
+    if saved:
+        (tmp_path / CHECKPOINT).touch()
+    assert main(["name", f"--data_path={tmp_path}", f"--exp_dir={tmp_path}", "--device=cpu"]) == CTRL_C
+    kept = "the last checkpoint is kept: continue with --resume auto" if saved else "nothing was saved before"
+    assert capsys.readouterr().err == f"spark-fast-train: interrupted; {kept}\n"
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_the_last_good_checkpoint(pictures, tmp_path):  # noqa: F811

@@ -9,7 +9,7 @@ from spark_fast.run.signals import Interrupt
 
 
 @pytest.mark.parametrize("number", Interrupt.SIGNALS)
-def test_a_signal_is_remembered_and_released_handlers_are_those_of_before(number):
+def test_a_signal_is_remembered_and_released_handlers_are_those_of_before(number, capfd):
     before = [signal.getsignal(s) for s in Interrupt.SIGNALS]
     interrupt = Interrupt()
     try:
@@ -17,6 +17,7 @@ def test_a_signal_is_remembered_and_released_handlers_are_those_of_before(number
         signal.raise_signal(number)
         assert interrupt.asked
         signal.raise_signal(number)  # within the same second: torchrun passes on what the scheduler sent
+        assert capfd.readouterr().err.strip() == "finishing the step and saving; the next signal ends the run at once"
     finally:
         interrupt.release()
     assert [signal.getsignal(s) for s in Interrupt.SIGNALS] == before
