@@ -10,6 +10,7 @@ Python's lock.
 from __future__ import annotations
 
 from functools import lru_cache
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,8 @@ def resized(pixels: NDArray, size: tuple[int, int]) -> Tensor:
     In float32; in float64 for numbers that float32 does not hold, and where torch may round products of float32 to
     fewer bits (`torch.set_float32_matmul_precision`).
     """
-    exact = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
+    precision = attrgetter("matmul.fp32_precision")(torch.backends.mkldnn)  # its type knows no `matmul`
+    exact = precision in ("none", "ieee")
     dtype = torch.float32 if exact and np.can_cast(pixels.dtype, np.float32) else torch.float64
     fewer_rows = _resized_lines(pixels, size[0], dtype)  # (H, w, C)
     columns = fewer_rows.numpy().transpose(1, 0, 2)  # -> (w, H, C)
