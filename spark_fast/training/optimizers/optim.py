@@ -12,6 +12,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from spark_fast.method import Method, Recipe
 from spark_fast.training.optimizers.adamw import AdamW
 from spark_fast.training.optimizers.lamb import Lamb, norms
+from spark_fast.training.optimizers.sgd import SGD
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
@@ -40,7 +41,7 @@ def build_optimizer(name: str, model: nn.Module, beta2: float, *, zero: bool = F
         # the gradient is clipped by `clip_gradients`, which also reports its norm: one pass instead of two
         "lamb": (Lamb, {"betas": (0.9, beta2)}),
         "adamw": (AdamW, {"betas": (0.9, beta2), "fused": True}),
-        "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "fused": True}),
+        "sgd": (SGD, {"momentum": 0.9, "nesterov": True, "fused": True}),
     }
     if name not in kinds:
         raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(kinds)}")

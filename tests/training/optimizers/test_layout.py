@@ -1,4 +1,4 @@
-"""LAMB and AdamW whatever the layout in memory of weights, gradients and moments."""
+"""LAMB, AdamW and SGD, whatever the layout in memory of weights, gradients and moments."""
 
 import copy
 
@@ -8,14 +8,15 @@ import torch
 from spark_fast.training.optimizers.adamw import AdamW
 from spark_fast.training.optimizers.lamb import Lamb
 from spark_fast.training.optimizers.layout import in_order, laid_out_as
+from spark_fast.training.optimizers.sgd import SGD
 from tests.training.optimizers.test_lamb import gradients, weights
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
-KINDS = pytest.mark.parametrize(("kind", "settings"), [(Lamb, {}), (AdamW, {"fused": True})])
+KINDS = [(Lamb, {}), (AdamW, {"fused": True}), (SGD, {"fused": True, "momentum": 0.9, "nesterov": True})]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@KINDS
+@pytest.mark.parametrize(("kind", "settings"), KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("gradient_layout", LAYOUTS)
 def test_layouts_change_nothing_also_when_they_change_on_resume(gradient_layout, layout, kind, settings):
@@ -36,7 +37,7 @@ def test_layouts_change_nothing_also_when_they_change_on_resume(gradient_layout,
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-@KINDS
+@pytest.mark.parametrize(("kind", "settings"), KINDS[:2])
 def test_the_kernel_on_a_cpu_is_given_nothing_that_it_would_copy(kind, settings, monkeypatch):
     given, kernel = [], torch._fused_adamw_
     monkeypatch.setattr(torch, "_fused_adamw_", lambda *a, **k: given.extend(a[:4]) or kernel(*a, **k))

@@ -14,6 +14,7 @@ from spark_fast.method import METHODS, method_class
 from spark_fast.training.optimizers.adamw import AdamW
 from spark_fast.training.optimizers.lamb import Lamb
 from spark_fast.training.optimizers.optim import build_optimizer, clip_gradients, parameter_groups, set_rates
+from spark_fast.training.optimizers.sgd import SGD
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "convnext_zepto_rms"])
@@ -56,7 +57,7 @@ def test_rates_are_written_into_both_groups_and_decay_into_one():
     assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.5, 0.25), (0.5, 0.0)]
 
 
-@pytest.mark.parametrize(("name", "kind"), [("lamb", Lamb), ("adamw", AdamW), ("sgd", torch.optim.SGD)])
+@pytest.mark.parametrize(("name", "kind"), [("lamb", Lamb), ("adamw", AdamW), ("sgd", SGD)])
 def test_optimizers_are_those_of_timm_and_torch(name, kind):
     optimizer = build_optimizer(name, nn.Linear(2, 2), 0.77)
     assert type(optimizer) is kind
