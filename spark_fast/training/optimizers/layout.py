@@ -27,6 +27,6 @@ def laid_out_as(weights: Tensor, other: Tensor) -> Tensor:
 def in_order(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The same numbers, on a CPU with indices that run as memory does: channels_last (O, C, ky, kx) as (O, ky, kx, C).
 
-    There torch's kernel copies all that is not contiguous to and fro, which takes as long as the update.
+    There torch's kernel first copies what is not contiguous, which takes up to as long as the update.
     """
     return [t if t.is_cuda or t.is_contiguous() or t.dim() != 4 else t.permute(0, 2, 3, 1) for t in tensors]
