@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from spark_fast.files import atomic_write
+
 MARKS = ("<!-- learning: the table -->", "<!-- learning: its end -->")
 
 
@@ -60,7 +62,8 @@ def put_tables(page: Path, tables: Mapping[tuple[str, str], str]) -> None:
         if not (begin and end):
             raise ValueError(f"{page} needs the two marks {marks[0]} and {marks[1]}")
         content = f"{before}{begin}\n\n{text}\n{end}{after}"
-    page.write_text(content, encoding="utf-8")
+    with atomic_write(page) as file:
+        file.write(content.encode())
 
 
 def _main(arms: dict) -> str:

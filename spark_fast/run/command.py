@@ -25,7 +25,7 @@ from spark_fast.pipelines import LoaderOptions, Pipeline, build_pipeline
 from spark_fast.pipelines.build import measure_statistics
 from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.run.config import Tree
-from spark_fast.run.distributed import Ranks, join
+from spark_fast.run.distributed import Ranks, is_first_rank, join
 from spark_fast.run.lock import RunLock
 from spark_fast.run.run_folder import STOPPED, describe, open_run_folder, refuse_another_run, what_is_kept
 from spark_fast.run.watchdog import Watchdog
@@ -42,8 +42,9 @@ def run_command(
 ) -> int:
     """Run a command on these words of its command line; returns the exit code."""
     keep_output()
-    first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if is_first_rank() else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
     folder = Path()
     try:
         settings = parse(argv)

@@ -79,6 +79,11 @@ class Ranks:
             dist.destroy_process_group()
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the first rank, as torchrun says; also before the ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def join(device: str, timeout: float = 600.0) -> Ranks:
     """Join the ranks that torchrun started, or stand alone.
 

@@ -9,6 +9,8 @@ import threading
 import time
 from contextlib import suppress
 
+from spark_fast.run.distributed import is_first_rank
+
 log = logging.getLogger("spark_fast")
 
 
@@ -31,7 +33,7 @@ class Interrupt:
     def _remember(self, number: int, frame: object) -> None:
         if not self.asked:
             self.asked, self._since = True, time.monotonic()
-            if os.environ.get("RANK", "0") == "0":
+            if is_first_rank():
                 with suppress(OSError):  # not by print: the signal may have come in the middle of one
                     os.write(2, b"\nfinishing the step and saving; the next signal ends the run at once\n")
             return

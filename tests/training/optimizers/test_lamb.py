@@ -1,4 +1,4 @@
-"""LAMB against timm's, whatever the layout in memory, and skipped steps."""
+"""LAMB against timm's, and skipped steps; whatever the layout in memory: `test_layout`."""
 
 import math
 
