@@ -10,9 +10,7 @@ precision, not taken from a data sheet, so a CPU has one too, and 100 % is what 
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from spark_fast.operating_system import peak_resident_bytes
 from spark_fast.reporting.flops import Cost
 
 FIRST, LAST = 256, 4096  # sides of the matrices tried
@@ -50,8 +49,7 @@ def peak_memory(device: torch.device) -> int:
     """Bytes, the most so far: of tensors on a GPU; on the CPU of the whole process (its peak resident set)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_resident_bytes()
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -12,21 +12,19 @@ import torch
 from tests.commands import HANG_SECONDS
 
 HOSTILE = """
-import resource, sys
+import sys
 from pathlib import Path
 from spark_fast.checkpoint.file import CheckpointError
+from spark_fast.operating_system import peak_resident_bytes
 from spark_fast.weights.load import load_weights
 from torch import nn
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-before = peak()
+before = peak_resident_bytes()
 for path in sys.argv[1:]:
     try:
         load_weights(Path(path), nn.Linear(2, 2))
     except CheckpointError as error:
-        print(round(peak() - before), error)
+        print((peak_resident_bytes() - before) >> 20, error)
 """
 
 

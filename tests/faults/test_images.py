@@ -156,8 +156,9 @@ def test_odd_but_valid_images_show_what_pillow_shows(tmp_path, backend, store):
 
 
 MEASURE = """
-import re, sys
+import sys
 from pathlib import Path
+from spark_fast.operating_system import peak_resident_bytes
 from spark_fast.pipelines import LoaderOptions, build_pipeline
 from spark_fast.pipelines.convert.band_records import BandRecords
 from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
@@ -171,12 +172,11 @@ def read(path):
     pipeline.close()
     stored = ConvertSettings() if channels == 3 else ConvertSettings(BandRecords(in_chans=channels))
     convert(Path(path), Path(out) / Path(path).name, stored)
-    peak = re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())  # ru_maxrss counts the parent's, too
-    return pipeline.bad_images.substituted, int(peak[1])
+    return pipeline.bad_images.substituted, peak_resident_bytes()
 
 _, before = read(small)
 replaced, after = read(bombs)
-print(replaced, (after - before) // 1024)
+print(replaced, (after - before) >> 20)
 """
 
 
