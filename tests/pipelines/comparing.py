@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from spark_fast.pipelines import Batch
 from spark_fast.pipelines.transforms.resize import MEAN, STD
-from tests.commands import HANG_SECONDS
 from tests.pipelines.building import build
 
 
@@ -29,27 +25,6 @@ def batches(root: Path, epoch: int = 0, start_step: int = 0, **settings: object)
 
 dali_batches = partial(batches, pipeline="dali", batch_size=12)
 ffcv_batches = partial(batches, pipeline="ffcv", batch_size=12)
-
-
-ways_to_end = pytest.mark.parametrize(
-    ("then", "code"), [("", 0), ("import os, signal; os.kill(os.getpid(), signal.SIGINT); time.sleep(30)", -2)]
-)
-SCRIPT = """
-import sys, time
-from spark_fast.pipelines import LoaderOptions, build_pipeline
-path, pipeline, batch_size = sys.argv[1:]
-pipeline = build_pipeline(path, LoaderOptions(int(batch_size), pipeline, input_size=256, workers=2, prefetch=2))
-iterator = pipeline.epoch(0)
-next(iterator)
-print("running", flush=True)
-{then}
-"""
-
-
-def left_open(root: Path, pipeline: str, batch_size: int, then: str) -> subprocess.CompletedProcess[str]:
-    """A program that takes one batch, prints "running", and ends by `then` with its epoch left open."""
-    command = [sys.executable, "-c", SCRIPT.format(then=then), str(root), pipeline, str(batch_size)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, check=False)
 
 
 def same(left: list[Batch], right: list[Batch]) -> bool:

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import subprocess
-import sys
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -13,33 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from spark_fast.pipelines import Batch, Pipeline
+from spark_fast.pipelines import Pipeline
 from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.transforms.crops import Augmentation
 from spark_fast.pipelines.transforms.resize import MEAN, STD
-from tests.commands import HANG_SECONDS
 from tests.pipelines.building import build
-from tests.pipelines.comparing import batches, same
+from tests.pipelines.comparing import batches
 from tests.pipelines.drawing import drawn
 
 
 def decoders() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
-
-
-def test_batches_are_as_the_contract_says(image_folder):
-    root = image_folder(26)
-    labels = detect_source(root).labels
-    got = batches(root, input_size=(32, 48), dtype=torch.bfloat16)
-    assert len(got) == 4  # of 6; the last 2 images are dropped
-    for images, targets, ids in got:
-        assert images.shape == (6, 3, 32, 48)
-        assert images.dtype == torch.bfloat16
-        assert images.is_contiguous(memory_format=torch.channels_last)
-        assert ids.dtype == targets.dtype == torch.int64
-        assert targets.tolist() == labels[ids.numpy()].tolist()
-    seen = torch.cat([batch.ids for batch in got]).tolist()
-    assert len(set(seen)) == 24
 
 
 def test_an_image_is_what_the_published_transforms_would_make_of_it(image_folder):
@@ -56,27 +38,6 @@ def test_an_image_is_what_the_published_transforms_would_make_of_it(image_folder
         assert np.abs(back - pixels).mean() < 0.2
 
 
-@pytest.mark.parametrize("start", [0, 1, 3, 4])
-def test_starting_at_a_step_gives_the_tail_of_the_epoch(image_folder, start):
-    root = image_folder()
-    assert same(batches(root, epoch=2, start_step=start), batches(root, epoch=2)[start:])
-
-
-@pytest.mark.parametrize("prefetch", [1, 5])
-@pytest.mark.parametrize("workers", [1, 4])
-def test_workers_and_prefetch_change_nothing(image_folder, workers, prefetch):
-    root = image_folder()
-    assert same(batches(root, workers=workers, prefetch=prefetch, worker_processes=0), batches(root, workers=2))
-
-
-def test_two_ranks_together_see_the_batches_of_one(image_folder):
-    root = image_folder()
-    whole = batches(root)
-    ranks = [batches(root, rank=rank, world_size=2) for rank in range(2)]
-    both = [Batch(*(torch.cat(parts) for parts in zip(*pair, strict=True))) for pair in zip(*ranks, strict=True)]
-    assert same(both, whole)
-
-
 def test_epochs_and_seeds_differ_in_order_and_crops(image_folder):
     root = image_folder()
     first = batches(root, batch_size=24)[0]
@@ -90,22 +51,6 @@ def test_without_augmentation_every_epoch_has_the_same_images(image_folder):
     root = image_folder()
     first, second = (batches(root, batch_size=24, epoch=e, augment=False)[0] for e in (0, 1))
     assert torch.equal(first.images[first.ids.argsort()], second.images[second.ids.argsort()])
-
-
-def test_a_delivered_batch_is_never_written_again(image_folder):
-    pipeline = build(image_folder(), batch_size=4, input_size=32, prefetch=1)
-    kept = [(batch.images, batch.images.clone()) for epoch in range(3) for batch in pipeline.epoch(epoch)]
-    assert all(torch.equal(images, copy) for images, copy in kept)
-    pipeline.close()
-
-
-def test_one_pipeline_serves_two_epochs_at_once(image_folder):
-    root = image_folder()
-    pipeline = build(root, batch_size=6, input_size=32, seed=5)
-    pairs = list(zip(pipeline.epoch(0), pipeline.epoch(1), strict=True))
-    assert same([a for a, _ in pairs], batches(root, epoch=0))
-    assert same([b for _, b in pairs], batches(root, epoch=1))
-    pipeline.close()
 
 
 def test_threads_are_gone_after_close_and_torch_keeps_its_own(image_folder):
@@ -183,37 +128,6 @@ def test_many_pipelines_leave_no_memory_and_no_threads(image_folder):
     assert (
         min(grown) < 10e6
     )  # malloc may keep more once; a batch kept by each, in bytes and fp32, were 15 MB every time
-
-
-SCRIPT = """
-import sys, time
-from spark_fast.pipelines import LoaderOptions, build_pipeline
-pipeline = build_pipeline(sys.argv[1], LoaderOptions(batch_size=12, input_size=512, workers=2, prefetch=2))
-iterator = pipeline.epoch(0)
-next(iterator)
-print("running", flush=True)
-{then}
-"""
-
-
-def run_script(root: Path, then: str) -> subprocess.CompletedProcess[str]:
-    script = SCRIPT.format(then=then)
-    return subprocess.run(
-        [sys.executable, "-c", script, str(root)], capture_output=True, text=True, timeout=HANG_SECONDS, check=False
-    )
-
-
-@pytest.mark.slow
-def test_the_interpreter_ends_with_an_epoch_left_open(image_folder):
-    ended = run_script(image_folder(), "")
-    assert (ended.returncode, ended.stdout) == (0, "running\n"), ended.stderr
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_the_program(image_folder):
-    ended = run_script(image_folder(), "import os, signal; os.kill(os.getpid(), signal.SIGINT); time.sleep(30)")
-    assert ended.returncode == -2
-    assert "KeyboardInterrupt" in ended.stderr
 
 
 def test_real_images_make_real_batches(imagenet_sample):
