@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from spark_fast.encoder.visible import VisiblePatches
@@ -13,7 +14,7 @@ class EncoderContext:
     """The visible patches of the running call, or None in a dense call.
 
     A network is called as `network(x)`, so its layers find the patches in this object. It belongs to one encoder,
-    whose `forward` fills and empties it.
+    whose `forward` fills and empties it; `recall_for` fills it again during the backward pass.
 
     Args:
         dense: the layers run on dense maps with holes (the masked encoder), not on packed patches.
@@ -29,6 +30,29 @@ class EncoderContext:
         self.kernels: bool | None = None
         self.visible: VisiblePatches | None = None
         self.activated: Tensor | None = None
+
+    def forget(self) -> None:
+        """The call is over."""
+        self.visible = self.activated = None
+
+    def recall_for(self, features: list[Tensor]) -> None:
+        """While the gradients of this call's `features`, (B, C, H, W) each, are computed, its patches are here again.
+
+        Gradient checkpointing (`torch.utils.checkpoint`) calls layers once more then. Compiled code holds the patches
+        itself.
+        """
+        visible = self.visible
+        if torch.compiler.is_compiling():
+            return
+
+        def recall(_: Tensor) -> None:
+            if self.visible is None:
+                torch.autograd.Variable._execution_engine.queue_callback(self.forget)  # when all is computed
+            self.visible = visible
+
+        for each in features:
+            if each.requires_grad:
+                each.register_hook(recall)
 
     def image_mean(self, x: Tensor) -> Tensor:
         """The mean over the visible cells of each image, in a shape that broadcasts against `x`.

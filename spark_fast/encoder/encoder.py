@@ -77,9 +77,12 @@ class Encoder(nn.Module):
         try:
             features = feature_maps(self.network, images if visible is None else self._enter(images, visible))
             features = [features[i] for i in self.levels]
-            return features if visible is None else self._leave(features, visible)
+            if visible is None:
+                return features
+            self.context.recall_for(features)
+            return self._leave(features, visible)
         finally:
-            self.context.visible = self.context.activated = None
+            self.context.forget()
 
     def _enter(self, images: Tensor, visible: VisiblePatches) -> Tensor:
         """Images -> what the converted network runs on."""

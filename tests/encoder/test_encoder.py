@@ -7,7 +7,9 @@ import timm
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from spark_fast import build_spark, pack
 from spark_fast.encoder import MaskedEncoder, PackedEncoder, VisiblePatches
@@ -159,3 +161,33 @@ def test_the_patches_of_a_call_are_forgotten_after_it_also_when_it_fails():
     with pytest.raises(RuntimeError):
         encoder(torch.randn(2, 4, 64, 64), visible)
     assert encoder.context.visible is None
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, network, reentrant):
+        super().__init__()
+        self.network, self.reentrant = network, reentrant
+
+    def forward(self, images):
+        return checkpoint(lambda x: tuple(self.network(x)), images, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("kind", [PackedEncoder, MaskedEncoder])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_gradient_checkpointing_changes_no_gradient_though_other_patches_were_encoded_since(kind):
+    """torch.utils.checkpoint computes layers again in the backward pass, when `forward` is over."""
+    by_timm = timm.create_model("test_convnext", features_only=True).double()
+    networks = [copy.deepcopy(by_timm), by_timm, *(Checkpointed(copy.deepcopy(by_timm), r) for r in (True, False))]
+    by_timm.set_grad_checkpointing(True)
+    images = torch.randn(2, 3, 3, 64, 64, dtype=torch.float64)
+    visible = [VisiblePatches(sample_visible(s, 0, torch.arange(3), (2, 2), 2), (2, 2)) for s in range(2)]
+    gradients = []
+    for network in networks:
+        encoder = kind(network, (64, 64)).train()
+        calls = [encoder(x.clone().requires_grad_(), seen) for x, seen in zip(images, visible, strict=True)]
+        assert encoder.context.visible is None
+        sum(features.pow(3).mean() for call in calls for features in call).backward()
+        assert encoder.context.visible is None
+        gradients.append([p.grad for p in encoder.parameters() if p.grad is not None])
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-10, atol=1e-14)
