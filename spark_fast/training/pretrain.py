@@ -150,8 +150,9 @@ def pictured_images(settings: Settings, ranks: Ranks, statistics: Statistics | N
     if not settings.run.picture_every:
         return None
     alone = replace(ranks, rank=0, world_size=1)
-    if settings.data.pipeline != "synthetic":  # the one that reads anything and starts at once
-        settings = replace(settings, data=replace(settings.data, pipeline="torch", decode="host", augment="host"))
+    if settings.data.pipeline != "synthetic":  # the one that reads anything, and without processes starts at once
+        plain = replace(settings.data, pipeline="torch", decode="host", augment="host", worker_processes=0)
+        settings = replace(settings, data=plain)
     batch_size = min(PICTURED, settings.data.batch_size)
     pipeline = open_images(settings, alone, batch_size=batch_size, augment=False, kept=lambda: statistics)
     try:

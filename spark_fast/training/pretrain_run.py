@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from spark_fast.checkpoint.file import Content, RunContent, random_state
 from spark_fast.checkpoint.manager import CheckpointManager, newest_readable
@@ -74,6 +75,12 @@ class PretrainRun:
         optim, share = settings.optim, settings.data.batch_size // ranks.world_size
         if share % optim.accumulate:
             raise SettingsError(f"--accumulate {optim.accumulate} does not divide the {share} images of a rank's batch")
+        values = share // optim.accumulate * settings.model.masks_per_image * model.num_visible
+        synced = settings.run.sync_batchnorm and ranks.world_size > 1
+        if values == 1 and not synced and any(isinstance(m, BatchNorm) for m in model.encoder.modules()):
+            raise SettingsError(
+                "one visible patch of one image is too little for a batch norm: use a larger --bs, or a smaller --mask"
+            )
         self.position = Position(len(pipeline), optim.epochs)
         self.evaluator: Evaluator | None = None
         self.evaluation: OnlineEvaluation | None = None  # of the loop

@@ -14,7 +14,7 @@ from spark_fast.versions import versions
 
 log = logging.getLogger("spark_fast")
 
-# settings that change only rounding, or where results are stored and reported
+# settings that change only rounding, or where results are stored and reported; and those of BATCH_STATISTICS
 HARMLESS = {
     "data": {
         *("data_path", "val_path", "pipeline", "decode", "augment", "workers", "prefetch", "max_bad_fraction"),
@@ -29,6 +29,9 @@ HARMLESS = {
         *("picture_channels", "wandb", "dry_run", "profile"),
     },
 }
+
+# over which images a batch norm takes its statistics depends on these, as on the number of ranks
+BATCH_STATISTICS = ("optim.accumulate", "run.sync_batchnorm")
 
 
 def checkpoints_to_resume(asked: str, folder: Path) -> list[Path]:
@@ -62,8 +65,13 @@ def check_same_run(path: Path, state: RunContent, settings: Settings, data: Pipe
         before = Settings.from_dict(state["settings"]).meaning()
     except (TypeError, AttributeError, ValueError, SettingsError) as error:
         raise CheckpointError(f"{path} has settings that this version cannot read ({error})") from None
-    differences = differing(before, settings.meaning(), HARMLESS)
+    now = settings.meaning()
+    differences = differing(before, now, HARMLESS)
     refuse_differences(path, state, differences, data, "--init_weight to start a new run from its weights")
+    for group, _, name in (setting.partition(".") for setting in BATCH_STATISTICS):
+        if before[group].get(name) != now[group][name]:
+            log.warning("%s was %r, is %r: batch norms take their statistics over other images from here on",
+                        name, before[group].get(name), now[group][name])  # fmt: skip
 
 
 def in_published_names(settings: Settings) -> dict[str, object]:

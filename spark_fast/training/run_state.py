@@ -104,7 +104,8 @@ class RunState:
             CheckpointError: it is of another model, or the ranks have read different ones.
         """
         checkpoint.restore(path, state, self.model, self.optimizer)
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty from a run in another precision than fp16
+            self.scaler.load_state_dict(state["scaler"])
         at = self.position
         at.step = at.begun = state["step"]
         at.loss = state["loss"]

@@ -86,6 +86,9 @@ def test_mistakes_are_exceptions_that_name_the_setting(tmp_path):
         spark_fast.pretrain("x", exp_name="a", epochs="3")
     with pytest.raises(SettingsError, match=r"the run needs a name"):
         spark_fast.pretrain("x")
+    one = {"model": "resnet10t", "input_size": 64, "mask_ratio": 0.75, "batch_size": 1, "decoder_width": 32}
+    with pytest.raises(SettingsError, match="one visible patch of one image is too little for a batch norm"):
+        spark_fast.pretrain(pipeline="synthetic", exp_dir=tmp_path / "run", device="cpu", **one)
     with pytest.raises(DataError, match="nowhere does not exist"):
         spark_fast.pretrain(tmp_path / "nowhere", exp_dir=tmp_path / "run", device="cpu")
     assert list(tmp_path.iterdir()) == []

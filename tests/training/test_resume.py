@@ -135,6 +135,14 @@ def test_other_versions_are_told_and_go_on(caplog):
     assert f"torch 1.0 (now {versions()['torch']})" in message
 
 
+def test_other_images_for_batch_norms_are_told_and_go_on(caplog):
+    check_same_run(Path("x.pth"), {**saved(), "versions": versions()}, settings("--accumulate=2", "--sbn=0"), DATA)
+    assert caplog.messages == [
+        f"{name} was {before}, is {now}: batch norms take their statistics over other images from here on"
+        for name, before, now in (("accumulate", 1, 2), ("sync_batchnorm", True, False))
+    ]
+
+
 MATTERS = {
     "crop_scale", "hflip", "vflip", "rot90", "scale", "mean", "std", "channels_first", "npz_key", "shuffle_block",
     "ffcv_resize", "input_size", "in_chans", "min_crop", "batch_size", "method", "masks_per_image", "decoder_depth",

@@ -39,6 +39,15 @@ def test_gathered_written_read_and_restored_a_run_goes_on_to_the_same_bits(make_
     assert torch.equal(second.model.weight, unbroken.model.weight)
 
 
+def test_a_run_in_bf16_goes_on_in_fp16_with_a_new_loss_scale(make_state, alone, tmp_path):
+    first, second = make_state(), make_state()
+    first.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    second.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    write(tmp_path / "c.pth", first.gather(keep=True))
+    second.restore(tmp_path / "c.pth", read_run(tmp_path / "c.pth"), alone)
+    assert second.scaler.state_dict()["scale"] == 8.0
+
+
 def test_the_statistics_of_the_images_go_into_the_checkpoint_and_out_of_the_newest_whole_one(make_state, tmp_path):
     known = Statistics("percentile", "uint16", (0.5,), (0.25,), (3.0,), (60000.0,))
     state = make_state()
