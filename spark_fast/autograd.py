@@ -22,8 +22,11 @@ class AutogradContext(Protocol):
 
 
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, of any shape, cast as autocast would for a convolution: it casts nothing for custom functions."""
+    """The tensors, of any shape, cast as autocast would for a convolution: it casts nothing for custom functions.
+
+    It leaves float64 as it is.
+    """
     device = tensors[0].device.type
-    if tensors[0].is_meta or not torch.is_autocast_enabled(device):
+    if tensors[0].is_meta or tensors[0].dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return tensors
     return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)

@@ -162,7 +162,8 @@ class Method(nn.Module):
     def reconstruct(self, images: Tensor, visible: Tensor) -> Tensor:
         """Fill in the masked patches; visible pixels are kept to the bit.
 
-        Predicted patches are normalised; their means and standard deviations are taken from `images`.
+        Predicted patches are normalised; their means and standard deviations are taken from `images`. In training mode
+        batch norms use the statistics of these images and update their running ones, as in any forward pass.
 
         Args:
             images: (B, C, H, W).
@@ -182,7 +183,7 @@ class Method(nn.Module):
         return torch.where(patches.cells(images.shape[2]), images, hidden.unpack(filled))
 
     def encode(self, images: Tensor, visible: Tensor) -> list[Tensor]:
-        """The features of the visible patches, as dense maps.
+        """The features of the visible patches, as dense maps; in training mode they update running statistics.
 
         Args:
             images: (B, C, H, W).
@@ -218,7 +219,8 @@ class Method(nn.Module):
         """The patches of `visible` for `images`, (B, C, H, W): bool (B*K, h, w) or int64 (B*K, L), see `forward`.
 
         Raises:
-            ValueError: images of another size than the model's, or a mask of another shape.
+            ValueError: images of another size than the model's, a mask of another shape, or (seen on the CPU alone,
+                as it would be a host sync) patches that are outside the grid or named twice.
         """
         if tuple(images.shape[1:]) != (expected := (self.in_chans, *self.input_size)):
             raise ValueError(f"images must be (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
@@ -227,6 +229,7 @@ class Method(nn.Module):
             visible = keys.argsort(dim=1)[:, : self.num_visible].sort(dim=1).values
         whole = len(images) > 0 and len(visible) % len(images) == 0  # so many masks of each image
         if whole and visible.dtype == torch.int64 and visible.dim() == 2:
+            _check_indices(visible, self.grid)
             return VisiblePatches(visible, self.grid)
         if whole and visible.dtype == torch.bool and tuple(visible.shape[1:]) == self.grid:
             return VisiblePatches.from_mask(visible)
@@ -307,10 +310,27 @@ def build(
     if sync_batchnorm:
         sync_batch_norms(network)
     encoding = ENCODERS[encoder](network, size, stages, 1 - mask_ratio, in_chans)
-    made = kind(encoding, size, mask_ratio, **options)
+    try:
+        made = kind(encoding, size, mask_ratio, **options)
+    except Exception:
+        encoding.restore_layers()  # so that the network can be used in another try
+        raise
     if sync_batchnorm:
         sync_batch_norms(made)  # what the method adds
     return made
+
+
+def _check_indices(visible: Tensor, grid: tuple[int, int]) -> None:
+    """Refuse patches (B*K, L) that are outside the grid, or named twice in one mask."""
+    if visible.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    ascending, count = visible.sort(dim=1).values, grid[0] * grid[1]
+    wrong = (ascending[:, 1:] == ascending[:, :-1]).any(1) | (ascending < 0).any(1) | (ascending >= count).any(1)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"visible[{row}] is {visible[row].tolist()}: each mask must name different patches from 0 to {count - 1}"
+        )
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

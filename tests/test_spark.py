@@ -1,9 +1,11 @@
 """SparK from outside: what it accepts and refuses, its loss, its reconstruction, its features."""
 
 import copy
+import threading
 from itertools import pairwise
 
 import pytest
+import timm
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -215,12 +217,80 @@ def test_a_change_in_a_hole_changes_no_feature_and_no_prediction(model):
         ({"decoder_width": -32}, "decoder_width -32 is too small"),
         ({"input_size": 70}, "input size 70x70 is not a multiple of the patch, 32 px"),
         ({"input_size": (64, 70)}, "input size 64x70 is not a multiple"),
+        ({"input_size": 40}, "input size 40x40 is not a multiple of the patch, 32 px"),
+        ({"input_size": 8}, "input size 8x8 is not a multiple of the patch, 32 px"),
+        ({"input_size": "64"}, r"input_size must be a number of pixels or \(H, W\), got '64'"),
+        ({"input_size": (64,)}, r"input_size must be a number of pixels or \(H, W\), got \(64,\)"),
+        ({"input_size": 0}, r"input_size must be a number of pixels or \(H, W\), got 0"),
         ({"mask_ratio": 1.5}, "mask ratio must be between 0 and 1, got 1.5"),
     ],
 )
 def test_what_does_not_fit_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         build_spark(**{"model": "resnet10t", "input_size": 64, "mask_ratio": 0.5, "decoder_width": 32, **arguments})
+
+
+def test_a_refused_build_leaves_the_network_as_it_was_and_one_in_an_encoder_is_named():
+    network = timm.create_model("resnet10t", features_only=True)
+    types = [type(m) for m in network.modules()]
+    for wrong in ({"decoder_width": 16}, {"mask_ratio": 0.99}):
+        with pytest.raises(ValueError, match=r"decoder_width|mask ratio"):
+            build_spark(network, **{"input_size": 64, "mask_ratio": 0.5, "decoder_width": 32, **wrong}, check=False)
+        assert [type(m) for m in network.modules()] == types
+    build_spark(network, input_size=64, mask_ratio=0.5, decoder_width=32, check=False)
+    with pytest.raises(ValueError, match="the network is in an encoder already: build a new one"):
+        build_spark(network, input_size=64, mask_ratio=0.5, decoder_width=32, check=False)
+
+
+@pytest.mark.parametrize("encoder", ["packed", "masked"])
+def test_saved_as_a_whole_or_copied_a_model_is_the_same(encoder, tmp_path):
+    model = small(encoder=encoder)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    images, index = pictures(dtype=torch.float32), index_of(model)
+    for other in (loaded, copy.deepcopy(model)):
+        assert torch.equal(other(images, index), model(images, index))
+        other.encoder.network.conv1[0].weight.data.zero_()  # its own, and read by its own context
+        assert not torch.equal(other(images, index), model(images, index))
+
+
+def test_a_second_thread_is_refused_while_a_call_runs():
+    model = small()
+    inside, done, errors = threading.Event(), threading.Event(), []
+
+    def wait(*_):
+        inside.set()
+        done.wait()
+
+    def first():
+        with model.encoder.network.conv1[0].register_forward_pre_hook(wait):
+            model(pictures(dtype=torch.float32))
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    inside.wait()
+    try:
+        model(pictures(dtype=torch.float32))
+    except RuntimeError as error:
+        errors.append(str(error))
+    done.set()
+    thread.join()
+    assert errors == ["another thread is using this encoder: give each thread a copy.deepcopy of its own"]
+    model(pictures(dtype=torch.float32))
+
+
+@pytest.mark.parametrize(("patches", "wrong"), [([0, 0], 1), ([0, 4], 1), ([-1, 0], 1)])
+def test_an_index_that_names_a_patch_twice_or_none_is_refused_with_its_row(model, patches, wrong):
+    with pytest.raises(ValueError, match=rf"visible\[{wrong}\] is .* different patches from 0 to 3"):
+        model(pictures(), torch.tensor([[1, 0], patches]))
+    losses = [model(pictures(), torch.tensor([first, [0, 3]])).item() for first in ([1, 0], [0, 1])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)  # in any order
+
+
+def test_norms_that_torch_has_replaced_are_refused_where_they_would_take_holes_into_their_statistics():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(small(encoder="masked"))
+    with pytest.raises(RuntimeError, match="build with sync_batchnorm=True instead"):
+        model.train()(pictures(dtype=torch.float32))
 
 
 def test_at_the_coarsest_level_equal_widths_are_not_projected():

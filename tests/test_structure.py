@@ -13,7 +13,17 @@ LINK = ROOT / "spark_fast" / "pipelines"  # to pipelines/
 FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py") if LINK not in p.parents)
 # the rooms and files of the product, from the ground up: each imports from its own floor and those below
 FLOORS = [
-    ["errors", "files", "commands", "autograd", "versions", "streams", "operating_system", "exchange"],
+    [
+        "errors",
+        "files",
+        "commands",
+        "autograd",
+        "versions",
+        "streams",
+        "operating_system",
+        "exchange",
+        "evaluation_mode",
+    ],
     ["pipelines"],
     ["masking"],
     ["encoder"],

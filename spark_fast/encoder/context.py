@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -30,10 +31,20 @@ class EncoderContext:
         self.kernels: bool | None = None
         self.visible: VisiblePatches | None = None
         self.activated: Tensor | None = None
+        self._thread: int | None = None  # whose call is running
+
+    def begin(self, visible: VisiblePatches | None) -> None:
+        """A call on these patches begins. Raises RuntimeError while another thread's is running."""
+        if not torch.compiler.is_compiling():
+            me = threading.get_ident()
+            if self._thread not in (None, me):
+                raise RuntimeError("another thread is using this encoder: give each thread a copy.deepcopy of its own")
+            self._thread = me
+        self.visible = visible
 
     def forget(self) -> None:
         """The call is over."""
-        self.visible = self.activated = None
+        self.visible = self.activated = self._thread = None
 
     def recall_for(self, features: list[Tensor]) -> None:
         """While the gradients of this call's `features`, (B, C, H, W) each, are computed, its patches are here again.

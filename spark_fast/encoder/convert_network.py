@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
 from itertools import pairwise
 
 from timm.models._features import FeatureDictNet, FeatureListNet
@@ -18,7 +17,7 @@ from spark_fast.encoder.context import EncoderContext
 from spark_fast.encoder.conv.geometry import layer_axes
 from spark_fast.encoder.layer_registry import BLOCKS, UnsupportedLayerError, layer_kind, refusal_reason
 from spark_fast.encoder.layers.batch_norm import ACTIVATIONS, Activated, PackedBatchNorm
-from spark_fast.encoder.layers.converted import ConvertedLayer, FoldedPadding, PaddedLayer
+from spark_fast.encoder.layers.converted import ConvertedLayer, FoldedPadding, PaddedLayer, new_layer
 from spark_fast.encoder.layers.halo import DenseFallback, HaloConv, HaloPool
 from spark_fast.encoder.layers.layer_norm import ChannelNorm
 from spark_fast.encoder.layers.masked import MaskedGlobalReduction, MaskedLocal, MaskedNorm
@@ -28,6 +27,7 @@ from spark_fast.encoder.layers.synced_batch_norm import SyncedBatchNorm2d
 
 LayerTable = dict[str, type[ConvertedLayer]]
 Sides = tuple[int, int, int, int]
+PACKED_ALREADY = "packed already"
 UNKNOWN = "of unknown kind (see spark_fast.encoder.register)"
 IN_ORDER = (nn.Sequential, FeatureDictNet, FeatureListNet)  # their forward runs their children one after another
 PACKED: LayerTable = {
@@ -123,6 +123,8 @@ def check_layers(network: nn.Module) -> None:
             f"{paths[0]} ({name}): {why}" + (f", and {len(paths) - 1} more of them" if paths[1:] else "")
             for (name, why), paths in sorted(refused.items(), key=lambda item: item[0][1] == UNKNOWN)
         ]
+        if all(why == PACKED_ALREADY for _, why in refused):
+            raise UnsupportedLayerError("the network is in an encoder already: build a new one")
         raise UnsupportedLayerError(f"cannot be packed: {'; '.join(listed)}")
 
 
@@ -149,7 +151,7 @@ def _unknown(module: nn.Module) -> str | None:
     if isinstance(module, nn.ConstantPad2d):
         return "padding not followed by a convolution or pooling"
     if isinstance(module, ConvertedLayer):
-        return "packed already"
+        return PACKED_ALREADY
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # without children, or they were no layer
     return None if isinstance(module, containers) else UNKNOWN
 
@@ -231,14 +233,7 @@ def _convert_layer(
     module: nn.Module, mixin: type[ConvertedLayer], context: EncoderContext, path: str
 ) -> ConvertedLayer:
     """The same layer, parameters shared, as an object of class (mixin, its own class)."""
-    cls = _converted_class(mixin, type(module))  # type: ignore[arg-type]
-    converted = cls.__new__(cls)
+    converted = new_layer(mixin, type(module))
     converted.__dict__.update(module.__dict__)
     converted.context, converted.layer_path = context, path or "the layer"
     return converted
-
-
-@cache
-def _converted_class(mixin: type[ConvertedLayer], base: type[nn.Module]) -> type[ConvertedLayer]:
-    """Made on demand, as torch.nn.utils.parametrize does, so that each kind is written once for all types."""
-    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), {})

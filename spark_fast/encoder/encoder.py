@@ -29,6 +29,7 @@ class Encoder(nn.Module):
 
     Attributes:
         channels, strides: of the levels kept, finest first.
+        restore_layers: puts the network's own layers back; a copy has none.
 
     Raises:
         UnsupportedLayerError: a layer that cannot be packed, by name.
@@ -50,12 +51,15 @@ class Encoder(nn.Module):
         self.in_chans = in_chans
         self.context = EncoderContext(dense=self.table is MASKED)
         self.levels, self.channels, self.strides = find_pyramid(network, input_size, stages, in_chans)
-        self.network, undo = convert_layers(network, self.table, self.context)
+        self.network, self.restore_layers = convert_layers(network, self.table, self.context)
         try:
             self._trace(input_size, keep)
         except Exception:
-            undo()
+            self.restore_layers()
             raise
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "restore_layers"}
 
     @property
     def patch(self) -> int:
@@ -73,7 +77,7 @@ class Encoder(nn.Module):
             per level, finest first: the packed features (V, C_i, b_i, b_i) of the visible patches; without
             `visible` the dense maps (B, C_i, H_i, W_i) of the ordinary network.
         """
-        self.context.visible = visible
+        self.context.begin(visible)
         try:
             features = feature_maps(self.network, images if visible is None else self._enter(images, visible))
             features = [features[i] for i in self.levels]
@@ -143,6 +147,12 @@ class MaskedEncoder(Encoder):
     table = MASKED
 
     def _enter(self, images: Tensor, visible: VisiblePatches) -> Tensor:
+        eager = not torch.compiler.is_compiling()
+        if eager and self.training and any(type(m) is nn.SyncBatchNorm for m in self.network.modules()):
+            raise RuntimeError(
+                "nn.SyncBatchNorm.convert_sync_batchnorm has replaced the norms that leave the holes out: "
+                "build with sync_batchnorm=True instead"
+            )
         return visible.repeat_images(images).masked_fill(~visible.cells(images.shape[2]), 0.0)  # (B*K, C, H, W)
 
     def _leave(self, features: list[Tensor], visible: VisiblePatches) -> list[Tensor]:

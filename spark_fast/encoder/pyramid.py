@@ -9,12 +9,14 @@ import inspect
 import itertools
 import math
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from spark_fast.evaluation_mode import evaluation_mode
 
 MIN_STRIDE = 4  # SparK decodes from stride 4 upwards; finer maps are dropped
 
@@ -37,8 +39,11 @@ class Pyramid(NamedTuple):
 
 
 def as_size(input_size: int | tuple[int, int]) -> tuple[int, int]:
-    """(H, W) of an input size that may be one number."""
-    return (input_size, input_size) if isinstance(input_size, int) else input_size
+    """(H, W) of an input size that may be one number. Raises ValueError if it is neither."""
+    size = (input_size, input_size) if isinstance(input_size, int) else input_size
+    if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise ValueError(f"input_size must be a number of pixels or (H, W), got {input_size!r}")
+    return size[0], size[1]
 
 
 def feature_maps(network: nn.Module, images: Tensor) -> list[Tensor]:
@@ -91,7 +96,11 @@ def find_pyramid(
             asked for, or the size is off the patch grid.
     """
     shapes, odd = _shapes(network, input_size, in_chans)
-    strides = [2 ** round(math.log2(input_size[0] / s[2])) for s in shapes]
+    strides = _strides(shapes, input_size)
+    if len(set(strides)) < len(strides):  # of an image smaller than a patch: padding rounds its maps up
+        larger = (8 * input_size[0], 8 * input_size[1])
+        with suppress(ValueError):
+            strides = _strides(_shapes(network, larger, in_chans)[0], larger)
     levels = [i for i, stride in enumerate(strides) if stride >= MIN_STRIDE]
     if stages is not None and not 1 <= stages <= len(levels):
         raise ValueError(f"stages must be from 1 to {len(levels)}, the levels of this network, got {stages}")
@@ -106,15 +115,15 @@ def run_on_meta(module: nn.Module, *args: object) -> list[Tensor]:
 
     Returns its output, for a network its maps (B, C_i, H_i, W_i).
     """
-    modes = [(m, m.training) for m in module.modules()]
     tensors = itertools.chain(module.named_parameters(), module.named_buffers())
     state = {name: torch.empty_like(t, device="meta") for name, t in tensors}
-    try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return functional_call(module.eval(), state, args)
-    finally:
-        for m, mode in modes:
-            m.training = mode
+    with (
+        evaluation_mode(module),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        return functional_call(module, state, args)
 
 
 def meta_images(network: nn.Module, count: int, input_size: tuple[int, int], in_chans: int = 3) -> Tensor:
@@ -183,6 +192,10 @@ def _shapes(network: nn.Module, input_size: tuple[int, int], in_chans: int) -> t
             raise running.explain(error, input_size) from error
     shapes = [tuple(m.shape) for m in _channels_first(network, maps)]
     return shapes, _oddities(network, running.first_size or input_size, input_size)
+
+
+def _strides(shapes: list[tuple[int, ...]], input_size: tuple[int, int]) -> list[int]:
+    return [2 ** round(math.log2(input_size[0] / shape[2])) for shape in shapes]
 
 
 def _check_arguments(network: nn.Module, images: Tensor) -> None:

@@ -14,6 +14,7 @@ from torchvision.utils import make_grid
 
 from spark_fast.encoder import VisiblePatches
 from spark_fast.errors import DataError, ImageError, SettingsError
+from spark_fast.evaluation_mode import evaluation_mode
 from spark_fast.files import atomic_write
 from spark_fast.method import Method
 from spark_fast.pipelines.transforms.bands.band_augment import resized_bands
@@ -70,10 +71,8 @@ def filled_grid(
             the image's own 1st to its 99th percentile.
     """
     shown = list(channels or (range(3) if model.in_chans >= 3 else (0,)))
-    training = model.training
-    model.eval()  # running statistics, and they are not changed
-    filled = model.reconstruct(images, visible)
-    model.train(training)
+    with evaluation_mode(model):
+        filled = model.reconstruct(images, visible)
     seen = VisiblePatches(visible, model.grid).cells(images.shape[2])
     pixels = _photographs if photographs else _stretched(images)
     image, prediction = (pixels(x)[:, shown].expand(-1, 3, -1, -1) for x in (images, filled))  # one channel is grey

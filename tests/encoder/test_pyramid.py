@@ -83,4 +83,4 @@ def test_a_run_on_the_meta_device_changes_nothing_of_the_network():
 
 def test_an_input_size_may_be_one_number():
     assert as_size(224) == (224, 224)
-    assert as_size((192, 256)) == (192, 256)
+    assert as_size((192, 256)) == as_size([192, 256]) == (192, 256)

@@ -134,6 +134,12 @@ def test_what_mixes_no_positions_is_taken_wherever_it_stands():
     assert verify(Broken(image=lambda x: (x - 0.5) / 0.25, middle=tokens, end=tuple)).leak == 0
 
 
+def test_dropout_is_left_out_of_the_comparison():
+    network = Broken(middle=nn.Dropout(0.5))
+    assert verify(network).leak == 0
+    assert network.middle.p == 0.5
+
+
 class Centre(nn.Module):
     def forward(self, x):
         return x - x.mean((2, 3), keepdim=True)

@@ -6,6 +6,8 @@ layer keeps its parameters, and `super().forward` in a mixin is the forward of t
 
 from __future__ import annotations
 
+from functools import cache
+
 from torch import Tensor, nn
 
 from spark_fast.encoder.context import EncoderContext
@@ -26,6 +28,22 @@ class ConvertedLayer(nn.Module):
     def original_type(cls) -> type[nn.Module]:
         """The class of the layer before it was converted."""
         return cls.__bases__[1]
+
+    def __reduce__(self) -> tuple:
+        """For pickle and `copy`: the class is found in no module."""
+        return new_layer, type(self).__bases__, self.__dict__
+
+
+def new_layer(mixin: type[ConvertedLayer], base: type[nn.Module]) -> ConvertedLayer:
+    """An empty layer with these two bases; its attributes are set by the caller."""
+    cls = _converted_class(mixin, base)  # type: ignore[arg-type]
+    return cls.__new__(cls)
+
+
+@cache
+def _converted_class(mixin: type[ConvertedLayer], base: type[nn.Module]) -> type[ConvertedLayer]:
+    """Made on demand, as torch.nn.utils.parametrize does, so that each kind is written once for all types."""
+    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), {})
 
 
 class PaddedLayer(ConvertedLayer):
