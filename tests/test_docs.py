@@ -153,7 +153,7 @@ def test_the_readme_is_short_and_has_its_picture_before_the_first_command():
 @pytest.mark.parametrize("code", list(blocks("python")))
 def test_python_examples_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # an example may train, which leaves a folder
-    exec(compile(code, "example", "exec"), {})
+    exec(compile(code, "example", "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("code", list(blocks("toml")))

@@ -166,14 +166,14 @@ class EncodedPipeline(Backend):
 
     def _load(self, sample: int, draws: Sequence[float]) -> Examined:
         """A sample, or the image that stands in for it, as its file or as pixels; as `ImageLoader.load` otherwise."""
-        reason: str | None = None
+        reason: Exception | None = None
         for i in candidates(self._source, sample):
             try:
                 encoded, loaded = self._examine(i, read_patiently(self._source, i), draws, sample in self._refused)
             except (ImageError, OSError) as error:
-                reason = reason or str(error)
+                reason = reason or error
                 continue
-            return encoded, loaded._replace(substituted=reason)
+            return encoded, loaded._replace(substituted=None if reason is None else str(reason))
         raise none_readable(self._source, sample, reason)
 
     def _examine(self, i: int, data: bytes | memoryview, draws: Sequence[float], refused: bool) -> Examined:

@@ -74,12 +74,12 @@ class ImageLoader:
         Raises:
             DataError: neither the sample nor any image that may stand in can be read.
         """
-        reason: str | None = None  # why the sample's own image cannot be read
+        reason: Exception | None = None  # why the sample's own image cannot be read
         for i in candidates(self.source, sample):
             try:
                 image, converted, losses = self.read(i)
             except (ImageError, OSError) as error:
-                reason = reason or str(error)
+                reason = reason or error
                 continue
             self.judged[i] = True
             height, width, _ = image.shape
@@ -88,7 +88,7 @@ class ImageLoader:
                 crop.copy_(torch.tensor(self.place_cell(image, box, turn, out)))
             else:
                 self.place(image, box, turn, out)
-            return Loaded(converted, reason, losses)
+            return Loaded(converted, None if reason is None else str(reason), losses)
         raise none_readable(self.source, sample, reason)
 
     def read(self, i: int) -> Read:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -136,7 +137,7 @@ def _splits(src: Path, dst: Path, endings: tuple[str, ...]) -> list[tuple[_Image
     """Pairs of a source and the folder its shards go to, which holds nothing but a conversion."""
     if not src.exists():
         raise DataError(f"{src} does not exist: SRC must be a folder of images or a file list")
-    real_src, real_dst = src.resolve(), dst.resolve()
+    real_src, real_dst = (Path(os.path.realpath(path)) for path in (src, dst))  # `resolve` raises at a loop of links
     if real_dst == real_src or real_src in real_dst.parents:
         raise SettingsError(f"the shards would be written into the folder of the images, {src}: choose another")
     tars = {split: src / tar for split, tar in TARS.items() if (src / tar).is_file()}

@@ -19,7 +19,6 @@ from spark_fast.errors import DataError
 from spark_fast.pipelines.base import BadImageCounts
 from spark_fast.pipelines.sources.losses import counted
 from spark_fast.pipelines.sources.source import Source
-from spark_fast.pipelines.transforms.file_kinds import IS_NOT_SUPPORTED
 from spark_fast.pipelines.transforms.pillow_pixels import Loss
 
 logger = logging.getLogger("spark_fast.pipelines")
@@ -42,9 +41,9 @@ def candidates(source: Source, sample: int) -> Iterator[int]:
     return ((sample + attempt) % len(source) for attempt in range(1 + SUBSTITUTES))
 
 
-def none_readable(source: Source, sample: int, reason: str | None) -> DataError:
+def none_readable(source: Source, sample: int, reason: Exception | None) -> DataError:
     """What to raise when no candidate can be read, the sample itself for this `reason`."""
-    question = "" if IS_NOT_SUPPORTED in (reason or "") else ": is the storage still available?"
+    question = ": is the storage still available?" if isinstance(reason, OSError) else ""
     return DataError(
         f"image {sample} ({source.name(sample)}) cannot be read ({reason}), and neither can the {SUBSTITUTES}"
         f" images after it{question}"

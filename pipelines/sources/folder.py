@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from spark_fast.errors import DataError, ImageError
 from spark_fast.pipelines.sources.listing.compressed import how_to_unpack, is_compressed
 from spark_fast.pipelines.sources.listing.folder_tree import FolderTree, files_in, read_tree
-from spark_fast.pipelines.sources.listing.image_names import IMAGE_EXTENSIONS, listed
+from spark_fast.pipelines.sources.listing.image_names import BAND_EXTENSIONS, IMAGE_EXTENSIONS, listed
 from spark_fast.pipelines.sources.listing.splits import refuse_mixed_splits
 from spark_fast.pipelines.transforms.file_kinds import PAGE
 
@@ -119,12 +119,14 @@ def _no_images(tree: FolderTree) -> DataError:
     root, files = tree.root, files_in(tree.root)
     kinds = f" Left out: {text}." if (text := tree.left_out.describe()) else ""
     links = f" Links that are not followed: {listed(tree.links)}." if tree.links else ""
+    arrays = sorted({*tree.left_out.endings} & {*BAND_EXTENSIONS} - {*tree.endings})
+    read_as = f" Files ending in {', '.join(arrays)} are read with --in_chans." if arrays else ""
     packed = [path for path in files if is_compressed(path.name)]
     return DataError(
         f"no images in {root}: it holds {len(tree.folders)} folders and {len(files)} other"
         f" entries, but no file ending in {', '.join(tree.endings)}, neither directly nor in class"
         " folders. Point data_path at a folder of images, of class folders, or one that holds train/."
-        f"{kinds}{links}{' ' + how_to_unpack(packed) if packed else ''} See {PAGE}."
+        f"{kinds}{read_as}{links}{' ' + how_to_unpack(packed) if packed else ''} See {PAGE}."
     )
 
 

@@ -16,10 +16,10 @@ import platform
 import re
 import resource
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -33,7 +33,7 @@ from rich.table import Table
 from spark_fast.cli.start import start
 from spark_fast.cli.tool import run_tool
 from spark_fast.commands import INSTALL_DALI, INSTALL_FFCV, command
-from spark_fast.errors import SparkFastError
+from spark_fast.errors import SettingsError, SparkFastError
 from spark_fast.operating_system import usable_cores
 
 if TYPE_CHECKING:  # torch may not load
@@ -90,6 +90,10 @@ def doctor(
         cache_dir: Where shards of a data_path on a server are kept, as in training.
         cache_size: At most so much of them.
     """
+    if input_size < 1:
+        raise SettingsError(f"--input_size must be positive, got {input_size}")
+    if workers < 0:
+        raise SettingsError(f"--workers must not be negative, got {workers}")
     findings = [*packages()]
     broken = next((package for package in IMPORTED if _is_missing(_load(package))), "")
     if broken:
@@ -262,23 +266,25 @@ def read_from(data_path: Path, files: Iterable[Path] | None = None) -> Finding:
     """How fast files are read, from the disk where the system lets its cache be dropped; by default all at a path."""
     what, files = f"images at {data_path}", _files(data_path) if files is None else files
     count = read = 0
+    unreadable: list[str] = []
     start = time.perf_counter()
     for path in files:
-        with suppress(FileNotFoundError), path.open("rb") as file:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            read += len(file.read(SAMPLE - read))
+        try:
+            read += len(_from_disk(path, SAMPLE - read))
             count += 1
+        except OSError as error:
+            unreadable.append(f"{path} ({error.strerror})")
         if read >= SAMPLE:
             break
+    failed = f"{len(unreadable)} files cannot be read, the first: {unreadable[0]}" if unreadable else ""
     if not read:
-        return Finding(what, "nothing to read", "check --data_path", needed=True)
+        why = failed or ("nothing to read" if data_path.exists() else "there is no such file or folder")
+        return Finding(what, why, "check --data_path", needed=True)
     seconds = time.perf_counter() - start
     small = read / count < 2**20
     advice = f"many small files: convert them into shards with {command('convert')}" if small else ""
-    return Finding(
-        what, f"{read / 2**20 / seconds:.0f} MB/s, {count / seconds:.0f} files/s", advice, rate=read / seconds
-    )
+    speed = f"{read / 2**20 / seconds:.0f} MB/s, {count / seconds:.0f} files/s"
+    return Finding(what, "; ".join(filter(None, (speed, failed))), advice, rate=read / seconds)
 
 
 def fetched_from(url: str, options: LoaderOptions) -> Finding:
@@ -319,6 +325,16 @@ def _files(data_path: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(data_path):
         folders.sort()
         yield from (Path(folder, name) for name in sorted(names))
+
+
+def _from_disk(path: Path, most: int) -> bytes:
+    """At most so many bytes of a file, from the disk where the system lets its cache be dropped; of a pipe none."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe would be waited for
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return b""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return file.read(most)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

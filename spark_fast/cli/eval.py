@@ -56,7 +56,7 @@ def evaluate(settings: Evaluation, ranks: Ranks, watchdog: Watchdog) -> int:
 
 def on_features(asked: Evaluation, ranks: Ranks, watchdog: Watchdog, lock: RunLock, closing: ExitStack) -> int:
     """k-NN or a linear probe: the network is frozen."""
-    refuse_another_run(asked.folder)
+    refuse_another_run(asked.folder, resumable=False)
     weights = _weights(asked)
     settings = asked.resolved(*_network(asked, weights))
     backbone = build_backbone(settings.network, settings.model.stages, weights, settings.in_chans)

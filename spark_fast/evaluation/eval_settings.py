@@ -203,7 +203,8 @@ class Evaluation(Tree):
         }
         self.check_numbers(
             positive | {"log_every", "max_bad_steps", "accumulate", "crop_pct", "min_scale"},
-            {"crop_pct", "min_scale", "layer_decay", "smoothing", "erase", "ema", "drop_path"},
+            {"crop_pct", "min_scale", "layer_decay", "erase"},
+            {"smoothing", "ema", "drop_path"},
         )
 
 
@@ -239,7 +240,7 @@ class Finetune(Evaluation):
     HARMLESS: ClassVar[dict[str, set[str]]] = {  # what changes nothing that is computed, or only its rounding
         "data": {"data_path", "val_path", "pipeline", "workers", "prefetch", "max_bad_fraction", "max_pixels"}
         | {"worker_processes", "cache_dir", "cache_size"},
-        "model": {"weights"},
+        "model": set(),
         "run": {f.name for f in dataclasses.fields(FinetuneRunSettings)} - {"seed"},
         "recipe": {"accumulate"},
     }

@@ -6,6 +6,7 @@ one that was not (fp32 on a CPU).
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable
 from functools import partial
@@ -32,6 +33,7 @@ from spark_fast.evaluation.mixup import Augment, Mix
 from spark_fast.evaluation.report import Report
 from spark_fast.pipelines import Batch, Pipeline
 from spark_fast.reporting.monitor import Monitor
+from spark_fast.reporting.run_summary import long_warmup
 from spark_fast.run.data_parallel import data_parallel, share_statistics
 from spark_fast.run.distributed import Ranks
 from spark_fast.run.seeding import step_seed
@@ -46,6 +48,8 @@ from spark_fast.training.schedule import Schedule
 from spark_fast.training.step import TrainStep, resolve_precision
 from spark_fast.training.trainer import Trainer
 from spark_fast.weights.timm_keys import write_encoder
+
+log = logging.getLogger("spark_fast")
 
 
 class Objective(nn.Module):
@@ -223,6 +227,8 @@ class FinetuneRun:
         objective = Objective(self.network, criterion)
         peak = recipe.base_lr * self.settings.batch_size / 256
         decay = recipe.weight_decay
+        if doubt := long_warmup(recipe.warmup_epochs * at.steps_per_epoch, at.total_steps):
+            log.warning(doubt)
         return TrainStep(
             data_parallel(objective, self.ranks, static=recipe.accumulate == 1, gradients_in_bf16=False),
             self.optimizer,

@@ -7,6 +7,7 @@ random crops every epoch.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 
@@ -18,10 +19,13 @@ from torch.nn.functional import cross_entropy
 from spark_fast.errors import NotFiniteError
 from spark_fast.evaluation.eval_settings import Probe
 from spark_fast.pipelines.sampler import order
+from spark_fast.reporting.run_summary import long_warmup
 from spark_fast.run.data_parallel import data_parallel, share_statistics
 from spark_fast.run.distributed import Ranks
 from spark_fast.training.optimizers.optim import set_rates
 from spark_fast.training.schedule import learning_rate
+
+log = logging.getLogger("spark_fast")
 
 Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]  # epoch -> (B, C) and (B,) of this rank
 
@@ -76,6 +80,8 @@ def train_probe(
     model = data_parallel(probe.train(), ranks, static=True, gradients_in_bf16=False)
     optimizer = _optimizer(probe, settings.optimizer)
     peak, total = settings.base_lr * batch_size / 256, settings.epochs * steps
+    if doubt := long_warmup(settings.warmup_epochs * steps, total):
+        log.warning(doubt)
     step = 0
     for epoch in range(settings.epochs):
         losses = []

@@ -94,17 +94,24 @@ class RunSummary:
                 f"an image has {self.patches} patches, of which {self.masked} are masked: the visible ones say little "
                 f"about the rest. Lower --stages for smaller patches, or raise --input_size for more of them"
             )
-        if 2 * self.warmup_steps >= self.total_steps:
-            found.append(
-                f"warm-up takes {self.warmup_steps} of the {self.total_steps} steps, so the learning rate hardly "
-                f"reaches its peak. Lower --warmup_epochs, or raise --epochs"
-            )
+        if doubt := long_warmup(self.warmup_steps, self.total_steps):
+            found.append(doubt)
         if self.total_steps < FEW_STEPS:
             found.append(
                 f"{self.total_steps} steps are few; pre-training begins to pay at about {FEW_STEPS}. Raise --epochs or "
                 f"lower --batch_size; {PAGE} has settings for few images"
             )
         return found
+
+
+def long_warmup(steps: float, total_steps: int) -> str:
+    """What to say of a warm-up that takes half of a run or more; "" of a shorter one."""
+    if 2 * steps < total_steps:
+        return ""
+    return (
+        f"warm-up takes {min(round(steps), total_steps)} of the {total_steps} steps, so the learning rate hardly "
+        f"reaches its peak. Lower --warmup_epochs, or raise --epochs"
+    )
 
 
 def nothing_learned(loss: float) -> str:

@@ -162,8 +162,10 @@ class Tree:
         if (keep_last := getattr(self.run, "keep_last", 2)) < 2:
             raise SettingsError(f"--keep_last must be 2 or more, because the last one may be damaged; got {keep_last}")
 
-    def check_numbers(self, positive: Iterable[str], up_to_one: Iterable[str] = ()) -> None:
-        """Raise SettingsError for a number that is infinite or below 0; these must be above 0, those 1 at most."""
+    def check_numbers(
+        self, positive: Iterable[str], up_to_one: Iterable[str] = (), below_one: Iterable[str] = ()
+    ) -> None:
+        """Raise SettingsError for a number that is infinite or below 0, or is not as these sets of names say."""
         for name, value in (item for group in self.to_dict().values() for item in group.items()):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
@@ -172,6 +174,8 @@ class Tree:
                 raise SettingsError(f"--{name} must {must}, got {value}")
             if name in up_to_one and value > 1:
                 raise SettingsError(f"--{name} must be at most 1, got {value}")
+            if name in below_one and value >= 1:
+                raise SettingsError(f"--{name} must be below 1, got {value}")
 
 
 T = TypeVar("T", bound=Tree)

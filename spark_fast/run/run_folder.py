@@ -50,13 +50,12 @@ def open_run_folder(folder: Path, lock: RunLock, config: str, head: Mapping[str,
     return folder
 
 
-def refuse_another_run(folder: Path) -> None:
+def refuse_another_run(folder: Path, resumable: bool = True) -> None:
     """Raise SettingsError if the folder holds a run already, or its result."""
     left = (CHECKPOINT, RECORD, RESULT)
     if any(os.path.lexists(folder / name) for name in left) or published(folder):
-        raise SettingsError(
-            f"{folder} holds a run already: continue it with --resume auto, or choose another <experiment_name>"
-        )
+        what_to_do = "continue it with --resume auto" if resumable else "delete the folder"
+        raise SettingsError(f"{folder} holds a run already: {what_to_do}, or choose another <experiment_name>")
 
 
 def what_is_kept(folder: Path) -> str:

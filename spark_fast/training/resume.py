@@ -9,6 +9,7 @@ from spark_fast.checkpoint.file import RunContent
 from spark_fast.checkpoint.manager import candidates
 from spark_fast.errors import CheckpointError, MisfitError, SettingsError
 from spark_fast.pipelines.base import Pipeline
+from spark_fast.run.config import nearest
 from spark_fast.training.settings import Settings
 from spark_fast.versions import versions
 
@@ -43,8 +44,10 @@ def checkpoints_to_resume(asked: str, folder: Path) -> list[Path]:
     if not asked:
         return []
     if asked != "auto":
+        if Path(asked).is_dir() and (found := candidates(Path(asked))):
+            raise CheckpointError(f"{asked} is a folder: name one of its checkpoints, as {found[0]}")
         if not Path(asked).is_file():
-            raise CheckpointError(f"there is no checkpoint {asked} to resume from")
+            raise CheckpointError(f"there is no checkpoint {asked} to resume from{nearest(asked, ['auto'])}")
         return [Path(asked)]
     found = candidates(folder)
     if not found:

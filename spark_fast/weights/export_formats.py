@@ -6,6 +6,7 @@ tensor by tensor. Only then is it moved to its place.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,8 +108,10 @@ def _write(source: Pretrained, to: str, made: ExportFormat, path: Path, card: Pa
         with atomic_write(weights) as file:
             file.write(content)
     else:
+        memory = io.BytesIO()  # of a full disk torch.save itself says no more than "unexpected pos"
+        torch.save(made.whole or made.state, memory)
         with atomic_write(weights) as file:
-            torch.save(made.whole or made.state, file)
+            file.write(memory.getbuffer())
     text = model_card(source, to, made.new, made.usage.replace("PATH", path.name))
     with atomic_write(card) as file:
         file.write(text.encode())

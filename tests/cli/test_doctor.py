@@ -183,10 +183,28 @@ def test_a_server_that_is_gone_is_a_fault_and_a_password_is_not_repeated(tmp_pat
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("folder", ["nothing", "gone"])
-def test_no_images_is_a_fault(tmp_path, folder):
+@pytest.mark.parametrize(
+    ("folder", "why"), [("nothing", "nothing to read"), ("gone", "there is no such file or folder")]
+)
+def test_no_images_is_a_fault(tmp_path, folder, why):
     (tmp_path / "nothing").mkdir()
-    assert doctor.read_from(tmp_path / folder).needed
+    finding = doctor.read_from(tmp_path / folder)
+    assert (finding.needed, finding.found) == (True, why)
+
+
+def test_a_pipe_is_not_waited_for_and_files_that_cannot_be_read_are_told(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg(1))
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "itself.jpg").symlink_to("itself.jpg")
+    finding = doctor.read_from(tmp_path)
+    assert finding.rate > 0
+    assert f"1 files cannot be read, the first: {tmp_path / 'itself.jpg'} (Too many levels" in finding.found
+
+
+@pytest.mark.parametrize("words", [("--input_size", "0"), ("--workers", "-1")])
+def test_numbers_that_make_no_sense_are_named(capsys, words):
+    assert doctor.main(list(words)) == 2
+    assert f"{words[0]} must" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):

@@ -53,7 +53,7 @@ def test_neighbours_tell_colours_apart_even_through_random_weights(run, tmp_path
     assert Image.open(tmp_path / "a" / "confusion.png").size[0] > 300
     assert f"top-1 {found['top1']:.2f} %" in capsys.readouterr().out
     assert run("knn", FRESH, f"--exp_dir={tmp_path / 'a'}", "--k=5") == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "holds a run already: delete the folder, or choose another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--opt=sgd"], ["--opt=adamw", "--base_lr=0.05"], ["--opt=lars", "--augment"]])
@@ -101,6 +101,8 @@ def test_a_run_of_fine_tuning_killed_in_the_middle_of_an_epoch_ends_with_the_sam
     capsys.readouterr()
     assert finetuned(run, broken, "--resume=auto", "--mixup=0.9") == 2
     assert "mixup was 0.1, is 0.9" in capsys.readouterr().err
+    assert finetuned(run, broken, "--resume=auto", f"--weights={whole}") == 2
+    assert f"is {str(whole)!r}" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -188,6 +190,7 @@ WRONG = [
     (["finetune", "a", "--data_path={pictures}", *TINY, FRESH, "--accumulate=3"], 2, "does not divide the 16"),
     (["finetune", "a", "--data_path={pictures}", *TINY, FRESH, "--resume={tmp}/no.pth"], 6, "to resume from"),
     (["finetune", "a", "--data_path={pictures}", *TINY, FRESH, "--layer_decay=2"], 2, "_decay must be at most 1"),
+    (["finetune", "a", "--data_path={pictures}", *TINY, FRESH, "--ema=1"], 2, "--ema must be below 1"),
     (["finetune", "a", "--config={tmp}/typo.toml"], 2, "did you mean mixup"),
 ]  # fmt: skip
 

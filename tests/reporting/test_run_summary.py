@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from spark_fast.reporting.run_summary import RunSummary, nothing_learned
+from spark_fast.reporting.run_summary import RunSummary, long_warmup, nothing_learned
 
 PUBLISHED = RunSummary(
     device="cuda:0 (NVIDIA H100)", precision="bf16", ranks=8, network="resnet50", parameters=(23_500_000, 20_100_000),
@@ -62,3 +62,8 @@ def test_what_speaks_against_it_is_said(summary, doubts):
 def test_a_loss_of_predicting_the_mean_is_named_at_the_end(loss, said):
     assert bool(nothing_learned(loss)) is said
     assert not nothing_learned(float("nan"))
+
+
+def test_a_warm_up_as_long_as_half_of_the_run_is_doubted():
+    assert long_warmup(49, 100) == ""
+    assert long_warmup(500.0, 100).startswith("warm-up takes 100 of the 100 steps")

@@ -56,6 +56,13 @@ def test_a_named_checkpoint_is_taken_and_a_missing_one_is_an_error(tmp_path):
         to_resume(asked)
     path.touch()
     assert to_resume(asked) == [path]
+    with pytest.raises(CheckpointError, match="no checkpoint Auto to resume from; did you mean auto"):
+        to_resume(settings("--resume=Auto"))
+    last = checkpoint(tmp_path / "run" / CHECKPOINT)
+    with pytest.raises(
+        CheckpointError, match=f"{tmp_path / 'run'} is a folder: name one .*, as {last}"
+    ):
+        to_resume(settings(f"--resume={tmp_path / 'run'}"))
 
 
 def test_the_newest_that_can_be_read_is_used_and_the_others_are_named(tmp_path, caplog):

@@ -22,7 +22,7 @@ from tests.pipelines.pictures import jpeg
 from tests.pipelines.transforms.test_jpeg import swallowed_bad_code
 
 
-def test_when_nothing_near_is_readable_the_storage_is_questioned(tmp_path):
+def test_when_nothing_near_is_readable_it_is_said_and_of_files_that_are_gone_the_storage_is_questioned(tmp_path):
     for i in range(SUBSTITUTES + 4):
         (tmp_path / f"{i:02d}.jpg").write_bytes(b"broken" if i <= SUBSTITUTES else jpeg(i))
     source = detect_source(tmp_path)
@@ -33,6 +33,8 @@ def test_when_nothing_near_is_readable_the_storage_is_questioned(tmp_path):
     assert loader.load(1, draws, out).substituted
     assert loader.load(len(source) - 1, draws, out).substituted is None
     pipeline = build(tmp_path, batch_size=20, input_size=32)
+    for path in tmp_path.iterdir():
+        path.unlink()
     with pytest.raises(DataError, match="is the storage still available"):
         list(pipeline.epoch(0))
     pipeline.close()

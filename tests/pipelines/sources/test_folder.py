@@ -104,6 +104,9 @@ def test_folders_without_images_are_refused_saying_what_was_sought(tmp_path):
     write(tmp_path, "train/x/readme.txt", "train/notes.md")
     with pytest.raises(DataError, match=r"train: it holds 1 folders and 1 other entries, but no .*\.jpeg, \.png"):
         detect_source(tmp_path)
+    write(tmp_path / "arrays", "a/x.npy", "a/y.dcm", "a/z.txt")
+    with pytest.raises(DataError, match=r"Files ending in \.dcm, \.npy are read with --in_chans\."):
+        detect_source(tmp_path / "arrays")
 
 
 def test_an_absurdly_large_file_is_not_read(tmp_path):
