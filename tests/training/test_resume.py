@@ -59,9 +59,7 @@ def test_a_named_checkpoint_is_taken_and_a_missing_one_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint Auto to resume from; did you mean auto"):
         to_resume(settings("--resume=Auto"))
     last = checkpoint(tmp_path / "run" / CHECKPOINT)
-    with pytest.raises(
-        CheckpointError, match=f"{tmp_path / 'run'} is a folder: name one .*, as {last}"
-    ):
+    with pytest.raises(CheckpointError, match=f"{tmp_path / 'run'} is a folder: name one .*, as {last}"):
         to_resume(settings(f"--resume={tmp_path / 'run'}"))
 
 
