@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,18 @@ def timm_channels(in_chans: int) -> dict[str, Any]:
     return {} if in_chans == 3 else {"in_chans": in_chans}
 
 
+def takes_drop_path(model: str) -> bool:
+    """Whether a network may be given a `drop_path_rate`: your own by its function's signature, timm's are all tried.
+
+    Raises:
+        SettingsError: a function that cannot be imported.
+    """
+    try:
+        return ":" not in model or _takes(_function(model), "drop_path_rate")
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
 def import_from_current_folder(model: str) -> None:
     """Have a model `package.module:function` looked for in the current folder first, as `python -m` does.
 
@@ -102,12 +116,27 @@ def _features(name: str, kwargs: dict) -> nn.Module:
         raise ValueError(f"timm cannot build {name} as a network of feature maps: {error}") from error
 
 
-def _own(target: str, kwargs: dict) -> nn.Module:
+def _function(target: str) -> Callable[..., object]:
     module_name, _, function_name = target.partition(":")
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        return getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"model {target!r} cannot be imported: {error}") from error
+
+
+def _takes(function: Callable[..., object], name: str) -> bool:
+    """Whether a function has a parameter of this name, or takes any."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of a builtin: it is called, and says so itself
+        return True
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _own(target: str, kwargs: dict) -> nn.Module:
+    function = _function(target)
+    if "drop_path_rate" in kwargs and not _takes(function, "drop_path_rate"):
+        raise ValueError(f"model {target!r} takes no drop_path_rate: give --drop_path 0, or the function this argument")
     try:
         network = function(**kwargs)
     except TypeError as error:

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from spark_fast.networks import build_network, import_from_current_folder
+from spark_fast.errors import SettingsError
+from spark_fast.networks import build_network, import_from_current_folder, takes_drop_path
 
 
 def test_stages_of_an_efficientnet_leave_the_later_blocks_out():
@@ -54,3 +55,19 @@ def test_your_own_network_is_found_in_the_current_folder_where_a_command_looks_t
         import_from_current_folder("mine_for_the_test:build")
     assert sys.path == [str(tmp_path), *path]
     assert build_network("mine_for_the_test:build", {"width": 5}).out_channels == 5
+
+
+def test_your_own_network_gets_a_drop_path_rate_where_its_function_takes_one(tmp_path, monkeypatch):
+    (tmp_path / "own_rates.py").write_text(
+        "from torch import nn\n\ndef plain(width=3):\n    return nn.Identity()\n\n"
+        "def rated(drop_path_rate=0.0):\n    return nn.Dropout(drop_path_rate)\n\n"
+        "def any(**kwargs):\n    return rated(**kwargs)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ("resnet50", "own_rates:plain", "own_rates:rated", "own_rates:any", "builtins:dict")
+    assert [takes_drop_path(name) for name in names] == [True, False, True, True, True]
+    assert build_network("own_rates:any", {"drop_path_rate": 0.25}).p == 0.25
+    with pytest.raises(ValueError, match=r"'own_rates:plain' takes no drop_path_rate: give --drop_path 0, or"):
+        build_network("own_rates:plain", {"drop_path_rate": 0.25})
+    with pytest.raises(SettingsError, match="cannot be imported"):
+        takes_drop_path("own_rates:missing")

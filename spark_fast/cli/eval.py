@@ -8,6 +8,7 @@ Exit codes: see `spark_fast.errors`.
 
 from __future__ import annotations
 
+import logging
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +29,7 @@ from spark_fast.evaluation.finetune import FinetuneRun
 from spark_fast.evaluation.knn import classify_by_neighbours
 from spark_fast.evaluation.linear_probe import LinearProbe, shuffled, train_probe
 from spark_fast.evaluation.report import Report
+from spark_fast.networks import takes_drop_path
 from spark_fast.pipelines import Pipeline, View
 from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.run.command import code_when_stopped, open_checkpoints, open_folder, run_command, running
@@ -39,6 +41,8 @@ from spark_fast.run.watchdog import Watchdog
 from spark_fast.training.resume import checkpoints_to_resume
 from spark_fast.training.step import DTYPES, resolve_precision
 from spark_fast.weights.read import Weights, read_weights
+
+log = logging.getLogger("spark_fast")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,6 +143,9 @@ def finetune(asked: Finetune, ranks: Ranks, watchdog: Watchdog, lock: RunLock, c
     statistics = _statistics(before[1]) if before else weights.statistics if weights else None
     settings = asked.resolved(network, stages, in_chans, statistics)
     recipe = settings.whole_recipe
+    if asked.recipe.drop_path is None and recipe.drop_path and not takes_drop_path(network):
+        log.info("%s takes no drop_path_rate: it is fine-tuned without the recipe's --drop_path", network)
+        recipe.drop_path = 0.0
     block = settings.data.shuffle_block
     view = View(scale=(recipe.min_scale, 1.0), repeats=recipe.repeats, shuffle_block=block)
     train = open_train(settings, ranks, view, statistics)

@@ -262,6 +262,20 @@ def test_images_may_be_shards(run, pictures, tmp_path):
     assert measured(tmp_path / "of" / "shards") == measured(tmp_path / "of" / "folder")
 
 
+def test_your_own_network_without_a_drop_path_rate_is_fine_tuned_by_default(run, tmp_path, monkeypatch, capsys, caplog):
+    code = "import timm\n\ndef build(width=32):\n    return timm.create_model('test_resnet', features_only=True)\n"
+    (tmp_path / "own_tuned.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = ["--model=own_tuned:build", FRESH, "--ep=1", "--wp_ep=0", "--bs=48"]
+    assert run("finetune", *words, "--dp=0.1", "--exp_dir=a") == 2
+    assert "'own_tuned:build' takes no drop_path_rate: give --drop_path 0" in capsys.readouterr().err
+    caplog.set_level("INFO", "spark_fast")
+    assert run("finetune", *words, "--exp_dir=a") == 0
+    assert "own_tuned:build takes no drop_path_rate: it is fine-tuned without" in capsys.readouterr().err
+    assert result(tmp_path / "a")["settings"]["recipe"]["drop_path"] == 0
+
+
 @pytest.fixture
 def many_channels(tmp_path):
     """Words that evaluate a checkpoint for images of 12 channels, on generated ones."""
