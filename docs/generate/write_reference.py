@@ -69,7 +69,8 @@ HEAD = """# Every setting
 
 `python docs/generate/write_reference.py` writes this page from the code. A flag may also be written with
 dashes, and as `--name=value`. `--config file.toml` takes the same names in a table for each group (`--print_config`
-prints such a file). Flags override the file.
+prints such a file). Files and `spark_fast.pretrain` take the long names alone: `batch_size`, not `bs`. Flags override
+the file.
 """
 
 

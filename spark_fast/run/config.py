@@ -235,7 +235,7 @@ def set_by_name(settings: Tree, given: Mapping[str, object]) -> None:
     home = {f.name: group for group in groups for f in dataclasses.fields(group)}
     for name, value in given.items():
         if name not in home:
-            raise TypeError(f"{name!r} is not a setting{nearest(name, home)}")
+            raise TypeError(f"{name!r} is not a setting{_meant(name, home)}")
         hint = get_type_hints(type(home[name]))[name]
         kind, *words = get_args(hint) if get_origin(hint) is Union else (hint,)  # a number, or a word like "auto"
         if any(value in get_args(word) for word in words):
@@ -297,6 +297,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {', '.join(near)}?" if near else f"; choose one of {', '.join(sorted(known))}"
 
 
+def _meant(word: str, home: Mapping[str, Any]) -> str:
+    """As `nearest`, but a short name of the command line is told by its long one; `home`: setting -> its group."""
+    for name, group in home.items():
+        hint = get_type_hints(type(group), include_extras=True)[name]
+        if any(f"--{word}" in (getattr(part, "aliases", None) or ()) for part in get_args(hint)[1:]):
+            return f": it is --{word} on the command line, {name} here"
+    return nearest(word, home)
+
+
 def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
     """The value of an option (None: it is not there), and the words without it."""
     for i, word in enumerate(argv):
@@ -342,10 +351,11 @@ def _flags_of(path: Path, known_settings: Any) -> list[str]:
         names = {f.name for f in dataclasses.fields(known_settings)}
         if section not in names or not isinstance(values, dict):
             raise SettingsError(f"{path}: [{section}] is not a section; choose one of {', '.join(sorted(names))}")
-        known = {f.name for f in dataclasses.fields(getattr(known_settings, section))}
+        group = getattr(known_settings, section)
+        known = {f.name: group for f in dataclasses.fields(group)}
         for key, value in values.items():
             if key not in known:
-                raise SettingsError(f"{path}: [{section}] has no setting {key!r}{nearest(key, known)}")
+                raise SettingsError(f"{path}: [{section}] has no setting {key!r}{_meant(key, known)}")
             several = isinstance(value, list)  # as `--key 1 2 3`
             flags += [f"--{key}", *map(str, value)] if several else [f"--{key}={value}"]
     return flags

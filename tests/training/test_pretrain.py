@@ -78,6 +78,8 @@ def test_the_command_runs_in_a_thread_too(few, tmp_path):
 
 
 def test_mistakes_are_exceptions_that_name_the_setting(tmp_path):
+    with pytest.raises(TypeError, match=r"'ep' is not a setting: it is --ep on the command line, epochs here"):
+        spark_fast.pretrain("x", exp_name="a", ep=3)
     with pytest.raises(TypeError, match=r"'decoder_widht' is not a setting; did you mean decoder_width"):
         spark_fast.pretrain("x", exp_name="a", decoder_widht=8)
     with pytest.raises(SettingsError, match=r"precision must be one of .*'bf16'.*, got 'fp8'"):

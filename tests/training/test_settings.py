@@ -239,6 +239,7 @@ def test_the_file_kept_in_a_run_folder_holds_every_setting():
 @pytest.mark.parametrize(
     ("text", "message"),
     [("[optim]\nepoch = 3\n", r"\[optim\] has no setting 'epoch'; did you mean .*epochs"),
+     ("[data]\nbs = 8\n", r"\[data\] has no setting 'bs': it is --bs on the command line, batch_size here"),
      ("[data]\nzzzz = 3\n", r"\[data\] has no setting 'zzzz'; choose one of augment"),
      ("[optimizer]\nepochs = 3\n", r"\[optimizer\] is not a section; choose one of data, model, optim, run"),
      ("epochs = 3\n", r"\[epochs\] is not a section"),
