@@ -336,7 +336,9 @@ def finish(dst: Path, paths: list[Path], root: Path | str, labelled: bool, class
     full = [report for report in reports if report["records"]]  # a shard all of whose images were refused is none
     if not full:
         count, first = reports[0]["made_from"]["count"], reports[0]["refused"][0]
-        raise DataError(f"none of the {count} images of {root} is readable; the first: {first}")
+        raise DataError(
+            f"none of the {count} images of {root} is readable; the first: {first['name']}: {first['reason']}"
+        )
     losses = _losses(reports)
     for kind in losses:
         logger.warning("%s: %s", root, kind.told(f"{reports[0]['made_from']['count']} images"))

@@ -74,10 +74,14 @@ def register(kind: str, *types: type) -> None:
 
     Raises:
         ValueError: an unknown kind.
+        TypeError: an instance, or whatever else is no class.
     """
     known = ("pointwise", "norm", "layer_norm", "response_norm", "conv", "pool", "local", *REDUCTIONS)
     if kind not in known:
         raise ValueError(f"unknown kind of layer {kind!r}: choose one of {', '.join(known)}")
+    for given in types:
+        if not isinstance(given, type):
+            raise TypeError(f"register takes classes, such as nn.ReLU, got {given!r}")
     LAYER_KINDS.update(dict.fromkeys(types, kind))
 
 

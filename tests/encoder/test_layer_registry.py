@@ -120,3 +120,5 @@ def test_a_layer_of_ones_own_is_packed_once_its_kind_is_told(monkeypatch):
         del LAYER_KINDS[Gain]
     with pytest.raises(ValueError, match="unknown kind of layer 'pointy'"):
         register("pointy", Gain)
+    with pytest.raises(TypeError, match=r"register takes classes, such as nn.ReLU, got Gain\(\)"):
+        register("pointwise", Gain())

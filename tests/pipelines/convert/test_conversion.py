@@ -110,7 +110,7 @@ def test_shards_without_any_readable_image_are_left_out(tmp_path):
     assert [shard.count for shard in manifest.shards] == [1]
     assert len(manifest.refused) == 5
     (tmp_path / "2.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"none of the 6 images of .* is readable"):
+    with pytest.raises(DataError, match=r"none of the 6 images of .* is readable; the first: \d\.jpg: not a readable"):
         convert(tmp_path, tmp_path.parent / "none", settings())
 
 

@@ -290,6 +290,7 @@ PICKLED = npy_of(np.array([[{}]], dtype=object))
     [
         (b"", "zero bytes"),
         (npy_of(bands(1, 20, 30, 4)), "it has 4 channels where --in_chans is 5"),
+        (npy_of(bands(1, 5, 20, 30)), "it has 30 channels where --in_chans is 5; for .C, H, W. give --channels_first"),
         (npy_of(bands(1, 20, 30, 5)[:10])[:-1], "the file is cut short: 2999 bytes of numbers where 3000 were written"),
         (npy_of(bands(1, 5, 20, 5).astype(np.complex64)), "its numbers have type complex64"),
         (npy_of(np.zeros((2, 3, 4, 5))), r"an array of shape \(2, 3, 4, 5\)"),
