@@ -82,7 +82,7 @@ def in_published_names(settings: Settings) -> dict[str, object]:
     optim = settings.optim
     return {
         **{"model": settings.network, "input_size": settings.size[0], "mask": settings.model.mask_ratio},
-        **{"bs": settings.data.batch_size, "ep": optim.epochs, "wp_ep": optim.warmup_epochs, "clip": optim.clip},
+        **{"bs": settings.data.batch_size, "ep": optim.epochs, "wp_ep": settings.warmup_epochs, "clip": optim.clip},
         **{"base_lr": optim.base_lr, "wd": optim.weight_decay, "wde": optim.weight_decay_end or optim.weight_decay},
         **{"opt": optim.optimizer, "ada": settings.beta2},
     }

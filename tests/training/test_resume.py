@@ -8,7 +8,7 @@ import pytest
 from spark_fast.checkpoint.file import FORMAT, RUN_STATE, write
 from spark_fast.checkpoint.manager import CHECKPOINT, FOLDER, read_newest
 from spark_fast.errors import CheckpointError
-from spark_fast.training.resume import HARMLESS, check_same_run, checkpoints_to_resume
+from spark_fast.training.resume import HARMLESS, check_same_run, checkpoints_to_resume, in_published_names
 from spark_fast.training.settings import parse
 from spark_fast.versions import versions
 
@@ -33,6 +33,11 @@ def checkpoint(path, step=1):
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, content)
     return path
+
+
+def test_the_published_names_have_what_a_default_stands_for():
+    assert in_published_names(settings())["wp_ep"] == 40
+    assert in_published_names(settings("--wp_ep=7"))["wp_ep"] == 7
 
 
 def test_nothing_asked_is_a_fresh_start(tmp_path):
