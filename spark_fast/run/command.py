@@ -67,7 +67,7 @@ def on_ranks(settings: S, run: Callable[[S, Ranks, Watchdog], T]) -> T:
             log.info("torchrun restarted this run: it resumes as with --resume auto")
             settings.resume_newest()
         kept = partial(what_is_kept, settings.folder)
-        with Watchdog(settings.run.timeout, ranks.rank, ranks.world_size, ranks.store, kept) as watchdog:
+        with Watchdog(settings.run.timeout, ranks.rank, ranks.world_size, ranks.store, kept, settings.prog) as watchdog:
             return run(settings, ranks, watchdog)
     finally:
         ranks.close()

@@ -43,6 +43,7 @@ class Watchdog:
         timeout: seconds without progress after which the process ends.
         store: of torch.distributed, None for a process alone; used by this object's thread and after a failure.
         kept: says what the run has saved.
+        prog: the command, for messages.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class Watchdog:
         world_size: int = 1,
         store: dist.Store | None = None,
         kept: Callable[[], str] = lambda: "nothing was saved before",
+        prog: str = "spark_fast",
     ) -> None:
         self.timeout, self.rank, self.world_size, self.store, self.kept = timeout, rank, world_size, store, kept
+        self.prog = prog
         self._step, self._doing, self._since = 0, "starting", time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -121,7 +124,7 @@ class Watchdog:
         told += [f"it may be waiting for {other}" for other in self.lost() or behind]
         told += [f"{self.kept()}. Where the threads are:"]
         for line in told:
-            print(f"spark-fast-train: {line}", file=sys.stderr, flush=True)
+            print(f"{self.prog}: {line}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
         if isinstance(sys.stderr, KeptStream) and sys.stderr.copy is not None:
             faulthandler.dump_traceback(file=sys.stderr.copy, all_threads=True)

@@ -14,7 +14,7 @@ from tests.commands import HANG_SECONDS
 STUCK = """
 import sys, time, threading
 from spark_fast.run.watchdog import Watchdog
-watchdog = Watchdog(1.0, kept=lambda: "go on with --resume auto").__enter__()
+watchdog = Watchdog(1.0, kept=lambda: "go on with --resume auto", prog="spark-fast-eval knn").__enter__()
 watchdog.at(3, "waiting for data")
 def read_the_disk():
     time.sleep(600)
@@ -26,7 +26,7 @@ read_the_disk()
 def test_a_process_that_stands_still_ends_and_says_where():
     done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 5
-    told = r"rank 0 has made no progress for \d+ s at step 3, waiting for data \(--timeout 1\)"
+    told = r"^spark-fast-eval knn: rank 0 has made no progress for \d+ s at step 3, waiting for data \(--timeout 1\)"
     assert re.search(told, done.stderr), done.stderr
     assert "go on with --resume auto" in done.stderr
     assert "in read_the_disk" in done.stderr
