@@ -93,6 +93,8 @@ class LoaderOptions:
         _check_choice("decoding on", self.decode_on, PLACES)
         _check_choice("augmenting on", self.augment_on, PLACES)
         _check_choice("ffcv_resize", self.ffcv_resize, RESIZES)
+        if min(self.size) < 1:
+            raise SettingsError(f"input_size must be 1 pixel or more, got {self.input_size}")
         if self.in_chans < 1:
             raise SettingsError(f"in_chans must be 1 or more, got {self.in_chans}")
         _check_choice("scale", self.scaling, SCALES)
@@ -111,6 +113,8 @@ class LoaderOptions:
                 f"a global batch of {self.batch_size} cannot be shared equally by {self.world_size} processes:"
                 f" use a multiple of {self.world_size}, such as {lower or self.world_size}"
             )
+        if not 0 <= self.rank < self.world_size:
+            raise SettingsError(f"rank must be at least 0 and below world_size, {self.world_size}, got {self.rank}")
 
     def _check_worker_processes(self) -> None:
         asked = self.worker_processes

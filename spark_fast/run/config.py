@@ -159,6 +159,8 @@ class Tree:
         for path in (self.data.data_path, getattr(self.data, "val_path", "")):
             refuse_credentials(path)
         bytes_of(self.data.cache_size)
+        if self.run.seed >= 2**63:  # hashes take 64 bits with a sign; check_numbers refuses negative ones
+            raise SettingsError(f"--seed must be below 2**63, got {self.run.seed}")
         if (keep_last := getattr(self.run, "keep_last", 2)) < 2:
             raise SettingsError(f"--keep_last must be 2 or more, because the last one may be damaged; got {keep_last}")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from spark_fast.errors import SettingsError
+from spark_fast.evaluation import eval_settings
 from spark_fast.run.config import (
     _flags_of,
     _text_of,
@@ -16,6 +17,7 @@ from spark_fast.run.config import (
     switches_of,
     take_option,
 )
+from spark_fast.training import settings
 from spark_fast.training.settings import Settings
 
 
@@ -111,3 +113,14 @@ def test_a_file_is_utf_8_and_its_paths_are_those_of_the_command_line_in_every_lo
     monkeypatch.setattr(os, "fsencode", of_an_ascii_locale)
     monkeypatch.setattr(os, "fsdecode", lambda raw: raw.decode("ascii", "surrogateescape"))
     assert of_an_ascii_locale(_text_of(raw)) == raw
+
+
+@pytest.mark.parametrize("parsed", [settings.parse, lambda words: eval_settings.parse(["knn", *words])])
+def test_seeds_have_63_bits(parsed):
+    words = ["name", "--data_path=images", "--weights=none"][: 2 + (parsed is not settings.parse)]
+    words.append("--model=resnet50")
+    assert parsed([*words, f"--seed={2**63 - 1}"]).run.seed == 2**63 - 1
+    with pytest.raises(SettingsError, match=r"--seed must be below 2\*\*63, got 9223372036854775808"):
+        parsed([*words, f"--seed={2**63}"])
+    with pytest.raises(SettingsError, match="--seed must not be negative, got -1"):
+        parsed([*words, "--seed=-1"])
