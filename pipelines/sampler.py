@@ -104,6 +104,9 @@ class Sampler:
         """The rank's shares, batch_size / world_size samples each, of the steps from start_step on.
 
         An incomplete batch is shared as equally as it can be; a rank that gets nothing of it ends a step earlier.
+
+        Raises:
+            ValueError: a start_step outside the epoch.
         """
         if not 0 <= start_step <= len(self):
             raise ValueError(f"start_step {start_step} lies outside an epoch of {len(self)} steps")

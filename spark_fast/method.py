@@ -69,7 +69,7 @@ class Recipe:
 
     @property
     def schedule(self) -> tuple[float, float, bool]:
-        """The last three fields of `spark_fast.training.step.Schedule`."""
+        """The last three fields of `spark_fast.training.schedule.Schedule`."""
         return self.first_lr, self.last_lr, self.closed
 
 

@@ -71,6 +71,10 @@ class Backend(ABC):
 
         The iterator raises DataError when too many images are unreadable. Leaving it early cancels the
         batches in preparation.
+
+        Raises:
+            RuntimeError: the pipeline was closed.
+            ValueError: a start_step outside the epoch.
         """
         if self._closed.is_set():
             raise RuntimeError("this pipeline was closed")

@@ -39,7 +39,7 @@ class SyntheticPipeline:
         self.bad_images = BadImageCounts()
         self.statistics: Statistics | None = None
         self.device = torch.device(device)
-        self._sampler = sampler
+        self._sampler, self._closed = sampler, False
         coarse = torch.rand(IMAGES, in_chans, 8, 8, generator=torch.Generator().manual_seed(sampler.seed))
         images = interpolate(coarse, size=input_size, mode="bicubic").clamp(0, 1)
         pixels = (255 * images).byte().permute(0, 2, 3, 1).contiguous()  # -> (IMAGES, H, W, C)
@@ -52,13 +52,25 @@ class SyntheticPipeline:
         return len(self._sampler)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
-        """Batches start_step ... len(self) - 1 of this epoch; the labels are the numbers of the images."""
+        """Batches start_step ... len(self) - 1 of this epoch; the labels are the numbers of the images.
+
+        Raises:
+            RuntimeError: the pipeline was closed; the iterator raises it, too.
+            ValueError: a start_step outside the epoch.
+        """
+        self._check_open()
         return (self._batch(share.ids) for share in self._sampler.epoch(epoch, start_step))
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Nothing is released, but no batch can be read afterwards."""
+        self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this pipeline was closed")
 
     def _batch(self, sample_ids: NDArray[np.int64]) -> Batch:
+        self._check_open()
         ids = torch.from_numpy(sample_ids.copy())
         shown = (ids % IMAGES).to(self.device, non_blocking=True)
         self.bad_images.read += len(ids)

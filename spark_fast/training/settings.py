@@ -1,6 +1,6 @@
 """Every setting of a run, typed, in one tree: defaults < `--config file.toml` < flags.
 
-The tree is parsed by tyro (`settings_tree`). The spellings of the published script are aliases.
+`run.config` reads it, with tyro. The spellings of the published script are aliases.
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ class TrainStep:
 
         Args:
             step: of the run, from 0; decides the rates.
-            images: (B, C, H, W) channels_last; visible: (B, L) int64, see `masking.sample_visible`.
+            images: (B, C, H, W) channels_last.
+            visible: (B*K, L) int64 for K masks per image, see `masking.sample_visible`; the targets in fine-tuning.
 
         Returns:
             the loss and the norm of the gradient before clipping, scalars on the device. Where one of them is not

@@ -154,7 +154,7 @@ class PaddedStem(Block):
     stem4: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, h, w) -> (N, C, h/4, w/4)."""
+        """(N, C, h, w) -> (N, C', h/4, w/4)."""
         dense = self.context.visible is None
         pad = (lambda t: F.pad(t, (0, 1, 0, 1))) if dense else (lambda t: t)
         x = pad(self.stem1(x))

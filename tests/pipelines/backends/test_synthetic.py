@@ -30,6 +30,11 @@ def test_the_synthetic_pipeline_keeps_the_contract():
     assert torch.equal(torch.stack([b.images for b in whole[4:]]), torch.stack([b.images for b in tail]))
     with pytest.raises(ValueError, match="start_step 7"):
         pipeline.epoch(0, 7)
+    batches = pipeline.epoch(0)
+    pipeline.close()
+    for read in (lambda: pipeline.epoch(0), lambda: next(batches)):
+        with pytest.raises(RuntimeError, match="this pipeline was closed"):
+            read()
 
 
 @pytest.mark.parametrize("channels", [1, 2, 12])
