@@ -67,10 +67,7 @@ def build_network(model: str, kwargs: dict | None = None, stages: int | None = N
     kwargs = {**(kwargs or {}), **timm_channels(in_chans)}
     if stages is None:
         return _features(model, kwargs)
-    with torch.device("meta"):
-        info = _features(model, kwargs).feature_info
-    assert isinstance(info, FeatureInfo)
-    levels = [i for i, stride in zip(info.out_indices, info.reduction(), strict=True) if stride >= MIN_STRIDE]
+    levels = _levels(model, kwargs)
     if not 1 <= stages <= len(levels):
         raise ValueError(f"stages must be from 1 to {len(levels)}, the levels of {model}, got {stages}")
     network = _features(model, {**kwargs, "out_indices": levels[:stages]})
@@ -80,6 +77,14 @@ def build_network(model: str, kwargs: dict | None = None, stages: int | None = N
         assert isinstance(blocks, nn.Sequential)
         network.blocks = blocks[: max(wanted)]
     return network
+
+
+def count_levels(model: str) -> int:
+    """Levels of a timm network from stride 4 upwards; 0 where that is not known: your own, or one without maps."""
+    try:
+        return len(_levels(model, {})) if timm.is_model(model) else 0
+    except ValueError:
+        return 0
 
 
 def timm_channels(in_chans: int) -> dict[str, Any]:
@@ -107,6 +112,14 @@ def import_from_current_folder(model: str) -> None:
     here = str(Path.cwd())
     if ":" in model and here not in sys.path:
         sys.path.insert(0, here)
+
+
+def _levels(model: str, kwargs: dict) -> list[int]:
+    """The indices of the feature maps from stride 4 upwards."""
+    with torch.device("meta"):
+        info = _features(model, kwargs).feature_info
+    assert isinstance(info, FeatureInfo)
+    return [i for i, stride in zip(info.out_indices, info.reduction(), strict=True) if stride >= MIN_STRIDE]
 
 
 def _features(name: str, kwargs: dict) -> nn.Module:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spark_fast.errors import SettingsError
-from spark_fast.networks import build_network, import_from_current_folder, takes_drop_path
+from spark_fast.networks import build_network, count_levels, import_from_current_folder, takes_drop_path
 
 
 def test_stages_of_an_efficientnet_leave_the_later_blocks_out():
@@ -14,6 +14,11 @@ def test_stages_of_an_efficientnet_leave_the_later_blocks_out():
     assert len(part.blocks) < len(whole.blocks)
     maps = part.eval()(torch.randn(1, 3, 64, 64))
     assert [m.shape[2] for m in maps] == [16, 8]
+
+
+def test_levels_are_counted_where_a_network_of_timm_has_some():
+    names = ("resnet10t", "test_efficientnet", "mlp_mixer", "mine:build")
+    assert [count_levels(name) for name in names] == [4, 4, 0, 0]
 
 
 @pytest.mark.parametrize("stages", [None, 2])

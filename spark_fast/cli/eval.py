@@ -181,7 +181,10 @@ def _network(settings: Evaluation, weights: Weights | None) -> tuple[str, int, i
         raise SettingsError(f"--model is missing: {weights.unknown() if weights else 'with --weights none'}")
     if weights is None:
         return name, settings.model.stages, settings.in_chans
-    return name, settings.model.stages or weights.stages, settings.data.in_chans or weights.in_chans(name)
+    asked, known = settings.model.stages, weights.stages(name)
+    if known and asked > known:
+        raise SettingsError(f"--stages {asked}: only the first {known} levels of {weights.path} were pre-trained")
+    return name, asked or known, settings.data.in_chans or weights.in_chans(name)
 
 
 def _resumed(settings: Finetune, path: Path, state: RunContent) -> tuple[str, int, int]:

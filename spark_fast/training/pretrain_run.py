@@ -204,7 +204,8 @@ class PretrainRun:
 
     def write_encoder(self, folder: Path) -> None:
         """Write the encoder's weights as they are now, under timm's names."""
-        write_encoder(renamed(self.model.state_dict(), self.encoder_names), self.settings.network, folder)
+        state, asked = renamed(self.model.state_dict(), self.encoder_names), self.settings
+        write_encoder(state, asked.network, folder, asked.model.stages)
 
     @cached_property
     def encoder_names(self) -> dict[str, str]:
@@ -215,12 +216,12 @@ class PretrainRun:
         steps, seconds = self.settings.save_every
         if manager is None:
             return Checkpointer(self.state, None, steps=steps, seconds=seconds)
-        network, folder = self.settings.network, manager.folder
+        network, folder, stages = self.settings.network, manager.folder, self.settings.model.stages
         # not by the writing thread: networks are built for it on the meta device, for torch.compile the whole process's
         names = self.encoder_names
 
         def after_epoch(content: Content) -> None:
-            write_encoder(renamed(content["model"], names), network, folder)
+            write_encoder(renamed(content["model"], names), network, folder, stages)
 
         return Checkpointer(self.state, manager, steps=steps, seconds=seconds, after_epoch=after_epoch)
 

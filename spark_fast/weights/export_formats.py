@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,10 @@ from spark_fast.weights.model_card import model_card
 from spark_fast.weights.model_spec import ModelSpec
 from spark_fast.weights.read import read_weights
 from spark_fast.weights.spark_keys import published_encoder, spark_state_dict
-from spark_fast.weights.timm_keys import encoder_state_dict, timm_names
+from spark_fast.weights.timm_keys import encoder_state_dict, safetensors_metadata, timm_names
 from spark_fast.weights.torchvision_keys import torchvision_names
+
+log = logging.getLogger("spark_fast")
 
 StateDict = dict[str, Tensor]
 
@@ -93,6 +96,9 @@ def export(source: Pretrained, to: str, out: Path) -> ExportFormat:
         sync_folder(out.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as the latter
         raise CheckpointError(f"cannot write {out}: {error}") from error
+    if (stages := source.spec.stages) and out.suffix == ".pth" and to != "spark":  # that one is read by its decoder
+        text = "%s cannot say that only the first %d levels were pre-trained: give spark-fast-eval --stages %d with it"
+        log.warning(text, out, stages, stages)
     return made
 
 
@@ -104,7 +110,7 @@ def _write(source: Pretrained, to: str, made: ExportFormat, path: Path, card: Pa
             file.write(config.encode())
     weights = path if made.endings else path / "model.safetensors"
     if weights.suffix == ".safetensors":
-        content = save(made.state, metadata={"format": "pt", "architecture": source.spec.network})
+        content = save(made.state, metadata=safetensors_metadata(source.spec.network, source.spec.stages, made.new))
         with atomic_write(weights) as file:
             file.write(content)
     else:

@@ -41,9 +41,16 @@ def named_network(path: Path, content: Mapping[str, object], settings: Mapping[s
         return _full_name(model.get("model", ""))
     name = _full_name(content.get("arch", ""))
     if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            name = _full_name((file.metadata() or {}).get("architecture", ""))
+        name = _full_name(metadata_of(path).get("architecture", ""))
     return name if ":" in name or timm.is_model(name) else ""
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a file of safetensors says of its tensors; {} for any other file."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def recognise(state: Mapping[str, Tensor]) -> str:

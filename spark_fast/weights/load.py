@@ -57,7 +57,7 @@ def load_into_spark(weights: Weights, model: Method) -> None:
         else:  # a decoder predicts the channels that it was trained with
             loaded, left = _load_encoder(state, model)
     except ValueError as error:
-        raise _misfit(weights, state, encoder, error) from None
+        raise _misfit(weights, state, encoder, error, len(model.encoder.channels)) from None
     of_encoder = sum(name.startswith(OURS) for name in loaded)
     uncounted = sum(name.startswith(OURS) and name.endswith(COUNTER) and name not in loaded for name in own)
     counts = (of_encoder, len(encoder) - uncounted, len(loaded) - of_encoder, len(own) - len(encoder))
@@ -188,11 +188,16 @@ def _file_names(state: State, used: set[str]) -> list[str]:
     return [name for key, name in state.names.items() if key not in used] + state.others
 
 
-def _misfit(weights: Weights, state: State, wanted: Shapes, error: ValueError) -> MisfitError:
-    """A message that says first what the weights are of, where that is the reason."""
+def _misfit(weights: Weights, state: State, wanted: Shapes, error: ValueError, levels: int = 0) -> MisfitError:
+    """A message that says first what the weights are of, where that is the reason.
+
+    `levels`: of the model, 0 where that is not known.
+    """
     hint = ""
     if not holds(state.tensors, wanted):
         hint = f"It looks like {looks} (--model {looks}). " if (looks := weights.looks_like()) else ""
     elif channels := channels_of(state.tensors, wanted):
         hint = f"It takes images of {(n := channels.pop()[0])} channel{'s' * (n != 1)} (--in_chans {n}). "
+    if not hint and weights.levels and levels and weights.levels != levels:
+        hint = f"It has {weights.levels} level{'s' * (weights.levels != 1)} (--stages {weights.levels}). "
     return MisfitError(f"{weights.path}: {str(error).replace(MISFIT, MISFIT + hint, 1)}")

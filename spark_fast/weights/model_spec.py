@@ -83,7 +83,7 @@ class ModelSpec:
 
     @classmethod
     def from_weights(cls, weights: Weights, network: str) -> ModelSpec:
-        """The model of a file without settings: its tensors tell the decoder, its "config" the ratio."""
+        """The model of a file without settings: its tensors tell the decoder and its levels, its "config" the ratio."""
         token = weights.state.tensors.get("mask_token")  # (1, width, 1, 1)
         if token is not None:
             depth = sum(name.endswith("conv_dw_weight") for name in weights.state.tensors if name.startswith("decoder"))
@@ -93,6 +93,7 @@ class ModelSpec:
                 size,
                 decoder_width=token.numel(),
                 method="fcmae",
+                stages=weights.stages(network),
                 decoder_depth=depth,
                 in_chans=weights.in_chans(network),
             )
@@ -103,6 +104,7 @@ class ModelSpec:
             weights.input_size or cls.input_size,
             weights.mask_ratio or cls.mask_ratio,
             decoder_width=width,
+            stages=weights.stages(network),
             in_chans=weights.in_chans(network),
         )
 

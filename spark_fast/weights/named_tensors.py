@@ -74,6 +74,11 @@ def read_state(content: Mapping) -> State:
     return _state(named, has_decoder=False)
 
 
+def decoder_levels(names: Iterable[str]) -> int:
+    """Levels of the pyramid that SparK's decoder takes, by the canonical names of a model's tensors; 0 without one."""
+    return len({match[1] for name in names if (match := re.match(r"densify_norms_(\d+)_", name))})
+
+
 def flatten(content: Mapping) -> dict[str, Tensor]:
     """Every tensor in nested dictionaries, of any shape, by its path: `state_dict.model.conv1.weight`.
 

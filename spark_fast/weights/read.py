@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,12 +15,14 @@ from spark_fast.checkpoint.file import check_format, read
 from spark_fast.checkpoint.manager import candidates, newest_readable
 from spark_fast.checkpoint.state_dict import tensors_of
 from spark_fast.errors import CheckpointError, DataError, SettingsError
+from spark_fast.networks import count_levels
 from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.weights.hub import HUB, read_from_hub
 from spark_fast.weights.identify import (
     RECOGNISED,
     image_channels,
     lookalike,
+    metadata_of,
     named_network,
     recognise,
     recognise_beneath,
@@ -28,6 +31,7 @@ from spark_fast.weights.named_tensors import (
     Shapes,
     State,
     beneath,
+    decoder_levels,
     flatten,
     holds,
     places_of,
@@ -63,6 +67,7 @@ class Weights:
         mask_ratio: that a published file names.
         statistics: by which a run of ours normalised its images; None: ImageNet's, or not known.
         tensors: all in a file of a plain network, see `named_tensors.flatten`: a network may lie beneath a prefix.
+        levels: that were pre-trained, as the metadata of a file or its decoder tell; 0: they do not.
     """
 
     path: Path
@@ -74,6 +79,7 @@ class Weights:
     mask_ratio: float | None = None
     statistics: Statistics | None = None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    levels: int = 0
 
     @cached_property
     def network(self) -> str:
@@ -120,11 +126,12 @@ class Weights:
         hint = f" (it looks like {name})" if (name := self.looks_like()) else ""
         return f"{self.path}: only {', '.join(sorted(RECOGNISED))} are recognised: name the network with --model{hint}"
 
-    @property
-    def stages(self) -> int:
-        """Levels that were pre-trained; 0: all, or the file does not say."""
+    def stages(self, network: str) -> int:
+        """Levels of the network that were pre-trained; 0: all, or the file does not say."""
         model = self.settings.get("model")
-        stages = model.get("stages", 0) if isinstance(model, Mapping) else 0
+        if not isinstance(model, Mapping):
+            return 0 if self.levels and 0 < count_levels(network) <= self.levels else self.levels
+        stages = model.get("stages", 0)
         if not isinstance(stages, int):
             raise CheckpointError(f"{self.path} has settings that this version cannot read (stages is {stages!r})")
         return stages
@@ -175,6 +182,11 @@ def read_weights(source: Path) -> Weights:
     if ours:
         check_format(path, content)
     settings: Mapping[str, object] = content["settings"] if ours else {}
+    told = metadata_of(path)
+    if untrained := told.get("untrained", "").split():  # not weights that are to be used
+        content = {name: value for name, value in content.items() if name not in untrained}
+        shown = ", ".join(untrained[:5]) + (f" and {len(untrained) - 5} more" if untrained[5:] else "")
+        log.info("%s: not read, because they were not pre-trained: %s", path, shown)
     try:
         state = read_state(content)
         tensors = {} if ours or state.has_decoder else flatten(content)
@@ -192,6 +204,7 @@ def read_weights(source: Path) -> Weights:
         _mask_ratio(tensors_of(content).get("config")),
         _statistics(path, content) if ours else None,
         tensors,
+        int(told["stages"]) if re.fullmatch("[0-9]{1,3}", told.get("stages", "")) else decoder_levels(state.tensors),
     )
 
 

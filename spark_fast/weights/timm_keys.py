@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import timm
@@ -69,11 +69,25 @@ def encoder_state_dict(model: Method, name: str) -> dict[str, Tensor]:
     return renamed(model.state_dict(), encoder_names(model, name))
 
 
-def write_encoder(state: dict[str, Tensor], name: str, folder: Path) -> Path:
-    """Write an `encoder_state_dict`, name -> tensor of any shape, atomically into `folder`; returns the file."""
+def safetensors_metadata(name: str, stages: int, untrained: Iterable[str] = ()) -> dict[str, str]:
+    """What a file of safetensors says of its tensors; the reader of weights takes it from there.
+
+    Args:
+        stages: levels that were pre-trained; 0: all.
+        untrained: names of tensors that were not pre-trained.
+    """
+    known = {"stages": str(stages or ""), "untrained": " ".join(untrained)}
+    return {"format": "pt", "architecture": name} | {key: value for key, value in known.items() if value}
+
+
+def write_encoder(state: dict[str, Tensor], name: str, folder: Path, stages: int = 0) -> Path:
+    """Write an `encoder_state_dict`, name -> tensor of any shape, atomically into `folder`; returns the file.
+
+    `stages`: levels that were pre-trained; 0: all.
+    """
     own = ":" in name
     path = folder / ("encoder.safetensors" if own else f"{name}_timm.safetensors")
-    content = save(state, metadata={"format": "pt", "architecture": name})
+    content = save(state, metadata=safetensors_metadata(name, stages))
     with atomic_write(path) as file:
         file.write(content)
     return path

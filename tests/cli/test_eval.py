@@ -21,6 +21,7 @@ from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.training.settings import Settings
 from spark_fast.weights.spark_keys import spark_state_dict
+from spark_fast.weights.timm_keys import write_encoder
 from tests.cli.conftest import CLASSES, TINY, write_pictures
 from tests.commands import HANG_SECONDS, as_it_was
 
@@ -252,6 +253,16 @@ def test_weights_may_be_a_published_file_with_official_names(run, tmp_path):
         words = [f"--weights={tmp_path / name}.pth", "--model=convnext_atto", f"--exp_dir={tmp_path / name}", "--k=5"]
         assert run("knn", *words) == 0
     assert measured(tmp_path / "published") == measured(tmp_path / "ours")
+
+
+def test_levels_that_were_not_pretrained_are_not_evaluated(run, tmp_path, capsys):
+    network = timm.create_model("test_resnet", features_only=True)
+    write_encoder(network.state_dict(), "test_resnet", tmp_path, stages=2)
+    words = [f"--weights={tmp_path}/test_resnet_timm.safetensors", "--model=test_resnet", f"--exp_dir={tmp_path / 'a'}"]
+    assert run("knn", *words, "--k=5", "--stages=4") == 2
+    assert "--stages 4: only the first 2 levels of " in capsys.readouterr().err
+    assert run("knn", *words, "--k=5") == 0
+    assert result(tmp_path / "a")["settings"]["model"]["stages"] == 2
 
 
 def test_images_may_be_shards(run, pictures, tmp_path):

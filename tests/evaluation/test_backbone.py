@@ -60,7 +60,7 @@ def test_a_run_of_fewer_stages_leaves_the_later_levels_to_fine_tuning_and_featur
     settings = {"model": {"model": "resnet10t", "stages": 2}}
     write(tmp_path / "c.pth", {"model": model.state_dict(), "settings": settings})
     weights = read_weights(tmp_path / "c.pth")
-    assert weights.stages == 2
+    assert weights.stages("resnet10t") == 2
     assert build_backbone("resnet10t", 2, weights)(torch.zeros(1, 3, 64, 64)).shape == (1, 128)
     with caplog.at_level("INFO", "spark_fast"):
         classifier = build_classifier("resnet10t", 2, weights, 3, 0.0, (64, 64))

@@ -10,9 +10,12 @@ from safetensors.torch import load_file
 
 from spark_fast import build_spark
 from spark_fast.errors import CheckpointError, SettingsError
+from spark_fast.evaluation.backbone import build_backbone
 from spark_fast.training.settings import Settings
 from spark_fast.weights.export_formats import ExportFormat, _check_loads, export
+from spark_fast.weights.load import load_weights
 from spark_fast.weights.load_pretrained import load_pretrained
+from spark_fast.weights.read import read_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,6 +43,34 @@ def test_the_stages_that_were_not_trained_are_listed_and_the_file_still_loads_st
     assert torch.equal(loaded.state_dict()[name], state[f"encoder.network.{name}"])
     again = export(load_pretrained(path), "timm", tmp_path / "b.safetensors")
     assert all(torch.equal(v, again.state[k]) for k, v in made.state.items())
+
+
+def test_an_export_of_some_stages_is_evaluated_like_its_run_and_untrained_tensors_are_not_read(tmp_path, caplog):
+    caplog.set_level("INFO", "spark_fast")
+    path, _ = saved(tmp_path, "resnet10t", stages=3)
+    export(load_pretrained(path), "timm", tmp_path / "a.safetensors")
+    weights, of_run = read_weights(tmp_path / "a.safetensors"), read_weights(path)
+    assert weights.stages("resnet10t") == of_run.stages("resnet10t") == 3
+    assert "not read, because they were not pre-trained: layer4.0.conv1.weight, " in caplog.text
+    images = torch.randn(2, 3, 32, 32)
+    features = [build_backbone("resnet10t", 3, found)(images) for found in (weights, of_run)]
+    assert torch.equal(*features)
+    assert load_pretrained(tmp_path / "a.safetensors").spec.stages == 3
+    assert "cannot say" not in caplog.text
+    export(load_pretrained(path), "timm", tmp_path / "a.pth")
+    assert "a.pth cannot say that only the first 3 levels were pre-trained: give spark-fast-eval --stag" in caplog.text
+
+
+def test_the_published_format_tells_its_levels_by_its_decoder(tmp_path):
+    path, state = saved(tmp_path, "resnet10t", stages=3)
+    export(load_pretrained(path), "spark", tmp_path / "a.pth")
+    again = load_pretrained(tmp_path / "a.pth")
+    assert again.spec.stages == 3
+    assert all(torch.equal(v, state[k]) for k, v in again.model.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"does not fit this model. It has 3 levels \(--stages 3\). wrong shape"):
+        load_weights(tmp_path / "a.pth", build_spark("resnet10t", input_size=64, decoder_width=32, check=False))
+    export(load_pretrained(saved(tmp_path, "resnet10t")[0]), "spark", tmp_path / "whole.pth")
+    assert load_pretrained(tmp_path / "whole.pth").spec.stages == 0
 
 
 def test_your_own_network_leaves_under_its_own_names_when_you_name_it(tmp_path, monkeypatch):

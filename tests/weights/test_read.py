@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from spark_fast.checkpoint.file import write
 from spark_fast.errors import CheckpointError, SettingsError
@@ -96,7 +97,7 @@ def test_of_a_run_folder_it_is_the_newest_checkpoint_that_is_whole(model, tmp_pa
     assert read_weights(tmp_path).record.step == 2
     newest.write_bytes(newest.read_bytes()[:-1])
     weights = read_weights(tmp_path)
-    assert (weights.record.step, weights.stages, weights.run_folder) == (1, 2, tmp_path)
+    assert (weights.record.step, weights.stages(NETWORK), weights.run_folder) == (1, 2, tmp_path)
     assert f"{newest} is damaged" in caplog.text
 
 
@@ -127,4 +128,15 @@ def test_code_that_a_file_names_is_taken_only_when_it_is_asked_for(model, tmp_pa
 def test_stages_that_are_no_number_are_refused(model, tmp_path):
     write(tmp_path / "a.pth", {"model": model.state_dict(), "settings": settings(stages="two")})
     with pytest.raises(CheckpointError, match="has settings that this version cannot read"):
-        _ = read_weights(tmp_path / "a.pth").stages
+        _ = read_weights(tmp_path / "a.pth").stages(NETWORK)
+
+
+@pytest.mark.parametrize(
+    ("told", "stages"), [("2", 2), ("4", 0), ("-1", 0), pytest.param("9" * 9999, 0, id="long"), ("two", 0), ("", 0)]
+)
+def test_the_metadata_of_a_file_tell_the_levels_that_were_pretrained(tmp_path, told, stages):
+    save_file(
+        {"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "a.safetensors", {"stages": told, "untrained": "b"}
+    )
+    weights = read_weights(tmp_path / "a.safetensors")
+    assert (weights.stages("resnet10t"), list(weights.state.names.values())) == (stages, ["a"])
