@@ -200,4 +200,17 @@ def _misfit(weights: Weights, state: State, wanted: Shapes, error: ValueError, l
         hint = f"It takes images of {(n := channels.pop()[0])} channel{'s' * (n != 1)} (--in_chans {n}). "
     if not hint and weights.levels and levels and weights.levels != levels:
         hint = f"It has {weights.levels} level{'s' * (weights.levels != 1)} (--stages {weights.levels}). "
+    elif not hint and _is_first_part(state, wanted):
+        hint = "It may have fewer levels (--stages). "
     return MisfitError(f"{weights.path}: {str(error).replace(MISFIT, MISFIT + hint, 1)}")
+
+
+def _is_first_part(state: State, wanted: Shapes) -> bool:
+    """Whether the tensors are those of a network's first layers and of no later ones."""
+    names = [name for name in wanted if not name.endswith(COUNTER)]
+    found = list(matches(names, state.tensors))
+    return (
+        0 < len(found) < len(names)
+        and found == names[: len(found)]
+        and holds(state.tensors, {name: wanted[name] for name in found})
+    )

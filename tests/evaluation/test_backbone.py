@@ -66,7 +66,7 @@ def test_a_run_of_fewer_stages_leaves_the_later_levels_to_fine_tuning_and_featur
         classifier = build_classifier("resnet10t", 2, weights, 3, 0.0, (64, 64))
     assert "these keep their initial values: fc.bias, fc.weight, layer3" in caplog.text
     assert torch.equal(classifier.layer2[0].conv1.weight, model.state_dict()["encoder.network.layer2.0.conv1.weight"])
-    with pytest.raises(CheckpointError, match=r"missing: layer3"):
+    with pytest.raises(CheckpointError, match=r"It may have fewer levels \(--stages\). missing: layer3"):
         build_classifier("resnet10t", 0, weights, 3, 0.0, (64, 64))
 
 
