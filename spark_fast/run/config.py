@@ -299,7 +299,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {', '.join(near)}?" if near else f"; choose one of {', '.join(sorted(known))}"
 
 
-def _meant(word: str, home: Mapping[str, Any]) -> str:
+def _meant(word: str, home: Mapping[str, object]) -> str:
     """As `nearest`, but a short name of the command line is told by its long one; `home`: setting -> its group."""
     for name, group in home.items():
         hint = get_type_hints(type(group), include_extras=True)[name]
