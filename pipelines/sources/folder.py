@@ -11,6 +11,7 @@ import logging
 import os
 import stat
 from collections.abc import Iterable
+from copy import copy
 from itertools import chain
 from pathlib import Path
 
@@ -37,12 +38,10 @@ class FileSource:
     def __init__(
         self, root: Path, names: Iterable[bytes], labels: NDArray[np.int32] | None, classes: list[str]
     ) -> None:
-        names = list(names)
         self.root = root
         self.labels = labels
         self.classes = classes
-        self._text = b"".join(names)
-        self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+        self._text, self._ends = _in_one_piece(names)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -68,9 +67,9 @@ class FileSource:
 
     def subset(self, ids: NDArray[np.int64]) -> FileSource:
         """The samples `ids`, (m,), renumbered from 0."""
-        labels = None if self.labels is None else self.labels[ids]
-        part = FileSource(self.root, map(self.path, ids.tolist()), labels, self.classes)
-        part.max_file_bytes = self.max_file_bytes
+        part = copy(self)
+        part.labels = None if self.labels is None else self.labels[ids]
+        part._text, part._ends = _in_one_piece(map(self.path, ids.tolist()))
         return part
 
     def allow_pixels(self, max_pixels: int) -> None:
@@ -86,6 +85,12 @@ class FileSource:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def _in_one_piece(names: Iterable[bytes]) -> tuple[bytes, NDArray[np.int64]]:
+    """All names one after the other, and where each ends."""
+    names = list(names)
+    return b"".join(names), np.cumsum([len(name) for name in names], dtype=np.int64)
 
 
 def folder_source(root: Path, *, mixed: bool = False, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> FileSource:

@@ -3,7 +3,8 @@
 An archive of class archives (ILSVRC2012_img_train.tar: one nXXXXXXXX.tar a class), of class folders, or of images
 alone (ILSVRC2012_img_val.tar). It is listed once; then each image is one read at a known offset, so that any number
 of threads and processes may read. The listing is that of the folder one would get by unpacking: the same images in
-the same order under the same names and labels, hence the same shards. Tars in WebDataset's layout are another source.
+the same order under the same names and labels, hence the same shards. `tars.webdataset` lists tars
+in WebDataset's layout.
 """
 
 from __future__ import annotations
@@ -14,49 +15,17 @@ import posixpath
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from spark_fast.errors import DataError
-from spark_fast.pipelines.sources.folder import FileSource
 from spark_fast.pipelines.sources.listing.image_names import IMAGE_EXTENSIONS, listed
 from spark_fast.pipelines.sources.listing.splits import refuse_mixed_splits
-from spark_fast.pipelines.sources.tars.tar_members import TarListing, list_tar, read_member
-from spark_fast.pipelines.sources.tars.webdataset import holds_webdataset, source_of_listings
+from spark_fast.pipelines.sources.tars.tar_members import TarListing, list_tar
+from spark_fast.pipelines.sources.tars.webdataset import TarSource, holds_webdataset, source_of_listings
 
 logger = logging.getLogger("spark_fast.pipelines")
 
 
-class TarSource(FileSource):
-    """Images at `ranges`, (n, 2) int64 offset and size in bytes, of the tar `root`."""
-
-    def __init__(
-        self,
-        root: Path,
-        names: list[bytes],
-        labels: NDArray[np.int32] | None,
-        classes: list[str],
-        ranges: NDArray[np.int64],
-    ) -> None:
-        super().__init__(root, names, labels, classes)
-        self._ranges = ranges
-
-    def read(self, i: int) -> bytes:
-        """The image's bytes; OSError when they cannot be read, ImageError when absurdly many.
-
-        Raises DataError when the tar has become shorter since it was listed.
-        """
-        offset, size = self._ranges[i].tolist()
-        return read_member(self.root, offset, size, self.name(i), self.max_file_bytes)
-
-    def subset(self, ids: NDArray[np.int64]) -> TarSource:
-        """The samples `ids`, (m,), renumbered from 0."""
-        labels = None if self.labels is None else self.labels[ids]
-        part = TarSource(self.root, [self.path(i) for i in ids.tolist()], labels, self.classes, self._ranges[ids])
-        part.max_file_bytes = self.max_file_bytes
-        return part
-
-
-def tar_source(path: Path, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> FileSource:
+def tar_source(path: Path, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> TarSource:
     """List the images of a tar: of WebDataset's layout with the labels beside them, else labelled by class archive or
     folder if it has such, else unlabelled.
 
@@ -82,8 +51,8 @@ def tar_source(path: Path, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> FileS
     labels = np.array([number[name.split("/")[0]] for name in names], dtype=np.int32) if classes else None
     if labels is not None and (empty := sorted(set(classes) - {classes[i] for i in np.unique(labels)})):
         logger.warning("%s: %d classes have no images: %s", path, len(empty), listed(empty))
-    ranges = np.array([found[name] for name in names], dtype=np.int64)
-    return TarSource(path, [os.fsencode(name) for name in names], labels, classes, ranges)
+    ranges = np.array([(0, *found[name]) for name in names], dtype=np.int64)
+    return TarSource(path, map(os.fsencode, names), labels, classes, [path], ranges)
 
 
 def _images_of(listing: TarListing) -> tuple[dict[str, tuple[int, int]], list[str]]:

@@ -30,7 +30,7 @@ logger = logging.getLogger("spark_fast.pipelines")
 _LOOKED_AT = 256  # members of a tar, to tell its layout
 
 
-class WebDatasetSource(FileSource):
+class TarSource(FileSource):
     """Images in `tars`. `ranges` is (n, 3) int64: for each image its tar's number, its offset and its size in bytes."""
 
     def __init__(
@@ -53,12 +53,11 @@ class WebDatasetSource(FileSource):
         tar, offset, size = self._ranges[i].tolist()
         return read_member(self._tars[tar], offset, size, self.name(i), self.max_file_bytes)
 
-    def subset(self, ids: NDArray[np.int64]) -> WebDatasetSource:
+    def subset(self, ids: NDArray[np.int64]) -> TarSource:
         """The samples `ids`, (m,), renumbered from 0."""
-        labels = None if self.labels is None else self.labels[ids]
-        names = [self.path(i) for i in ids.tolist()]
-        part = WebDatasetSource(self.root, names, labels, self.classes, self._tars, self._ranges[ids])
-        part.max_file_bytes = self.max_file_bytes
+        part = super().subset(ids)
+        assert isinstance(part, TarSource)
+        part._ranges = self._ranges[ids]
         return part
 
 
@@ -81,7 +80,7 @@ def holds_webdataset(listing: TarListing) -> bool:
     return labelled or any(part.has_sidecars for part in listing.inner.values())
 
 
-def webdataset_source(folder: Path, split: str, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> WebDatasetSource:
+def webdataset_source(folder: Path, split: str, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> TarSource:
     """The images of the tars in a folder; of those of a split ("all" for all), where their names tell splits apart.
 
     Raises DataError when they cannot be read, or it is not clear which are meant.
@@ -130,7 +129,7 @@ def splits_of_tars(folder: Path) -> list[str]:
 
 def source_of_listings(
     root: Path, listings: list[TarListing], endings: tuple[str, ...] = IMAGE_EXTENSIONS
-) -> WebDatasetSource:
+) -> TarSource:
     """The images of tars that are listed already; `root` is their folder, or the one tar.
 
     Raises DataError when there is none, or a label is no class.
@@ -151,7 +150,7 @@ def source_of_listings(
         labels, classes = class_numbers(texts, lambda i: f"{root}, {samples[i].name}")
     ranges = np.array([sample.range for sample in samples], dtype=np.int64)
     names = (os.fsencode(sample.name) for sample in samples)
-    return WebDatasetSource(root, names, labels, classes, [listing.path for listing in listings], ranges)
+    return TarSource(root, names, labels, classes, [listing.path for listing in listings], ranges)
 
 
 def _samples(root: Path, number: int, listing: TarListing) -> Iterator[_Sample]:

@@ -13,7 +13,8 @@ import pytest
 from spark_fast.errors import DataError, ImageError
 from spark_fast.pipelines.sources.folder import MAX_FILE_BYTES, folder_source
 from spark_fast.pipelines.sources.listing.image_names import BAND_EXTENSIONS
-from spark_fast.pipelines.sources.tar import TarSource, tar_source
+from spark_fast.pipelines.sources.tar import tar_source
+from spark_fast.pipelines.sources.tars.webdataset import TarSource
 from tests.pipelines.tars import tar_of, tar_of_tars
 
 
@@ -187,6 +188,6 @@ def test_what_is_no_tar_of_images_is_refused(tmp_path, content, message):
 
 
 def test_an_absurdly_large_member_is_not_read(tmp_path):
-    source = TarSource(tmp_path / "some.tar", [b"a"], None, [], np.array([[0, MAX_FILE_BYTES + 1]]))
+    source = TarSource(tmp_path, [b"a"], None, [], [tmp_path / "some.tar"], np.array([[0, 0, MAX_FILE_BYTES + 1]]))
     with pytest.raises(ImageError, match="more than the limit"):
         source.read(0)
