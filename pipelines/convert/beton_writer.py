@@ -30,7 +30,7 @@ from spark_fast.pipelines.sampler import uniform
 from spark_fast.pipelines.sources.beton import CHECKS, JPEG, RAW, checks_path, sealed_checks
 from spark_fast.pipelines.sources.shard_format import BETON, INDEX_FILE, BetonFiles, Manifest, ShardFile, write_manifest
 from spark_fast.pipelines.sources.shards import ShardSource
-from spark_fast.pipelines.transforms.decode import decode
+from spark_fast.pipelines.transforms.decode import decode_image
 
 _PAGE = 8 * 2**20  # FFCV's default; a record never crosses a page
 
@@ -224,7 +224,7 @@ def _in_shard_order(
     def load(i: int) -> tuple[bytes, int, int]:
         jpeg = _read(source, i)
         if raw[i]:
-            pixels, _ = decode(jpeg, source.max_pixels)
+            pixels = decode_image(jpeg, source.max_pixels).pixels
             return pixels.tobytes(), *pixels.shape[:2]
         return jpeg, *_jpeg_size(jpeg)
 

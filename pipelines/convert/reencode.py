@@ -80,10 +80,6 @@ class Reencode(StoredSize):
         source.allow_pixels(self.max_pixels)
         return source
 
-    def encode(self, data: bytes | memoryview) -> tuple[bytes, str | None]:
-        """The JPEG to store for an encoded image, and what was repaired (None: nothing); see `reencoded`."""
-        return self.reencoded(data)[:2]
-
     def reencoded(self, data: bytes | memoryview) -> Reencoded:
         """The JPEG to store for an encoded image, what was repaired (None: nothing), and what of it was lost.
 

@@ -27,7 +27,7 @@ from spark_fast.pipelines.sources.shard_format import (
 )
 from spark_fast.pipelines.transforms.bands.decode_bands import decode_bands
 from spark_fast.pipelines.transforms.bands.expected import Expected
-from spark_fast.pipelines.transforms.decode import decode
+from spark_fast.pipelines.transforms.decode import decode_image
 
 
 def verify_shards(folder: Path, workers: int = 1) -> list[str]:
@@ -59,7 +59,7 @@ def _beton_faults(folder: Path, manifest: Manifest, made: BetonFiles, workers: i
 
     def fault(i: int) -> str | None:
         try:
-            size = decode(source.read(i), manifest.max_pixels)[0].shape[:2]
+            size = decode_image(source.read(i), manifest.max_pixels).pixels.shape[:2]
         except (ImageError, OSError) as error:
             return str(error)
         row = source.checks[i]
@@ -107,7 +107,7 @@ def _record_fault(data: bytes, row: np.void, manifest: Manifest) -> str | None:
         if manifest.in_chans:
             decode_bands(image, Expected(manifest.in_chans, manifest.max_pixels))
         else:
-            decode(image, manifest.max_pixels)
+            decode_image(image, manifest.max_pixels)
     except ImageError as error:
         return str(error)
     return None

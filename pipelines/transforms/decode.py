@@ -44,14 +44,6 @@ class Decoded(NamedTuple):
         return self.what is not None
 
 
-def decode(
-    data: bytes | memoryview, max_pixels: int = MAX_PIXELS, *, fast_chroma: bool = False
-) -> tuple[NDArray[np.uint8], bool]:
-    """The pixels of an image, (H, W, 3) RGB, and whether they were converted; else as `decode_image`."""
-    decoded = decode_image(data, max_pixels, fast_chroma=fast_chroma)
-    return decoded.pixels, decoded.converted
-
-
 def decode_image(
     data: bytes | memoryview, max_pixels: int = MAX_PIXELS, *, fast_chroma: bool = False, judged: bool = False
 ) -> Decoded:

@@ -49,7 +49,6 @@ class VerificationError(ValueError):
 def verify(
     network: nn.Module,
     input_size: int | tuple[int, int] | None = None,
-    batch: int = 2,
     stages: int | None = None,
     in_chans: int = 3,
 ) -> Verified:
@@ -58,7 +57,6 @@ def verify(
     Args:
         network: returns a list of feature maps, as for `pack`.
         input_size: pixels, one number or (H, W), by default 2 x 3 patches.
-        batch: images.
         stages, in_chans: as for `pack`.
 
     Raises:
@@ -72,7 +70,7 @@ def verify(
     shared = {id(p): p for p in original.parameters()}
     encoder = PackedEncoder(copy.deepcopy(original, shared), size, stages=stages, in_chans=in_chans)
     grid = (size[0] // encoder.patch, size[1] // encoder.patch)
-    images = torch.randn(batch, in_chans, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, in_chans, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with FastGroups():
         _check_batch(original, images)
         identity = max(_identity(original, encoder, images, grid, training) for training in (False, True))

@@ -23,7 +23,7 @@ from spark_fast.pipelines.transforms.bands.expected import Expected
 from spark_fast.pipelines.transforms.bands.scaling import BandNormalise, as_batch
 from spark_fast.pipelines.transforms.bands.statistics import Statistics
 from spark_fast.pipelines.transforms.crops import centre_box
-from spark_fast.pipelines.transforms.decode import decode
+from spark_fast.pipelines.transforms.decode import decode_image
 from spark_fast.pipelines.transforms.resize import MEAN, STD, Normalise, resized_crop
 
 TITLES = ("input", "what the network sees", "prediction")
@@ -140,7 +140,10 @@ def open_image(path: Path, size: tuple[int, int], bands: BandFiles | None = None
     """
     try:
         data = path.read_bytes()
-        image = as_batch(decode_bands(data, bands.expected).pixels, bands.statistics) if bands else decode(data)[0]
+        if bands:
+            image = as_batch(decode_bands(data, bands.expected).pixels, bands.statistics)
+        else:
+            image = decode_image(data).pixels
     except (OSError, ImageError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     box, host = centre_box(image.shape[0], image.shape[1], size), torch.device("cpu")

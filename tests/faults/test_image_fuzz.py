@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from spark_fast.errors import ImageError
-from spark_fast.pipelines.transforms.decode import decode
+from spark_fast.pipelines.transforms.decode import decode_image
 from spark_fast.pipelines.transforms.jpeg import _without_fast_route
 from tests.faults.image_mutations import JPEGS, OTHERS, as_pillow, mutated
 from tests.pipelines.djpeg import exit_code, run
@@ -23,7 +23,7 @@ HARMLESS = ("unknown JFIF revision", "Invalid SOS parameters", "extraneous bytes
 def pixels(data: bytes) -> np.ndarray | None:
     """None where the image is refused; anything but ImageError fails the test."""
     try:
-        return decode(data)[0]
+        return decode_image(data).pixels
     except ImageError:
         return None
 

@@ -14,7 +14,7 @@ from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.sources.bad_images import SUBSTITUTES, Loaded
 from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation
-from spark_fast.pipelines.transforms.decode import decode
+from spark_fast.pipelines.transforms.decode import decode_image
 from spark_fast.pipelines.transforms.device_augment import DeviceAugment
 from spark_fast.pipelines.transforms.resize import Normalise
 from tests.pipelines.building import build
@@ -88,7 +88,7 @@ def test_a_batch_holds_bytes_normalised_pixels_or_cells_of_the_same_crop(image_f
     device_augment = DeviceAugment((32, 48), torch.device("cpu"), torch.float32)
     cell, crop = torch.zeros(*device_augment.cell, 3, dtype=torch.uint8), torch.empty(3, dtype=torch.int64)
     ImageLoader(source, augmentation, device_augment=device_augment).load(5, draws, cell, crop)
-    image, _ = decode(source.read(5))
+    image = decode_image(source.read(5)).pixels
     box = augmentation.box(draws, *image.shape[:2])
     assert crop.tolist() == [box.height, box.width, flips < 0.5]
     top, left, height, width = box

@@ -11,7 +11,7 @@ from PIL import Image
 
 from spark_fast.errors import ImageError, SettingsError
 from spark_fast.pipelines.convert.reencode import Reencode
-from spark_fast.pipelines.transforms.decode import decode
+from spark_fast.pipelines.transforms.decode import decode_image
 from tests.pipelines.pictures import encoded, picture
 
 KEEP_SIZE = Reencode(short_side=0)
@@ -31,7 +31,7 @@ def test_sizes_are_reduced_to_the_side_asked_for_and_never_enlarged(height, widt
 
 def test_larger_images_are_stored_as_pil_would_reduce_them():
     original = picture(1, 300, 400)
-    stored, repair = Reencode(short_side=150, quality=95).encode(encoded(Image.fromarray(original), "PNG"))
+    stored, repair, *_ = Reencode(short_side=150, quality=95).reencoded(encoded(Image.fromarray(original), "PNG"))
     image = Image.open(io.BytesIO(stored))
     assert image.size == (200, 150)
     assert "not a JPEG" in (repair or "")
@@ -56,12 +56,12 @@ RGB = Image.fromarray(picture(2))
     ],
 )
 def test_only_plain_jpegs_are_copied(data, copied, repaired):
-    stored, repair = KEEP_SIZE.encode(data)
+    stored, repair, *_ = KEEP_SIZE.reencoded(data)
     assert (stored == data) == copied
     assert (repair is not None) == repaired
-    pixels, converted = decode(stored)
-    assert not converted
-    assert np.abs(pixels.astype(int) - decode(data)[0]).mean() < 3
+    pixels, what, _ = decode_image(stored)
+    assert what is None
+    assert np.abs(pixels.astype(int) - decode_image(data).pixels).mean() < 3
     if not copied:
         assert b"\xff\xc0" in stored  # baseline
         assert Image.open(io.BytesIO(stored)).layer[0][1:3] == (2, 2)  # 4:2:0
@@ -69,7 +69,7 @@ def test_only_plain_jpegs_are_copied(data, copied, repaired):
 
 def test_an_image_too_long_for_a_jpeg_is_refused():
     with pytest.raises(ImageError, match="a JPEG cannot be longer than 65500"):
-        KEEP_SIZE.encode(encoded(Image.new("RGB", (66000, 2)), "PNG"))
+        KEEP_SIZE.reencoded(encoded(Image.new("RGB", (66000, 2)), "PNG"))
 
 
 def test_real_images_lose_no_more_than_by_pillows_reduction_and_the_same_jpeg(imagenet_sample):
@@ -80,7 +80,7 @@ def test_real_images_lose_no_more_than_by_pillows_reduction_and_the_same_jpeg(im
         reduced = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
         theirs = simplejpeg.encode_jpeg(reduced, 90, "RGB", "420")
         ours, _ = Reencode().encode(path.read_bytes())
-        lost.append([np.abs(decode(data)[0].astype(int) - reduced).mean() for data in (ours, theirs)])
+        lost.append([np.abs(decode_image(data).pixels.astype(int) - reduced).mean() for data in (ours, theirs)])
     assert len(lost) == 20
     ours, theirs = np.mean(lost, axis=0)
     assert ours < 1.01 * theirs

@@ -20,7 +20,7 @@ from spark_fast.pipelines.sources.beton import (
     sealed_checks,
 )
 from spark_fast.pipelines.sources.shard_format import BETON
-from spark_fast.pipelines.transforms.decode import decode
+from spark_fast.pipelines.transforms.decode import decode_image
 from tests.pipelines.damage import flip
 from tests.pipelines.pictures import jpeg, picture
 
@@ -34,7 +34,7 @@ def handmade(folder: Path, records: list[tuple[bytes, int, int]] = RECORDS) -> P
     checks = np.zeros(len(records), CHECKS)
     content = tables
     for i, (data, label, mode) in enumerate(records):
-        height, width = decode(data)[0].shape[:2] if mode == JPEG else RAW_PIXELS.shape[:2]
+        height, width = decode_image(data).pixels.shape[:2] if mode == JPEG else RAW_PIXELS.shape[:2]
         checks[i] = (len(content), len(data), zlib.crc32(data), label, height, width, mode)
         content += data
     path.write_bytes(content + b"a" * 24 * len(records))
@@ -47,7 +47,7 @@ def test_records_are_read_as_files_with_their_labels(tmp_path):
     source = BetonSource(handmade(tmp_path))
     assert (len(source), source.labels.tolist()) == (3, [3, 1, 0])
     assert [source.read(0), source.read(2)] == [RECORDS[0][0], RECORDS[2][0]]
-    assert (decode(source.read(1))[0] == RAW_PIXELS).all()
+    assert (decode_image(source.read(1)).pixels == RAW_PIXELS).all()
     assert (source.name(2), source.fingerprint()) == ("images.beton:2", "")
     source.close()
     unlabelled = BetonSource(handmade(tmp_path, [(data, -1, mode) for data, _, mode in RECORDS]))

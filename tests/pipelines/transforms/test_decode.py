@@ -10,7 +10,7 @@ from PIL import Image
 
 from spark_fast.errors import ImageError
 from spark_fast.pipelines.transforms import decode as decode_module
-from spark_fast.pipelines.transforms.decode import decode
+from spark_fast.pipelines.transforms.decode import decode_image
 from tests.pipelines.pictures import encoded, jpeg, picture
 
 RGB = Image.fromarray(picture(1))
@@ -46,26 +46,26 @@ PLAIN = {
 @pytest.mark.parametrize("kind", [*ODD, *PLAIN])
 def test_every_readable_kind_gives_the_pixels_that_pillow_gives(kind):
     data = ODD.get(kind) or PLAIN[kind]
-    pixels, converted = decode(data)
+    decoded = decode_image(data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow would rather see RGBA; we look at the colours alone
         expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    assert pixels.dtype == np.uint8
-    assert np.array_equal(pixels, expected)
-    assert converted == (kind in ODD)
-    assert np.array_equal(decode(memoryview(data))[0], pixels)
+    assert decoded.pixels.dtype == np.uint8
+    assert np.array_equal(decoded.pixels, expected)
+    assert decoded.converted == (kind in ODD)
+    assert np.array_equal(decode_image(memoryview(data)).pixels, decoded.pixels)
 
 
 def test_sixteen_bit_grey_keeps_its_range():
     data = encoded(GREY16, "PNG")
-    pixels, converted = decode(data)
-    assert converted
-    assert np.array_equal(pixels, np.repeat((np.asarray(GREY16) >> 8)[:, :, None], 3, axis=2))
+    decoded = decode_image(data)
+    assert decoded.converted
+    assert np.array_equal(decoded.pixels, np.repeat((np.asarray(GREY16) >> 8)[:, :, None], 3, axis=2))
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 4000), (20, 1000), (1000, 20)])
 def test_odd_shapes_are_read(height, width):
-    assert decode(jpeg(0, height, width))[0].shape == (height, width, 3)
+    assert decode_image(jpeg(0, height, width)).pixels.shape == (height, width, 3)
 
 
 def bad_huffman_code(data: bytes) -> bytes:
@@ -96,7 +96,7 @@ BAD = {
 def test_unreadable_images_are_refused_with_the_reason(kind):
     data, reason = BAD[kind]
     with pytest.raises(ImageError, match=reason):
-        decode(data)
+        decode_image(data)
 
 
 def with_size(data: bytes, height: int, width: int) -> bytes:
@@ -107,12 +107,12 @@ def with_size(data: bytes, height: int, width: int) -> bytes:
 
 def test_bombs_are_refused_from_their_header():
     with pytest.raises(ImageError, match="65000 x 65000 pixels exceed the limit of 67 million"):
-        decode(with_size(jpeg(1), 65000, 65000))
+        decode_image(with_size(jpeg(1), 65000, 65000))
     with pytest.raises(ImageError, match=r"not a readable image|exceed the limit"):
-        decode(encoded(Image.new("1", (20000, 10000)), "PNG"))
+        decode_image(encoded(Image.new("1", (20000, 10000)), "PNG"))
     with pytest.raises(ImageError, match="80 x 60 pixels exceed"):
-        decode(ODD["png"], max_pixels=4799)
-    assert decode(ODD["png"], max_pixels=4800)[0].shape == (60, 80, 3)
+        decode_image(ODD["png"], max_pixels=4799)
+    assert decode_image(ODD["png"], max_pixels=4800).pixels.shape == (60, 80, 3)
 
 
 def test_an_image_above_the_limit_is_read_when_the_limit_is_raised_as_the_message_says(monkeypatch):
@@ -120,14 +120,14 @@ def test_an_image_above_the_limit_is_read_when_the_limit_is_raised_as_the_messag
     for data in (encoded(RGB, "PNG"), encoded(RGB, "TIFF"), encoded(RGB, "WEBP", lossless=True)):
         Image.MAX_IMAGE_PIXELS = 1000
         with pytest.raises(ImageError):
-            decode(data, max_pixels=1000)
+            decode_image(data, max_pixels=1000)
         assert Image.MAX_IMAGE_PIXELS == 1000
-        assert decode(data, max_pixels=4800)[0].shape == (60, 80, 3)
+        assert decode_image(data, max_pixels=4800).pixels.shape == (60, 80, 3)
         assert Image.MAX_IMAGE_PIXELS == 4800
     with pytest.raises(
         ImageError, match=r"--max_pixels 4225 \(train, eval, convert\) reads it, see docs/how_to/your_own_data"
     ):
-        decode(with_size(jpeg(1), 65000, 65000))
+        decode_image(with_size(jpeg(1), 65000, 65000))
 
 
 RAISED = (KeyError(7), struct.error("short"), OverflowError(), MemoryError(), RuntimeError(), SyntaxError("no marker"))
@@ -141,19 +141,19 @@ def test_whatever_a_decoder_raises_refuses_the_image_alone(monkeypatch, decoder,
 
     monkeypatch.setattr(decode_module, decoder, fail)
     with pytest.raises(ImageError, match="not a readable image"):
-        decode(jpeg(1) if decoder == "decode_jpeg" else ODD["png"])
+        decode_image(jpeg(1) if decoder == "decode_jpeg" else ODD["png"])
 
 
 def test_an_image_without_pixels_is_refused():
     with pytest.raises(ImageError, match="0"):
-        decode(b"P6 0 5 255\n")
+        decode_image(b"P6 0 5 255\n")
 
 
 def test_the_reason_is_a_function_of_the_bytes():
     reasons = set()
     for _ in range(3):
         with pytest.raises(ImageError) as error:
-            decode(bytes(bytearray(b"no image at all")))
+            decode_image(bytes(bytearray(b"no image at all")))
         reasons.add(str(error.value))
     assert len(reasons) == 1
     assert "0x" not in reasons.pop()

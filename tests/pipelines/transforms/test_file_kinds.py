@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from spark_fast.errors import ImageError
-from spark_fast.pipelines.transforms.decode import decode
+from spark_fast.pipelines.transforms.decode import decode_image
 from spark_fast.pipelines.transforms.file_kinds import other_kind
 from tests.pipelines.pictures import encoded, picture
 from tests.pipelines.tiffs import tiff
@@ -59,7 +59,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_of_another_kind_is_named_with_what_is_read_and_where_to_read_on(kind):
     with pytest.raises(ImageError) as refused:
-        decode(KINDS[kind])
+        decode_image(KINDS[kind])
     said = str(refused.value)
     assert said.startswith(f"not a readable image but {kind}")
     assert said.endswith(

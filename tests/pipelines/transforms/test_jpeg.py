@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from spark_fast.errors import ImageError
-from spark_fast.pipelines.transforms.decode import decode, decode_image
+from spark_fast.pipelines.transforms.decode import decode_image
 from tests.pipelines.djpeg import exit_code
 from tests.pipelines.layouts import KNOWN, UNKNOWN, layout_jpeg, scan_start
 from tests.pipelines.pictures import encoded, jpeg, picture
@@ -28,9 +28,9 @@ def test_every_chroma_layout_shows_pillows_pixels_and_is_refused_when_its_scan_i
     assert what == (f"JPEG of chroma layout {layout}, stored as 4:2:0" if layout in (*UNKNOWN, "1x4,1x1,1x1") else None)
     start = scan_start(data)
     with pytest.raises(ImageError, match="damaged JPEG: Corrupt JPEG data"):
-        decode(data[: start + 8] + data[start + 60 :])
+        decode_image(data[: start + 8] + data[start + 60 :])
     with pytest.raises(ImageError, match="damaged JPEG: Premature end of JPEG file"):
-        decode(data[:-2])
+        decode_image(data[:-2])
 
 
 def test_what_jpegtran_makes_of_a_cameras_411_is_read(shared_reports):
@@ -56,10 +56,10 @@ def with_junk_before_its_table(data: bytes) -> bytes:
 
 def test_a_warning_about_the_header_does_not_hide_a_destroyed_scan():
     with pytest.raises(ImageError, match=r"damaged JPEG: Corrupt JPEG data"):
-        decode(destroyed())
+        decode_image(destroyed())
     for data in (destroyed(), jpeg(1)):
         with pytest.raises(ImageError, match="2 extraneous bytes before marker 0xdb"):
-            decode(with_junk_before_its_table(data))
+            decode_image(with_junk_before_its_table(data))
 
 
 def with_revision(data: bytes) -> bytes:
@@ -104,15 +104,15 @@ def test_a_fault_that_spares_the_pixels_is_mended_and_named_and_hides_no_other(f
     assert reason in what
     half = scan_start(sound) + 30
     with pytest.raises(ImageError, match="damaged JPEG: Corrupt JPEG data"):
-        decode(fault(sound[:half] + bytes(range(60)) + sound[half + 60 :]))
+        decode_image(fault(sound[:half] + bytes(range(60)) + sound[half + 60 :]))
 
 
 def test_parameters_of_a_scan_are_mended_only_if_they_are_the_zeros_that_some_encoders_write():
     start = scan_start(jpeg(1))
     with pytest.raises(ImageError, match="Invalid SOS parameters"):
-        decode(jpeg(1)[: start - 3] + jpeg(1)[start - 2 :])  # the scan's first byte is taken for the last of them
+        decode_image(jpeg(1)[: start - 3] + jpeg(1)[start - 2 :])  # the scan's first byte is taken for the last of them
     with pytest.raises(ImageError, match="Invalid SOS parameters"):
-        decode(jpeg(1)[: start - 3] + bytes(6) + jpeg(1)[start + 3 :])  # a part of the file was set to zero
+        decode_image(jpeg(1)[: start - 3] + bytes(6) + jpeg(1)[start + 3 :])  # a part of the file was set to zero
 
 
 @pytest.mark.parametrize(
@@ -120,12 +120,12 @@ def test_parameters_of_a_scan_are_mended_only_if_they_are_the_zeros_that_some_en
 )
 @pytest.mark.parametrize("data", [jpeg(1), layout_jpeg("3x1,1x1,1x1"), layout_jpeg("2x2,1x1,1x1", restarts=2)])
 def test_spare_bytes_before_the_end_mark_are_skipped(data, spare):
-    assert np.array_equal(decode(with_spare_bytes(data, spare))[0], decode(data)[0])
+    assert np.array_equal(decode_image(with_spare_bytes(data, spare)).pixels, decode_image(data).pixels)
 
 
 def test_the_reported_file_with_spare_bytes_has_the_same_pixels(shared_reports):
     files = [(shared_reports / "jpeg-extra-before-eoi" / f"{name}.jpg") for name in ("extra_before_eoi", "same-pixels")]
-    spare, same = (decode(file.read_bytes())[0] for file in files)
+    spare, same = (decode_image(file.read_bytes()).pixels for file in files)
     assert np.array_equal(spare, same)
 
 
@@ -134,7 +134,7 @@ def test_bytes_before_a_restart_marker_are_no_spare_bytes(layout):
     data = layout_jpeg(layout, restarts=2)
     at = data.index(b"\xff\xd0")
     with pytest.raises(ImageError, match="extraneous bytes before marker 0xd0"):
-        decode(data[:at] + bytes(30) + data[at:])
+        decode_image(data[:at] + bytes(30) + data[at:])
 
 
 @pytest.mark.parametrize("layout", ["2x2,1x1,1x1", "3x1,1x1,1x1"])
@@ -143,7 +143,7 @@ def test_the_rest_of_a_scan_that_seems_to_end_early_is_no_spare_bytes(layout):
     lower = data.index(b"\xff\xc0") + 5
     height = int.from_bytes(data[lower : lower + 2], "big") * 2 // 3
     with pytest.raises(ImageError, match="extraneous bytes before marker 0xd9"):
-        decode(data[:lower] + height.to_bytes(2, "big") + data[lower + 2 :])
+        decode_image(data[:lower] + height.to_bytes(2, "big") + data[lower + 2 :])
 
 
 def test_a_bad_huffman_code_is_seen_where_libjpegs_fast_route_takes_it_for_a_zero():
@@ -151,7 +151,7 @@ def test_a_bad_huffman_code_is_seen_where_libjpegs_fast_route_takes_it_for_a_zer
     data = swallowed_bad_code()
     assert decode_image(data, judged=True).pixels.shape == (480, 480, 3)  # by the fast route
     with pytest.raises(ImageError, match="bad Huffman code"):
-        decode(data)
+        decode_image(data)
 
 
 def swallowed_bad_code() -> bytes:

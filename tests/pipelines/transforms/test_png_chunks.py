@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from spark_fast.errors import ImageError
-from spark_fast.pipelines.transforms.decode import decode
+from spark_fast.pipelines.transforms.decode import decode_image
 from spark_fast.pipelines.transforms.png_chunks import without_text
 from tests.pipelines.pictures import encoded, jpeg, picture
 
@@ -36,7 +36,7 @@ def test_text_and_profiles_of_any_size_are_skipped_and_never_unpacked(kind, head
     packed = b"".join(packer.compress(bytes(2**20)) for _ in range(16)) + packer.flush()  # of 16 MB
     data = with_chunk(encoded(RGB, "PNG"), kind, head + packed)
     tracemalloc.start()
-    assert np.array_equal(decode(data)[0], RGB)
+    assert np.array_equal(decode_image(data).pixels, RGB)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**20
@@ -45,7 +45,7 @@ def test_text_and_profiles_of_any_size_are_skipped_and_never_unpacked(kind, head
 def test_the_reported_file_with_a_large_text_is_read(shared_reports):
     data = (shared_reports / "png-large-text" / "png_big_ztxt.png").read_bytes()
     expected = Image.open(io.BytesIO(without_text(data))).convert("RGB")
-    assert np.array_equal(decode(data)[0], expected)
+    assert np.array_equal(decode_image(data).pixels, expected)
 
 
 def test_all_else_stays():
@@ -61,4 +61,4 @@ def test_a_damaged_picture_is_refused_as_ever():
     data = bytearray(with_chunk(encoded(RGB, "PNG"), b"tEXt", b"a\0b"))
     data[data.index(b"IDAT") + 50] ^= 1
     with pytest.raises(ImageError, match="not a readable image"):
-        decode(bytes(data))
+        decode_image(bytes(data))
