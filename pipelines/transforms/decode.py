@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 from functools import partial
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from spark_fast.errors import ImageError
-from spark_fast.pipelines.transforms.file_kinds import PAGE, UNKNOWN_PIXELS, not_read, other_kind
+from spark_fast.pipelines.transforms.file_kinds import PAGE, UNKNOWN_PIXELS, not_read, other_kind, reason_of
 from spark_fast.pipelines.transforms.jpeg import decode_jpeg
 from spark_fast.pipelines.transforms.pillow_pixels import Loss, to_rgb
 from spark_fast.pipelines.transforms.png_chunks import without_text
@@ -27,8 +26,6 @@ MAX_PIXELS = 64 * MEGAPIXEL  # a decompression bomb is refused from its header; 
 
 # Formats that Pillow decodes itself; left to guess, it would also start Ghostscript for an EPS.
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
-# In Pillow's messages; a conversion lists reasons, and the same image must give the same.
-_ADDRESS = re.compile(r" <_io.BytesIO object at 0x[0-9a-f]+>")
 
 
 class Decoded(NamedTuple):
@@ -67,7 +64,7 @@ def decode_image(
     except ImageError:
         raise
     except Exception as error:  # on hostile bytes a decoder raises nearly anything
-        reason = _ADDRESS.sub("", str(error))
+        reason = reason_of(error)
         if (isinstance(error, UnidentifiedImageError) or reason in UNKNOWN_PIXELS) and (kind := other_kind(data)):
             raise ImageError(not_read(kind)) from error
         raise ImageError(f"not a readable image ({reason}); it starts with {bytes(data[:12])!r}") from error

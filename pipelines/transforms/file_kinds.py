@@ -7,6 +7,7 @@ tells more.
 from __future__ import annotations
 
 import io
+import re
 
 from PIL import TiffImagePlugin
 
@@ -14,6 +15,7 @@ READ = "JPEG, PNG, BMP, GIF, PGM, PPM, TIFF and WebP"  # the kinds that are read
 PAGE = "docs/how_to/your_own_data.md"
 UNKNOWN_PIXELS = ("unknown raw mode for given image mode", "pixels that are read wrongly")  # the first is Pillow's
 IS_NOT_SUPPORTED = "a kind that is not supported"
+_ADDRESS = re.compile(r" <_io.BytesIO object at 0x[0-9a-f]+>|( object)? at 0x[0-9a-f]+")  # the first is in Pillow's
 
 # offset and bytes -> what it is; the first that fits
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
@@ -56,7 +58,7 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"version https://git-lfs", "a pointer of Git LFS: `git lfs pull` brings the file itself, which it says"),
 )  # fmt: skip
 _TGA_END = b"TRUEVISION-XFILE.\0"
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how the files begin
 _WIDTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANAR, _FORMAT = (
     256,
     258,
@@ -67,6 +69,11 @@ _WIDTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANAR, _FORMAT = (
     339,
 )  # tags of TIFF
 _FORMATS = {2: "signed", 3: "floating point", 4: "of no format", 5: "complex", 6: "complex"}
+
+
+def reason_of(error: Exception) -> str:
+    """What a decoder says, without addresses in memory: a conversion lists reasons; the same image gives the same."""
+    return _ADDRESS.sub("", str(error))
 
 
 def not_read(what: str) -> str:
@@ -83,7 +90,7 @@ def other_kind(data: bytes | memoryview) -> str | None:
     for offset, signature, what in _SIGNATURES:
         if start[offset : offset + len(signature)] == signature:
             return what
-    if start.startswith(_TIFF):
+    if start.startswith(TIFF):
         return _kind_of_tiff(bytes(data))
     return "a TGA image (.tga)" if bytes(data[-len(_TGA_END) :]) == _TGA_END else None
 

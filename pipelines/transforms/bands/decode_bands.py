@@ -6,7 +6,6 @@ before memory is allocated: number of channels, kind of numbers, pixels.
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
 import numpy as np
@@ -17,15 +16,13 @@ from spark_fast.pipelines.transforms.bands.arrays import NPY, NPZ, read_npy, rea
 from spark_fast.pipelines.transforms.bands.dicom import is_dicom, read_dicom
 from spark_fast.pipelines.transforms.bands.expected import Expected, Stored
 from spark_fast.pipelines.transforms.bands.pictures import read_jpeg, read_png, read_pnm, read_with_pillow
-from spark_fast.pipelines.transforms.bands.tiff_pages import TIFF, read_tiff
-from spark_fast.pipelines.transforms.file_kinds import PAGE, other_kind
+from spark_fast.pipelines.transforms.bands.tiff_pages import read_tiff
+from spark_fast.pipelines.transforms.file_kinds import PAGE, TIFF, other_kind, reason_of
 from spark_fast.pipelines.transforms.pillow_pixels import Loss
 from spark_fast.pipelines.transforms.png_chunks import SIGNATURE as PNG
 
 READ = "JPEG, PNG, TIFF, .npy, .npz, DICOM, PGM, PPM, BMP, GIF and WebP"  # the kinds that are read
 BY_PYTHON = (".tif", ".tiff", ".dcm", ".dicom")  # endings of files whose readers hold Python's lock most of the time
-
-_ADDRESS = re.compile(r" (object )?at 0x[0-9a-f]+")  # the same file must give the same reason
 
 
 class Bands(NamedTuple):
@@ -54,11 +51,10 @@ def decode_bands(data: bytes | memoryview, expected: Expected, *, judged: bool =
         raise
     except Exception as error:  # on hostile bytes a decoder raises nearly anything
         if kind := other_kind(data):
-            raise ImageError(f"damaged, or not read: {kind} ({_ADDRESS.sub('', str(error))})") from error
+            raise ImageError(f"damaged, or not read: {kind} ({reason_of(error)})") from error
         start = bytes(data[:12])
         raise ImageError(
-            f"not a readable image ({_ADDRESS.sub('', str(error))}); it starts with {start!r}; supported are {READ}:"
-            f" see {PAGE}"
+            f"not a readable image ({reason_of(error)}); it starts with {start!r}; supported are {READ}: see {PAGE}"
         ) from error
     pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     losses: tuple[Loss, ...] = ()

@@ -6,7 +6,6 @@ Files are read by position, not mapped: a file that is cut short, or a disk that
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +19,11 @@ from numpy.typing import NDArray
 from spark_fast.errors import ImageError, SettingsError
 from spark_fast.pipelines.transforms.bands.arrays import NPY, checked_header, image_shape
 from spark_fast.pipelines.transforms.bands.expected import Expected
-from spark_fast.pipelines.transforms.bands.tiff_pages import TIFF, open_tiff, page_a_channel, planes_apart
+from spark_fast.pipelines.transforms.bands.tiff_pages import open_tiff, page_a_channel, planes_apart
 from spark_fast.pipelines.transforms.bands.tiff_segments import Segments
+from spark_fast.pipelines.transforms.file_kinds import TIFF, reason_of
 
 _ANY_SIZE = 2**62  # pixels of a scene; its windows are limited
-_ADDRESS = re.compile(r"( object)? at 0x[0-9a-f]+")  # the same file must give the same reason
 
 
 class Window(NamedTuple):
@@ -62,7 +61,7 @@ def open_scene(path: Path, expected: Expected) -> Iterator[Scene]:
         except (ImageError, OSError, SettingsError):
             raise
         except Exception as error:  # on hostile bytes a decoder raises nearly anything
-            raise ImageError(f"damaged, or not read ({_ADDRESS.sub('', str(error))})") from error
+            raise ImageError(f"damaged, or not read ({reason_of(error)})") from error
 
 
 def _at_once(path: str, flags: int) -> int:

@@ -21,7 +21,6 @@ from spark_fast.pipelines.transforms.decode import check_size
 if TYPE_CHECKING:  # it is optional
     from tifffile import TiffFile, TiffPage
 
-TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how the files begin
 _PALETTE = 3  # a photometric interpretation
 _ALPHA = (1, 2)  # kinds of extra samples
 _PLANES = 2  # a planar configuration: one band after the other
