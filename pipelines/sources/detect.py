@@ -12,14 +12,14 @@ from spark_fast.pipelines.sources.beton import BetonSource
 from spark_fast.pipelines.sources.file_list import list_source
 from spark_fast.pipelines.sources.folder import FileSource, folder_source
 from spark_fast.pipelines.sources.listing.compressed import how_to_unpack, is_compressed
-from spark_fast.pipelines.sources.listing.folder_tree import holds_images
+from spark_fast.pipelines.sources.listing.folder_tree import holds_images, tars_in
 from spark_fast.pipelines.sources.listing.image_names import IMAGE_EXTENSIONS
 from spark_fast.pipelines.sources.listing.splits import split_of_file, train_folder
 from spark_fast.pipelines.sources.shard_format import MANIFEST, read_manifest
 from spark_fast.pipelines.sources.shards import ShardSource
 from spark_fast.pipelines.sources.source import Source
 from spark_fast.pipelines.sources.tar import tar_source
-from spark_fast.pipelines.sources.tars.webdataset import looks_like_webdataset, tars_in, webdataset_source
+from spark_fast.pipelines.sources.tars.webdataset import looks_like_webdataset, webdataset_source
 
 TARS = {  # as downloaded from image-net.org
     "train": "ILSVRC2012_img_train.tar",

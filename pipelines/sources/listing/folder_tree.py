@@ -70,6 +70,11 @@ def files_in(root: Path) -> list[Path]:
     return [root / name for name, is_folder in _entries(root) if not is_folder]
 
 
+def tars_in(folder: Path) -> list[Path]:
+    """The tars directly in a folder, in order, without machine-made ones; DataError when it cannot be listed."""
+    return [path for path in files_in(folder) if path.suffix == ".tar" and not is_machine_made(path.name)]
+
+
 def folders_in(root: Path) -> list[Path]:
     """The folders directly in `root`, in order, without machine-made ones; DataError when it cannot be listed."""
     return [root / name for name, is_folder in _entries(root) if is_folder and not is_machine_made(name)]

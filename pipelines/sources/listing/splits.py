@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from spark_fast.errors import DataError
-from spark_fast.pipelines.sources.listing.folder_tree import files_in, folders_in, holds_images, read_tree
+from spark_fast.pipelines.sources.listing.folder_tree import files_in, folders_in, holds_images, read_tree, tars_in
 from spark_fast.pipelines.sources.listing.image_names import IMAGE_EXTENSIONS, NAMED, is_image, listed
 from spark_fast.pipelines.sources.shard_format import MANIFEST
 
@@ -146,7 +146,7 @@ def _as_classes(root: Path, found: Splits, splits: list[Path]) -> Splits:
     """Splits of one kind beside folders with other names: classes like these, or a split with something beside it."""
     exact, others, endings = found
     for path in splits:
-        if path.name in exact and ((path / MANIFEST).exists() or any(_tars(path))):
+        if path.name in exact and ((path / MANIFEST).exists() or any(tars_in(path))):
             return found
         if _is_flat(path, endings) not in [_is_flat(other, endings) for other in others]:
             raise DataError(
@@ -180,11 +180,7 @@ def _preference(name: str) -> tuple[bool, str]:
 
 def _holds(folder: Path, endings: tuple[str, ...]) -> bool:
     """Whether there are images in a folder, in whatever form."""
-    return (folder / MANIFEST).exists() or any(_tars(folder)) or holds_images(folder, endings)
-
-
-def _tars(folder: Path) -> list[Path]:
-    return [path for path in files_in(folder) if path.suffix == ".tar"]
+    return (folder / MANIFEST).exists() or any(tars_in(folder)) or holds_images(folder, endings)
 
 
 def _is_flat(folder: Path, endings: tuple[str, ...]) -> bool:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from spark_fast.errors import DataError
 from spark_fast.pipelines.sources.folder import FileSource
 from spark_fast.pipelines.sources.listing.class_labels import class_numbers
-from spark_fast.pipelines.sources.listing.folder_tree import files_in
+from spark_fast.pipelines.sources.listing.folder_tree import files_in, tars_in
 from spark_fast.pipelines.sources.listing.image_names import IMAGE_EXTENSIONS, LeftOut, is_machine_made, listed
 from spark_fast.pipelines.sources.listing.splits import SPLITS, split_of_file
 from spark_fast.pipelines.sources.tars.tar_members import TarContents, TarListing, list_tar, read_member
@@ -59,11 +59,6 @@ class TarSource(FileSource):
         assert isinstance(part, TarSource)
         part._ranges = self._ranges[ids]
         return part
-
-
-def tars_in(folder: Path) -> list[Path]:
-    """The tars directly in a folder, in order; DataError when it cannot be listed."""
-    return [path for path in files_in(folder) if path.suffix == ".tar" and not is_machine_made(path.name)]
 
 
 def looks_like_webdataset(tar: Path, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> bool:

@@ -54,6 +54,11 @@ def test_any_split_alone_among_classes_is_a_class(tmp_path, name):
     assert detect_source(tmp_path).classes == sorted(["bus", name])
 
 
+def test_a_tar_that_macos_made_turns_no_class_into_a_split(tmp_path):
+    write(tmp_path, "cats/1.jpg", "dogs/2.jpg", "test/3.jpg", "test/._archive.tar")
+    assert detect_source(tmp_path).classes == ["cats", "dogs", "test"]
+
+
 def test_classes_with_folders_in_them_are_classes_too(tmp_path):
     write(tmp_path, "bus/day/1.jpg", "train/day/2.jpg", "train/night/3.jpg")
     assert detect_source(tmp_path).labels.tolist() == [0, 1, 1]
