@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spark_fast.autograd import AutogradContext
 from spark_fast.decoder.upsample import merging_pays, upsample, upsample_and_convolve
-from spark_fast.encoder.layers.batch_norm import by_kernels, projected
+from spark_fast.encoder.layers.batch_norm import ACTIVATIONS, normalize, projected
 
 
 class ReLU6(nn.ReLU6):
@@ -21,6 +21,9 @@ class ReLU6(nn.ReLU6):
     def forward(self, x: Tensor) -> Tensor:
         """Of any shape; the output is the input's memory."""
         return _ReLU6.apply(x)
+
+
+ACTIVATIONS[ReLU6] = "relu6"  # fused with the norm before it, as torch's own
 
 
 class _ReLU6(torch.autograd.Function):
@@ -75,15 +78,12 @@ class UNetBlock(nn.Module):
             x = upsample_and_convolve(x, up.weight, up.bias, convolve.weight, centred)
         else:
             x = convolve(upsample(x, up.weight, up.bias))
-        hidden = by_kernels(norm, x, "relu6", None, kernels)
-        x = narrow(activation(norm(x)) if hidden is None else hidden)
+        x = narrow(normalize(norm, activation, x, None, kernels))
         if project is not None and level is None:
             pixels = projected(last, project, x, kernels)
             if pixels is not None:
                 return pixels
-        y = by_kernels(last, x, "", level, kernels)
-        if y is None:
-            y = last(x) if level is None else last(x) + level
+        y = normalize(last, None, x, level, kernels)
         return y if project is None else project(y)
 
 
