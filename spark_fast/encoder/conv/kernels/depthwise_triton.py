@@ -31,16 +31,15 @@ times the cells. On the dense map all 49 patches are computed instead of 20, and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from spark_fast.autograd import AutogradContext
 from spark_fast.encoder.conv.geometry import Axis
-from spark_fast.encoder.conv.kernels.operator import operator, with_gradient
+from spark_fast.encoder.conv.kernels.neighbour_operator import neighbour_operator, outputs_like
+from spark_fast.encoder.conv.kernels.operator import operator
 from spark_fast.encoder.conv.kernels.tile import (
     PROCESSORS,
     WAVES,
@@ -205,7 +204,7 @@ def depthwise_convolution(
     Raises:
         ValueError: a layer that looks beyond the table, or too many rows.
     """
-    out = _outputs_like(cells, weight, bias, neighbours, y, x)
+    out = outputs_like(cells, weight, bias, neighbours, y, x)
     axes = Axis(*y), Axis(*x)
     taps = weight.flatten(1).t().contiguous()  # (ky*kx, C): channels next to one another, as in the cells
     _convolve(cells, taps, bias, neighbours, out, axes, (axes[0].lo, axes[1].lo), (axes[0].stride, 1))
@@ -289,14 +288,6 @@ def _tiles(outputs: Tensor, kernel: int, twice: bool) -> tuple[int, int, int, in
     return span, row_tile(rows, tiles, most, least, 3 * PROCESSORS), width, rows
 
 
-@torch.library.register_fake(depthwise_convolution)
-def _outputs_like(
-    cells: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, y: Sequence[int], x: Sequence[int]
-) -> Tensor:
-    b = cells.shape[1] // Axis(*y).stride
-    return cells.new_empty(cells.shape[0], b, b, cells.shape[3])
-
-
 @torch.library.register_fake(depthwise_input_gradient)
 def _cells_like(grad: Tensor, weight: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]) -> Tensor:
     b = grad.shape[1] * Axis(*y).stride
@@ -312,27 +303,4 @@ def _weights_like(
     return kernel, cells.new_empty(channels, dtype=torch.float32)
 
 
-class _DepthwiseContext(AutogradContext, Protocol):
-    y: Sequence[int]
-    x: Sequence[int]
-    bias: torch.dtype | None
-
-
-def _keep(ctx: _DepthwiseContext, inputs: tuple, output: Tensor) -> None:
-    cells, weight, bias, neighbours, ctx.y, ctx.x = inputs
-    ctx.bias = None if bias is None else bias.dtype
-    ctx.save_for_backward(cells, weight, neighbours)
-
-
-def _gradients(ctx: _DepthwiseContext, grad: Tensor) -> tuple:
-    cells, weight, neighbours = ctx.saved_tensors
-    grad_cells = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_cells = depthwise_input_gradient(grad, weight, neighbours, ctx.y, ctx.x)
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        grad_weight, grad_bias = depthwise_weight_gradient(grad, cells, neighbours, ctx.y, ctx.x)
-        grad_weight, grad_bias = grad_weight.to(weight.dtype), None if ctx.bias is None else grad_bias.to(ctx.bias)
-    return grad_cells, grad_weight, grad_bias, None, None, None
-
-
-depthwise_with_gradient = with_gradient(depthwise_convolution, _keep, _gradients)
+depthwise_with_gradient = neighbour_operator(depthwise_convolution, depthwise_input_gradient, depthwise_weight_gradient)

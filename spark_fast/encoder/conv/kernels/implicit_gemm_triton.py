@@ -23,16 +23,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import Protocol
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from spark_fast.autograd import AutogradContext
 from spark_fast.encoder.conv.geometry import Axis
-from spark_fast.encoder.conv.kernels.operator import operator, with_gradient
+from spark_fast.encoder.conv.kernels.neighbour_operator import neighbour_operator, outputs_like
+from spark_fast.encoder.conv.kernels.operator import operator
 from spark_fast.encoder.conv.kernels.tile import (
     WAVES,
     add_product,
@@ -140,7 +139,7 @@ def implicit_gemm(
     Raises:
         ValueError: a layer that looks beyond the table, or too many rows.
     """
-    out = _outputs_like(cells, weight, bias, neighbours, y, x)
+    out = outputs_like(cells, weight, bias, neighbours, y, x)
     axes = Axis(*y), Axis(*x)
     c, taps = weight.shape[1], weight[0, 0].numel()
     lo, strides = (axes[0].lo, axes[1].lo), (0, c, 1, taps * c)
@@ -225,14 +224,6 @@ def _precision() -> str:
     return "tf32" if precision == "tf32" else "ieee"
 
 
-@torch.library.register_fake(implicit_gemm)
-def _outputs_like(
-    cells: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, y: Sequence[int], x: Sequence[int]
-) -> Tensor:
-    b = cells.shape[1] // Axis(*y).stride
-    return cells.new_empty(cells.shape[0], b, b, weight.shape[0])
-
-
 @torch.library.register_fake(implicit_gemm_input_gradient)
 def _cells_like(grad: Tensor, weight: Tensor, neighbours: Tensor, y: Sequence[int], x: Sequence[int]) -> Tensor:
     b = grad.shape[1] * Axis(*y).stride
@@ -245,28 +236,6 @@ def _weight_like(grad: Tensor, cells: Tensor, neighbours: Tensor, y: Sequence[in
     return cells.new_empty(shape, dtype=torch.float32).permute(0, 3, 1, 2)
 
 
-class _ImplicitGemmContext(AutogradContext, Protocol):
-    y: Sequence[int]
-    x: Sequence[int]
-    bias: torch.dtype | None
-
-
-def _keep(ctx: _ImplicitGemmContext, inputs: tuple, output: Tensor) -> None:
-    cells, weight, bias, neighbours, ctx.y, ctx.x = inputs
-    ctx.bias = None if bias is None else bias.dtype
-    ctx.save_for_backward(cells, weight, neighbours)
-
-
-def _gradients(ctx: _ImplicitGemmContext, grad: Tensor) -> tuple:
-    cells, weight, neighbours = ctx.saved_tensors
-    grad_cells = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_cells = implicit_gemm_input_gradient(grad, weight, neighbours, ctx.y, ctx.x)
-    if ctx.needs_input_grad[1]:
-        grad_weight = implicit_gemm_weight_gradient(grad, cells, neighbours, ctx.y, ctx.x).to(weight.dtype)
-    if ctx.needs_input_grad[2]:
-        grad_bias = grad.sum((0, 1, 2), dtype=torch.float32).to(ctx.bias)
-    return grad_cells, grad_weight, grad_bias, None, None, None
-
-
-implicit_gemm_with_gradient = with_gradient(implicit_gemm, _keep, _gradients)
+implicit_gemm_with_gradient = neighbour_operator(
+    implicit_gemm, implicit_gemm_input_gradient, implicit_gemm_weight_gradient
+)
