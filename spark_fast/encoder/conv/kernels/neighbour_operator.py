@@ -48,9 +48,8 @@ def neighbour_operator(convolve: OpOverload, of_cells: OpOverload, of_weight: Op
             sums = of_weight(grad, cells, neighbours, ctx.y, ctx.x)
             grad_weight, grad_bias = sums if isinstance(sums, tuple) else (sums, None)
             grad_weight = grad_weight.to(weight.dtype)
-        if needs_bias and grad_bias is None:
-            grad_bias = grad.sum((0, 1, 2), dtype=torch.float32)
-        grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
-        return grad_cells, grad_weight, grad_bias, None, None, None
+        if needs_bias:
+            grad_bias = (grad.sum((0, 1, 2), dtype=torch.float32) if grad_bias is None else grad_bias).to(bias.dtype)
+        return grad_cells, grad_weight, grad_bias if needs_bias else None, None, None, None
 
     return with_gradient(convolve, keep, gradients)
