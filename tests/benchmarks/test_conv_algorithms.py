@@ -4,11 +4,9 @@ import pytest
 
 from spark_fast.encoder.conv.costs import H200, gpu_costs
 from spark_fast.encoder.conv.geometry import layer_axes
-from tests.benchmarks.test_device_report import BENCHMARKS
 
 
-def test_rates_are_found_again_from_what_layers_take_by_them(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_rates_are_found_again_from_what_layers_take_by_them():
     from conv_algorithms import Options, fitted, layers, module
 
     options = Options(precision="bf16", batch=8, patches=5)

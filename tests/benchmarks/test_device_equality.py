@@ -3,16 +3,13 @@
 import pytest
 import torch
 
-from tests.benchmarks.test_device_report import BENCHMARKS
-
 # of the fp32 gradient at six seeds, on a CPU: a flip in both encoders, in packed alone, in none
 MASKED = [9.69e-04, 6.90e-03, 1.00e-03, 6.84e-06, 7.70e-06, 6.48e-03]
 PACKED = [9.69e-04, 7.37e-03, 1.00e-03, 5.09e-03, 6.45e-06, 6.48e-03]
 
 
 @pytest.fixture
-def device_equality(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def device_equality():
     import device_equality
 
     return device_equality

@@ -4,11 +4,9 @@ import pytest
 import torch
 
 from spark_fast.decoder.gpu_costs import H200, merging_costs, projection_costs
-from tests.benchmarks.test_device_report import BENCHMARKS
 
 
-def test_decoder_rates_are_found_again_from_what_layers_take_by_them(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_decoder_rates_are_found_again_from_what_layers_take_by_them():
     from device_jobs import NotHereError
     from device_layers import Comparison, _rates
 

@@ -63,8 +63,7 @@ def written(file):
 
 
 @pytest.fixture
-def measured(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def measured():
     import device_parts
     import device_report
 

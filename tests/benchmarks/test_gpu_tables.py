@@ -26,7 +26,6 @@ ROWS = [
 
 @pytest.fixture
 def gpu_tables(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     import gpu_tables
 
     monkeypatch.setattr(gpu_tables, "RESULTS", tmp_path / "results")

@@ -10,14 +10,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from spark_fast.encoder import VisiblePatches
-from tests.benchmarks.test_device_report import BENCHMARKS
 
 LITTLE = ("--parts", "sweep", "main", "decoder", "--seeds", "1")
 
 
 @pytest.fixture
 def learning(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     import learning
     import measuring
 

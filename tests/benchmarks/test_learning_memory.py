@@ -12,7 +12,6 @@ from spark_fast.evaluation.eval_settings import Knn
 from spark_fast.pipelines import LoaderOptions, View, build_pipeline
 from spark_fast.pipelines.sampler import uniform
 from spark_fast.pipelines.transforms.crops import DRAWS, Augmentation, random_box
-from tests.benchmarks.test_device_report import BENCHMARKS
 from tests.pipelines.comparing import pixels, same
 
 HEIGHT, WIDTH, COUNT = 24, 30, 40
@@ -22,8 +21,7 @@ CENTRES = View(augment=False, in_order=True, centre=0.8)
 
 
 @pytest.fixture
-def memory(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def memory():
     import learning_memory
 
     return learning_memory

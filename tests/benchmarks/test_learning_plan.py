@@ -4,12 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from tests.benchmarks.test_device_report import BENCHMARKS
-
 
 @pytest.fixture
-def learning_plan(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def learning_plan():
     import learning_plan
 
     return learning_plan

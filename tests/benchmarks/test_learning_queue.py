@@ -12,8 +12,7 @@ from tests.processes import HANG_SECONDS
 
 
 @pytest.fixture
-def queue(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def queue():
     import learning_queue
 
     return learning_queue

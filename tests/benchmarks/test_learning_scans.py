@@ -4,13 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.benchmarks.test_device_report import BENCHMARKS
-
 
 @pytest.fixture
-def scans(monkeypatch):
+def scans():
     pytest.importorskip("imagecodecs", reason="16-bit PNG needs imagecodecs")
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     import learning_scans
 
     return learning_scans

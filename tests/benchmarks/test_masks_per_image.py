@@ -4,12 +4,9 @@ import json
 
 import pytest
 
-from tests.benchmarks.test_device_report import BENCHMARKS
-
 
 @pytest.fixture
-def masks_per_image(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def masks_per_image():
     import masks_per_image
 
     return masks_per_image

@@ -3,12 +3,9 @@
 import numpy as np
 import pytest
 
-from tests.benchmarks.test_device_report import BENCHMARKS
-
 
 @pytest.fixture
-def paired_test(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def paired_test():
     import paired_test
 
     return paired_test

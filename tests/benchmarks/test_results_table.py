@@ -9,8 +9,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def tool():
     import results_table
 
     return results_table

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests.benchmarks.test_device_report import BENCHMARKS, ROOT
+from tests.benchmarks.test_device_report import ROOT
 
 ROW = {"model": "resnet50", "batch": 8, "mask": 0.6, "masks": 1, "optimizer": 0.1}
 ROWS = [
@@ -19,8 +19,7 @@ MACHINE = {"device": "a processor", "threads": 2, "torch": "2.14", "date": "2026
 
 
 @pytest.fixture
-def step_tables(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def step_tables():
     import step_tables
 
     return step_tables

@@ -5,12 +5,9 @@ import json
 import pytest
 import torch
 
-from tests.benchmarks.test_device_report import BENCHMARKS
-
 
 @pytest.fixture
-def train_step(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def train_step():
     import train_step
 
     return train_step

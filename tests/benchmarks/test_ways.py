@@ -7,12 +7,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.benchmarks.test_device_report import BENCHMARKS
-
 
 @pytest.fixture
-def ways(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def ways():
     import ways
 
     return ways

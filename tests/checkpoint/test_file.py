@@ -96,6 +96,8 @@ def test_a_file_system_that_takes_no_more_is_a_checkpoint_error_and_the_old_one_
 
 
 class Evil:
+    """A pickle of it touches a file when it is read."""
+
     def __init__(self, path):
         self.path = path
 

@@ -23,6 +23,7 @@ from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.sources.detect import TARS, detect_source
 from spark_fast.pipelines.sources.shard_format import read_manifest
 from tests.commands import HANG_SECONDS, run_here
+from tests.pipelines.convert.test_conversion import contents
 from tests.pipelines.tars import tar_of, tar_of_tars
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_imagenet.py"
@@ -68,10 +69,6 @@ def test_the_help_of_a_setting_has_one_default() -> None:
         about.strip()
         == "--short_side INT Reduce larger images to this shorter side; 0 keeps their size. (default: 256)"
     )
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:

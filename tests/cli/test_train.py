@@ -23,6 +23,7 @@ from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
 from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.run.config import tomllib
 from spark_fast.run.run_folder import CHECKPOINT
+from tests.checkpoint.test_file import Evil
 from tests.cli.tiny_run import TINY, assert_same_weights, command, here, losses, pictures, train, weights  # noqa: F401
 from tests.commands import HANG_SECONDS
 from tests.faults import trainee
@@ -253,14 +254,6 @@ def test_your_own_network_trains_from_the_command_line_with_smaller_patches(pict
     assert "stages.0.conv1.weight" in saved
     done = here("eights", *flags, "--model=resnet10t", "--stages=2", f"--exp_dir={tmp_path / 'eights'}")
     assert (tmp_path / "eights" / "resnet10t_timm.safetensors").is_file()
-
-
-class Evil:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (Path(self.path),))
 
 
 @pytest.mark.slow

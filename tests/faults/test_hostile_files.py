@@ -4,11 +4,11 @@ import struct
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.checkpoint.test_file import Evil
 from tests.commands import HANG_SECONDS
 
 HOSTILE = """
@@ -31,7 +31,7 @@ for path in sys.argv[1:]:
 def hostile(kind, path):
     """Write a file that hurts whoever opens it unprepared; what must be said of it."""
     if kind == "code":
-        torch.save({"model": Trap(path.with_name("touched"))}, path)
+        torch.save({"model": Evil(path.with_name("touched"))}, path)
         return "was not loaded: it is damaged, or holds pickled code"
     if kind == "bomb":
         torch.save({"a": torch.zeros(3)}, path)
@@ -63,14 +63,6 @@ def hostile(kind, path):
             new.writestr(name, content)
     grown.replace(path)
     return "it is damaged (record size"
-
-
-class Trap:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (Path(self.path),))
 
 
 @pytest.mark.slow

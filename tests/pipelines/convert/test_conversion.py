@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from PIL import Image
 from torch.nn.functional import avg_pool2d, cosine_similarity
 
 from spark_fast.errors import DataError, SettingsError
-from spark_fast.pipelines.convert.conversion import ConvertSettings, convert
+from spark_fast.pipelines.convert.conversion import ConvertSettings, Progress, convert
 from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.detect import detect_source
@@ -129,20 +131,23 @@ def test_flat_folders_and_lists_convert_too(tmp_path):
     assert not list((tmp_path / "flat").glob("*.cls"))
 
 
-class StopError(Exception):
-    pass
+@contextmanager
+def stopped_after(images: int) -> Iterator[Callable[[Progress], None]]:
+    """A conversion that reports its progress to what this gives is stopped after so many images."""
+
+    def stop(progress: Progress) -> None:
+        if progress.done == images:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        yield stop
 
 
 @pytest.mark.parametrize("stop_after", [1, 7, 16, 24])
 def test_an_interrupted_conversion_goes_on_to_the_same_bytes(image_folder, tmp_path, stop_after):
     root = image_folder()
     convert(root, tmp_path / "whole", settings())
-
-    def stop(progress) -> None:
-        if progress.done == stop_after:
-            raise StopError
-
-    with pytest.raises(StopError):
+    with stopped_after(stop_after) as stop:
         convert(root, tmp_path / "out", settings(), on_progress=stop)
     left = contents(tmp_path / "out")
     assert not any(name.endswith(".partial") or name.endswith(MANIFEST) for name in left)
@@ -158,12 +163,7 @@ def test_an_interrupted_conversion_goes_on_to_the_same_bytes(image_folder, tmp_p
 def test_a_kept_shard_that_was_damaged_is_written_again(image_folder, tmp_path):
     root = image_folder()
     convert(root, tmp_path / "whole", settings())
-
-    def stop(progress) -> None:
-        if progress.done == 12:
-            raise StopError
-
-    with pytest.raises(StopError):
+    with stopped_after(12) as stop:
         convert(root, tmp_path / "out", settings(), on_progress=stop)
     shard = tmp_path / "out/train/shard-000000.tar"
     data = bytearray(shard.read_bytes())

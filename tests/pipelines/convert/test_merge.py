@@ -14,13 +14,10 @@ from spark_fast.pipelines.convert.reencode import Reencode
 from spark_fast.pipelines.convert.verify_shards import verify_shards
 from spark_fast.pipelines.sources.detect import detect_source
 from spark_fast.pipelines.sources.shard_format import MANIFEST
+from tests.pipelines.convert.test_conversion import contents, stopped_after
 from tests.pipelines.tars import tar_of, tar_of_tars
 
 SETTINGS = ConvertSettings(Reencode(short_side=40), images_per_shard=5)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture
@@ -114,12 +111,7 @@ class StopError(Exception):
 def test_an_interrupted_part_goes_on_and_leaves_the_others_alone(tars, whole, tmp_path, stop_after):
     convert_parts(tars, tmp_path / "out", 3, without=2)
     others = contents(tmp_path / "out")
-
-    def stop(progress) -> None:
-        if progress.done == stop_after:
-            raise StopError
-
-    with pytest.raises(StopError):
+    with stopped_after(stop_after) as stop:
         convert_part(tars, tmp_path / "out", SETTINGS, Part(2, 3), on_progress=stop)
     shard = tmp_path / "out/train/shard-000004.tar"
     shard.with_name(shard.name + ".partial").write_bytes(b"of a killed process")

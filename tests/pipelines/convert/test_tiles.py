@@ -21,7 +21,7 @@ from spark_fast.pipelines.sources.folder import folder_source
 from spark_fast.pipelines.transforms.bands.expected import Expected
 from tests.commands import HANG_SECONDS
 from tests.pipelines.bands import bands, npy_of, tiff_of
-from tests.pipelines.convert.test_conversion import contents
+from tests.pipelines.convert.test_conversion import contents, stopped_after
 from tests.pipelines.tars import tar_of
 
 ROOT = Path(__file__).parents[3]
@@ -109,14 +109,7 @@ def test_the_place_of_a_tile_survives_a_long_name(tmp_path):
 def test_a_stopped_conversion_of_tiles_ends_with_the_same_bytes(tmp_path):
     scenes(tmp_path / "src")
     convert(tmp_path / "src", tmp_path / "whole", settings())
-    seen = []
-
-    def stop(progress: object) -> None:
-        seen.append(progress)
-        if len(seen) == 10:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_after(9) as stop:
         convert(tmp_path / "src", tmp_path / "out", settings(), on_progress=stop)
     assert "shard-000000.json" in contents(tmp_path / "out")
     convert(tmp_path / "src", tmp_path / "out", settings())
