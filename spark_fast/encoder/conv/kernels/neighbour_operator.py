@@ -28,10 +28,11 @@ class _Context(AutogradContext, Protocol):
 
 
 def neighbour_operator(convolve: OpOverload, of_cells: OpOverload, of_weight: OpOverload) -> Callable[..., Tensor]:
-    """The operator `convolve`, of the arguments of `outputs_like`, as autograd and the compiler know it.
+    """The operator `convolve`, of the arguments and shape of `outputs_like`, as autograd and the compiler know it.
 
     Args:
-        of_cells, of_weight: its gradients, the second of the weight, or of weight and bias, in fp32.
+        of_cells: its gradient with respect to the cells, (V, b, b, C).
+        of_weight: that with respect to the weight, (O, ...), or to weight and bias, (O,); fp32.
     """
     torch.library.register_fake(convolve)(outputs_like)
 
