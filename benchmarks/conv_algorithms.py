@@ -31,7 +31,7 @@ from torch import nn
 
 from spark_fast.encoder import VisiblePatches
 from spark_fast.encoder.conv.convolve import convolve
-from spark_fast.encoder.conv.costs import H200, GpuRates, choose_algorithm, gpu_costs
+from spark_fast.encoder.conv.costs import GPU_RATES, GpuRates, choose_algorithm, gpu_costs
 from spark_fast.encoder.conv.geometry import layer_axes
 from spark_fast.encoder.conv.kernels import use_kernels
 from spark_fast.masking import sample_visible
@@ -127,13 +127,13 @@ def measure(layer: Layer, ratio: float, options: Options) -> dict:
         return timed
 
     seconds = {k: v[0] for k, v in medians({w: run(w) for w in algorithms(layer, kernels)}, options.repeats).items()}
-    chosen = choose_algorithm(layer.b, layer_axes(conv), conv.weight, layer.groups, visible.keep, kernels)
+    chosen = choose_algorithm(layer.b, layer_axes(conv), conv.weight, layer.groups, visible.ratio, kernels)
     best = min(seconds, key=seconds.__getitem__)
     return {
         **layer._asdict(),
         "layer": layer.text,
         "mask": ratio,
-        "keep": visible.keep,
+        "keep": visible.ratio,
         "seconds": seconds,
         "chosen": chosen,
         "best": best,
@@ -160,7 +160,7 @@ def fitted(rows: list[dict], options: Options) -> GpuRates:
     """The rates whose costs are nearest to the measured seconds, by the mean square of the ratios' logarithms."""
     convs = [module(Layer(*(row[field] for field in Layer._fields)), "meta") for row in rows]
     per_b = options.batch * options.patches**2  # cells of the dense map, for patches of one cell
-    rates = H200._replace(element=2 if options.precision == "bf16" else 4)
+    rates = GPU_RATES._replace(element=2 if options.precision == "bf16" else 4)
     return fit_rates(rates, ("memory", "cache", "products", "grouped"), lambda r: misfit(r, rows, convs, per_b))
 
 

@@ -21,7 +21,7 @@ from ways import Shape, median_seconds
 
 from spark_fast.decoder import Decoder
 from spark_fast.decoder.densify import densify, sparse_pays
-from spark_fast.decoder.gpu_costs import H200, DecoderRates, merging_costs, projection_costs
+from spark_fast.decoder.gpu_costs import DECODER_RATES, DecoderRates, merging_costs, projection_costs
 from spark_fast.decoder.upsample import merging_pays
 from spark_fast.encoder import VisiblePatches
 from spark_fast.encoder.context import EncoderContext
@@ -73,7 +73,7 @@ def _algorithms(layer: ConvLayer, shape: Shape, repeats: int, device: torch.devi
     assert isinstance(conv, HaloConv)
     context.visible = visible
     kernels = use_kernels(None, conv.weight)
-    chosen = conv.algorithm(layer.b, visible.keep)
+    chosen = conv.algorithm(layer.b, visible.ratio)
     possible = ["dense"]
     if layer.kernel // 2 <= layer.b:
         possible += ["halo"] if layer.depthwise else ["halo", "im2col"]
@@ -82,7 +82,7 @@ def _algorithms(layer: ConvLayer, shape: Shape, repeats: int, device: torch.devi
     x = _cells(visible.count, layer.channels, layer.b, device)
     row: dict[str, Any] = {"batch": shape.batch, "chosen": chosen, "kernels": kernels}
     for algorithm in dict.fromkeys([chosen, *possible]):
-        conv.algorithm = lambda b, keep, forced=algorithm: forced  # type: ignore[method-assign, misc]
+        conv.algorithm = lambda b, visible_ratio, forced=algorithm: forced  # type: ignore[method-assign, misc]
         row[f"{algorithm} ms"] = _both_passes(conv, [x], conv.parameters(), device, repeats)
     return row
 
@@ -168,12 +168,15 @@ def _projection(
     channels, width = 2048 // b, (shape.width or 768) // b
     project = nn.Conv2d(channels, width, 3, padding=1).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     x, token = _cells(visible.count, channels, b, device), torch.zeros(channels, device=device, requires_grad=True)
-    row: dict[str, Any] = {"batch": shape.batch, "chosen": "visible" if sparse_pays(x, visible.keep, width) else "all"}
+    row: dict[str, Any] = {
+        "batch": shape.batch,
+        "chosen": "visible" if sparse_pays(x, visible.ratio, width) else "all",
+    }
     for name, sparse in (("all", False), ("visible", True)):
         run = partial(densify, project=project, visible=visible, sparse=sparse)
         row[f"{name} ms"] = _both_passes(run, [x, token], project.parameters(), device, repeats)
     cells = shape.batch * visible.grid[0] * visible.grid[1] * b * b
-    found.append(Comparison(projection_costs, (cells, visible.keep, channels, width), row))
+    found.append(Comparison(projection_costs, (cells, visible.ratio, channels, width), row))
     return row
 
 
@@ -183,7 +186,7 @@ def _rates(found: list[Comparison], device: torch.device) -> dict[str, Any]:
         raise NotHereError("takes a GPU")
     if not found:
         raise NotHereError("no layer of the decoder was measured")
-    rates = fit_rates(H200, H200._fields, lambda rates: misfit(rates, found))
+    rates = fit_rates(DECODER_RATES, DECODER_RATES._fields, lambda rates: misfit(rates, found))
     return {"rates": "DecoderRates(" + ", ".join(f"{k}={v:.3g}" for k, v in rates._asdict().items()) + ")"}
 
 

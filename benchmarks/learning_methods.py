@@ -123,7 +123,9 @@ class Finetuning:
 def build(run: Pretraining, channels: int = 3) -> Method:
     """FCMAE, or SparK with the one thing changed that the variant says; `channels` of the images."""
     encoder, method = METHODS[run.variant]
-    packed = encoder(build_network(own(run.network)), (SIZE, SIZE), STAGES, keep=1 - run.mask, in_chans=channels)
+    packed = encoder(
+        build_network(own(run.network)), (SIZE, SIZE), STAGES, visible_ratio=1 - run.mask, in_chans=channels
+    )
     return method(packed, (SIZE, SIZE), run.mask, run.width)
 
 

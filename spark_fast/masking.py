@@ -29,35 +29,35 @@ def num_visible(grid: tuple[int, int], mask_ratio: float, *, down: bool = False)
     return kept
 
 
-def check_masks(grid: tuple[int, int], keep: int, masks: int) -> None:
+def check_masks(grid: tuple[int, int], num_visible: int, masks: int) -> None:
     """Raise ValueError if there are not so many masks of an image that share no visible patch; it has the most."""
     patches = grid[0] * grid[1]
-    if not 0 < masks * keep <= patches:
+    if not 0 < masks * num_visible <= patches:
         raise ValueError(
-            f"{masks} masks that each show {keep} of the {patches} patches of an image would share some; "
-            f"at most {patches // keep} do not"
+            f"{masks} masks that each show {num_visible} of the {patches} patches of an image would share some; "
+            f"at most {patches // num_visible} do not"
         )
 
 
 def sample_visible(
-    seed: int, step: int | Tensor, positions: Tensor, grid: tuple[int, int], keep: int, masks: int = 1
+    seed: int, step: int | Tensor, positions: Tensor, grid: tuple[int, int], num_visible: int, masks: int = 1
 ) -> Tensor:
     """The visible patches of the images at `positions` of the global batch of `step`.
 
     Args:
         positions: (B,) int64, on the device where the mask is wanted.
-        keep: patches kept per mask.
+        num_visible: patches kept per mask.
         masks: of each image; no two of them show the same patch. See `check_masks`.
 
     Returns:
-        (B*masks, keep) int64, patch indices y*w + x, ascending, the masks of an image next to one another: the first
-        has the `keep` patches with the smallest random keys, the next the `keep` after them; so every subset is
-        equally likely.
+        (B*masks, L) int64 for L = num_visible, patch indices y*w + x, ascending, the masks of an image next to one
+        another: the first has the L patches with the smallest random keys, the next the L after them; so every subset
+        is equally likely.
     """
     patches = torch.arange(grid[0] * grid[1], device=positions.device)
     stream = _mix(_mix(torch.full((), seed, dtype=torch.int64, device=positions.device)) + step)
     keys = _mix(_mix(stream + positions)[:, None] + patches)  # (B, h*w)
-    return keys.argsort(dim=1)[:, : masks * keep].reshape(-1, keep).sort(dim=1).values
+    return keys.argsort(dim=1)[:, : masks * num_visible].reshape(-1, num_visible).sort(dim=1).values
 
 
 def _mix(x: Tensor) -> Tensor:

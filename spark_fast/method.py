@@ -139,7 +139,7 @@ class Method(nn.Module):
             ValueError: images of another size, or a mask that keeps unequal numbers of patches.
         """
         patches = self.visible_patches(images, visible)
-        if patches.per_image == self.grid[0] * self.grid[1]:
+        if patches.num_visible == self.grid[0] * self.grid[1]:
             raise ValueError("the mask hides no patch: there is nothing to reconstruct")
         return self.loss(images, patches, on=patches.complement())
 
@@ -198,12 +198,14 @@ class Method(nn.Module):
         patches = self.visible_patches(images, visible)
         return [patches.unpack(f) for f in self.encoder(images, patches)]
 
-    def sample_masks(self, seed: int, step: int, positions: Tensor, masks: int = 1, keep: int | None = None) -> Tensor:
+    def sample_masks(
+        self, seed: int, step: int, positions: Tensor, masks: int = 1, num_visible: int | None = None
+    ) -> Tensor:
         """The masks of the images at `positions` (B,) of the global batch of `step`: see `masking.sample_visible`.
 
         Args:
             masks: of each image; no two of them show the same patch.
-            keep: visible patches per mask, None for as many as in training.
+            num_visible: visible patches per mask, None for as many as in training.
 
         Returns:
             (B*masks, L) int64, for `forward`.
@@ -211,9 +213,9 @@ class Method(nn.Module):
         Raises:
             ValueError: so many masks would share patches.
         """
-        keep = keep or self.num_visible
-        check_masks(self.grid, keep, masks)
-        return sample_visible(seed, step, positions, self.grid, keep, masks)
+        num_visible = num_visible or self.num_visible
+        check_masks(self.grid, num_visible, masks)
+        return sample_visible(seed, step, positions, self.grid, num_visible, masks)
 
     def visible_patches(self, images: Tensor, visible: Tensor | None) -> VisiblePatches:
         """The patches of `visible` for `images`, (B, C, H, W): bool (B*K, h, w) or int64 (B*K, L), see `forward`.

@@ -191,10 +191,10 @@ def _visible(pretrained: Pretrained, count: int, mask: tuple[str, ...], ratio: f
     try:
         if mask:
             return read_mask(mask, model.grid).flatten().nonzero().flatten().repeat(count, 1)
-        keep = model.num_visible if ratio is None else model.visible_at(ratio)
+        num_visible = model.num_visible if ratio is None else model.visible_at(ratio)
     except ValueError as error:
         raise SettingsError(str(error)) from None
-    return model.sample_masks(seed, 0, torch.arange(count), keep=keep)
+    return model.sample_masks(seed, 0, torch.arange(count), num_visible=num_visible)
 
 
 def _rows(

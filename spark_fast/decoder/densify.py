@@ -22,15 +22,15 @@ from spark_fast.encoder.visible import VisiblePatches
 ADDRESSING = 28  # fitted to 24 projections on two CPU cores: to address nine taps costs 28/C of the dense products
 
 
-def sparse_pays(x: Tensor, keep: float, width: int) -> bool:
-    """Whether a 3x3 projection of (V, C, b, b) to `width` channels is faster from its visible share `keep`.
+def sparse_pays(x: Tensor, visible_ratio: float, width: int) -> bool:
+    """Whether a 3x3 projection of (V, C, b, b) to `width` channels is faster from its visible share `visible_ratio`.
 
     By a constant measured on CPUs, by a model on a GPU (`gpu_costs`); elsewhere not.
     """
     if x.is_cuda:
-        costs = projection_costs(round(x.numel() / x.shape[1] / keep), keep, x.shape[1], width)
+        costs = projection_costs(round(x.numel() / x.shape[1] / visible_ratio), visible_ratio, x.shape[1], width)
         return costs["visible"] < costs["all"]
-    return x.device.type == "cpu" and keep + ADDRESSING / x.shape[1] < 1
+    return x.device.type == "cpu" and visible_ratio + ADDRESSING / x.shape[1] < 1
 
 
 def densify(
@@ -49,7 +49,7 @@ def densify(
     """
     pointwise = isinstance(project, nn.Conv2d) and project.kernel_size == (1, 1)
     if sparse is None:
-        sparse = pointwise or (isinstance(project, nn.Conv2d) and sparse_pays(x, visible.keep, project.out_channels))
+        sparse = pointwise or (isinstance(project, nn.Conv2d) and sparse_pays(x, visible.ratio, project.out_channels))
     if not sparse or not isinstance(project, nn.Conv2d):
         return project(visible.unpack(x, fill=token))
     weight, bias = project.weight, project.bias

@@ -21,13 +21,13 @@ class DecoderRates(NamedTuple):
     launch: float = 2e-6  # seconds a small kernel takes at least
 
 
-H200 = DecoderRates()
+DECODER_RATES = DecoderRates()
 ELEMENT = 2  # bytes, of bf16
 EDGE_LAUNCHES = 86  # what merging launches more, counted: the merge of the weights, the lines at the four edges
 TABLE_LAUNCHES = 24  # and a projection from the visible cells: its tables and copies
 
 
-def merging_costs(batch: int, h: int, w: int, c: int, rates: DecoderRates = H200) -> dict[str, float]:
+def merging_costs(batch: int, h: int, w: int, c: int, rates: DecoderRates = DECODER_RATES) -> dict[str, float]:
     """Seconds of a transposed convolution and the 3x3 convolution after it: `merged` into one, or `apart`.
 
     Args:
@@ -44,21 +44,23 @@ def merging_costs(batch: int, h: int, w: int, c: int, rates: DecoderRates = H200
     }
 
 
-def projection_costs(cells: int, keep: float, c: int, n: int, rates: DecoderRates = H200) -> dict[str, float]:
+def projection_costs(
+    cells: int, visible_ratio: float, c: int, n: int, rates: DecoderRates = DECODER_RATES
+) -> dict[str, float]:
     """Seconds of a 3x3 projection from `all` cells of the map, laid out before, or from the `visible` ones.
 
     Args:
-        cells: of the dense map, B*H*W, a share `keep` of them visible.
+        cells: of the dense map, B*H*W, a share `visible_ratio` of them visible.
         c, n: channels of the level, and of the decoder.
     """
-    work, rows, out = 2 * 9 * cells * c * n, keep * cells * c, cells * n
+    work, rows, out = 2 * 9 * cells * c * n, visible_ratio * cells * c, cells * n
     laid = 2 * cells * c + 4 * rows  # the map filled, rows put in place, their gradients taken out
-    taps = 9 * keep * out  # nine contributions of each visible cell
+    taps = 9 * visible_ratio * out  # nine contributions of each visible cell
     copied = 4 * rows + 5 * out + 2 * taps  # a row for the token and one of zeros, the bias, the holes' share
     tables = 9 * cells * 60  # bytes: their numbers in int32 and int64, each computed in steps
     return {
         "all": 3 * _pass(cells * c + out, work, rates) + laid * ELEMENT / rates.memory,
-        "visible": 3 * _pass(rows + taps, keep * work, rates)
+        "visible": 3 * _pass(rows + taps, visible_ratio * work, rates)
         + (copied * ELEMENT + tables) / rates.memory
         + (out + 3 * taps) * ELEMENT / rates.rows  # summed forward, gathered backward
         + TABLE_LAUNCHES * rates.launch,

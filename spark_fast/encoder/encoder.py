@@ -24,7 +24,7 @@ class Encoder(nn.Module):
         input_size: (H, W) in pixels.
         stages: keep the first so many levels of the pyramid (maps finer than stride 4 are never used), all by
             default. The last one kept sets the patch, so the network must not go on beyond it.
-        keep: the visible share of the patches, for the printed plan.
+        visible_ratio: the visible share of the patches, for the printed algorithms.
         in_chans: channels of the images, as many as the network's first layer takes.
 
     Attributes:
@@ -43,7 +43,7 @@ class Encoder(nn.Module):
         network: nn.Module,
         input_size: tuple[int, int],
         stages: int | None = None,
-        keep: float = 0.4,
+        visible_ratio: float = 0.4,
         in_chans: int = 3,
     ) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Encoder(nn.Module):
         self.levels, self.channels, self.strides = find_pyramid(network, input_size, stages, in_chans)
         self.network, self.restore_layers = convert_layers(network, self.table, self.context)
         try:
-            self._trace(input_size, keep)
+            self._trace(input_size, visible_ratio)
         except Exception:
             self.restore_layers()
             raise
@@ -96,20 +96,20 @@ class Encoder(nn.Module):
         """What the converted network returns -> (V, C_i, b_i, b_i) per level."""
         raise NotImplementedError
 
-    def _trace(self, input_size: tuple[int, int], keep: float) -> None:
+    def _trace(self, input_size: tuple[int, int], visible_ratio: float) -> None:
         """Run once on the meta device: every layer learns its b, and one that does not fit is refused by name."""
         grid = (input_size[0] // self.patch, input_size[1] // self.patch)
 
         def note(module: nn.Module, inputs: tuple) -> None:
             if isinstance(module, HaloLayer) and inputs[0].dim() == 4:
-                module.cells, module.keep = inputs[0].shape[2], keep
+                module.cells, module.visible_ratio = inputs[0].shape[2], visible_ratio
 
         hooks = ExitStack()
         running = hooks.enter_context(Running(self.network))
         for module in self.network.modules():
             hooks.enter_context(module.register_forward_pre_hook(note))
         try:
-            index = torch.arange(max(1, round(keep * grid[0] * grid[1])), device="meta").repeat(2, 1)
+            index = torch.arange(max(1, round(visible_ratio * grid[0] * grid[1])), device="meta").repeat(2, 1)
             maps = run_on_meta(
                 self, meta_images(self.network, 2, input_size, self.in_chans), VisiblePatches(index, grid)
             )

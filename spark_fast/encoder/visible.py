@@ -57,9 +57,9 @@ class VisiblePatches:
     def __init__(self, index: Tensor, grid: tuple[int, int]) -> None:
         self.index = index
         self.grid = grid
-        self.batch, self.per_image = index.shape
-        self.count = self.batch * self.per_image
-        self.keep = self.per_image / (grid[0] * grid[1])  # the visible share
+        self.batch, self.num_visible = index.shape
+        self.count = self.batch * self.num_visible
+        self.ratio = self.num_visible / (grid[0] * grid[1])  # of all patches
         images = torch.arange(self.batch, device=index.device)[:, None]
         self.patches = (images * (grid[0] * grid[1]) + index).flatten()  # (V,) in the B*h*w patches of the batch
         self._tables: dict[tuple, Any] = {}
@@ -89,7 +89,7 @@ class VisiblePatches:
 
     def complement(self) -> VisiblePatches:
         """The masked patches of the same batch."""
-        holes = self.grid[0] * self.grid[1] - self.per_image
+        holes = self.grid[0] * self.grid[1] - self.num_visible
         return VisiblePatches(_first_true(~self.mask.flatten(1))[:, :holes], self.grid)
 
     def cached_table(self, key: tuple, make: Callable[[], Table]) -> Table:
@@ -117,7 +117,7 @@ class VisiblePatches:
 
         def make() -> Tensor:
             (h, w), side = self.grid, 2 * reach + 1
-            numbers = torch.arange(self.count, device=self.index.device, dtype=dtype).view(self.batch, self.per_image)
+            numbers = torch.arange(self.count, device=self.index.device, dtype=dtype).view(self.batch, self.num_visible)
             full = torch.full((self.batch, h * w), self.count, device=self.index.device, dtype=dtype)
             full = full.scatter(1, self.index, numbers).view(self.batch, h, w)
             lookup = torch.nn.functional.pad(full, (reach,) * 4, value=self.count)  # (B, h + 2*reach, w + 2*reach)
@@ -178,7 +178,7 @@ class VisiblePatches:
         A layer that mixes an image (squeeze-and-excite, GroupNorm, GRN) runs on this view unchanged.
         """
         c, b = packed.shape[1], packed.shape[2]
-        return packed.permute(0, 2, 3, 1).reshape(self.batch, self.per_image * b, b, c).permute(0, 3, 1, 2)
+        return packed.permute(0, 2, 3, 1).reshape(self.batch, self.num_visible * b, b, c).permute(0, 3, 1, 2)
 
     def as_patches(self, images: Tensor) -> Tensor:
         """The inverse of `as_images`: (B, C, L*b, b) -> (V, C, b, b)."""
@@ -187,7 +187,7 @@ class VisiblePatches:
 
     def spread(self, images: Tensor) -> Tensor:
         """One value per image to one per patch: (B, ...) -> (V, ...)."""
-        return images[:, None].expand(-1, self.per_image, *images.shape[1:]).flatten(0, 1)
+        return images[:, None].expand(-1, self.num_visible, *images.shape[1:]).flatten(0, 1)
 
     def window_table(self, b: int, places: Places) -> Tensor:
         """(V * places,) int64: which packed row stands at each place of each patch's window.

@@ -40,7 +40,7 @@ def reconstruction_grid(
     model: Method,
     images: Tensor,
     seed: int,
-    keep: int | None = None,
+    num_visible: int | None = None,
     channels: tuple[int, ...] = (),
     *,
     photographs: bool,
@@ -49,14 +49,14 @@ def reconstruction_grid(
 
     Args:
         images: (N, C, H, W) normalised.
-        keep: visible patches per image, None for as many as in training.
+        num_visible: visible patches per image, None for as many as in training.
         channels, photographs: see `filled_grid`.
 
     Returns:
         (3, H', W') uint8 on the host.
     """
     positions = torch.arange(len(images), device=images.device)
-    visible = model.sample_masks(seed, 0, positions, keep=keep)
+    visible = model.sample_masks(seed, 0, positions, num_visible=num_visible)
     return filled_grid(model, images, visible, channels, photographs=photographs)
 
 

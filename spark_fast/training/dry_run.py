@@ -17,12 +17,12 @@ from spark_fast.training.pretrain_run import PretrainRun
 STEPS = 2
 
 
-def print_plan(run: PretrainRun) -> None:
-    """Take two steps on every rank, and print the plan on the first."""
+def print_estimate(run: PretrainRun) -> None:
+    """Take two steps on every rank, and print what the run would cost on the first."""
     to_go = run.position.total_steps - run.position.step
     figures = rehearse(run, STEPS)
     if run.ranks.main:
-        print(plan_text(run, figures, to_go), flush=True)
+        print(estimate_text(run, figures, to_go), flush=True)
 
 
 def rehearse(run: PretrainRun, steps: int) -> dict[str, float]:
@@ -38,8 +38,8 @@ def rehearse(run: PretrainRun, steps: int) -> dict[str, float]:
     return means
 
 
-def plan_text(run: PretrainRun, figures: dict[str, float], to_go: int) -> str:
-    """The plan as text.
+def estimate_text(run: PretrainRun, figures: dict[str, float], to_go: int) -> str:
+    """What a run would cost, as text.
 
     Args:
         figures: of one step, from `rehearse`.

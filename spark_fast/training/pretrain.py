@@ -22,7 +22,7 @@ from spark_fast.run.distributed import Ranks
 from spark_fast.run.run_folder import refuse_another_run
 from spark_fast.run.signals import Interrupt
 from spark_fast.run.watchdog import Watchdog
-from spark_fast.training.dry_run import print_plan
+from spark_fast.training.dry_run import print_estimate
 from spark_fast.training.pretrain_run import OpenEvaluator, PretrainRun, kept_statistics
 from spark_fast.training.resume import checkpoints_to_resume
 from spark_fast.training.settings import Settings, method_of
@@ -79,7 +79,7 @@ def pretrain_from_settings(
             if not settings.run.resume:
                 refuse_another_run(settings.folder)
             _tell(run)
-            print_plan(run)
+            print_estimate(run)
             return PretrainResult(settings.folder, {}, finished=True)
         pictured = manager = None
         if ranks.main:

@@ -47,7 +47,7 @@ from spark_fast.weights.timm_keys import encoder_names, renamed, write_encoder
 # settings, ranks, what the model computes in, what to call before each batch -> an evaluator
 OpenEvaluator = Callable[[Settings, Ranks, torch.dtype, Callable[[int], None], Statistics | None], Evaluator]
 
-MOMENTS = {"lamb": 2, "adamw": 2, "sgd": 1}  # tensors that an optimiser keeps for each parameter
+TENSORS_KEPT = {"lamb": 2, "adamw": 2, "sgd": 1}  # by an optimiser for each parameter
 
 
 class PretrainStep:
@@ -96,7 +96,7 @@ class PretrainRun:
     @property
     def checkpoint_bytes(self) -> int:
         """About the size of a checkpoint."""
-        return self.state.size(MOMENTS[self.settings.optim.optimizer])
+        return self.state.size(TENSORS_KEPT[self.settings.optim.optimizer])
 
     def summary(self) -> RunSummary:
         """What is printed before the first step."""

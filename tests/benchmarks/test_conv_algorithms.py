@@ -2,7 +2,7 @@
 
 import pytest
 
-from spark_fast.encoder.conv.costs import H200, gpu_costs
+from spark_fast.encoder.conv.costs import GPU_RATES, gpu_costs
 from spark_fast.encoder.conv.geometry import layer_axes
 
 
@@ -10,7 +10,7 @@ def test_rates_are_found_again_from_what_layers_take_by_them():
     from conv_algorithms import Options, fitted, layers, module
 
     options = Options(precision="bf16", batch=8, patches=5)
-    truth = H200._replace(memory=3.1e12, cache=7e12, products=420e12, grouped=30e12)
+    truth = GPU_RATES._replace(memory=3.1e12, cache=7e12, products=420e12, grouped=30e12)
     rows = []
     for layer in layers(64):
         conv = module(layer, "meta")

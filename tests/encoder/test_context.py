@@ -21,7 +21,7 @@ def test_the_mean_of_an_image_is_over_its_visible_cells_packed_or_masked(visible
     torch.testing.assert_close(dense.image_mean(maps), expected)
     means = packed.image_mean(visible.pack(maps))
     assert means.shape == (visible.count, 3, 1, 1)
-    torch.testing.assert_close(means, expected.repeat_interleave(visible.per_image, 0))
+    torch.testing.assert_close(means, expected.repeat_interleave(visible.num_visible, 0))
 
 
 @pytest.mark.parametrize("dense", [False, True])

@@ -47,7 +47,7 @@ def test_a_mask_and_its_complement_share_out_the_patches(visible):
 def test_an_image_of_visible_cells_holds_the_cells_of_that_image_only(visible, b):
     packed = torch.randn(visible.count, 3, b, b)
     images = visible.as_images(packed)
-    assert images.shape == (visible.batch, 3, visible.per_image * b, b)
+    assert images.shape == (visible.batch, 3, visible.num_visible * b, b)
     assert torch.equal(visible.as_patches(images), packed)
     means = packed.unflatten(0, (visible.batch, -1)).mean((1, 3, 4))
     torch.testing.assert_close(images.mean((2, 3)), means)

@@ -9,7 +9,7 @@ import torch
 from spark_fast.pipelines.backends.synthetic import SyntheticPipeline
 from spark_fast.pipelines.sampler import Sampler
 from spark_fast.run.distributed import Ranks
-from spark_fast.training.dry_run import plan_text, print_plan, rehearse
+from spark_fast.training.dry_run import estimate_text, print_estimate, rehearse
 from spark_fast.training.pretrain import open_model
 from spark_fast.training.pretrain_run import PretrainRun
 from spark_fast.training.settings import parse
@@ -31,7 +31,7 @@ def run(tmp_path, monkeypatch):
 
 def told(run, capsys):
     """The plan, row by row."""
-    print_plan(run)
+    print_estimate(run)
     return {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
 
 
@@ -53,7 +53,7 @@ def test_the_plan_says_what_the_run_would_cost_and_nothing_is_written(run, capsy
 
 def test_the_time_to_go_is_that_of_so_many_steps(run):
     figures = dict.fromkeys(("data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds"), 1.0)
-    text = plan_text(
+    text = estimate_text(
         run, figures | {"loss": 1.0, "step_seconds": 9.0, "images_per_second": 8 / 9, "mfu": 0.5}, to_go=200
     )
     assert "200 steps to go, 1 per epoch: 0:30:00 at this pace" in text

@@ -26,11 +26,11 @@ class GpuRates(NamedTuple):
     element: int = 2  # bytes, of bf16
 
 
-H200 = GpuRates()
+GPU_RATES = GpuRates()
 
 
 def choose_algorithm(
-    b: int, axes: tuple[Axis, Axis], weight: Tensor, groups: int, keep: float, kernels: bool = False
+    b: int, axes: tuple[Axis, Axis], weight: Tensor, groups: int, visible_ratio: float, kernels: bool = False
 ) -> str:
     """The algorithm of least `algorithm_costs`, or of least `gpu_costs` for a weight on CUDA or with the GPU kernels.
 
@@ -39,13 +39,15 @@ def choose_algorithm(
     if kernels and groups == weight.shape[0] > 1 and weight.shape[1] == 1:
         return "direct"
     if kernels or weight.is_cuda:
-        estimated = gpu_costs(b, axes, weight, groups, keep, kernels)
+        estimated = gpu_costs(b, axes, weight, groups, visible_ratio, kernels)
     else:
-        estimated = algorithm_costs(b, axes, weight, groups, keep)
+        estimated = algorithm_costs(b, axes, weight, groups, visible_ratio)
     return min(estimated, key=estimated.__getitem__)
 
 
-def algorithm_costs(b: int, axes: tuple[Axis, Axis], weight: Tensor, groups: int, keep: float) -> dict[str, float]:
+def algorithm_costs(
+    b: int, axes: tuple[Axis, Axis], weight: Tensor, groups: int, visible_ratio: float
+) -> dict[str, float]:
     """The time of every algorithm that can convolve patches of b x b cells, in units of the dense layer over all cells.
 
     Args:
@@ -53,22 +55,22 @@ def algorithm_costs(b: int, axes: tuple[Axis, Axis], weight: Tensor, groups: int
         axes: the layer's geometry.
         weight: (O, C/groups, ky, kx).
         groups: of the layer.
-        keep: the visible share of the patches.
+        visible_ratio: the visible share of the patches.
 
     The constants were fitted to 495 layers measured on a CPU (`benchmarks/conv_algorithms.py`): halo costs by the cells
     of its windows, more where its output is small; im2col by its cells and by the copies of each; dense by all cells.
     """
     y, x = axes
     if _is_pointwise(axes, groups):
-        return {"pointwise_gemm": keep}
+        return {"pointwise_gemm": visible_ratio}
     found = {"dense": 1 + 0.2 / b}
     if _looks_too_far(b, axes):
         return found
-    window = keep * _window_cells(b, axes)
+    window = visible_ratio * _window_cells(b, axes)
     if groups > 1:
         return {**found, "halo": window / 1.8}
     outputs, copies = (b // y.stride) ** 2, y.kernel * x.kernel / y.stride**2
-    im2col = keep * ((1 if y.stride == 1 else 0.75) + 4.4 * copies / weight.shape[1])
+    im2col = visible_ratio * ((1 if y.stride == 1 else 0.75) + 4.4 * copies / weight.shape[1])
     if copies <= 1:  # its inputs are then no larger than a window
         return {**found, "im2col": im2col}
     return {**found, "halo": 0.45 * window * (1 + 8 / outputs), "im2col": im2col}
@@ -79,9 +81,9 @@ def gpu_costs(
     axes: tuple[Axis, Axis],
     weight: Tensor,
     groups: int,
-    keep: float,
+    visible_ratio: float,
     kernels: bool = True,
-    rates: GpuRates = H200,
+    rates: GpuRates = GPU_RATES,
 ) -> dict[str, float]:
     """The seconds per cell of the dense map of every algorithm, forward and backward, on a GPU.
 
@@ -90,13 +92,13 @@ def gpu_costs(
     gathering again. Launches are not counted: what they cost depends on the batch.
 
     Args:
-        b, axes, weight, groups, keep: as for `algorithm_costs`; the weight is (O, C/groups, ky, kx).
+        b, axes, weight, groups, visible_ratio: as for `algorithm_costs`; the weight is (O, C/groups, ky, kx).
         kernels: `halo` by the GPU kernels, else by index tables.
         rates: of the GPU.
     """
     y, x = axes
     if _is_pointwise(axes, groups):
-        return {"pointwise_gemm": keep}
+        return {"pointwise_gemm": visible_ratio}
     c, o, strides = weight.shape[1] * groups, len(weight), y.stride * x.stride
     out, flops = o / strides, 2 * o * weight.shape[1] * y.kernel * x.kernel / strides  # per cell
     rate = rates.products if groups == 1 else rates.grouped
@@ -108,22 +110,22 @@ def gpu_costs(
         return numbers * rates.element / rates.memory
 
     exchanged = any(axis.exchanged for axis in axes)
-    laid, padded = c * (1 + 2 * keep), 2 * c * exchanged
-    moved = 2 * (laid + padded) + 2 * keep * out + out * (1 + 2 * keep) + padded + 2 * keep * c
+    laid, padded = c * (1 + 2 * visible_ratio), 2 * c * exchanged
+    moved = 2 * (laid + padded) + out * (1 + 4 * visible_ratio) + padded + 2 * visible_ratio * c
     found = {"dense": 3 * convolution(c) + copies(moved)}
     if kernels and groups == 1 and c % 8 == o % 8 == 0:  # vectors of 16 bytes
         tiles = ((256, o), (256, c), (o, c))  # of output, input gradient and weight gradient
-        found["direct"] = keep * sum(convolution(c, rate=_tile_rate(*tile, rates)) for tile in tiles)
+        found["direct"] = visible_ratio * sum(convolution(c, rate=_tile_rate(*tile, rates)) for tile in tiles)
     if _looks_too_far(b, axes):
         return found
     window = _window_cells(b, axes)
     # the input's gradient is computed at every cell of the window
     windows = 2 * convolution(c * window) + convolution(c * window, window)
-    found["halo"] = keep * (windows + exchanged * copies(_moved(c, c * window, kernels)))
+    found["halo"] = visible_ratio * (windows + exchanged * copies(_moved(c, c * window, kernels)))
     if groups == 1:
         taps = c * y.kernel * x.kernel / strides
         moved = _moved(c, taps, kernels and y.window_is_taps(b) and x.window_is_taps(b))
-        found["im2col"] = keep * (3 * convolution(taps) + copies(moved))
+        found["im2col"] = visible_ratio * (3 * convolution(taps) + copies(moved))
     return found
 
 

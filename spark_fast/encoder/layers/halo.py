@@ -21,12 +21,12 @@ class HaloLayer(PaddedLayer):
     """Base of the mixins for convolution and pooling.
 
     Attributes:
-        cells: the b of the patches that the layer was last traced with, None before; for the printed plan.
-        keep: the visible share of the patches in that plan.
+        cells: the b of the patches that the layer was last traced with, None before; for the printed algorithm.
+        visible_ratio: the visible share of the patches then.
     """
 
     cells: int | None = None
-    keep = 1.0
+    visible_ratio = 1.0
 
     def checked_axes(self, b: int) -> tuple[Axis, Axis]:
         """The layer's geometry along y and x, checked against patches of b x b cells.
@@ -41,13 +41,13 @@ class HaloLayer(PaddedLayer):
             )
         return axes
 
-    def algorithm(self, b: int, keep: float) -> str:
-        """How the layer is computed for patches of b x b cells, a share `keep` of them visible."""
+    def algorithm(self, b: int, visible_ratio: float) -> str:
+        """How the layer is computed for patches of b x b cells, a share `visible_ratio` of them visible."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
         """The layer's own, and how it is computed."""
-        planned = f", b={self.cells}, algorithm={self.algorithm(self.cells, self.keep)}" if self.cells else ""
+        planned = f", b={self.cells}, algorithm={self.algorithm(self.cells, self.visible_ratio)}" if self.cells else ""
         return super().extra_repr() + planned
 
 
@@ -60,10 +60,10 @@ class HaloConv(HaloLayer):
     weight: Tensor
     bias: Tensor | None
 
-    def algorithm(self, b: int, keep: float) -> str:
+    def algorithm(self, b: int, visible_ratio: float) -> str:
         """pointwise_gemm, direct, halo, im2col or dense: see `spark_fast.encoder.conv.convolve`."""
         kernels = use_kernels(self.context.kernels, self.weight)
-        return choose_algorithm(b, self.checked_axes(b), self.weight, self.groups, keep, kernels)
+        return choose_algorithm(b, self.checked_axes(b), self.weight, self.groups, visible_ratio, kernels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(V, C, b, b) -> (V, O, b/stride, b/stride); on a dense map while no patches are visible."""
@@ -72,7 +72,7 @@ class HaloConv(HaloLayer):
             return super().forward(x)
         b = x.shape[2]
         kernels = use_kernels(self.context.kernels, self.weight)
-        axes, algorithm = self.checked_axes(b), self.algorithm(b, visible.keep)
+        axes, algorithm = self.checked_axes(b), self.algorithm(b, visible.ratio)
         return convolve(x, self.kernel(), self.bias, axes, self.groups, visible, algorithm, kernels)
 
     @property
@@ -109,7 +109,7 @@ class HaloPool(HaloLayer):
     dilation: int | tuple[int, int]
     divisor_override: int | None
 
-    def algorithm(self, b: int, keep: float) -> str:
+    def algorithm(self, b: int, visible_ratio: float) -> str:
         """patch (nothing to exchange), halo or dense."""
         y, x = self.checked_axes(b)
         if max(y.lo, y.hi, x.lo, x.hi) > b or any(self.folded_padding):
@@ -128,7 +128,7 @@ class HaloPool(HaloLayer):
         b, c = x.shape[2], x.shape[1]
         largest = isinstance(self, nn.MaxPool2d)
         hole = float("-inf") if largest else 0.0
-        algorithm = self.algorithm(b, visible.keep)
+        algorithm = self.algorithm(b, visible.ratio)
         if algorithm == "dense":
             dense = visible.unpack(x, x.new_full((c,), hole))
             return visible.pack(super().forward(F.pad(dense, self.folded_padding, value=self.fill)))

@@ -42,5 +42,5 @@ class PerImage(ConvertedLayer):
         visible = self.context.visible
         if visible is None:
             return super().forward(x)
-        images = x.unflatten(0, (visible.batch, visible.per_image))  # (V, ...) -> (B, L, ...)
+        images = x.unflatten(0, (visible.batch, visible.num_visible))  # (V, ...) -> (B, L, ...)
         return super().forward(images).flatten(0, 1)

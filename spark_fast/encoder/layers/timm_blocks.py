@@ -138,7 +138,7 @@ class ConditionalConv(Block):
             return super().forward(x, routing.flatten(1))
         if self.context.dense:
             return super().forward(x.masked_fill(~visible.cells(x.shape[2]), 0.0), routing.flatten(1))
-        per_image = routing[:: visible.per_image].flatten(1)  # (N, experts) -> (B, experts)
+        per_image = routing[:: visible.num_visible].flatten(1)  # (N, experts) -> (B, experts)
         return visible.pack(super().forward(visible.unpack(x), per_image))
 
 

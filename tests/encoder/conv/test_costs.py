@@ -5,7 +5,7 @@ import itertools
 import pytest
 from torch import nn
 
-from spark_fast.encoder.conv.costs import H200, algorithm_costs, choose_algorithm, gpu_costs
+from spark_fast.encoder.conv.costs import GPU_RATES, algorithm_costs, choose_algorithm, gpu_costs
 from spark_fast.encoder.conv.geometry import layer_axes
 
 
@@ -52,14 +52,14 @@ def test_a_gpu_pays_for_the_copies_of_a_cell_and_computes_for_almost_nothing():
     assert costs["direct"] < costs["halo"] < costs["im2col"]
     # two gathers and a sum of 128 channels, once the patch and once its window; three convolutions, of which the one
     # for the window's gradient computes at each of its 36 cells
-    moved = 3 * 128 * (1 + 2.25) * 2 / H200.memory
-    read = (128 * 2.25 + 128) * 2 / H200.memory
+    moved = 3 * 128 * (1 + 2.25) * 2 / GPU_RATES.memory
+    read = (128 * 2.25 + 128) * 2 / GPU_RATES.memory
     work = 2 * 128 * 128 * 9
     assert costs["halo"] == pytest.approx(
-        0.4 * (moved + 2 * max(read, work / H200.products) + max(read, 2.25 * work / H200.products))
+        0.4 * (moved + 2 * max(read, work / GPU_RATES.products) + max(read, 2.25 * work / GPU_RATES.products))
     )
     # tiles of 256 x 128, and of 128 x 128 for the weight: 2*256*128 FLOPs for 256 + 128 numbers of 2 bytes
-    wide, square = H200.cache * 256 * 128 / (256 + 128), H200.cache * 128 * 128 / (128 + 128)
+    wide, square = GPU_RATES.cache * 256 * 128 / (256 + 128), GPU_RATES.cache * 128 * 128 / (128 + 128)
     assert costs["direct"] == pytest.approx(0.4 * (2 * work / wide + work / square))
 
 

@@ -141,5 +141,5 @@ def test_called_without_patches_a_converted_layer_is_the_ordinary_one():
 def test_the_printed_layer_says_how_it_is_computed():
     layer, _ = converted(nn.Conv2d(3, 5, 3, padding=1))
     assert "algorithm" not in repr(layer)
-    layer.cells, layer.keep = 8, 0.4
+    layer.cells, layer.visible_ratio = 8, 0.4
     assert "b=8, algorithm=halo" in repr(layer)

@@ -72,7 +72,7 @@ def test_a_choice_among_kernels_is_one_per_image():
     packed = torch.stack([visible.pack(p) for p in paths.unbind(1)], 1)  # (V, paths, C, b, b)
     got = converted(attention, PACKED, visible)(packed)
     expected = converted(attention, MASKED, visible)(paths)
-    torch.testing.assert_close(got, expected.repeat_interleave(visible.per_image, 0))
+    torch.testing.assert_close(got, expected.repeat_interleave(visible.num_visible, 0))
 
 
 def test_every_block_is_shown_here_or_used_by_one_that_is():
