@@ -276,7 +276,7 @@ def read_from(data_path: Path, files: Iterable[Path] | None = None) -> Finding:
             unreadable.append(f"{path} ({error.strerror})")
         if read >= SAMPLE:
             break
-    failed = f"{len(unreadable)} files cannot be read, the first: {unreadable[0]}" if unreadable else ""
+    failed = f"not read, {len(unreadable)}: the first is {unreadable[0]}" if unreadable else ""
     if not read:
         why = failed or ("nothing to read" if data_path.exists() else "there is no such file or folder")
         return Finding(what, why, "check --data_path", needed=True)

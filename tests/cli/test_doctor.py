@@ -198,7 +198,7 @@ def test_a_pipe_is_not_waited_for_and_files_that_cannot_be_read_are_told(tmp_pat
     (tmp_path / "itself.jpg").symlink_to("itself.jpg")
     finding = doctor.read_from(tmp_path)
     assert finding.rate > 0
-    assert f"1 files cannot be read, the first: {tmp_path / 'itself.jpg'} (Too many levels" in finding.found
+    assert f"not read, 1: the first is {tmp_path / 'itself.jpg'} (Too many levels" in finding.found
 
 
 @pytest.mark.parametrize("words", [("--input_size", "0"), ("--workers", "-1")])
