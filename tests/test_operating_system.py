@@ -30,13 +30,18 @@ def test_cores_are_those_that_this_process_may_use(monkeypatch):
     assert usable_cores() == 1
 
 
-SHOW = "from spark_fast.operating_system import peak_resident_bytes; print(peak_resident_bytes())"
+PARENT = """
+import subprocess, sys
+from spark_fast.operating_system import peak_resident_bytes
+held = b"x" * (500 << 20)
+print(peak_resident_bytes(), flush=True)
+show = "from spark_fast.operating_system import peak_resident_bytes; print(peak_resident_bytes())"
+subprocess.run([sys.executable, "-c", show], check=True)
+"""
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")  # noqa: PTH110
 def test_the_peak_of_memory_is_of_this_process_alone_not_of_the_one_that_started_it():
-    before = peak_resident_bytes()
-    held = b"x" * (before + (100 << 20))
-    assert peak_resident_bytes() > before + len(held) // 2
-    child = subprocess.run([sys.executable, "-c", SHOW], capture_output=True, text=True, check=True)
-    assert int(child.stdout) < len(held)
+    done = subprocess.run([sys.executable, "-c", PARENT], capture_output=True, text=True, check=True)
+    parent, child = map(int, done.stdout.split())
+    assert child < 500 << 20 < parent

@@ -245,7 +245,7 @@ BAD = [
 @pytest.mark.slow
 def test_your_own_network_trains_from_the_command_line_with_smaller_patches(pictures, tmp_path):  # noqa: F811
     page = (Path(__file__).parents[2] / "docs" / "how_to" / "your_own_network.md").read_text()
-    code = page.split("```python\n")[1].split("```")[0].split("from spark_fast")[0]
+    code = page.split("```python\n")[1].split("```")[0]
     (tmp_path / "my_unet.py").write_text(code)
     flags = [f"--data_path={pictures}", *TINY[2:], "--bs=8", "--ep=1", "--input_size=64x96"]
     done = train("own", *flags, "--model=my_unet:build", f"--exp_dir={tmp_path / 'run'}", cwd=tmp_path)
