@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from spark_fast.operating_system import peak_resident_bytes, process_state, usable_cores
+from spark_fast.operating_system import process_state, usable_cores
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")  # noqa: PTH110
