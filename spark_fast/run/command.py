@@ -24,6 +24,7 @@ from spark_fast.networks import import_from_current_folder
 from spark_fast.pipelines import LoaderOptions, Pipeline, build_pipeline
 from spark_fast.pipelines.build import measure_statistics
 from spark_fast.pipelines.transforms.bands.statistics import Statistics
+from spark_fast.run.agreement import check_images, check_settings
 from spark_fast.run.config import Tree
 from spark_fast.run.distributed import Ranks, is_first_rank, join
 from spark_fast.run.lock import RunLock
@@ -66,6 +67,7 @@ def on_ranks(settings: S, run: Callable[[S, Ranks, Watchdog], T]) -> T:
         if ranks.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0) and not settings.run.resume:
             log.info("torchrun restarted this run: it resumes as with --resume auto")
             settings.resume_newest()
+        check_settings(ranks, settings)
         kept = partial(what_is_kept, settings.folder)
         with Watchdog(settings.run.timeout, ranks.rank, ranks.world_size, ranks.store, kept, settings.prog) as watchdog:
             return run(settings, ranks, watchdog)
@@ -153,7 +155,13 @@ def open_pipeline(
         statistics = None  # of a run on other images
     if statistics is None and not asked.photographs:
         statistics = _measured(ranks, path or None, asked)
-    return build_pipeline(path or None, replace(asked, statistics=statistics))
+    pipeline = build_pipeline(path or None, replace(asked, statistics=statistics))
+    try:
+        check_images(ranks, pipeline, path)
+    except BaseException:
+        pipeline.close()
+        raise
+    return pipeline
 
 
 def _measured(ranks: Ranks, path: str | None, options: LoaderOptions) -> Statistics | None:

@@ -66,6 +66,7 @@ class Watchdog:
         self._step, self._doing, self._since = step, doing, time.monotonic()
 
     def __enter__(self) -> Watchdog:
+        self._beat(0)  # so that a rank that ends at once is known to be gone
         self._thread.start()
         return self
 
