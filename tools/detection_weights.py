@@ -20,7 +20,9 @@ from spark_fast.files import atomic_write
 from spark_fast.weights.load_pretrained import load_pretrained
 from spark_fast.weights.spark_keys import published_encoder
 
-NETWORKS = {"resnet": ("torchvision", "detectron2", "mmdetection"), "convnext": ("mmdetection",)}
+RESNETS = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]  # with the stem that the three programs build
+CONVNEXTS = [f"convnext_{size}" for size in ("tiny", "small", "base", "large", "xlarge")]
+NETWORKS = {"torchvision": RESNETS, "detectron2": RESNETS, "mmdetection": [*RESNETS, *CONVNEXTS]}
 
 
 def detectron2_name(name: str) -> str:
@@ -64,10 +66,15 @@ def detection_weights(
     if out.suffix != ".pth" or out.exists():
         raise SettingsError(f"{out} must end with .pth and must not exist yet")
     pretrained = load_pretrained(source, model)
-    network = pretrained.spec.network
-    family = next((programs for name, programs in NETWORKS.items() if network.startswith(name)), ())
-    if to not in family:
-        raise SettingsError(f"this script has no backbone {network} for {to} ({NETWORKS})")
+    spec, network = pretrained.spec, pretrained.spec.network
+    if network.partition(".")[0] not in NETWORKS[to]:
+        raise SettingsError(f"this script has no backbone {network} for {to}, which gets {', '.join(NETWORKS[to])}")
+    if spec.stages:
+        raise SettingsError(
+            f"only the first {spec.stages} stages of {network} were pre-trained, and a detector uses all"
+        )
+    if to == "torchvision" and spec.in_chans != 3:
+        raise SettingsError(f"torchvision's detectors take images of 3 channels, {source} has {spec.in_chans}")
     encoder = published_encoder(pretrained.model)
     state = {NAMES[to](name): value for name, value in encoder.items() if not name.endswith("num_batches_tracked")}
     with atomic_write(out) as file:

@@ -1,5 +1,7 @@
 """Backbones for detectors: torchvision's Mask R-CNN loads them; names for the others, as those programs build them."""
 
+import re
+
 import pytest
 import torch
 from torchvision.models.detection import maskrcnn_resnet50_fpn
@@ -78,6 +80,24 @@ def test_names_of_a_convnext_are_those_of_mmdetection(source, tmp_path, capsys):
     out = tmp_path / "a.pth"
     assert detection_weights.main([str(path), "--to=detectron2", f"--out={out}", "--model=convnext_tiny"]) == 2
     assert "no backbone convnext_tiny for detectron2" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("network", "more", "message"),
+    [
+        ("resnet10t", {}, "no backbone resnet10t for torchvision, which gets resnet18, resnet34"),
+        ("resnet18", {"stages": 3}, "only the first 3 stages of resnet18 were pre-trained"),
+        ("resnet18", {"in_chans": 1}, "detectors take images of 3 channels, .* has 1"),
+    ],
+)
+def test_a_backbone_that_a_detector_would_not_load_or_in_part_is_refused(tmp_path, capsys, network, more, message):
+    model = build_spark(network, input_size=64, mask_ratio=0.5, decoder_width=32, **more)
+    torch.save(spark_state_dict(model), tmp_path / "a.pth")
+    out = tmp_path / "out.pth"
+    words = [str(tmp_path / "a.pth"), "--to", "torchvision", "--out", str(out), "--model", network]
+    assert detection_weights.main(words) == 2
+    assert re.search(message, capsys.readouterr().err)
     assert not out.exists()
 
 
