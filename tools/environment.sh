@@ -7,6 +7,7 @@
 # success, so an interrupted installation is repaired by the next call. PYTHON=/path/to/python chooses the
 # interpreter of a new .venv.
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"; exit ;; esac
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$root/.venv"

@@ -4,6 +4,7 @@
 #     bash tools/test.sh [-k name ...]           # the fast tests: some minutes
 #     bash tools/test.sh --full [-k name ...]    # the slow ones too, as CI: compilers, drills with real processes
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"; exit ;; esac
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 bash "$root/tools/environment.sh" dev

@@ -7,6 +7,7 @@
 #
 # Skipped only where the package registry cannot be reached, and then it says so.
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"; exit ;; esac
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 bash "$root/tools/environment.sh" dev

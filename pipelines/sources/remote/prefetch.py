@@ -180,10 +180,10 @@ def check_cache(source: RemoteShardSource, sampler: Sampler, prefetch: int) -> N
     what = f"{source.folder} has {count} shards, {in_gb(source.total_bytes)}, and --cache_size is {in_gb(size)}"
     if sampler.in_order:
         raise SettingsError(f"{what}: images are read in the order of their listing, from all shards at once: {more}")
-    if sampler.block:
-        raise SettingsError(f"{what}: blocks of {sampler.block} shards need {in_gb(needed)}: {more}, or smaller blocks")
     fitting = [n for n in range(1, count) if _needed(source, sampler, prefetch, n) <= size]
     block = f", or --shuffle_block {fitting[-1]} (docs/how_to/remote.md says what it changes)" if fitting else ""
+    if sampler.block:
+        raise SettingsError(f"{what}: blocks of {sampler.block} shards need {in_gb(needed)}: {more}{block}")
     raise SettingsError(f"{what}: a shuffle of all images reads from all shards at once: {more}{block}")
 
 

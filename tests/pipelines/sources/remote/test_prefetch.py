@@ -168,12 +168,14 @@ def test_a_cache_that_would_be_read_in_circles_is_refused(source):
         check_cache(source, Sampler(10, 2), 2)
     with pytest.raises(SettingsError, match="images are read in the order of their listing"):
         check_cache(source, Sampler(10, 2, in_order=True), 2)
-    with pytest.raises(SettingsError, match=r"blocks of 1 shards need 0.04096 MB: use --cache_size 1MB or more, or"):
+    with pytest.raises(SettingsError, match=r"blocks of 1 shards need 0.04096 MB: use --cache_size 1MB or more$"):
         check_cache(source, Sampler(10, 1, block=1, shards=shards), 0)
     source.cache.size = 41_000
     check_cache(source, Sampler(10, 1, block=1, shards=shards), 0)
     with pytest.raises(SettingsError, match=r"or --shuffle_block 1 \(docs/how_to/remote.md"):
         check_cache(source, Sampler(10, 1), 0)
+    with pytest.raises(SettingsError, match=r"blocks of 2 shards need .* or more, or --shuffle_block 1 \("):
+        check_cache(source, Sampler(10, 1, block=2, shards=shards), 0)
     with pytest.raises(SettingsError, match=r"blocks of 1 shards need 0.0512 MB"):
         check_cache(source, Sampler(10, 2, block=1, shards=shards), 1)  # a batch and those ahead of it span two blocks
     source.cache.size = 51_200
