@@ -41,7 +41,7 @@ class Meter:
     """Sums over the steps since the last reading."""
 
     def __init__(self) -> None:
-        self.loss, self.finite = torch.zeros(()), torch.zeros(())
+        self.loss, self.finite = torch.zeros(()), torch.zeros((), dtype=torch.int64)
         self.grad_norm = torch.tensor(math.nan)
         self.steps, self.wait = 0, 0.0
         self.since = time.perf_counter()
@@ -84,9 +84,9 @@ class Meter:
             "data_wait": self.wait / seconds,
             "seconds": seconds,
             "steps": self.steps,
-            "skipped": self.steps - round(self.finite.item()),
+            "skipped": self.steps - int(self.finite),
         }
-        self.loss, self.finite, self.steps = torch.zeros(()), torch.zeros(()), 0
+        self.loss, self.finite, self.steps = torch.zeros(()), torch.zeros((), dtype=torch.int64), 0
         self.wait, self.since = 0.0, time.perf_counter()
         return means
 
