@@ -3,8 +3,8 @@
 An archive of class archives (ILSVRC2012_img_train.tar: one nXXXXXXXX.tar a class), of class folders, or of images
 alone (ILSVRC2012_img_val.tar). It is listed once; then each image is one read at a known offset, so that any number
 of threads and processes may read. The listing is that of the folder one would get by unpacking: the same images in
-the same order under the same names and labels, hence the same shards. `tars.webdataset` lists tars
-in WebDataset's layout.
+the same order under the same names and labels, hence the same shards. `tars.webdataset` lists tars in
+WebDataset's layout.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spark_fast.errors import SettingsError
+from spark_fast.evaluation_mode import evaluation_mode
 from spark_fast.networks import build_network, timm_channels
 from spark_fast.weights.load import load_into_network
 from spark_fast.weights.read import Weights
@@ -81,10 +82,8 @@ def build_classifier(
     kwargs: dict = {"drop_path_rate": drop_path} if drop_path else {}
     if ":" in name:
         network = _features(name, stages, in_chans, kwargs)
-        network.eval()
-        with torch.no_grad():
+        with evaluation_mode(network), torch.no_grad():
             channels = network(torch.zeros(1, in_chans, *size))[-1].shape[1]
-        network.train()
         model: nn.Module = PooledClassifier(network, channels, classes)
         if weights is not None:
             load_into_network(weights, network, set(), in_chans)

@@ -31,6 +31,7 @@ from spark_fast.evaluation.eval_settings import Finetune
 from spark_fast.evaluation.layer_decay import parameter_groups
 from spark_fast.evaluation.mixup import Augment, Mix
 from spark_fast.evaluation.report import Report
+from spark_fast.evaluation_mode import evaluation_mode
 from spark_fast.pipelines import Batch, Pipeline
 from spark_fast.reporting.monitor import Monitor
 from spark_fast.reporting.run_summary import long_warmup
@@ -269,11 +270,8 @@ class FinetuneRun:
             with torch.autocast(device, dtype, enabled=dtype != torch.float32):
                 return network(images)
 
-        training = network.training
-        network.eval()
-        scores = judge(classify, self.val, self.ranks)
-        network.train(training)
-        return scores
+        with evaluation_mode(network):
+            return judge(classify, self.val, self.ranks)
 
 
 class FinetuneLogger:

@@ -32,7 +32,7 @@ HARMLESS = {
 }
 
 # over which images a batch norm takes its statistics depends on these, as on the number of ranks
-BATCH_STATISTICS = ("optim.accumulate", "run.sync_batchnorm")
+BATCH_STATISTICS = (("optim", "accumulate"), ("run", "sync_batchnorm"))
 
 
 def checkpoints_to_resume(asked: str, folder: Path) -> list[Path]:
@@ -71,7 +71,7 @@ def check_same_run(path: Path, state: RunContent, settings: Settings, data: Pipe
     now = settings.meaning()
     differences = differing(before, now, HARMLESS)
     refuse_differences(path, state, differences, data, "--init_weight to start a new run from its weights")
-    for group, _, name in (setting.partition(".") for setting in BATCH_STATISTICS):
+    for group, name in BATCH_STATISTICS:
         if before[group].get(name) != now[group][name]:
             log.warning("%s was %r, is %r: batch norms take their statistics over other images from here on",
                         name, before[group].get(name), now[group][name])  # fmt: skip

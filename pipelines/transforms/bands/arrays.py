@@ -66,11 +66,9 @@ def checked_header(file: IO[bytes], expected: Expected) -> Header:
     if len(header.shape) not in (2, 3):
         raise ImageError(f"an array of shape {header.shape}; an image is (H, W), (H, W, C) or, asked for, (C, H, W)")
     height, width, channels = image_shape(header.shape, expected)
-    if not expected.channels_first and len(header.shape) == 3 and channels != expected.in_chans == height:
-        raise ImageError(
-            f"it has {channels} channels where --in_chans is {height}; for (C, H, W) give --channels_first"
-        )
-    expected.check(height, width, channels, header.dtype)
+    turned = not expected.channels_first and len(header.shape) == 3 and height == expected.in_chans
+    hint = "; for (C, H, W) give --channels_first" if turned else ""
+    expected.check(height, width, channels, header.dtype, hint=hint)
     return header
 
 

@@ -30,10 +30,15 @@ class Expected:
     channels_first: bool = False  # .npy and .npz hold (C, H, W), not (H, W, C)
     npz_key: str = ""  # the array of an .npz; "": the only one
 
-    def check(self, height: int, width: int, channels: int, dtype: np.dtype | str, *, alpha: bool = False) -> None:
-        """Raise ImageError for a header that announces an image of other channels or numbers, or too large a one."""
+    def check(
+        self, height: int, width: int, channels: int, dtype: np.dtype | str, *, alpha: bool = False, hint: str = ""
+    ) -> None:
+        """Raise ImageError for a header that announces an image of other channels or numbers, or too large a one.
+
+        `hint`: what to do about other channels, for the message.
+        """
         check_size(height, width, self.max_pixels)
         if channels != self.in_chans and not (alpha and channels == self.in_chans + 1):
-            raise ImageError(f"it has {channels} channels where --in_chans is {self.in_chans}")
+            raise ImageError(f"it has {channels} channels where --in_chans is {self.in_chans}{hint}")
         if (name := np.dtype(dtype).name) not in NUMBERS:
             raise ImageError(f"its numbers have type {name}; supported are {', '.join(NUMBERS)}")
